@@ -1,0 +1,32 @@
+# `make report` and `make test` need nothing before them but Python 3.11+ and make.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: report test test-fast lab lint clean
+
+report: $(READY)  ## run the quickstart (skips what is unchanged) and leave reports/index.html
+	$(BIN)/wddm run params/quickstart.yaml
+	@echo "Open reports/index.html in a browser."
+
+test: $(READY)  ## every test
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+test-fast: $(READY)  ## what needs no notebook and no training
+	$(BIN)/python -m pytest -m "not slow"
+
+lab: $(READY)  ## open JupyterLab on the notebooks
+	$(BIN)/jupyter lab notebooks
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("wddm: got Python %d.%d, wanted 3.11 or newer: run make PYTHON=/path/to/python3.11" % v[:2])'
+	@echo "Setting up .venv (once, several GB, a few minutes) ..."
+	@test -d .venv || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $(READY)
+
+clean:  ## remove the environment and caches; data, runs and reports stay
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

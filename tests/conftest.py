@@ -1,0 +1,32 @@
+"""Shared fixtures: reference outputs and real images where they are at hand, else the tests that need them skip."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def published() -> Path:
+    """Folder of a checkpoint in the published format, with reference outputs of the published system."""
+    folder = SHARED / "fixtures" / "published-ukan-l1"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared/fixtures/published-ukan-l1, which is not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar10() -> Path:
+    """Local copy of CIFAR-10 in the Hub's Parquet layout."""
+    folder = SHARED / "data" / "cifar10"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared/data/cifar10, which is not here")
+    return folder

@@ -1,0 +1,84 @@
+"""pyproject.toml, requirements.lock and environment.yml describe one installation, and it is the one that runs here."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+
+import pytest
+import yaml
+from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LOCK = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line and not line.startswith("#")]
+LOCKED = {canonicalize_name(name): version for name, version in (line.split("==") for line in LOCK)}
+ASKED_FOR = [Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]]
+
+
+def test_the_lock_is_names_and_exact_versions() -> None:
+    assert [line for line in LOCK if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+-]+", line)] == []
+    assert len(LOCKED) == len(LOCK)
+
+
+@pytest.mark.parametrize("requirement", ASKED_FOR, ids=lambda requirement: requirement.name)
+def test_the_lock_satisfies_every_range(requirement: Requirement) -> None:
+    assert requirement.specifier.contains(LOCKED[canonicalize_name(requirement.name)])
+
+
+def test_the_lock_is_what_is_installed() -> None:
+    installed = {canonicalize_name(d.metadata["Name"]): d.version for d in metadata.distributions()}
+    if os.environ.get("CI") is None and installed.get("torch") != LOCKED["torch"]:
+        pytest.skip(
+            f"this environment has torch {installed.get('torch')}, the lock {LOCKED['torch']}: not made from it"
+        )
+    assert {name: installed.get(name) for name in LOCKED} == LOCKED
+
+
+def test_everything_that_is_imported_is_asked_for() -> None:
+    names = {"PIL": "pillow", "yaml": "pyyaml", "pywt": "pywavelets", "sklearn": "scikit-learn", "IPython": "ipython"}
+    found = set()
+    for file in (ROOT / "wddm").rglob("*.py"):
+        found |= set(re.findall(r"^\s*(?:import|from) (\w+)", file.read_text(), re.M))
+    outside = {canonicalize_name(names.get(name, name)) for name in found - set(sys.stdlib_module_names) - {"wddm"}}
+    assert outside - {canonicalize_name(requirement.name) for requirement in ASKED_FOR} == set()
+
+
+def test_conda_installs_the_lock_and_the_package() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["name"] == "wddm"
+    python, pip, packages = environment["dependencies"]
+    assert python == f"python{PROJECT['requires-python']}" and pip == "pip"
+    assert packages == {"pip": ["-r requirements.lock", "-e ."]}
+
+
+def test_starting_needs_no_torch_and_no_time() -> None:
+    code = "import sys, wddm, wddm.__main__, wddm.workbook; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_imports_have_no_effects() -> None:
+    modules = ", ".join(f"wddm.{path.stem}" for path in sorted((ROOT / "wddm").glob("[!_]*.py")))
+    code = (
+        "import torch, random; state = lambda: (torch.get_default_dtype(), torch.get_default_device(), "
+        f"torch.get_rng_state().tolist(), random.getstate()); before = state(); import {modules}; "
+        "assert state() == before"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_modules_import_only_from_the_rows_above() -> None:
+    rows = ["wavelets", "batches", "sources", "data", "kan", "published", "ukan", "backbones", "objective", "pipeline"]
+    rows += ["checkpoints", "steps", "training", "diagnostics", "metrics", "mosaics", "plots", "workbook", "__main__"]
+    files = {p.stem: p for p in (ROOT / "wddm").glob("*.py")} | {"workbook": ROOT / "wddm/workbook/__init__.py"}
+    assert sorted(files.keys() - {"__init__"}) == sorted(rows)
+    for name in rows:
+        text = files[name].read_text()
+        used = set(re.findall(r"from wddm\.(\w+)", text)) | {
+            word for line in re.findall(r"from wddm import (.+)", text) for word in re.findall(r"\w+", line)
+        }
+        assert used <= set(rows[: rows.index(name)]) | ({"workbook"} if name == "workbook" else set()), name
