@@ -1,0 +1,150 @@
+"""Oracles: PyWavelets for the coefficients, the published reference, then exact inversion over everything."""
+
+import numpy as np
+import pytest
+import pywt
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from wddm.wavelets import WaveletCodec
+
+WAVELETS = ("haar", "db2", "db4", "sym4", "coif1", "bior2.2", "bior4.4", "rbio1.3")
+
+
+def pywt_packets(image: np.ndarray, wavelet: str, level: int, order: str = "AHVD") -> list[np.ndarray]:
+    """Packets of one map, the last split the most significant."""
+    maps = [image]
+    for _ in range(level):
+        split = [dict(zip("AHVD", (a, *d), strict=True))
+                 for a, d in (pywt.dwt2(m, wavelet, mode="periodization") for m in maps)]  # fmt: skip
+        maps = [parts[band] for band in order for parts in split]
+    return maps
+
+
+@pytest.mark.parametrize("wavelet", WAVELETS)
+@pytest.mark.parametrize("order", ["AHVD", "AVHD"])
+@pytest.mark.parametrize("level", [1, 2])
+def test_packets_are_those_of_pywavelets(wavelet: str, order: str, level: int) -> None:
+    images = torch.randn(2, 3, 32, 40, dtype=torch.float64)
+    codec = WaveletCodec(wavelet, level, "packet", "none", order).double()
+    coefficients = codec.encode(images).unflatten(1, (4**level, 3))
+    for n in range(2):
+        for colour in range(3):
+            wanted = np.stack(pywt_packets(images[n, colour].numpy(), wavelet, level, order))
+            assert_close(coefficients[n, :, colour], torch.from_numpy(wanted), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("wavelet", ["haar", "db2"])
+def test_pyramid_is_pywavelets_wavedec_folded(wavelet: str) -> None:
+    image = torch.randn(1, 1, 32, 32, dtype=torch.float64)
+    codec = WaveletCodec(wavelet, 3, "pyramid", "none").double()
+    coefficients = dict(zip(codec.bands(), codec.encode(image)[0], strict=True))
+    approximation, coarse, middle, fine = pywt.wavedec2(image[0, 0].numpy(), wavelet, "periodization", level=3)
+    assert_close(coefficients["A"], torch.from_numpy(approximation), atol=2e-6, rtol=0)
+    for i, band in enumerate("HVD"):
+        assert_close(coefficients[band], torch.from_numpy(coarse[i]), atol=2e-6, rtol=0)
+        for name, details, cell in ((f"{band}2", middle, 2), (f"{band}1", fine, 4)):
+            for position in range(cell**2):
+                y, x = divmod(position, cell)
+                wanted = torch.from_numpy(details[i][y::cell, x::cell].copy())
+                assert_close(coefficients[f"{name}.{position}"], wanted, atol=2e-6, rtol=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    wavelet=st.sampled_from(WAVELETS),
+    level=st.integers(0, 3),
+    transform=st.sampled_from(["packet", "pyramid"]),
+    scaling=st.sampled_from(["dyadic", "none"]),
+    order=st.sampled_from(["AHVD", "AVHD"]),
+    rows=st.integers(5, 8),
+    columns=st.integers(5, 8),
+    colours=st.sampled_from([1, 3]),
+)
+def test_decode_inverts_encode(wavelet, level, transform, scaling, order, rows, columns, colours) -> None:
+    side = 8 if wavelet in ("bior4.4", "db4", "sym4") else 4
+    images = torch.rand(2, colours, side * rows, side * columns, dtype=torch.float64) * 2 - 1
+    if level == 3:
+        images = torch.nn.functional.interpolate(images, scale_factor=8 // side * 2)
+    codec = WaveletCodec(wavelet, level, transform, scaling, order).double()
+    coefficients = codec.encode(images)
+    height, width = images.shape[2] // 2**level, images.shape[3] // 2**level
+    assert coefficients.shape == (2, 4**level * colours, height, width)
+    assert_close(codec.decode(coefficients), images, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("wavelet", ["haar", "db4", "sym4"])
+@pytest.mark.parametrize("transform", ["packet", "pyramid"])
+def test_orthogonal_wavelets_keep_energy(wavelet: str, transform: str) -> None:
+    images = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    coefficients = WaveletCodec(wavelet, 2, transform, "none").double().encode(images)
+    assert_close(coefficients.square().sum(), images.square().sum(), rtol=1e-6, atol=0)
+
+
+def test_dyadic_haar_stays_in_range_and_reaches_it() -> None:
+    codec = WaveletCodec("haar", 2)
+    corners = torch.randint(0, 2, (64, 3, 16, 16)).float() * 2 - 1
+    assert codec.encode(corners).abs().max() <= 1
+    assert_close(codec.encode(torch.ones(1, 1, 4, 4))[0, 0], torch.ones(1, 1))
+
+
+def test_level_0_is_the_identity() -> None:
+    images = torch.randn(2, 3, 7, 9)
+    codec = WaveletCodec("db4", 0)
+    assert torch.equal(codec.encode(images), images) and torch.equal(codec.decode(images), images)
+    assert codec.bands() == ["pixels"]
+
+
+def test_band_scaling_is_zero_mean_unit_variance_and_inverts() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (300, 16, 16, 3)).cumsum(1).astype(np.uint8)
+    codec = WaveletCodec("haar", 2, scaling="band").fit(images, batch_size=77)
+    batch = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    coefficients = codec.encode(batch)
+    assert_close(coefficients.mean((0, 2, 3)), torch.zeros(48), atol=1e-4, rtol=0)
+    assert_close(coefficients.std((0, 2, 3)), torch.ones(48), atol=1e-3, rtol=0)
+    assert_close(codec.limit, coefficients.abs().max())
+    assert_close(codec.decode(coefficients), batch, atol=1e-5, rtol=0)
+
+
+def test_saved_codec_is_the_same(tmp_path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 1), dtype=np.uint8)
+    batch = torch.rand(2, 1, 16, 16) * 2 - 1
+    for codec in (WaveletCodec("haar", 1, scaling="band").fit(images), WaveletCodec("db2", 2, "pyramid")):
+        codec.save_pretrained(tmp_path / "codec")
+        again = WaveletCodec.from_pretrained(tmp_path / "codec")
+        assert torch.equal(again.encode(batch), codec.encode(batch))
+        assert torch.equal(again.limit, codec.limit)
+
+
+def test_published_coefficients(published) -> None:
+    reference = load_file(published / "reference.safetensors")
+    codec = WaveletCodec(band_order="AVHD")
+    assert_close(codec.encode(reference["image"]), reference["coefficients"], atol=1e-4, rtol=0)
+    assert_close(codec.decode(reference["coefficients"]), reference["image"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "message"),
+    [
+        ({"level": 2}, (1, 3, 30, 32), "height 30, wanted a multiple of 4"),
+        ({"level": 2}, (1, 3, 32, 34), "width 34, wanted a multiple of 4"),
+        ({"wavelet": "db4", "level": 2}, (1, 3, 8, 16), "height 8, which is 4 at level 2, wanted at least 8"),
+        ({"scaling": "band"}, (1, 3, 8, 8), "no statistics"),
+        ({"wavelet": "daubechies"}, None, "wanted an orthogonal or biorthogonal"),
+        ({"wavelet": "mexh"}, None, "wanted an orthogonal or biorthogonal"),
+        ({"transform": "packets"}, None, "wanted one of packet, pyramid"),
+        ({"level": -1}, None, "wanted 0 or more"),
+    ],
+)
+def test_bad_input_is_refused_with_a_remedy(options: dict, shape: tuple | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        WaveletCodec(**options).encode(torch.zeros(shape))
+
+
+def test_a_filter_as_long_as_the_side_is_still_right() -> None:
+    image = torch.randn(1, 1, 8, 8, dtype=torch.float64)
+    got = WaveletCodec("db4", 1, scaling="none").double().encode(image)[0]
+    assert_close(got, torch.from_numpy(np.stack(pywt_packets(image[0, 0].numpy(), "db4", 1))), atol=2e-6, rtol=0)

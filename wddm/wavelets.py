@@ -1,0 +1,243 @@
+"""WaveletCodec: images <-> stacked, scaled wavelet coefficients, and the only place that knows how they are stacked.
+
+An image (B, C, H, W) in [-1, 1] becomes (B, 4^L C, H/2^L, W/2^L): L levels of a periodised, separable discrete
+wavelet transform (Mallat 1989), bands stacked as channels, every channel shifted and scaled. Bands are named as in
+PyWavelets: A approximation, H horizontal detail (high-pass along the height), V vertical, D diagonal.
+Level 0 is the identity, so that a pixel-space model is a setting of the codec and of nothing else.
+"""
+
+import warnings
+from typing import Self
+
+import numpy as np
+import pywt
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+HAAR = ("haar", "db1")
+
+
+class WaveletCodec(ModelMixin, ConfigMixin):
+    """Invertible map between images and the coefficients that a denoiser works on.
+
+    Args:
+        wavelet: any orthogonal or biorthogonal family of PyWavelets ("haar", "db2", "bior4.4", ...).
+        level: number of splits L; 0 is the identity.
+        transform: "packet" splits every band again at each level; "pyramid" splits only A and folds the finer
+            details to the coarsest grid by space-to-depth, so that the shape is the same.
+        scaling: "dyadic" divides by 2^L (Haar stays in [-1, 1]); "band" gives every channel zero mean and unit
+            variance, with statistics from `fit`; "none" leaves the coefficients as they are.
+        band_order: order of the bands within one split; "AVHD" is what the published models use.
+        channels: image channels; only "band" scaling needs it, and `fit` fills it in.
+
+    Raises:
+        ValueError: unknown wavelet, transform, scaling or band order; negative level.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        wavelet: str = "haar",
+        level: int = 1,
+        transform: str = "packet",
+        scaling: str = "dyadic",
+        band_order: str = "AHVD",
+        channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, got, wanted in (
+            ("transform", transform, ("packet", "pyramid")),
+            ("scaling", scaling, ("dyadic", "band", "none")),
+            ("band_order", band_order, ("AHVD", "AVHD")),
+        ):
+            if got not in wanted:
+                raise ValueError(f"got {name}={got!r}, wanted one of {', '.join(wanted)}: choose one of them")
+        if level < 0:
+            raise ValueError(f"got level={level}, wanted 0 or more: level 0 works on pixels")
+        self.filter_length = filter_length(wavelet)
+        if wavelet not in HAAR and level > 0:
+            self.analysis, self.synthesis = filter_banks(wavelet)
+        statistics = (4**level * channels, 1, 1) if scaling == "band" and channels else (1, 1, 1)
+        self.register_buffer("shift", torch.zeros(statistics))
+        self.register_buffer("scale", torch.full(statistics, 2.0**level if scaling == "dyadic" else 1.0))
+        self.register_buffer("limit", torch.tensor(1.0))  # largest |coefficient|, where samplers clip
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Coefficients (B, 4^L C, H/2^L, W/2^L) of images (B, C, H, W) in [-1, 1].
+
+        Raises:
+            ValueError: a side is not divisible by 2^L or shorter than the filter; "band" scaling was not fitted.
+        """
+        self.check_size(*images.shape[-2:])
+        if self.config.scaling == "band" and self.config.channels != images.shape[1]:
+            fitted = self.config.channels and f"statistics for {self.config.channels}"
+            raise ValueError(
+                f"got images of {images.shape[1]} channels and {fitted or 'no statistics'}, wanted statistics of "
+                'the training images for scaling="band": call codec.fit(images) first'
+            )
+        return (self._stack(images) - self.shift) / self.scale
+
+    def decode(self, coefficients: Tensor) -> Tensor:
+        """Images (B, C, H, W) of coefficients (B, 4^L C, h, w): the inverse of `encode`, not clipped."""
+        if coefficients.shape[1] % 4**self.config.level:
+            raise ValueError(
+                f"got {coefficients.shape[1]} channels, wanted a multiple of {4**self.config.level} (4^level, "
+                f"level={self.config.level}): decode with the level that encoded"
+            )
+        return self._unstack(coefficients * self.scale + self.shift)
+
+    @torch.no_grad()
+    def fit(self, images: np.ndarray, batch_size: int = 1024) -> Self:
+        """Measure uint8 images (N, H, W, C): channel statistics for "band" scaling, and the clipping limit."""
+        if self.config.scaling == "band":
+            mean, std = self._moments(images, batch_size)
+            self.register_to_config(channels=images.shape[-1])
+            self.shift, self.scale = (v.float().view(-1, 1, 1).to(self.scale.device) for v in (mean, std))
+        largest = max(float(self.encode(batch.to(self.limit.device)).abs().max())
+                      for batch in _float_batches(images, batch_size))  # fmt: skip
+        self.limit = torch.tensor(max(1.0, largest), device=self.limit.device)
+        return self
+
+    def bands(self) -> list[str]:
+        """Names of the 4^L bands in channel order, each standing for C consecutive channels.
+
+        Packets are named by their path, first split first ("AH": the H of A). Folded details of a pyramid carry
+        their level and position in the cell ("H1.0" to "H1.3").
+        """
+        order, level = self.config.band_order, self.config.level
+        if level == 0:
+            return ["pixels"]
+        names = list(order)
+        for depth in range(2, level + 1):
+            if self.config.transform == "packet":
+                names = [path + band for band in order for path in names]
+            else:
+                cells = range(4 ** (depth - 1))
+                names = names + [f"{band}{level - depth + 1}.{i}" for band in order[1:] for i in cells]
+        return names
+
+    def shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
+        """(4^L C, H/2^L, W/2^L): the shape of one image's coefficients."""
+        cells = 2**self.config.level
+        return channels * cells**2, height // cells, width // cells
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ValueError, saying which side and what to do, if images of this size cannot be encoded."""
+        level, wavelet = self.config.level, self.config.wavelet
+        for name, side in (("height", height), ("width", width)):
+            if side % 2**level:
+                raise ValueError(
+                    f"got {name} {side}, wanted a multiple of {2**level} (2^level, level={level}): "
+                    f"resize the images, or choose a smaller level"
+                )
+            if level and side // 2 ** (level - 1) < self.filter_length:
+                raise ValueError(
+                    f"got {name} {side}, which is {side // 2 ** (level - 1)} at level {level}, wanted at least "
+                    f"{self.filter_length} (the filter of {wavelet!r}): choose a shorter wavelet, a smaller level "
+                    "or larger images"
+                )
+
+    def _stack(self, x: Tensor) -> Tensor:
+        """Unscaled coefficients: `level` splits of everything (packet) or of A only (pyramid)."""
+        folded = []
+        for depth in range(1, self.config.level + 1):
+            x = self._split(x)
+            if self.config.transform == "pyramid" and depth < self.config.level:
+                x, details = x.tensor_split([x.shape[1] // 4], dim=1)
+                folded.insert(0, _fold(details, 2 ** (self.config.level - depth)))
+        return torch.cat([x, *folded], dim=1) if folded else x
+
+    def _unstack(self, z: Tensor) -> Tensor:
+        level = self.config.level
+        if self.config.transform == "packet":
+            for _ in range(level):
+                z = self._merge(z)
+            return z
+        colours = z.shape[1] // 4**level
+        sizes = [colours * 4] + [3 * colours * 4**d for d in range(1, level)]
+        x, *folded = z.split(sizes, dim=1) if level else (z,)
+        for depth in range(level):
+            if depth:
+                x = torch.cat([x, _unfold(folded[depth - 1], 2**depth)], dim=1)
+            x = self._merge(x)
+        return x
+
+    def _split(self, x: Tensor) -> Tensor:
+        """One split (B, C, H, W) -> (B, 4C, H/2, W/2): A of all channels, then the details in `band_order`."""
+        if self.config.wavelet in HAAR:
+            # 3 (32x32) to 19 times (256x256) faster than filtering on two CPU cores, and exact
+            top = x[..., 0::2, 0::2] + x[..., 0::2, 1::2], x[..., 0::2, 0::2] - x[..., 0::2, 1::2]
+            low = x[..., 1::2, 0::2] + x[..., 1::2, 1::2], x[..., 1::2, 0::2] - x[..., 1::2, 1::2]
+            a, h, v, d = top[0] + low[0], top[0] - low[0], top[1] + low[1], top[1] - low[1]
+            details = (v, h, d) if self.config.band_order == "AVHD" else (h, v, d)
+            return torch.cat((a, *details), dim=1) / 2
+        a, (details,) = self.analysis(x)  # (B, C, h, w), (B, C, 3, h, w)
+        return torch.cat((a, *(details[:, :, i] for i in self._detail_order())), dim=1)
+
+    def _merge(self, z: Tensor) -> Tensor:
+        """Inverse of `_split`: (B, 4C, h, w) -> (B, C, 2h, 2w)."""
+        a, *details = z.chunk(4, dim=1)
+        h, v, d = (details[i] for i in self._detail_order())
+        if self.config.wavelet not in HAAR:
+            return self.synthesis((a, [torch.stack((h, v, d), dim=2)]))
+        top, low = (a + h, v + d), (a - h, v - d)
+        x = a.new_empty(*a.shape[:-2], 2 * a.shape[-2], 2 * a.shape[-1])
+        x[..., 0::2, 0::2], x[..., 0::2, 1::2] = top[0] + top[1], top[0] - top[1]
+        x[..., 1::2, 0::2], x[..., 1::2, 1::2] = low[0] + low[1], low[0] - low[1]
+        return x / 2
+
+    def _detail_order(self) -> list[int]:
+        return ["HVD".index(band) for band in self.config.band_order[1:]]
+
+    def _moments(self, images: np.ndarray, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (float64) of every unscaled coefficient channel."""
+        total = squares = count = 0.0
+        for batch in _float_batches(images, batch_size):
+            z = self._stack(batch.to(self.limit.device)).double()
+            total, squares = total + z.sum((0, 2, 3)), squares + z.square().sum((0, 2, 3))
+            count += z[:, 0].numel()
+        mean = total / count
+        return mean, (squares / count - mean.square()).clamp_min(1e-8).sqrt()
+
+
+def filter_length(wavelet: str) -> int:
+    """Longest filter of a PyWavelets family; ValueError if it is unknown or not (bi)orthogonal."""
+    discrete = pywt.wavelist(kind="discrete")
+    if wavelet not in discrete:
+        raise ValueError(
+            f"got wavelet={wavelet!r}, wanted an orthogonal or biorthogonal PyWavelets family such as haar, db2, "
+            "sym4, bior4.4: see pywt.wavelist(kind='discrete')"
+        )
+    return max(len(taps) for taps in pywt.Wavelet(wavelet).filter_bank)
+
+
+def filter_banks(wavelet: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """One level of analysis and synthesis by pytorch-wavelets, periodised."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pytorch-wavelets imports the deprecated pkg_resources
+        from pytorch_wavelets import DWTForward, DWTInverse
+    return DWTForward(1, wavelet, mode="periodization"), DWTInverse(wavelet, mode="periodization")
+
+
+def _float_batches(images: np.ndarray, batch_size: int):
+    """uint8 (N, H, W, C) -> float (B, C, H, W) in [-1, 1], batch by batch."""
+    for start in range(0, len(images), batch_size):
+        batch = torch.from_numpy(np.array(images[start : start + batch_size]))
+        yield batch.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _fold(details: Tensor, cell: int) -> Tensor:
+    """Space-to-depth of (B, 3C, H, W) by `cell`, ordered band, position, colour: bands stay contiguous."""
+    batch, channels = details.shape[:2]
+    x = torch.nn.functional.pixel_unshuffle(details, cell)
+    x = x.view(batch, 3, channels // 3, cell**2, *x.shape[-2:]).transpose(2, 3)
+    return x.flatten(1, 3)
+
+
+def _unfold(folded: Tensor, cell: int) -> Tensor:
+    """Inverse of `_fold`."""
+    batch, channels = folded.shape[:2]
+    x = folded.view(batch, 3, cell**2, channels // (3 * cell**2), *folded.shape[-2:]).transpose(2, 3)
+    return torch.nn.functional.pixel_shuffle(x.flatten(1, 3), cell)
