@@ -1,0 +1,50 @@
+"""Oracle: scipy's B-splines."""
+
+import numpy as np
+import torch
+from scipy.interpolate import BSpline
+from torch.testing import assert_close
+
+from wddm.kan import BASES, ORDER, KANBlock, SplineLinear, knots, spline_basis
+
+
+def scipy_basis(x: np.ndarray) -> np.ndarray:
+    elements = [BSpline.basis_element(knots().double().numpy()[k : k + ORDER + 2], extrapolate=False)
+                for k in range(BASES)]  # fmt: skip
+    return np.nan_to_num(np.stack([element(x) for element in elements], axis=-1))
+
+
+def test_basis_is_scipys_inside_and_outside_the_grid() -> None:
+    x = np.concatenate([np.linspace(-3, 3, 1201), knots().double().numpy()])
+    assert_close(spline_basis(torch.from_numpy(x)), torch.from_numpy(scipy_basis(x)), atol=1e-6, rtol=0)
+
+
+def test_basis_is_a_partition_of_unity_on_the_grid() -> None:
+    x = torch.linspace(-1, 1, 501, dtype=torch.float64)
+    assert_close(spline_basis(x).sum(-1), torch.ones_like(x), atol=1e-6, rtol=0)
+
+
+def test_layer_is_the_sum_over_edges() -> None:
+    layer, x = SplineLinear(3, 2), torch.randn(5, 3)
+    basis = torch.from_numpy(scipy_basis(x.double().numpy())).float()
+    wanted = torch.zeros(5, 2)
+    for o in range(2):
+        for i in range(3):
+            spline = (basis[:, i] * layer.spline_weight[o, i]).sum(-1)
+            base = layer.base_weight[o, i] * x[:, i] * torch.sigmoid(x[:, i])
+            wanted[:, o] += base + layer.spline_scaler[o, i] * spline
+    assert_close(layer(x), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_reaches_every_edge() -> None:
+    layer = SplineLinear(4, 3).double()
+    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+    layer(torch.rand(400, 4, dtype=torch.float64) * 2 - 1).square().sum().backward()
+    assert all((p.grad != 0).all() for p in layer.parameters())
+
+
+def test_block_adds_projected_time_and_has_no_residual_path() -> None:
+    block, tokens, time = KANBlock(6, 4), torch.randn(2, 5, 6), torch.randn(2, 4)
+    wanted = block.spline(block.norm(tokens)) + block.time(torch.nn.functional.silu(time))[:, None]
+    assert_close(block(tokens, time), wanted)

@@ -1,0 +1,248 @@
+"""UKANModel: a UNet whose bottleneck is built from spline layers (U-KAN, Li et al. 2024, arXiv 2406.02918).
+
+Called and configured as diffusers' `UNet2DModel`: `model(sample, timestep).sample`, (B, C, h, w) in and out.
+Checkpoints in the published format (class name `UKANHybrid`, see published.py) load through `from_pretrained` too.
+"""
+
+import math
+from pathlib import Path
+from typing import Self
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_processor import Attention
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wddm import published
+from wddm.kan import KANBlock
+
+
+class UKANModel(ModelMixin, ConfigMixin):
+    """Denoiser with a Kolmogorov-Arnold bottleneck.
+
+    Args:
+        sample_size: side of the (square) coefficient maps it is built for.
+        in_channels, out_channels: channels of `sample` and of the output.
+        block_out_channels: width of every level; each level but the last halves the side.
+        layers_per_block: residual blocks per level on the way down; one more on the way up.
+        attention_levels: levels (0 = finest) whose residual blocks are followed by self-attention.
+        attention_head_dim: channels of an attention head.
+        dropout: probability inside the residual blocks, in training only.
+        norm_num_groups: groups of GroupNorm; a width it does not divide takes their greatest common divisor.
+        num_train_timesteps: rows of the time table; timesteps lie in [0, num_train_timesteps - 1].
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 16,
+        in_channels: int = 12,
+        out_channels: int = 12,
+        block_out_channels: tuple[int, ...] = (128, 256),
+        layers_per_block: int = 2,
+        attention_levels: tuple[int, ...] = (),
+        attention_head_dim: int = 8,
+        dropout: float = 0.0,
+        norm_num_groups: int = 32,
+        num_train_timesteps: int = 1000,
+    ) -> None:
+        super().__init__()
+        width, levels = block_out_channels[0], len(block_out_channels)
+        if sample_size % 2 ** (levels - 1):
+            raise ValueError(
+                f"got sample_size={sample_size} with {levels} levels, wanted a multiple of {2 ** (levels - 1)}: "
+                "take fewer widths in block_out_channels or another image size"
+            )
+        time_width = 4 * width
+        self.time_embedding = TimeEmbedding(num_train_timesteps, width, time_width)
+        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
+
+        def residual(c_in: int, c_out: int, level: int) -> ResidualBlock:
+            head_dim = attention_head_dim if level in attention_levels else None
+            return ResidualBlock(c_in, c_out, time_width, dropout, norm_num_groups, head_dim)
+
+        self.down, skips = nn.ModuleList(), [width]
+        for level, c_out in enumerate(block_out_channels):
+            for _ in range(layers_per_block):
+                self.down.append(residual(width, c_out, level))
+                width = c_out
+                skips.append(width)
+            if level < levels - 1:
+                self.down.append(Downsample(width))
+                skips.append(width)
+
+        has_bottleneck = sample_size // 2**levels >= 4
+        self.bottleneck = KANBottleneck(width, time_width, norm_num_groups) if has_bottleneck else None
+
+        self.up = nn.ModuleList()
+        for level, c_out in reversed(list(enumerate(block_out_channels))):
+            for _ in range(layers_per_block + 1):
+                self.up.append(residual(width + skips.pop(), c_out, level))
+                width = c_out
+            if level:
+                self.up.append(Upsample(width))
+        self.norm_out = group_norm(norm_num_groups, width)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float | int, return_dict: bool = True
+    ) -> UNet2DOutput | tuple[Tensor]:
+        """Denoise `sample` (B, C, h, w) at `timestep`, a number or one per sample (B,), fractions allowed."""
+        timestep = torch.as_tensor(timestep, device=sample.device)
+        time = self.time_embedding(timestep.reshape(-1).expand(len(sample)))
+        x = self.conv_in(sample)
+        skips = [x]
+        for block in self.down:
+            x = block(x, time)
+            skips.append(x)
+        if self.bottleneck is not None:
+            x = self.bottleneck(x, time)
+        for block in self.up:
+            if isinstance(block, ResidualBlock):
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = block(x, time)
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return UNet2DOutput(sample=x) if return_dict else (x,)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **kwargs) -> Self:
+        """Load from a folder or Hub repository, in our format or the published one, in eval mode.
+
+        Raises:
+            ValueError: a published checkpoint is damaged, or its tensors are not those of its config.
+        """
+        where = {k: kwargs[k] for k in ("subfolder", "revision", "cache_dir", "token") if k in kwargs}
+        config = cls.load_config(path, **where)
+        if config.get("_class_name") != published.CLASS_NAME:
+            return super().from_pretrained(path, **kwargs)
+        model = cls(**published.our_config(config))
+        model.load_state_dict(published.checked(published.weights(path, **where), model.state_dict()))
+        return model.eval().to(kwargs.get("torch_dtype"))
+
+
+class TimeEmbedding(nn.Module):
+    """Table of sinusoids (one row per timestep, sin and cos interleaved) -> linear -> SiLU -> linear."""
+
+    def __init__(self, rows: int, width: int, time_width: int) -> None:
+        super().__init__()
+        frequency = torch.exp(-math.log(10_000) * torch.arange(0, width, 2) / width)
+        phase = torch.arange(rows).unsqueeze(1) * frequency  # (rows, width / 2)
+        table = torch.stack([phase.sin(), phase.cos()], dim=-1).flatten(1)
+        self.table = nn.Parameter(table, requires_grad=False)  # checkpoints store it, counts include it
+        self.linear_1 = nn.Linear(width, time_width)
+        self.linear_2 = nn.Linear(time_width, time_width)
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        """(B,) in [0, rows - 1] -> (B, time_width); between two rows, linear interpolation."""
+        last = len(self.table) - 1
+        if timestep.is_floating_point():
+            low = timestep.floor().long().clamp(0, last)
+            fraction = (timestep - low).clamp(0, 1).to(self.table.dtype).unsqueeze(1)
+            row = torch.lerp(self.table[low], self.table[(low + 1).clamp_max(last)], fraction)
+        else:
+            row = self.table[timestep]
+        return self.linear_2(F.silu(self.linear_1(row)))
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm, SiLU, 3x3 conv, plus time; GroupNorm, SiLU, dropout, 3x3 conv; plus shortcut; then attention."""
+
+    def __init__(
+        self, c_in: int, c_out: int, time_width: int, dropout: float, groups: int, head_dim: int | None
+    ) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(groups, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time = nn.Linear(time_width, c_out)
+        self.norm2, self.conv2 = group_norm(groups, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.attention = nn.Identity()
+        if head_dim is not None:
+            self.attention = Attention(
+                c_out, heads=c_out // head_dim, dim_head=head_dim, norm_num_groups=math.gcd(groups, c_out),
+                bias=True, residual_connection=True,
+            )  # fmt: skip
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x))) + self.time(F.silu(time))[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.attention(h + self.shortcut(x))
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour to twice the side, then a 3x3 convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class KANBottleneck(nn.Module):
+    """Two patch embeddings down (c -> 3c/2 -> 2c), each with a KAN block, and back up with additive skips."""
+
+    def __init__(self, width: int, time_width: int, groups: int) -> None:
+        super().__init__()
+        middle, deep = 3 * width // 2, 2 * width
+        self.embed1, self.kan1 = PatchEmbedding(width, middle), KANBlock(middle, time_width)
+        self.embed2, self.kan2 = PatchEmbedding(middle, deep), KANBlock(deep, time_width)
+        self.decode1, self.kan3 = Decode(deep, middle, time_width, groups), KANBlock(middle, time_width)
+        self.decode2 = Decode(middle, width, time_width, groups)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(middle), nn.LayerNorm(deep), nn.LayerNorm(middle)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        half = tokens_through(self.kan1, self.norm1, self.embed1(x), time)  # (B, 3c/2, h/2, w/2)
+        quarter = tokens_through(self.kan2, self.norm2, self.embed2(half), time)  # (B, 2c, h/4, w/4)
+        half = half + self.decode1(quarter, time, half.shape[-2:])
+        half = tokens_through(self.kan3, self.norm3, half, time)
+        return x + self.decode2(half, time, x.shape[-2:])
+
+
+class PatchEmbedding(nn.Module):
+    """3x3 convolution of stride 2, then LayerNorm over channels: (B, c, h, w) -> (B, c', h/2, w/2)."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.proj, self.norm = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.LayerNorm(c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x).movedim(1, -1)).movedim(-1, 1)
+
+
+class Decode(nn.Module):
+    """GroupNorm, SiLU, 3x3 conv, plus time, bilinear up to `size`, SiLU."""
+
+    def __init__(self, c_in: int, c_out: int, time_width: int, groups: int) -> None:
+        super().__init__()
+        self.norm, self.conv = group_norm(groups, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time = nn.Linear(time_width, c_out)
+
+    def forward(self, x: Tensor, time: Tensor, size: torch.Size) -> Tensor:
+        x = self.conv(F.silu(self.norm(x))) + self.time(F.silu(time))[:, :, None, None]
+        return F.silu(F.interpolate(x, size=size, mode="bilinear"))
+
+
+def tokens_through(block: KANBlock, norm: nn.LayerNorm, x: Tensor, time: Tensor) -> Tensor:
+    """Run a token block and its norm on a map (B, c, h, w)."""
+    tokens = x.flatten(2).transpose(1, 2)  # (B, hw, c)
+    return norm(block(tokens, time)).transpose(1, 2).unflatten(2, x.shape[-2:])
+
+
+def group_norm(groups: int, width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(groups, width), width)
