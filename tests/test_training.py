@@ -1,0 +1,209 @@
+"""Oracles: resumed equals uninterrupted byte for byte; AdamW and the schedule in closed form; what a crash leaves."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from wddm import checkpoints
+from wddm.backbones import build_backbone
+from wddm.checkpoints import deferred_interrupt
+from wddm.pipeline import WaveletPipeline
+from wddm.steps import read_log
+from wddm.training import Trainer, derived_seed, difference, resolve_precision
+from wddm.wavelets import WaveletCodec
+
+RAMPS = np.linspace(0, 255, 8)[None, :] * np.random.default_rng(0).uniform(0.2, 1, (40, 1))  # (40, 8)
+IMAGES = np.broadcast_to(RAMPS[:, None, :, None], (40, 8, 8, 1)).astype(np.uint8)  # brighter to the right
+
+
+def make(folder, dropout: float = 0.1, **settings) -> Trainer:
+    torch.manual_seed(settings.get("seed", 0))
+    network = build_backbone("unet", level=1, image_size=8, image_channels=1, widths=(8, 16), dropout=dropout)
+    codec = WaveletCodec(scaling="band").fit(IMAGES)
+    defaults = {
+        "train_kimg": 0.064,
+        "batch_size": 16,
+        "warmup_kimg": 0.032,
+        "log_every": 1,
+        "checkpoint_kimg": 0.016,
+    }
+    defaults |= {"flip": True, "cpu": True, "ema_half_life_kimg": 0.02}
+    return Trainer(model=network, codec=codec, images=IMAGES, folder=folder, **(defaults | settings))
+
+
+def bytes_below(folder) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def test_four_steps_are_two_and_resume_and_two(tmp_path) -> None:
+    list(make(tmp_path / "whole").steps())
+    steps = make(tmp_path / "halves").steps()
+    assert [next(steps).step for _ in range(2)] == [1, 2]
+    steps.close()
+    trainer = make(tmp_path / "halves")
+    assert trainer.notes == ["resumed at step 2 of 4"]
+    assert [step.step for step in trainer.steps()] == [3, 4]
+    whole, halves = (bytes_below(tmp_path / name) for name in ("whole", "halves"))
+    timeless = [
+        [{k: v for k, v in row.items() if k != "images_per_s"} for row in read_log(tmp_path / name)]
+        for name in ("whole", "halves")
+    ]
+    assert timeless[0] == timeless[1] and len(timeless[0]) == 4
+    assert whole.keys() == halves.keys()
+    assert [name for name in whole if whole[name] != halves[name] and name != "log.jsonl"] == []
+
+
+def test_the_same_twice_and_another_seed_differs(tmp_path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        list(make(tmp_path / name, seed=seed).steps())
+    weights = [(tmp_path / n / "pipeline/backbone/diffusion_pytorch_model.safetensors").read_bytes() for n in "abc"]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_schedule_warms_up_and_ends_at_zero(tmp_path) -> None:
+    rates = [step.lr for step in make(tmp_path, train_kimg=0.16, learning_rate=0.5).steps()]
+    assert_close(rates[:2], [0.25, 0.5])
+    cosine = [0.25 * (1 + np.cos(np.pi * k / 8)) for k in range(1, 9)]
+    assert_close(rates[2:], cosine, atol=1e-6, rtol=0)
+    assert abs(rates[-1]) < 1e-12
+
+
+def test_average_has_its_half_life(tmp_path) -> None:
+    """Against the recursion in closed form, with diffusers' ramp (1 + n) / (10 + n) at the start."""
+    trainer = make(tmp_path, ema_half_life_kimg=0.032)  # 2 steps: decay sqrt(1/2) once the ramp has passed it
+    name = "conv_in.weight"
+    wanted = trainer.model.get_parameter(name).detach().clone()
+    for n, _ in enumerate(trainer.steps()):
+        decay = min(0.5**0.5, (1 + n) / (10 + n)) if n else 0.0
+        wanted = decay * wanted + (1 - decay) * trainer.model.get_parameter(name).detach()
+    saved = load_file(tmp_path / "pipeline" / "backbone" / "diffusion_pytorch_model.safetensors")
+    assert_close(saved[name], wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_loss_goes_down(tmp_path) -> None:
+    losses = [s.loss for s in make(tmp_path, train_kimg=3.2, learning_rate=3e-3, log_every=20).steps()]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_micro_batches_give_the_same_step(tmp_path) -> None:
+    trained = []
+    for n in (1, 4):
+        trainer = make(tmp_path / str(n), accumulation=n, train_kimg=0.032, dropout=0.0)
+        list(trainer.steps())
+        trained.append(trainer.model.state_dict())
+    assert_close(trained[0], trained[1], atol=2e-5, rtol=1e-4)
+
+
+def test_pipeline_holds_the_average_and_samples(tmp_path) -> None:
+    trainer = make(tmp_path)
+    list(trainer.steps())
+    pipeline = WaveletPipeline.from_pretrained(tmp_path / "pipeline")
+    shadows = dict(zip((n for n, _ in trainer.model.named_parameters()), trainer.ema.shadow_params, strict=True))
+    for name, parameter in pipeline.backbone.named_parameters():
+        assert torch.equal(parameter, shadows[name])
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert_close(pipeline.scheduler.config.clip_sample_range, trainer.codec.limit.item())
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(1, num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 1)
+
+
+def test_other_settings_start_anew_and_lose_nothing(tmp_path) -> None:
+    list(make(tmp_path).steps())
+    before = bytes_below(tmp_path / "checkpoints")
+    trainer = make(tmp_path, learning_rate=0.01)
+    assert trainer.step == 0
+    assert "learning_rate 0.001 -> 0.01" in trainer.notes[0] and "checkpoints-1" in trainer.notes[0]
+    assert bytes_below(tmp_path / "checkpoints-1") == before
+    assert read_log(tmp_path) == []
+
+
+def test_a_finished_run_of_other_code_is_not_taken_for_one_of_this(tmp_path, monkeypatch) -> None:
+    list(make(tmp_path / "finished").steps())
+    steps = make(tmp_path / "unfinished").steps()
+    next(steps), steps.close()
+    assert make(tmp_path / "finished").notes == ["resumed at step 4 of 4"]
+    monkeypatch.setattr(Trainer, "_code", lambda self: 1)
+    assert "the code; starting anew" in make(tmp_path / "finished").notes[0]
+    assert make(tmp_path / "unfinished").notes == ["resumed at step 1 of 4, with code that has changed"]
+
+
+def test_other_images_are_other_settings(tmp_path) -> None:
+    list(make(tmp_path).steps())
+    trainer = make(tmp_path)
+    list(trainer.steps())
+    trainer.images = IMAGES[::-1]
+    assert "images" in difference(checkpoints.load_latest(tmp_path / "checkpoints")[1]["settings"], trainer.settings())
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path) -> None:
+    trainer = make(tmp_path)
+    steps = trainer.steps()
+    next(steps), next(steps)
+    with torch.no_grad():
+        trainer.model.conv_in.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="by step 3, wanted finite numbers: lower learning_rate"):
+        next(steps)
+    tensors, state = checkpoints.load_latest(tmp_path / "checkpoints")
+    assert state["step"] == 2 and all(v.isfinite().all() for v in tensors["weights"].values())
+
+
+def test_interrupt_finishes_the_step_and_leaves_a_checkpoint(tmp_path) -> None:
+    trainer = make(tmp_path, train_kimg=1.6, checkpoint_kimg=100.0)
+    with pytest.raises(KeyboardInterrupt):
+        for step in trainer.steps():
+            if step.step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+    assert checkpoints.load_latest(tmp_path / "checkpoints")[1]["step"] == 4
+    assert not (tmp_path / "pipeline").exists()
+    assert make(tmp_path, train_kimg=1.6, checkpoint_kimg=100.0).step == 4
+
+
+def test_interrupts_are_python_s_own_again_afterwards() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with deferred_interrupt() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked.is_set()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_checkpoints_keep_two_and_pass_over_a_damaged_one(tmp_path) -> None:
+    for step in (1, 2, 3):
+        checkpoints.save(tmp_path, step, {"weights": {"w": torch.full((3,), float(step))}}, {"settings": {}})
+    assert [path.name for path in checkpoints.listed(tmp_path)] == ["step-00000002", "step-00000003"]
+    assert checkpoints.load_latest(tmp_path)[0]["weights"]["w"].tolist() == [3, 3, 3]
+    file = tmp_path / "step-00000003" / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    with pytest.warns(UserWarning, match=r"weights.safetensors damaged, going back"):
+        tensors, state = checkpoints.load_latest(tmp_path)
+    assert state["step"] == 2 and tensors["weights"]["w"].tolist() == [2, 2, 2]
+    (tmp_path / "step-00000002" / "state.json").write_text("{")
+    with pytest.warns(UserWarning):
+        assert checkpoints.load_latest(tmp_path) is None
+
+
+def test_a_checkpoint_being_written_is_not_a_checkpoint(tmp_path) -> None:
+    checkpoints.save(tmp_path, 1, {"weights": {"w": torch.ones(1)}}, {})
+    partial = tmp_path / ".step-00000002.partial"
+    partial.mkdir()
+    (partial / "weights.safetensors").write_bytes(b"half")
+    assert checkpoints.load_latest(tmp_path)[1]["step"] == 1
+
+
+def test_log_survives_a_line_cut_short(tmp_path) -> None:
+    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
+    assert read_log(tmp_path) == [{"step": 1}]
+
+
+def test_seeds_of_different_keys_differ() -> None:
+    assert len({derived_seed(s, step, rank) for s in range(5) for step in range(50) for rank in range(3)}) == 750
+
+
+def test_unknown_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match="got precision='bf8', wanted one of auto, no, fp16, bf16"):
+        resolve_precision("bf8")

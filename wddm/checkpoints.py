@@ -1,0 +1,100 @@
+"""Checkpoints that survive a crash: folders of safetensors and one JSON, written aside, synced, renamed, checksummed.
+
+    <folder>/step-00001000/{weights,ema,optimizer}.safetensors + state.json (with the sha256 of the others)
+
+Nothing pickled is written or read. The last two are kept.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+KEEP = 2
+
+
+def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict) -> Path:
+    """Write the checkpoint of `step`: a safetensors file per entry of `tensors`, and `state` as JSON."""
+    final = folder / f"step-{step:08d}"
+    aside = folder / f".{final.name}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    checksums = {}
+    for name, group in tensors.items():
+        file = aside / f"{name}.safetensors"
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}, file)
+        sync(file)
+        checksums[file.name] = sha256(file)
+    (aside / "state.json").write_text(json.dumps({"step": step, **state, "sha256": checksums}, indent=1))
+    sync(aside / "state.json")
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(aside, final)
+    sync(folder)
+    for old in listed(folder)[:-KEEP]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_latest(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict] | None:
+    """(tensors, state) of the newest intact checkpoint, or None; a damaged one is warned about and passed over."""
+    for path in reversed(listed(folder)):
+        try:
+            state = json.loads((path / "state.json").read_text())
+            damaged = [name for name, digest in state["sha256"].items() if sha256(path / name) != digest]
+        except (OSError, ValueError, KeyError) as error:
+            damaged = [f"state.json ({error})"]
+        if not damaged:
+            return {Path(name).stem: load_file(path / name) for name in state["sha256"]}, state
+        warnings.warn(f"{path}: {', '.join(damaged)} damaged, going back to the one before", stacklevel=2)
+    return None
+
+
+def listed(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a folder to the first free `<folder>-1`, `-2`, ...: nothing is lost."""
+    number = 1
+    while (kept := folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    os.replace(folder, kept)
+    return kept
+
+
+def sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Make a file or a folder's entries durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[threading.Event]:
+    """Within it, Ctrl-C only sets the event, so that a step is never cut in half. Main thread only, else no effect."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
