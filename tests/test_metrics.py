@@ -1,0 +1,327 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pywt
+import scipy.linalg
+import scipy.stats
+import torch
+from PIL import Image
+
+from wddm import data, diagnostics, metrics
+from wddm.metrics import Moments, frechet_distance, frechet_wavelet_distance
+
+CIFAR_TEST = Path(__file__).parents[2] / "shared/data/cifar10/plain_text/test-00000-of-00001.parquet"
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> np.ndarray:
+    """600 crops (32, 32, 3) of photographs, uint8."""
+    folder = tmp_path_factory.mktemp("data") / "patches-32"
+    return np.array(data.prepare("patches", 32, folder, limit=600, progress=False).images)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> data.Dataset:
+    return data.prepare("digits", 16, tmp_path_factory.mktemp("data") / "digits-16", progress=False)
+
+
+def as_float(images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+
+
+def covariance(rng: np.random.Generator, size: int, rank: int | None = None) -> np.ndarray:
+    factor = rng.normal(size=(size, rank or 2 * size))
+    return factor @ factor.T / factor.shape[1]
+
+
+# ---------------------------------------------------------------------------------------------------- moments
+
+
+def test_moments_are_those_of_numpy_in_any_batches():
+    rng = np.random.default_rng(0)
+    x = 1e6 + rng.normal(size=(1000, 5)) @ rng.normal(size=(5, 5))
+    whole, merged = Moments().update(x), Moments()
+    for part in (x[:1], x[1:400], x[400:400], x[400:]):
+        merged.merge(Moments().update(torch.from_numpy(part)))
+    for moments in (whole, merged):
+        assert moments.count == 1000
+        np.testing.assert_allclose(moments.mean, x.mean(0), rtol=1e-14)
+        np.testing.assert_allclose(moments.covariance, np.cov(x.T), rtol=1e-7)
+
+
+def test_moments_of_several_populations_and_with_repeats():
+    rng = np.random.default_rng(1)
+    x, weights = rng.normal(size=(3, 50, 4)), rng.integers(0, 4, 50)
+    moments = Moments().update(x[:, :20], weights[:20]).update(x[:, 20:], weights[20:])
+    assert moments.count == weights.sum()
+    for i in range(3):
+        np.testing.assert_allclose(moments.covariance[i], np.cov(x[i].T, fweights=weights), rtol=1e-12)
+        np.testing.assert_allclose(moments.mean[i], np.average(x[i], axis=0, weights=weights), rtol=1e-12)
+
+
+def test_moments_refuse_what_has_none():
+    with pytest.raises(ValueError, match="got 1 vectors, wanted 2"):
+        _ = Moments().update(np.zeros((1, 3))).covariance
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        Moments().update(np.array([[1.0, np.nan]]))
+
+
+# ---------------------------------------------------------------------------------------------------- Frechet
+
+
+def test_frechet_distance_of_commuting_gaussians_in_closed_form():
+    rng = np.random.default_rng(2)
+    mean1, mean2, std1, std2 = rng.normal(size=(2, 6)).tolist() + rng.uniform(0, 3, size=(2, 6)).tolist()
+    basis = scipy.stats.ortho_group.rvs(6, random_state=0)
+    cov1, cov2 = (basis @ np.diag(np.square(std)) @ basis.T for std in (std1, std2))
+    expected = np.sum(np.subtract(mean1, mean2) ** 2) + np.sum(np.subtract(std1, std2) ** 2)
+    assert frechet_distance(mean1, cov1, mean2, cov2) == pytest.approx(expected, rel=1e-12)
+    assert isinstance(frechet_distance(mean1, cov1, mean2, cov2), float)
+
+
+def test_frechet_distance_is_that_of_scipy_and_batched():
+    rng = np.random.default_rng(3)
+    means = rng.normal(size=(2, 4, 12))
+    covs = np.array([[covariance(rng, 12) for _ in range(4)] for _ in range(2)])
+    batched = frechet_distance(means[0], covs[0], means[1], covs[1])
+    for i in range(4):
+        root = scipy.linalg.sqrtm(covs[0, i] @ covs[1, i]).real
+        expected = np.sum((means[0, i] - means[1, i]) ** 2) + np.trace(covs[0, i] + covs[1, i] - 2 * root)
+        assert batched[i] == pytest.approx(expected, rel=1e-10)
+        one = frechet_distance(means[0, i], covs[0, i], means[1, i], covs[1, i])
+        assert one == pytest.approx(batched[i], rel=1e-12)
+
+
+def test_frechet_distance_is_symmetric_and_zero_for_equals_even_if_singular():
+    rng = np.random.default_rng(4)
+    mean, flat, full = np.zeros(40), covariance(rng, 40, rank=3), covariance(rng, 40)
+    assert abs(frechet_distance(mean, flat, mean, flat)) < 1e-12 * np.trace(flat)
+    forth, back = (frechet_distance(mean, a, mean, b) for a, b in ((flat, full), (full, flat)))
+    assert forth == pytest.approx(back, rel=1e-12) and forth > 0
+    scaled = frechet_distance(mean, flat, mean, 4 * flat)  # tr C + 4 tr C - 2 * 2 tr C
+    assert scaled == pytest.approx(np.trace(flat), rel=1e-10)
+    with pytest.raises(ValueError, match="equal size"):
+        frechet_distance(mean, flat, mean[:3], flat[:3, :3])
+
+
+# -------------------------------------------------------------------------------------------------------- FWD
+
+
+@pytest.mark.skipif(not CIFAR_TEST.exists(), reason="needs the copy of CIFAR-10 in ../shared/data")
+def test_fwd_is_the_reference_between_cats_and_airplanes():
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(CIFAR_TEST).to_pydict()
+    cats, airplanes = (
+        np.stack([np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("RGB"))
+                  for cell, row_label in zip(rows["img"], rows["label"], strict=True) if row_label == label])
+        for label in (3, 0)
+    )  # fmt: skip
+    for level, expected in ((3, 1.28209434), (2, 5.36527793)):
+        result = frechet_wavelet_distance(cats, airplanes, level=level)
+        assert result.value == pytest.approx(expected, rel=1e-6)
+        assert result.per_packet.shape == (4**level,) and result.per_packet.mean() == result.value
+        assert (result.count_real, result.count_generated, result.level) == (1000, 1000, level)
+    assert frechet_wavelet_distance(as_float(cats), airplanes).value == pytest.approx(1.28209434, rel=1e-5)
+
+
+def test_fwd_is_the_definition_by_pywavelets_and_numpy(photographs):
+    sets = [photographs[:250, :16, :16], photographs[250:550, :16, :16] // 2]
+    moments = []
+    for images in sets:
+        a, (h, v, d) = pywt.dwt2(images.transpose(0, 3, 1, 2) / 255, "haar")
+        bands = [band for one in (a, h, v, d) for band in (lambda z: (z[0], *z[1]))(pywt.dwt2(one, "haar"))]
+        moments.append([(b.reshape(len(b), -1).mean(0), np.cov(b.reshape(len(b), -1).T)) for b in bands])
+    distances = []
+    for (mean1, cov1), (mean2, cov2) in zip(*moments, strict=True):
+        difference = np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2)
+        eigenvalues = np.linalg.eigvals(cov1 @ cov2).real.clip(0)
+        distances.append(difference - 2 * np.sqrt(eigenvalues).sum())
+    result = frechet_wavelet_distance(*sets, level=2, batch_size=97)
+    np.testing.assert_allclose(sorted(result.per_packet), sorted(distances), rtol=1e-5)
+    # channel order: A of A first, then the A of H, V and D
+    np.testing.assert_allclose(result.per_packet[:4], np.array(distances)[[0, 4, 8, 12]], rtol=1e-5)
+
+
+def test_fwd_of_a_brightness_step_is_in_the_first_packet_only(photographs):
+    images = as_float(photographs) * 0.8
+    result = frechet_wavelet_distance(images, images + 0.1, level=3)
+    np.testing.assert_allclose(result.per_packet[0], 48 * (0.1 * 2**3) ** 2, rtol=1e-5)
+    np.testing.assert_allclose(result.per_packet[1:], 0, atol=1e-6)
+
+
+def test_fwd_streams_and_takes_either_layout(photographs):
+    real, generated = photographs[:300], photographs[300:]
+    expected = frechet_wavelet_distance(real, generated).value
+    assert frechet_wavelet_distance(real, generated, batch_size=37).value == pytest.approx(expected, rel=1e-9)
+    assert frechet_wavelet_distance(as_float(real), generated).value == pytest.approx(expected, rel=1e-4)
+    cached = metrics.packet_moments(real, 3)
+    assert frechet_wavelet_distance(cached, generated).value == expected
+    assert frechet_wavelet_distance(real, real).value == pytest.approx(0, abs=1e-10)
+
+
+def test_fwd_refuses_too_few_images_and_other_ranges(photographs):
+    with pytest.raises(ValueError, match=r"got 191 images for packets of 192 values at level 2.*deeper level"):
+        frechet_wavelet_distance(photographs, photographs[:191], level=2)
+    assert frechet_wavelet_distance(photographs, photographs[:192], level=2).count_generated == 192
+    for bad in (as_float(photographs) * 2 - 1, as_float(photographs) * 255, as_float(photographs) / 0):
+        with pytest.raises(ValueError, match=r"wanted floats in \[0, 1\]"):
+            frechet_wavelet_distance(photographs, bad)
+    for bad in (photographs[0], photographs.transpose(0, 3, 1, 2), as_float(photographs).permute(0, 2, 3, 1)):
+        with pytest.raises(ValueError, match=r"wanted uint8 \(N, H, W, C\) or float"):
+            frechet_wavelet_distance(bad, photographs)
+    with pytest.raises(ValueError, match="packets, wanted 64"):
+        frechet_wavelet_distance(metrics.packet_moments(photographs, 2), photographs, level=3)
+
+
+def test_floor_is_the_distance_of_disjoint_halves(photographs):
+    floor = metrics.half_split_floor(photographs, 3, seed=1)
+    assert floor.value == pytest.approx(metrics.half_split_floor(photographs, 3, seed=1, batch_size=64).value, rel=1e-9)
+    assert (floor.count_real, floor.count_generated) == (300, 300)
+    assert floor.value != metrics.half_split_floor(photographs, 3, seed=2).value
+    assert 0 < floor.value < metrics.half_split_floor(photographs, 3, seed=1, count=100).value
+    pair = np.repeat(np.arange(2, dtype=np.uint8), 64).reshape(2, 8, 8, 1)
+    many = np.concatenate([pair[:1]] * 40)  # equal images: any split is at distance 0, unless rows are lost
+    assert metrics.half_split_floor(many, 3).value == pytest.approx(0, abs=1e-20)
+    with pytest.raises(ValueError, match="wanted 1 to 300"):
+        metrics.half_split_floor(photographs, 3, count=301)
+
+
+def test_halves_are_disjoint_and_cover_the_set(monkeypatch, photographs):
+    seen = []
+    original = metrics.packet_moments
+    monkeypatch.setattr(
+        metrics, "packet_moments", lambda *a, rows, **k: seen.append(rows) or original(*a, rows=rows, **k)
+    )
+    metrics.half_split_floor(photographs, 3)
+    assert sorted(np.concatenate(seen)) == list(range(600))
+
+
+def test_bootstrap_interval_is_as_wide_as_the_spread_of_repeated_draws():
+    rng = np.random.default_rng(5)
+
+    def draw(count: int) -> torch.Tensor:
+        return torch.from_numpy(rng.normal(0.5, 0.1, (count, 1, 8, 8)).clip(0, 1))
+
+    real = metrics.packet_moments(draw(4000), 2)
+    values = [frechet_wavelet_distance(real, draw(300), 2).value for _ in range(40)]
+    interval = metrics.bootstrap_interval(real, draw(300), 2, resamples=40, seed=0)
+    assert 0.5 < (interval.high - interval.low) / np.subtract(*np.quantile(values, [0.95, 0.05])) < 2
+    assert (interval.confidence, interval.resamples, interval.seed, interval.count) == (0.9, 40, 0, 300)
+    shorter = metrics.bootstrap_interval(real, draw(3000), 2, resamples=40)
+    assert shorter.high - shorter.low < (interval.high - interval.low) / 2
+
+
+def test_bootstrap_interval_holds_the_value_and_is_seeded(photographs):
+    real, generated = photographs[:300], photographs[300:]
+    value = frechet_wavelet_distance(real, generated).value
+    first = metrics.bootstrap_interval(real, generated, seed=1, resamples=8)
+    assert 0 <= first.low < value < first.high
+    assert first == metrics.bootstrap_interval(real, generated, seed=1, resamples=8)
+    assert first != metrics.bootstrap_interval(real, generated, seed=2, resamples=8)
+    with pytest.raises(ValueError, match="got resamples=1"):
+        metrics.bootstrap_interval(real, generated, resamples=1)
+
+
+# ---------------------------------------------------------------------------------------------------- spectra
+
+
+def test_white_noise_has_a_flat_spectrum_at_its_variance():
+    noise = torch.from_numpy(np.random.default_rng(6).uniform(0, 1, (400, 2, 32, 32)))
+    frequency, power = diagnostics.radial_power_spectrum(noise)
+    np.testing.assert_allclose(frequency, np.arange(1, 17) / 32)
+    np.testing.assert_allclose(power, 1 / 12, rtol=0.05)
+
+
+@pytest.mark.parametrize("cycles", [3, 8, 16])
+def test_a_wave_has_its_power_at_its_frequency(cycles):
+    x = np.arange(32)
+    wave = 0.5 + 0.4 * np.cos(2 * np.pi * cycles * x / 32)
+    images = torch.from_numpy(np.broadcast_to(wave, (5, 1, 32, 32)).copy())
+    for oriented in (images, images.mT):
+        frequency, power = diagnostics.radial_power_spectrum(oriented)
+        assert frequency[power.argmax()] == cycles / 32
+        assert power.max() > 1e6 * np.sort(power)[-2]
+
+
+def test_rings_are_rounded_to_the_nearest_frequency():
+    y, x = np.mgrid[:32, :32]
+    wave = 0.5 + 0.4 * np.cos(2 * np.pi * (4 * x + 4 * y) / 32)  # sqrt(32) = 5.66 cycles per 32 pixels
+    frequency, power = diagnostics.radial_power_spectrum(torch.from_numpy(wave)[None, None])
+    assert frequency[power.argmax()] == 6 / 32
+
+
+def test_band_statistics_are_those_of_scipy(photographs):
+    found = diagnostics.band_statistics(photographs, level=1)
+    a, (h, v, d) = pywt.dwt2(photographs.transpose(0, 3, 1, 2) / 255, "haar")
+    bands = [band.ravel() for band in (a, h, v, d)]
+    assert found.bands == ["A", "H", "V", "D"] and found.count == 600
+    np.testing.assert_allclose(found.energy, [np.mean(b**2) for b in bands], rtol=1e-9)
+    np.testing.assert_allclose(found.std, [np.std(b) for b in bands], rtol=1e-9)
+    np.testing.assert_allclose(found.kurtosis, [scipy.stats.kurtosis(b) for b in bands], rtol=1e-6)
+    assert np.isclose(diagnostics.band_statistics(photographs, level=3).energy.sum() / 64, found.energy.sum() / 4)
+
+
+# ---------------------------------------------------------------------------------------- neighbours, classes
+
+
+def test_neighbours_are_those_of_scikit_learn(photographs):
+    from sklearn.neighbors import NearestNeighbors
+
+    generated, real = photographs[:40], photographs[40:]
+    rows, distances = diagnostics.nearest_neighbours(generated, real, k=3, batch_size=100)
+    flat = [images.reshape(len(images), -1) / 255 for images in (real, generated)]
+    expected, expected_rows = NearestNeighbors(n_neighbors=3, algorithm="brute").fit(flat[0]).kneighbors(flat[1])
+    np.testing.assert_array_equal(rows, expected_rows)
+    np.testing.assert_allclose(distances, expected / np.sqrt(32 * 32 * 3), rtol=1e-9)
+
+
+def test_a_copy_is_found_at_distance_zero_and_an_offset_at_its_size(photographs):
+    real = photographs // 2
+    rows, distances = diagnostics.nearest_neighbours(real[[500, 7]], real, batch_size=64)
+    assert rows.tolist() == [[500], [7]] and distances.tolist() == [[0.0], [0.0]]
+    shifted = as_float(real[[500, 7]]).double() + 0.002
+    rows, distances = diagnostics.nearest_neighbours(shifted, real)
+    assert rows.tolist() == [[500], [7]]
+    np.testing.assert_allclose(distances, 0.002, rtol=1e-4)
+    with pytest.raises(ValueError, match="got k=601 with 600"):
+        diagnostics.nearest_neighbours(real, real, k=601)
+
+
+def test_neighbours_that_float32_confuses_are_told_apart():
+    rng = np.random.default_rng(8)
+    bases = rng.choice(np.array([0, 254], np.uint8), (20, 32, 32, 3))
+    near = np.repeat(bases, 9, axis=0)
+    near[np.arange(180) % 9 != 4, 0, 0, 0] += 1  # all but the fifth of nine differ in one grey level
+    rows, distances = diagnostics.nearest_neighbours(bases, near)
+    assert rows[:, 0].tolist() == list(range(4, 180, 9)) and not distances.any()
+
+
+def test_the_judge_knows_digits_and_doubts_what_is_none(digits):
+    classifier = diagnostics.fit_classifier(digits.images, digits.labels, seed=0)
+    assert classifier.held_out_accuracy > 0.97 and classifier.held_out == 450
+    rng = np.random.default_rng(7)
+    one, other = rng.integers(len(digits.images), size=(2, 400))
+    differ = digits.labels[one] != digits.labels[other]
+    pair = digits.images[one[differ]].astype(int) + digits.images[other[differ]]
+    real = diagnostics.judge(classifier, digits.images)
+    noise = diagnostics.judge(classifier, rng.integers(0, 256, (400, 16, 16, 1), dtype=np.uint8))
+    blends = diagnostics.judge(classifier, (pair // 2).astype(np.uint8))
+    assert real["confident_share"] >= 0.9 and real["classes_seen"] == 10 and real["count"] == 1797
+    assert noise["confident_share"] < 0.05 and blends["confident_share"] < 0.4
+    assert sum(noise["class_counts"].values()) == 400
+    ones = diagnostics.judge(classifier, as_float(np.array(digits.images[digits.labels == 1])))
+    assert ones["class_counts"][1] > 175 and ones["classes_seen"] < 4
+
+
+def test_the_judge_is_fitted_the_same_for_the_same_seed_and_judged_on_images_held_out(digits):
+    images, labels = digits.images[:400], digits.labels[:400]
+    first, again, other = (diagnostics.fit_classifier(images, labels, seed=s) for s in (0, 0, 1))
+    np.testing.assert_array_equal(first.predict_proba(images), again.predict_proba(images))
+    assert first.confidence_p10 == again.confidence_p10 != other.confidence_p10
+    chance = diagnostics.fit_classifier(images, np.random.default_rng(0).permutation(labels), seed=0)
+    assert chance.held_out_accuracy < 0.3  # labels without meaning cannot be predicted
+    with pytest.raises(ValueError, match="got 400 images and 399 labels"):
+        diagnostics.fit_classifier(images, labels[:399])
