@@ -1,0 +1,411 @@
+"""plots.py: what is drawn is what was given, at its place, and nothing global changes."""
+
+import sys
+from functools import cache
+from subprocess import run
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import pywt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
+
+from wddm import plots
+
+RNG = np.random.default_rng(0)
+RGB = RNG.integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
+GREY = RNG.integers(0, 256, (10, 8, 6, 1), dtype=np.uint8)
+ENERGY, TIMES = np.array([0.25, 0.008, 0.006, 0.001]), np.array([900.0, 500.0, 20.0])
+STATES = RNG.normal(size=(3, 12, 4, 4))
+STD = {"A": np.array([1, 0.8, 0.5]), "H": np.array([1, 0.6, 0.09])}
+ROWS = [
+    {"step": k, "images_seen": 500 * k, "loss": 1 / k, "lr": 1e-4 * k, "grad_norm": 2 + k % 3} for k in range(1, 201)
+]
+SHARES = (["cat", "dog", "ship"], [50, 30, 20], [0.3, 0.3, 0.4])
+FIGURES = {
+    "image_grid": lambda: plots.image_grid(RGB, 4, [f"t{k}" for k in range(10)]),
+    "compare_grids": lambda: plots.compare_grids(GREY, GREY[::-1]),
+    "training_curves": lambda: plots.training_curves(ROWS),
+    "coefficient_bands": lambda: plots.coefficient_bands(STATES[0], list("AHVD"), 3),
+    "band_histograms": lambda: plots.band_histograms({"A": STATES[:, 0].ravel(), "H": STATES[:, 1].ravel()}),
+    "trajectory": lambda: plots.trajectory(STATES, list("AHVD"), TIMES, RGB[:3]),
+    "band_trajectory": lambda: plots.band_trajectory(TIMES, STD),
+    "spectra": lambda: plots.spectra([0.1, 0.2, 0.5], [9, 4, 1], [9, 5, 3]),
+    "band_energy": lambda: plots.band_energy("AHVD", ENERGY, ENERGY * 2),
+    "packet_map": lambda: plots.packet_map(np.arange(1, 17), 2),
+    "neighbours": lambda: plots.neighbours(RGB[:2], RGB[2:6].reshape(2, 2, 8, 8, 3), [[1, 2], [3, 4]]),
+    "class_counts": lambda: plots.class_counts(*SHARES),
+    "confidence": lambda: plots.confidence([0.5, 0.9, 1], [0.1, 0.2, 0.8, 0.9], 0.6),
+    "noise_schedule": lambda: plots.noise_schedule(TIMES, STD),
+    "channel_histograms": lambda: plots.channel_histograms(RGB, RGB[:5]),
+}
+
+
+def canvas(figure):
+    return np.asarray(figure.axes[0].images[0].get_array())
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
+def pixels(figure):
+    """The figure as it is printed, (height, width, 3)."""
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3]
+
+
+def agg(figure):
+    FigureCanvasAgg(figure)
+    return figure
+
+
+@cache
+def drawn_once(name):
+    figure = agg(FIGURES[name]())
+    figure.canvas.draw()
+    return figure
+
+
+def packets(image, level, order):
+    """Energy of each Haar packet of an image (H, W), stacked as by the codec or ordered by node path."""
+    bands = [image]
+    for _ in range(level):
+        split = np.array([(a, *details) for a, details in (pywt.dwt2(band, "haar") for band in bands)])
+        bands = np.concatenate(split if order == "path" else split.swapaxes(0, 1))
+    return np.array([np.square(band).sum() for band in bands])
+
+
+def test_import_has_no_effects():
+    code = (
+        "import matplotlib; before = dict(matplotlib.rcParams); import wddm.plots, sys; "
+        "assert dict(matplotlib.rcParams) == before; assert 'torch' not in sys.modules; "
+        "assert not [m for m in sys.modules if m.startswith('wddm.') and m[5:] not in ('plots', 'mosaics')]"
+    )
+    run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_every_figure_is_tested():
+    own = {name: getattr(thing, "__module__", None) or "" for name, thing in vars(plots).items()}
+    public = {name for name, module in own.items() if module.startswith("wddm") and name[0] != "_"}
+    assert public == {*FIGURES, "compose", "checked", "need", "panels"}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_leaves_no_state_and_ignores_the_callers(name):
+    plain = np.asarray(drawn_once(name).canvas.buffer_rgba())[..., :3]
+    theirs = {"xtick.labelsize": 30, "grid.color": "red", "lines.linestyle": ":", "image.origin": "lower"}
+    with matplotlib.rc_context(theirs):
+        before = dict(matplotlib.rcParams)
+        figure = FIGURES[name]()
+        assert dict(matplotlib.rcParams) == before
+        assert plt.get_fignums() == []
+        np.testing.assert_array_equal(pixels(agg(figure)), plain)
+
+
+def written(axes):
+    """Everything legible in a panel, ticks outside its view left out."""
+    ticks = []
+    for axis in (axes.xaxis, axes.yaxis) if axes.axison else ():
+        low, high = sorted(axis.get_view_interval())
+        ticks += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+        ticks += [tick.label2 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    artists = [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts, *ticks]
+    return [artist for artist in artists if artist.get_text() and artist.get_visible()]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_nothing_is_cut_off_or_overlaps(name):
+    figure = drawn_once(name)
+    frame, artists = figure.bbox, [artist for axes in figure.axes for artist in written(axes)]
+    boxes = [artist.get_window_extent() for artist in artists]
+    for k, (artist, box) in enumerate(zip(artists, boxes, strict=True)):
+        assert frame.x0 - 1 <= box.x0 and box.x1 <= frame.x1 + 1, artist
+        assert frame.y0 - 1 <= box.y0 and box.y1 <= frame.y1 + 1, artist
+        assert not any(box.padded(-2).overlaps(other.padded(-2)) for other in boxes[:k]), artist
+
+
+@pytest.mark.parametrize("images", [RGB, GREY], ids=["rgb", "grey"])
+@pytest.mark.parametrize("gap", [(1, 1), (3, 2), (0, 0)])
+def test_compose_puts_image_k_at_its_place(images, gap):
+    (_, h, w, _), composed = images.shape, plots.compose(images, 4, gap)
+    assert composed.shape == (3 * (h + gap[0]) - gap[0], 4 * (w + gap[1]) - gap[1], 3)
+    rest = np.ones(composed.shape[:2], dtype=bool)
+    for k, image in enumerate(images):
+        y, x = k // 4 * (h + gap[0]), k % 4 * (w + gap[1])
+        np.testing.assert_array_equal(composed[y : y + h, x : x + w], np.broadcast_to(image, (h, w, 3)))
+        rest[y : y + h, x : x + w] = False
+    assert (composed[rest] == 255).all()
+
+
+def test_image_grid_prints_whole_pixels():
+    figure = agg(plots.image_grid(RGB, 4))
+    drawn, printed = canvas(figure), pixels(figure)
+    scale = (drawn.shape[1] - 3 * 3) // (4 * 8)
+    assert scale > 1
+    for k, image in enumerate(RGB):
+        y, x = k // 4 * (8 * scale + 3), k % 4 * (8 * scale + 3)
+        enlarged = image.repeat(scale, 0).repeat(scale, 1)
+        np.testing.assert_array_equal(drawn[y : y + 8 * scale, x : x + 8 * scale], enlarged)
+    np.testing.assert_array_equal(printed, drawn)
+
+
+def test_image_grid_titles_are_over_their_images():
+    figure = plots.image_grid(RGB, 4, [f"t{k}" for k in range(10)])
+    height, width = canvas(figure).shape[:2]
+    for k, text in enumerate(figure.axes[0].texts):
+        x, y = text.get_position()
+        assert text.get_text() == f"t{k}"
+        assert abs(x - width * (k % 4 + 0.5) / 4) < 3
+        assert k // 4 * height / 3 - 20 < y < k // 4 * height / 3 + 30
+
+
+def test_compare_grids_has_real_left_and_generated_right():
+    figure = plots.compare_grids(np.zeros_like(RGB[:9]), np.full_like(RGB[:9], 200), columns=3)
+    drawn = canvas(figure)
+    half = drawn.shape[1] // 2
+    assert set(np.unique(drawn[:, :half])) == {0, 255} and set(np.unique(drawn[:, half:])) == {200, 255}
+    real, generated = figure.axes[0].texts
+    assert (real.get_text(), generated.get_text()) == ("Real", "Generated")
+    assert real.get_position()[0] < half < generated.get_position()[0]
+
+
+def test_training_curves_show_the_rows():
+    loss, rate, norm = plots.training_curves(ROWS, window=5).axes
+    seen = np.array([row["images_seen"] for row in ROWS]) / 1000
+    for axes, name in ((loss, "loss"), (rate, "lr"), (norm, "grad_norm")):
+        np.testing.assert_array_equal(axes.lines[0].get_xdata(), seen)
+        np.testing.assert_array_equal(axes.lines[0].get_ydata(), [row[name] for row in ROWS])
+    smooth, raw = loss.lines[1].get_ydata(), loss.lines[0].get_ydata()
+    np.testing.assert_allclose(smooth[100], raw[98:103].mean())
+    np.testing.assert_allclose(smooth[0], raw[:3].mean())
+    assert loss.get_yscale() == "log" and "thousands" in loss.get_xlabel()
+
+
+def test_training_curves_take_a_dataframe_and_a_single_row():
+    pandas = pytest.importorskip("pandas")
+    frame = plots.training_curves(pandas.DataFrame(ROWS)).axes[0].lines[0]
+    np.testing.assert_array_equal(frame.get_ydata(), [row["loss"] for row in ROWS])
+    assert len(plots.training_curves(ROWS[:1]).axes[0].lines[1].get_ydata()) == 1
+
+
+@pytest.mark.parametrize("labels", [list("AHVD"), [f"{b}{c}" for b in "AHVD" for c in range(3)]])
+def test_coefficient_bands_are_named_and_scaled_singly(labels):
+    coefficients = np.concatenate([scale * STATES[0, :3] for scale in (1, 0.1, 0.01, 0)])
+    figure = plots.coefficient_bands(coefficients, labels, 3)
+    wanted = [f"{b}  std {coefficients[3 * k : 3 * k + 3].std():#.2g}" for k, b in enumerate("AHVD")]
+    assert texts(figure) == wanted
+    side = canvas(figure).shape[0]
+    tiles = [canvas(figure)[:, k * (side + 3) : k * (side + 3) + side] for k in range(4)]
+    np.testing.assert_array_equal(tiles[1], tiles[0])
+    np.testing.assert_array_equal(tiles[2], tiles[0])
+    assert np.ptp(tiles[0]) > 150 and set(np.unique(tiles[3])) == {128}  # a band of zeros is mid-grey
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_coefficient_bands_at_every_level(level, channels):
+    coefficients = RNG.normal(size=(4**level * channels, 4, 4))
+    assert len(texts(plots.coefficient_bands(coefficients, range_labels(4**level), channels))) == 4**level
+
+
+def range_labels(count):
+    return [f"b{k}" for k in range(1, count + 1)]
+
+
+def test_one_channel_bands_are_blue_below_zero_and_red_above():
+    tile = canvas(plots.coefficient_bands([[[-1.0, 1.0], [0.0, 0.5]]], ["A"]))
+    h, w = np.array(tile.shape[:2]) // 4
+    low, high, zero = tile[h, w].astype(int), tile[h, 3 * w].astype(int), tile[3 * h, w].astype(int)
+    assert low[2] > low[0] + 50 and high[0] > high[2] + 50
+    assert zero.min() > 235 and np.ptp(zero) < 10
+
+
+def test_three_channel_bands_are_coloured_about_mid_grey():
+    tile = canvas(plots.coefficient_bands([[[0, 1], [0, 0]], [[0, 0], [-1, 0]], [[0, 0], [0, 0]]], ["A"], 3))
+    h, w = np.array(tile.shape[:2]) // 4
+    assert tile[h, 3 * w].tolist() == [255, 128, 128] and tile[3 * h, w].tolist() == [128, 0, 128]
+
+
+def test_trajectory_has_a_row_per_band_and_a_column_per_time():
+    states = np.full((3, 4, 4, 4), -1.0)
+    states[2, 1] = 1.0  # the last step of band H
+    images = np.arange(3, dtype=np.uint8)[:, None, None, None] * np.full((1, 8, 8, 1), 100, np.uint8)
+    figure = plots.trajectory(states, list("AHVD"), TIMES, images)
+    assert texts(figure) == ["t = 900", "t = 500", "t = 20", "image", *"AHVD"]
+    drawn = canvas(figure).astype(int)
+    h, w = drawn.shape[0] / 5, drawn.shape[1] / 3
+    at = [[drawn[int(h * (r + 0.5)), int(w * (c + 0.5))] for c in range(3)] for r in range(5)]
+    assert [pixel.tolist() for pixel in at[0]] == [[0] * 3, [100] * 3, [200] * 3]
+    red = [[bool(pixel[0] > pixel[2]) for pixel in row] for row in at[1:]]
+    assert red == [[False] * 3, [False, False, True], [False] * 3, [False] * 3]
+
+
+@pytest.mark.parametrize("draw", [plots.band_trajectory, plots.noise_schedule])
+def test_lines_over_time_are_the_input(draw):
+    axes = draw(TIMES, STD).axes[0]
+    for line, (name, values) in zip(axes.lines[: len(STD)], STD.items(), strict=True):
+        assert line.get_label() == name
+        np.testing.assert_array_equal(line.get_xdata(), TIMES)
+        np.testing.assert_array_equal(line.get_ydata(), values)
+    assert axes.get_yscale() == "log" and axes.xaxis_inverted() == (draw is plots.band_trajectory)
+    assert [text.get_text() for text in axes.figure.legends[0].texts] == list(STD)
+
+
+@pytest.mark.parametrize("count", [10, 13, 16, 48])
+def test_every_band_has_its_colour(count):
+    axes = plots.noise_schedule(TIMES, {f"b{k}": STD["A"] for k in range(count)}).axes[0]
+    assert len({to_rgba(line.get_color()) for line in axes.lines[:count]}) == count
+
+
+def test_spectra_show_power_and_ratio():
+    power, ratio = plots.spectra([0.1, 0.2, 0.5], [9, 4, 1], [9, 5, 3]).axes
+    assert [line.get_label() for line in power.lines] == ["real", "generated"]
+    np.testing.assert_array_equal(power.lines[0].get_ydata(), [9, 4, 1])
+    np.testing.assert_array_equal(power.lines[1].get_ydata(), [9, 5, 3])
+    np.testing.assert_allclose(ratio.lines[0].get_ydata(), [1, 1.25, 3])
+    assert (power.get_xscale(), power.get_yscale(), ratio.get_yscale()) == ("log",) * 3
+    assert "cycles/pixel" in ratio.get_xlabel()
+
+
+def test_band_energy_shows_heights_and_ratios():
+    figure = plots.band_energy("AHVD", ENERGY, ENERGY * [1, 2, 0.5, 1.23])
+    heights = [patch.get_height() for patch in figure.axes[0].patches]
+    np.testing.assert_allclose(heights, [*ENERGY, *ENERGY * [1, 2, 0.5, 1.23]])
+    assert texts(figure) == ["×1.00", "×2.00", "×0.50", "×1.23"]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == list("AHVD")
+
+
+def test_band_histograms_are_densities_with_their_spread():
+    values = {"A": RNG.normal(size=5000), "H": 0.1 * RNG.normal(size=5000)}
+    figure = plots.band_histograms(values)
+    for patch, (name, band) in zip(figure.axes[0].patches, values.items(), strict=True):
+        density, edges, _ = patch.get_data()
+        np.testing.assert_allclose((density * np.diff(edges)).sum(), 1)
+        assert (edges[0], edges[-1]) == (band.min(), band.max())
+        assert patch.get_label() == f"{name}, std {band.std():#.2g}"
+    assert figure.axes[0].get_yscale() == "log"
+
+
+def test_channel_histograms_count_each_channel():
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    images[..., 1], images[0, ..., 2] = 255, 130
+    figure = plots.channel_histograms(images, images)
+    assert [axes.get_title() for axes in figure.axes] == ["Red", "Green", "Blue"]
+    wanted = [{0: 100}, {252: 100}, {0: 50, 128: 50}]
+    for axes, bins in zip(figure.axes, wanted, strict=True):
+        for patch in axes.patches:
+            share, edges, _ = patch.get_data()
+            assert {int(edge): value for edge, value in zip(edges, share, strict=False) if value} == bins
+    assert len(figure.legends) == 1
+    single = plots.channel_histograms(GREY)
+    assert len(single.axes) == 1 and not single.legends
+
+
+@pytest.mark.parametrize("order", ["codec", "path"])
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_packet_map_agrees_with_pywavelets_frequency_order(level, order):
+    image = RNG.normal(size=(16, 16))
+    tree = pywt.WaveletPacket2D(image, "haar", maxlevel=level)
+    wanted = [[np.square(node.data).sum() for node in row] for row in tree.get_level(level, "freq")]
+    figure = plots.packet_map(packets(image, level, order), level, order)
+    np.testing.assert_allclose(canvas(figure), wanted)
+    for text in figure.axes[0].texts:
+        column, row = (np.array(text.get_position()) * 2 ** (level + 1)).astype(int)
+        assert text.get_text() == f"{wanted[row][column]:.2g}"
+
+
+@pytest.mark.parametrize("order", ["codec", "path"])
+def test_packet_map_places_oscillations_by_frequency(order):
+    n, level = 64, 2
+    for cell in range(4):
+        wave = np.cos(np.pi * (cell + 0.5) / 4 * np.arange(n) + 0.3)  # mid of the cell's frequencies
+        across, down = np.broadcast_to(wave, (n, n)), np.broadcast_to(wave[:, None], (n, n))
+        for image, place in ((across, (0, cell)), (down, (cell, 0))):
+            drawn = canvas(plots.packet_map(packets(image, level, order), level, order))
+            assert np.unravel_index(drawn.argmax(), (4, 4)) == place
+
+
+def test_packet_map_axes_are_cycles_per_pixel_and_the_bar_is_named():
+    axes, bar = plots.packet_map(np.arange(16), 2).axes
+    assert tuple(axes.images[0].get_extent()) == (0, 0.5, 0.5, 0)
+    assert bar.get_ylabel() == "Fréchet distance"
+    for values in (np.zeros(4), np.full(4, 3.0), [0, 1, 2, 1e9]):
+        pixels(agg(plots.packet_map(values, 1)))
+
+
+def test_neighbours_are_under_their_samples_with_distances():
+    shades = np.array([[11, 12, 13], [21, 22, 23]], dtype=np.uint8)
+    nearest = np.broadcast_to(shades[..., None, None, None], (2, 3, 8, 8, 1))
+    figure = plots.neighbours(np.full((2, 8, 8, 1), 1, np.uint8), nearest, shades / 100)
+    drawn = canvas(figure)
+    tile, columns = (drawn.shape[1] - 3) // 2, drawn.shape[1] // 4
+    step = (drawn.shape[0] - tile) / 3
+    seen = [[drawn[int(r * step + tile / 2), c, 0] for c in (columns, 3 * columns)] for r in range(4)]
+    assert seen == [[1, 1], [11, 21], [12, 22], [13, 23]]
+    placed = {text.get_text(): text.get_position() for text in figure.axes[0].texts if text.get_text()}
+    x, y = placed["0.220"]
+    assert drawn.shape[1] / 2 < x and 2 * step + tile < y < 2 * step + tile + 24
+
+
+def test_class_counts_against_chance():
+    axes = plots.class_counts(*SHARES).axes[0]
+    assert [patch.get_width() for patch in axes.patches] == [50, 30, 20]
+    expected = axes.lines[0].get_xdata()
+    np.testing.assert_allclose(expected, [30, 30, 40])
+    (bars,) = axes.collections[0].get_segments()[:1]
+    np.testing.assert_allclose(bars[:, 0], 30 + np.array([-2, 2]) * np.sqrt(100 * 0.3 * 0.7))
+    assert axes.yaxis_inverted() and [label.get_text() for label in axes.get_yticklabels()] == SHARES[0]
+
+
+def test_confidence_is_the_distribution_and_counts_below_the_threshold():
+    axes = plots.confidence([0.5, 0.9, 1], [0.1, 0.2, 0.8, 0.9], 0.6).axes[0]
+    real, generated, threshold = axes.lines
+    np.testing.assert_allclose(real.get_xdata()[1:], [0.5, 0.9, 1])
+    np.testing.assert_allclose(generated.get_ydata()[1:], [0.25, 0.5, 0.75, 1])
+    assert real.get_label() == "real, 33.3% below 0.6"
+    assert generated.get_label() == "generated, 50.0% below 0.6"
+    assert set(threshold.get_xdata()) == {0.6}
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: plots.image_grid(RGB / 255),
+        lambda: plots.image_grid(RGB[0]),
+        lambda: plots.image_grid(RGB.transpose(0, 3, 1, 2)),
+        lambda: plots.image_grid(RGB[:0]),
+        lambda: plots.image_grid(RGB, titles=["one"]),
+        lambda: plots.compare_grids(RGB, RGB[:5]),
+        lambda: plots.neighbours(RGB[:2], RGB[:2], [1, 2]),
+        lambda: plots.neighbours(RGB[:2], RGB[None, :2], [[1, 2]]),
+        lambda: plots.neighbours(RGB[:2], RGB[:2, None], [[1, 2]]),
+        lambda: plots.coefficient_bands(STATES, list("AHVD"), 3),
+        lambda: plots.coefficient_bands(STATES[0], list("AHV"), 3),
+        lambda: plots.coefficient_bands(STATES[0, :11], list("AHVD"), 3),
+        lambda: plots.trajectory(STATES, list("AHVD"), TIMES[:2]),
+        lambda: plots.trajectory(STATES, list("AHVDX"), TIMES),
+        lambda: plots.trajectory(STATES, list("AHVD"), TIMES, RGB[:3, :6]),
+        lambda: plots.trajectory(STATES, list("AHVD"), TIMES, RGB[:2]),
+        lambda: plots.band_trajectory(TIMES, {"A": [1, 2]}),
+        lambda: plots.noise_schedule(TIMES, {"A": STATES}),
+        lambda: plots.training_curves([]),
+        lambda: plots.training_curves([{"loss": 1}]),
+        lambda: plots.spectra([0.1, 0.2], [1, 2], [1, 2, 3]),
+        lambda: plots.band_energy("AHV", ENERGY, ENERGY),
+        lambda: plots.band_histograms({"A": STATES}),
+        lambda: plots.channel_histograms(STATES),
+        lambda: plots.packet_map(np.ones(15), 2),
+        lambda: plots.packet_map(np.ones(16), 1),
+        lambda: plots.packet_map(np.ones(16), 2, "AHVD"),
+        lambda: plots.class_counts(["a", "b"], [1, 2, 3], [0.5, 0.5]),
+        lambda: plots.confidence([[0.5]], [0.5], 0.5),
+        lambda: plots.confidence([0.5], [], 0.5),
+    ],
+)
+def test_wrong_shapes_are_refused_in_one_line(draw):
+    with pytest.raises(ValueError, match=r"^got [^\n]+, wanted [^\n]+: [^\n]+$"):
+        draw()
+    assert plt.get_fignums() == []
