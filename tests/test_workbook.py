@@ -1,0 +1,707 @@
+"""The runner and what notebooks use of it, on tiny workbooks that the tests write themselves."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from wddm import workbook
+from wddm.__main__ import main
+from wddm.workbook import kernel, provenance, report, runner
+from wddm.workbook.experiments import load_experiments
+from wddm.workbook.parameters import parse_parameters
+
+FIRST = """\
+run: str = "quickstart"           # name of the run
+seed: int = 0                     # of everything random
+count: int | None = None          # images
+learning_rate: float = 2e-4       # peak
+backbone: str = "unet"            # one of: unet, ukan; the denoiser
+flip: bool = False
+levels: list[int] = [1, 2]
+"""
+SECOND = 'run: str = "quickstart"\nseed: int = 0\nlevel: int = 1   # depth\n'
+
+
+def write_notebook(path: Path, parameters: str | None, *cells: str, prose: str = "# Title") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sources = [
+        ("markdown", prose, []),
+        *([("code", parameters, ["parameters"])] if parameters else []),
+        *(("code", source, []) for source in cells),
+    ]
+    content = [
+        {"cell_type": kind, "id": f"c{number}", "metadata": {"tags": tags}, "source": source}
+        | ({"outputs": [], "execution_count": None} if kind == "code" else {})
+        for number, (kind, source, tags) in enumerate(sources)
+    ]
+    path.write_text(json.dumps({"cells": content, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    """A workbook of two notebooks, the second of which reads what the first writes; the current folder."""
+    write_notebook(
+        tmp_path / "notebooks/01_prepare.ipynb",
+        FIRST,
+        "1 + 1",
+        prose="# Prepare\n\n**Inputs:** `input.txt`\n\n**Outputs:** `runs/{run}/data.txt`",
+    )
+    write_notebook(tmp_path / "notebooks/02_train.ipynb", SECOND, "2 + 2", prose="**Inputs:** `runs/{run}/data.txt`")
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params/x.yaml").write_text("level: 2\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def load(root: Path, text: str, *overrides: str) -> list:
+    (root / "params/x.yaml").write_text(text)
+    return load_experiments(Path("params/x.yaml"), root, list(overrides))
+
+
+def status(root: Path, run: str = "x") -> dict:
+    return json.loads((root / "reports" / run / "status.json").read_text())
+
+
+def states(root: Path, run: str = "x") -> list[str]:
+    return [entry["state"] for _, entry in sorted(status(root, run).items())]
+
+
+# ------------------------------------------------------------------------------------------------- parameters
+
+
+def test_schema_is_read_from_the_cell():
+    schema = parse_parameters(FIRST, "01")
+    assert list(schema) == ["run", "seed", "count", "learning_rate", "backbone", "flip", "levels"]
+    assert schema["learning_rate"].default == 2e-4 and schema["learning_rate"].help == "peak"
+    assert schema["count"].type == "int | None" and schema["flip"].help == ""
+    assert schema["backbone"].choices == ["unet", "ukan"] and schema["run"].choices == []
+
+
+@pytest.mark.parametrize(
+    ("help", "choices"),
+    [
+        ("one of: a, b", ["a", "b"]),
+        ("one of: a, b. Or so", ["a", "b"]),
+        ("one of: 0.5, dpmsolver++; c, d", ["0.5", "dpmsolver++"]),
+        ("one of: `a`, 'b'", ["a", "b"]),
+        ("any one of: a", []),
+    ],
+)
+def test_choices_are_read_from_the_help(help, choices):
+    default = choices[0] if choices else "z"
+    assert parse_parameters(f"x: str = '{default}'  # {help}", "")["x"].choices == choices
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "x = 1",
+        "x: int",
+        "x: dict = {}",
+        "x: int = 2 ** 3",
+        "import os",
+        "x: int = 'a'",
+        "x: int = (",
+        "x: str = 'c'  # one of: a, b",
+    ],
+)
+def test_a_bad_parameters_cell_names_its_notebook(source):
+    with pytest.raises(ValueError, match=r"^01_a\.ipynb: parameters cell: ") as caught:
+        parse_parameters(source, "01_a.ipynb")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("learning_rate: 1e-3", "learning_rate", 1e-3),
+        ("learning_rate: 1", "learning_rate", 1.0),
+        ("count: null", "count", None),
+        ("count: 5", "count", 5),
+        ("flip: yes", "flip", True),
+        ("levels: [3]", "levels", [3]),
+        ("backbone: ukan", "backbone", "ukan"),
+        ("", "seed", 0),
+    ],
+)
+def test_values_are_converted(root, text, name, value):
+    result = load(root, text)[0].parameters[name]
+    assert result == value and type(result) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("level: two", "level: got 'two' (str), wanted int, e.g. level: 1"),
+        ("level: true", "level: got True (bool), wanted int, e.g. level: 1"),
+        ("level: 2.0", "level: got 2.0 (float), wanted int, e.g. level: 1"),
+        ("level: null", "level: got None (NoneType), wanted int, e.g. level: 1"),
+        ("flip: 'true'", "flip: got 'true' (str), wanted bool, e.g. flip: false"),
+        ("learning_rate: fast", "learning_rate: got 'fast' (str), wanted float, e.g. learning_rate: 0.0002"),
+        ("learning_rate: true", "learning_rate: got True (bool), wanted float, e.g. learning_rate: 0.0002"),
+        ("learning_rate: .nan", "learning_rate: got nan (float), wanted float, e.g. learning_rate: 0.0002"),
+        ("levels: 3", "levels: got 3 (int), wanted list[int], e.g. levels: [1, 2]"),
+        ("levels: [1, a]", "levels: got [1, 'a'] (list), wanted list[int], e.g. levels: [1, 2]"),
+        ("count: x", "count: got 'x' (str), wanted int | None, e.g. count: 1"),
+        ("backbone: unett", "backbone: got 'unett', wanted one of: unet, ukan"),
+        ("lerning_rate: 1", "unknown parameter 'lerning_rate', did you mean 'learning_rate'?"),
+        ("run: ../x", "run: got '../x', wanted a plain folder name of letters, digits and . _ = + -"),
+        ("run: ..", "run: got '..', wanted a plain folder name of letters, digits and . _ = + -"),
+        ("- 1", "got a list, wanted one `key: value` per line"),
+        ("sweep: [1]", "sweep: wanted lists of values, e.g. sweep: {level: [0, 1, 2]}"),
+        ("level: 1\nsweep: {level: [1]}", "sweep: level cannot be swept and fixed at once"),
+        ("notebooks: [zzz]", "notebooks: there is no 'zzz'; known: 01_prepare, 02_train"),
+        ("notebooks: [02_tran]", "notebooks: there is no '02_tran', did you mean '02_train'?"),
+    ],
+)
+def test_bad_yaml_is_refused(root, text, message):
+    with pytest.raises(ValueError) as caught:
+        load(root, text)
+    assert str(caught.value) == f"params/x.yaml: {message}"
+
+
+def test_every_mistake_gets_a_line(root):
+    with pytest.raises(ValueError) as caught:
+        load(root, "level: a\nlevl: 1", "seed=b")
+    assert str(caught.value).splitlines() == [
+        "params/x.yaml: level: got 'a' (str), wanted int, e.g. level: 1",
+        "params/x.yaml: unknown parameter 'levl', did you mean 'level'?",
+        "-p: seed: got 'b' (str), wanted int, e.g. seed: 0",
+    ]
+
+
+def test_overrides_are_checked_like_the_file(root):
+    experiment = load(root, "level: 2", "level=3", "learning_rate=1e-3", "run=other")[0]
+    assert (experiment.run, experiment.parameters["level"]) == ("other", 3)
+    assert experiment.parameters["learning_rate"] == 1e-3
+    with pytest.raises(ValueError, match=r"^-p: level: got 'two'"):
+        load(root, "", "level=two")
+    with pytest.raises(ValueError, match=r"^-p level: wanted key=value$"):
+        load(root, "", "level")
+
+
+def test_a_sweep_makes_a_run_of_every_combination(root):
+    experiments = load(root, "sweep: {level: [0, 1], backbone: [unet, ukan]}", "seed=7")
+    names = [experiment.run for experiment in experiments]
+    assert names == [
+        "x-level=0-backbone=unet",
+        "x-level=0-backbone=ukan",
+        "x-level=1-backbone=unet",
+        "x-level=1-backbone=ukan",
+    ]
+    assert [experiment.parameters["run"] for experiment in experiments] == names
+    assert {experiment.parameters["seed"] for experiment in experiments} == {7}
+    assert load(root, "sweep: {levels: [[1, 2]]}")[0].run == "x-levels=_1_2_"
+
+
+def test_notebooks_must_agree(root):
+    write_notebook(root / "notebooks/03_more.ipynb", "seed: int = 1")
+    with pytest.raises(ValueError, match=r"^seed is `int = 0` in 01_prepare.ipynb but `int = 1` in 03_more"):
+        load(root, "")
+    write_notebook(root / "notebooks/03_more.ipynb", None)
+    with pytest.raises(ValueError, match=r"^03_more.ipynb: has no cell tagged 'parameters'"):
+        load(root, "")
+
+
+def test_saved_parameters_repeat_the_run(root):
+    write_notebook(root / "notebooks/analysis/depth.ipynb", "depth: float = 1.0\nrun: str = 'quickstart'")
+    experiment = load(root, "notebooks: [analysis/depth]\ndepth: 1e-5\nrun: deep")[0]
+    runner.write_parameters(experiment, root / "params/again.yaml")
+    again = load_experiments(root / "params/again.yaml", root)[0]
+    assert (again.run, again.notebooks) == ("deep", experiment.notebooks)
+    assert again.parameters == experiment.parameters == {"depth": 1e-5, "run": "deep"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "params/none.yaml"], "wddm: params/none.yaml: cannot be read (No such file or directory)\n"),
+        (
+            ["run", "params/x.yaml", "-p", "levl=1"],
+            "wddm: -p: unknown parameter 'levl', did you mean 'level'?\n",
+        ),
+        (
+            ["run", "params/x.yaml", "--only", "nine"],
+            "wddm: there is no notebook 'nine' in this run; known: 01_prepare, 02_train\n",
+        ),
+        (
+            ["run", "params/x.yaml", "params/x.yaml"],
+            "wddm: run: two experiments are called 'x'; give each its own name\n",
+        ),
+    ],
+)
+def test_command_line_refuses_in_one_line(root, capsys, arguments, message):
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == message
+    assert not (root / "reports").exists()
+
+
+def test_invalid_yaml_is_one_line(root, capsys):
+    (root / "params/x.yaml").write_text("a: [1\nb: 2")
+    assert main(["run", "params/x.yaml"]) == 2
+    assert re.fullmatch(r"wddm: params/x\.yaml: is not valid YAML .*\n", capsys.readouterr().err)
+
+
+def test_nothing_heavy_is_imported():
+    code = (
+        "import sys, wddm.workbook, wddm.__main__; wddm.__main__.build_parser();"
+        "heavy = {'torch', 'numpy', 'papermill', 'nbconvert', 'pandas', 'matplotlib', 'IPython'};"
+        "print(heavy & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+# -------------------------------------------------------------------------- what runs, with a stand-in kernel
+
+
+@pytest.fixture
+def launched(root, monkeypatch) -> list[str]:
+    """Replaces the kernel: notes what was launched, writes outputs, fails where a file `fail-` is."""
+    names = []
+
+    def execute(source, target, parameters, stop):
+        names.append(source.stem)
+        entry = report.read_json(target.parent / "status.json")[source.stem]
+        assert entry["state"] == "running" and entry["pid"] == os.getpid()
+        target.write_text(source.read_text())
+        place = Path("runs") / parameters["run"]
+        place.mkdir(parents=True, exist_ok=True)
+        if source.stem == "01_prepare":
+            (place / "data.txt").write_text(str(parameters["seed"]))
+        report.write_json(
+            target.parent / "metrics.json",
+            report.read_json(target.parent / "metrics.json") | {f"m{source.stem}": 1},
+        )
+        return ("failed", "ValueError: no") if (root / f"fail-{source.stem}").exists() else ("ok", None)
+
+    monkeypatch.setattr(kernel, "execute", execute)
+    return names
+
+
+def test_what_is_unchanged_is_skipped(root, launched, capsys):
+    assert main(["run", "params/x.yaml"]) == 0 and launched == ["01_prepare", "02_train"]
+    assert main(["run", "params/x.yaml"]) == 0 and len(launched) == 2
+    assert "[1/2] 01_prepare unchanged, skipped" in capsys.readouterr().out
+    assert states(root) == ["ok", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda root: (root / "input.txt").write_text("new"), ["01_prepare"]),  # its output stays the same
+        (lambda root: (root / "runs/x/data.txt").write_text("new"), ["02_train"]),
+        (lambda root: (root / "runs/x/data.txt").unlink(), ["01_prepare"]),
+        (lambda root: (root / "reports/x/02_train.html").unlink(), ["02_train"]),
+        (lambda root: (root / "params/x.yaml").write_text("level: 3"), ["02_train"]),
+        (lambda root: (root / "params/x.yaml").write_text("level: 2\nflip: true"), ["01_prepare"]),
+        (lambda root: (root / "params/x.yaml").write_text("level: 2\nseed: 5"), ["01_prepare", "02_train"]),
+        (lambda root: write_notebook(root / "notebooks/02_train.ipynb", SECOND, "3 + 3"), ["02_train"]),
+        (
+            lambda root: write_notebook(
+                root / "notebooks/02_train.ipynb",
+                SECOND,
+                "2 + 2",
+                prose="# Other prose\n\n**Inputs:** `runs/{run}/data.txt`",
+            ),
+            [],
+        ),
+    ],
+)
+def test_what_changed_runs_again(root, launched, change, expected):
+    main(["run", "params/x.yaml"])
+    launched.clear()
+    change(root)
+    assert main(["run", "params/x.yaml"]) == 0 and launched == expected
+    assert states(root) == ["ok", "ok"]
+
+
+def test_the_package_source_counts(root, launched, monkeypatch):
+    main(["run", "params/x.yaml"])
+    monkeypatch.setattr(provenance, "_source_hash", lambda: "other")
+    main(["run", "params/x.yaml"])
+    assert launched == ["01_prepare", "02_train"] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--only", "train"], ["02_train"]),
+        (["--only", "01_prepare"], ["01_prepare"]),
+        (["--from", "02_train"], ["02_train"]),
+        (["--force"], ["01_prepare", "02_train"]),
+        (["--force", "--only", "prepare"], ["01_prepare"]),
+    ],
+)
+def test_options_choose_notebooks(root, launched, options, expected):
+    if "--force" in options:
+        main(["run", "params/x.yaml"])
+        launched.clear()
+    assert main(["run", "params/x.yaml", *options]) == 0 and launched == expected
+
+
+def test_a_failure_stops_the_run_and_takes_back_old_numbers(root, launched, capsys):
+    main(["run", "params/x.yaml"])
+    metrics = root / "reports/x/metrics.json"
+    assert json.loads(metrics.read_text()) == {"m01_prepare": 1, "m02_train": 1}
+    (root / "fail-01_prepare").touch()
+    assert main(["run", "params/x.yaml", "-p", "seed=3"]) == 1
+    assert states(root) == ["failed", "pending"]
+    assert json.loads(metrics.read_text()) == {"m01_prepare": 1}
+    shown = capsys.readouterr().out
+    assert "01_prepare failed: ValueError: no  (report: reports/x/01_prepare.html)\n" in shown
+    (root / "fail-01_prepare").unlink()
+    assert main(["run", "params/x.yaml", "-p", "seed=3"]) == 0 and states(root) == ["ok", "ok"]
+
+
+def test_one_failing_run_does_not_stop_the_others(root, launched):
+    write_notebook(root / "notebooks/01_prepare.ipynb", FIRST, "0")
+    (root / "params/x.yaml").write_text("sweep: {level: [0, 1]}")
+    (root / "fail-02_train").touch()
+    assert main(["run", "params/x.yaml"]) == 1
+    assert launched == ["01_prepare", "02_train"] * 2
+    assert states(root, "x-level=1") == ["ok", "failed"]
+
+
+def test_preflight_sees_what_is_going_to_run(root, launched):
+    seen = []
+    experiments = load(root, "level: 2")
+    assert workbook.run(experiments, preflight=seen.append) == 0
+    assert workbook.run(experiments, preflight=seen.append) == 0
+    assert seen == [experiments[0].parameters]
+
+    def refuse(parameters):
+        raise ValueError("level: too deep")
+
+    launched.clear()
+    with pytest.raises(ValueError, match=r"^params/x.yaml: level: too deep$"):
+        workbook.run(experiments, force=True, preflight=refuse)
+    assert launched == [] and states(root) == ["ok", "ok"]
+
+
+def test_a_run_under_way_is_left_alone(root, launched, capsys):
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        entry = {"02_train": {"state": "running", "pid": other.pid, "seconds": None, "error": None}}
+        report.write_json(root / "reports/x/status.json", entry)
+        assert main(["run", "params/x.yaml"]) == 2 and launched == []
+        assert f"is under way: process {other.pid} executes 02_train" in capsys.readouterr().err
+    finally:
+        other.kill()
+        other.wait()
+    assert main(["index"]) == 0
+    assert '<span class="badge killed">' in (root / "reports/index.html").read_text()
+    assert main(["run", "params/x.yaml"]) == 0
+
+
+def test_inputs_that_are_none_are_left_out_and_others_must_be_parameters(root):
+    write_notebook(root / "notebooks/01_prepare.ipynb", FIRST, prose="**Inputs:** `a/{count}`, `b-{seed}`\n\n`c`")
+    experiment = load(root, "")[0]
+    assert provenance.declared_paths(experiment, experiment.notebooks[0], "Inputs") == [root / "b-0"]
+    write_notebook(root / "notebooks/01_prepare.ipynb", FIRST, prose="**Inputs:** `{sead}`")
+    with pytest.raises(ValueError, match=r"^01_prepare.ipynb: Inputs: `\{sead\}` names 'sead'"):
+        provenance.declared_paths(experiment, experiment.notebooks[0], "Inputs")
+
+
+def test_every_file_of_an_input_folder_counts(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/c").write_text("1")
+    before = provenance._hash_path(tmp_path / "a")
+    (tmp_path / "a/b/c").write_text("22")
+    after = provenance._hash_path(tmp_path / "a")
+    (tmp_path / "a/b/c").rename(tmp_path / "a/b/d")
+    renamed, absent = (provenance._hash_path(tmp_path / name) for name in ("a", "none"))
+    assert len({before, after, renamed, absent}) == 4
+
+
+# --------------------------------------------------------------------------------------- with real notebooks
+
+WORK = """\
+import sys, numpy as np, matplotlib.pyplot as plt
+from wddm import workbook
+book = workbook.open_run(run, dataset="digits", resolution=16)
+for _ in workbook.progress(range(3), desc="reading", unit="img"):
+    pass
+print("prepared", seed, level, sys.executable)
+"""
+SHOW = """\
+figure, axis = plt.subplots()
+axis.plot([1, 2])
+book.show(figure, "samples", "Two <points>.")
+book.table([{"name": "a", "loss": 0.123456}], "Losses.")
+book.record(fwd=np.float32(0.5), parameters=7)
+book.record_timing(images_per_s=3.25)
+assert not plt.get_fignums()
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A workbook after a real `wddm run` that fails in its second notebook; and what the terminal showed."""
+    root = tmp_path_factory.mktemp("workbook")
+    write_notebook(root / "notebooks/01_work.ipynb", SECOND, WORK, SHOW)
+    write_notebook(
+        root / "notebooks/02_fail.ipynb",
+        SECOND,
+        "def f():\n    raise ValueError('got 4\\nwanted 5')\n",
+        "f()",
+    )
+    (root / "params").mkdir()
+    (root / "params/x.yaml").write_text("level: 2\n")
+    spec = root / "jupyter/kernels/python3/kernel.json"  # a python3 kernel of some other environment
+    report.write_json(spec, {"argv": ["/no/such/python"], "display_name": "other", "language": "python"})
+    environment = os.environ | {"JUPYTER_PATH": str(root / "jupyter"), "JUPYTER_PREFER_ENV_PATH": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "wddm", "run", "params/x.yaml"],
+        cwd=root,
+        env=environment,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    return root, done
+
+
+def test_the_terminal_shows_the_run_and_no_noise(finished):
+    _, done = finished
+    assert done.returncode == 1 and done.stderr == ""
+    lines = [re.sub(r"[\d.]+ s$", "N s", line) for line in done.stdout.splitlines()]
+    assert lines[2].startswith("reading: 100%|") and "\r" not in done.stdout
+    assert [*lines[:2], *lines[3:]] == [
+        "params/x.yaml -> reports/x/",
+        "[1/2] 01_work ...",
+        f"prepared 0 2 {sys.executable}",
+        "ok in N s",
+        "[2/2] 02_fail ...",
+        "02_fail failed: ValueError: got 4  (report: reports/x/02_fail.html)",
+    ]
+
+
+def test_the_run_leaves_its_files(finished):
+    folder = finished[0] / "reports/x"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "01_work.html",
+        "01_work.ipynb",
+        "02_fail.html",
+        "02_fail.ipynb",
+        "environment.json",
+        "figures",
+        "metrics.json",
+        "params.yaml",
+        "status.json",
+        "timings.json",
+    ]
+    assert (folder / "metrics.json").read_text() == '{\n  "fwd": 0.5,\n  "parameters": 7\n}\n'
+    assert report.read_json(folder / "timings.json") == {"images_per_s": 3.25}
+    assert yaml.safe_load((folder / "params.yaml").read_text()) == {"run": "x", "seed": 0, "level": 2}
+    entries = report.read_json(folder / "status.json")
+    assert entries["01_work"]["state"] == "ok" and entries["01_work"]["error"] is None
+    assert entries["02_fail"]["state"] == "failed" and entries["02_fail"]["error"] == "ValueError: got 4"
+    assert entries["01_work"]["seconds"] > 0
+    environment = report.read_json(folder / "environment.json")
+    assert environment["commit"] is None and environment["versions"]["papermill"] and environment["seed"] == 0
+    notebook = json.loads((folder / "01_work.ipynb").read_text())
+    assert str(finished[0]) not in json.dumps(notebook["metadata"])
+    streams = [output for cell in notebook["cells"] for output in cell.get("outputs", []) if "name" in output]
+    assert len(streams) == 1 and "\r" not in "".join(streams[0]["text"])
+
+
+def test_the_page_reads_without_a_network(finished):
+    page = (finished[0] / "reports/x/01_work.html").read_text()
+    assert not re.search(r"<(script|link|iframe)|(src|href)=\"?(http|//)|@import|url\(", page)
+    assert "<title>01_work · x</title>" in page and "In&nbsp;[" not in page
+    assert "<summary>Code</summary>" in page and "<figcaption>Two &lt;points&gt;.</figcaption>" in page
+    assert 'src="data:image/png;base64,iVBOR' in page
+    assert "<caption>Losses.</caption>" in page and ">0.1235</td>" in page
+    assert "prepared 0 2" in page and "reading:" not in page and "# Parameters" not in page
+    assert re.search(r'<tr class="changed"><td><code>level</code></td>\s*<td><code>2</code> <small>default 1', page)
+    assert '<a href="02_fail.html"><i class="dot failed"></i>02_fail</a>' in page  # though it ran later
+    assert 'href="../index.html"' in page and '<span class="badge ok">ok</span>' in page
+
+
+def test_the_page_of_a_failure_says_what_went_wrong(finished):
+    page = (finished[0] / "reports/x/02_fail.html").read_text()
+    assert '<span class="badge failed">failed</span>' in page
+    assert '<p class="error">ValueError: got 4</p>' in page and "<summary>Traceback</summary>" in page
+    assert "papermill" not in page and "An Exception was encountered" not in page
+
+
+def test_the_index_shows_the_run(finished):
+    page = (finished[0] / "reports/index.html").read_text()
+    assert 'src="x/figures/samples.png"' in page and 'href="x/01_work.html"' in page
+    assert "<code>level=2</code>" in page and "<dd>0.5</dd>" in page
+    assert '<p class="error">ValueError: got 4</p>' in page
+    assert not re.search(r"<(script|link)|(src|href)=\"(http|/)", page)
+
+
+LOOP = """\
+import os, pathlib, signal, time
+from wddm import workbook
+book = workbook.open_run(run)
+if level == 9:
+    os.kill(os.getpid(), signal.SIGKILL)
+(book.folder / "kernel").write_text(str(os.getpid()))
+try:
+    while True:
+        time.sleep(0.02)
+except KeyboardInterrupt:
+    time.sleep(0.3)
+    (book.folder / "checkpoint").write_text("saved")
+"""
+
+
+@pytest.mark.parametrize(
+    ("whole_group", "cells"),
+    [
+        (False, [LOOP, "print('not', 'reached')"]),
+        (True, [LOOP]),  # no later cell, and the interrupt is not raised again: still not ok
+    ],
+    ids=["process", "group"],
+)
+def test_ctrl_c_lets_the_cell_save_its_work(root, whole_group, cells):
+    write_notebook(root / "notebooks/01_prepare.ipynb", SECOND, *cells)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "wddm", "run", "params/x.yaml"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    noted = root / "runs/x/kernel"
+    wait_for(lambda: noted.exists() and noted.read_text(), seconds=60)
+    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    assert (root / "runs/x/checkpoint").read_text() == "saved"
+    assert states(root) == ["killed", "pending"]
+    assert status(root)["01_prepare"]["error"] == "KeyboardInterrupt: stopped"
+    assert "not reached" not in (root / "reports/x/01_prepare.html").read_text()
+    assert '<span class="badge killed">' in (root / "reports/index.html").read_text()
+    wait_for(lambda: not report._is_alive(int(noted.read_text())), seconds=10)
+
+
+def test_a_kernel_that_dies_is_told_apart(root, capsys):
+    write_notebook(root / "notebooks/01_prepare.ipynb", SECOND, LOOP)
+    assert main(["run", "params/x.yaml", "-p", "level=9"]) == 1
+    assert states(root) == ["killed", "pending"]
+    assert status(root)["01_prepare"]["error"] == "DeadKernelError: the kernel died (out of memory?)"
+    assert (root / "reports/x/01_prepare.html").exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_beside_itself(root):
+    write_notebook(root / "notebooks/01_prepare.ipynb", SECOND, "if level == 2: raise ValueError('two')")
+    (root / "params/x.yaml").write_text("sweep: {level: [2, 1]}\nnotebooks: [01_prepare]\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "wddm", "run", "params/x.yaml", "--jobs", "2"],
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert states(root, "x-level=2") == ["failed"] and states(root, "x-level=1") == ["ok"]
+    assert "x-level=2 | 01_prepare failed: ValueError: two" in done.stdout
+
+
+def wait_for(condition, *, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+# ----------------------------------------------------------------------------------------------- small parts
+
+
+def test_root_is_found_from_below(root, monkeypatch):
+    (root / "notebooks/analysis").mkdir()
+    monkeypatch.chdir(root / "notebooks/analysis")
+    book = workbook.open_run("r", dataset="digits", resolution=16)
+    assert (book.root, book.data, book.report) == (root, root / "data/digits-16", root / "reports/r")
+    assert book.folder == root / "runs/r" and book.folder.is_dir() and not book.report.exists()
+    with pytest.raises(ValueError, match="run: got 'a/b'"):
+        workbook.open_run("a/b")
+    with pytest.raises(ValueError, match="is not inside a workbook"):
+        workbook.find_root(root.parent)
+
+
+def test_records_are_finite_numbers_and_merge(root):
+    book = workbook.open_run("r")
+    book.record(b=1, a=None)
+    book.record(b=2.5)
+    assert (book.report / "metrics.json").read_text() == '{\n  "a": null,\n  "b": 2.5\n}\n'
+    for value in (float("nan"), "1", [1]):
+        with pytest.raises(ValueError, match=r"^c: got .* wanted a finite number"):
+            book.record(c=value)
+
+
+@pytest.mark.parametrize(
+    ("live", "shown"),
+    [
+        (False, "a\nb 2\nc\nend\n"),
+        (True, "a\n\rb 1\rb 2\nc\r\nend\n"),
+    ],
+)
+def test_redrawn_lines_appear_once_in_a_file(live, shown):
+    out = io.StringIO()
+    out.isatty = lambda: live
+    terminal = kernel.Terminal(out)
+    for text in ("a\n\rb 1", "\rb", " 2\nc\r", "\nend"):
+        terminal.write(text)
+    terminal.end_line()
+    assert out.getvalue() == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0123456, "0.01235"),
+        (26194435, "26,194,435"),
+        (3.14159e-5, "3.142e-05"),
+        (123456.7, "123,457"),
+        (None, "–"),
+        (float("nan"), "–"),
+        ("x", "x"),
+        (True, "True"),
+        (1.0, "1"),
+    ],
+)
+def test_numbers_are_readable(value, text):
+    assert report.format_number(value) == text
+
+
+def test_tables_take_frames_and_rows():
+    import pandas as pd
+
+    as_html, as_text = report.format_table([{"a": "<x>", "b": 1}, {"b": 22}], "Cap")
+    assert '<td style="text-align: left">&lt;x&gt;</td>' in as_html and "<caption>Cap</caption>" in as_html
+    assert as_text == "Cap\na     b\n<x>   1\n–    22"
+    shown = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workbook, "_display", lambda *forms: shown.append(forms[1]))
+        book = workbook.Run("r", Path(), None, Path(), Path())
+        book.table(pd.DataFrame({"fwd": [0.5]}, index=["ours"]), "T")
+        book.table(pd.DataFrame({"fwd": [0.5]}), "T")
+    assert shown == ["T\n      fwd\nours  0.5", "T\nfwd\n0.5"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (1.234, "1.2 s"),
+        (245, "4 min 05 s"),
+        (7800, "2 h 10 min"),
+        (None, ""),
+    ],
+)
+def test_times_are_readable(seconds, text):
+    assert report.format_seconds(seconds) == text

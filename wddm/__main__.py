@@ -1,0 +1,128 @@
+"""The command line, `wddm`: one small function and one block of arguments per subcommand.
+
+Exit codes: 0 ok, 1 a notebook failed, 2 bad arguments or parameters (a line each on stderr), 130 interrupted.
+Nothing heavy is imported until a subcommand needs it.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from wddm import workbook
+
+    try:
+        root = workbook.find_root(arguments.params[0].parent)
+    except ValueError:
+        root = workbook.find_root()
+    experiments, problems = [], []
+    for path in arguments.params:
+        try:
+            experiments += workbook.load_experiments(path, root, arguments.parameter)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return workbook.run(
+        experiments,
+        only=arguments.only,
+        start=arguments.start,
+        force=arguments.force,
+        jobs=arguments.jobs,
+        preflight=preflight,
+    )
+
+
+def preflight(parameters: dict[str, Any]) -> None:
+    """Refuse what the notebooks would only find out later: sizes that do not divide, a data set that is not there.
+
+    Builds codec, network and solver from the parameters that are there, without memory and without weights.
+
+    Raises:
+        ValueError: as the part that refuses says it.
+    """
+    import torch
+
+    from wddm import data
+    from wddm.backbones import IMAGES, build_backbone
+    from wddm.pipeline import build_solver
+    from wddm.wavelets import WaveletCodec
+
+    def given(*names: str) -> dict[str, Any]:
+        return {name: parameters[name] for name in names if name in parameters}
+
+    if "dataset" in parameters:
+        data.check_source(**given("dataset", "resolution", "dataset_path", "limit", "seed"))
+    with torch.device("meta"):
+        if "wavelet" in parameters:
+            codec = WaveletCodec(**given("wavelet", "level", "transform", "scaling"))
+            codec.check_size(parameters["resolution"], parameters["resolution"])
+        if "backbone" in parameters:
+            sizes = {
+                "image_size": parameters["resolution"],
+                "image_channels": IMAGES.get(parameters["dataset"], (0, 3))[1],
+            }
+            options = given("dataset", "level", "widths", "attention_levels", "dropout")
+            build_backbone(parameters["backbone"], **sizes, **options)
+    if "scheduler" in parameters:
+        build_solver(parameters["scheduler"], **given("prediction_type", "spacing"))
+
+
+def index(arguments: argparse.Namespace) -> int:
+    from wddm import workbook
+
+    print(workbook.report.write_index(workbook.find_root()))
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="wddm", description="Wavelet-domain diffusion, as a workbook of notebooks.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    command = commands.add_parser("run", help="execute the notebooks with the parameters of a YAML file")
+    command.set_defaults(function=run)
+    command.add_argument("params", nargs="+", type=Path, metavar="params/x.yaml")
+    command.add_argument("--only", metavar="NAME", help="this notebook alone, e.g. train")
+    command.add_argument("--from", dest="start", metavar="NAME", help="this notebook and those after it")
+    command.add_argument("--force", action="store_true", help="run what is unchanged, too")
+    command.add_argument("--jobs", type=int, default=1, metavar="N", help="so many runs of a sweep at a time")
+    command.add_argument(
+        "-p",
+        dest="parameter",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="a parameter, as if it stood in the YAML; repeatable",
+    )
+
+    command = commands.add_parser("index", help="rewrite reports/index.html")
+    command.set_defaults(function=index)
+    return parser
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, as everywhere in wddm."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"wddm: {message}\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.function(arguments)
+    except ValueError as error:
+        print(*(f"wddm: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # nobody reads what we print (wddm run ... | head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""Experiments: what a YAML asks for, checked against what the notebooks declare before anything runs.
+
+An experiment is one flat YAML of parameters, plus `notebooks:` (which to run; the numbered ones when absent)
+and `sweep:` (lists of values; one run for every combination). Every mistake is reported, one line each.
+"""
+
+import difflib
+import itertools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wddm.workbook.parameters import Parameter, merge_schemas
+
+RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+-]*")
+SETTINGS = ("notebooks", "sweep")  # keys of a YAML that are not parameters
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run: its notebooks, in order, and the value of every parameter that they name."""
+
+    run: str
+    source: Path  # the YAML
+    root: Path
+    notebooks: tuple[Path, ...]
+    parameters: dict[str, Any]
+    swept: dict[str, Any]  # the part of `parameters` that the sweep chose
+
+
+def pipeline_notebooks(root: Path) -> tuple[Path, ...]:
+    """The numbered notebooks, in order."""
+    return tuple(sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb")))
+
+
+def load_experiments(path: Path, root: Path, overrides: list[str] = ()) -> list[Experiment]:
+    """Read and check one YAML: an Experiment, or one per combination of its sweep.
+
+    `overrides` are `key=value` texts whose values are read as YAML, as if they stood in the file.
+    ValueError holds one line for every mistake.
+    """
+    values = {
+        key: (where, value)
+        for where, source in ((str(path), read_yaml(path)), *(_read_override(text) for text in overrides))
+        for key, value in source.items()
+    }
+    settings = {key: values.pop(key)[1] for key in SETTINGS if key in values}
+    notebooks = _find_notebooks(settings.get("notebooks"), root, path)
+    schema = merge_schemas(notebooks)
+    schema.setdefault("run", Parameter("run", "str", path.stem))
+    problems, experiments = {}, []
+    for swept in _combinations(settings.get("sweep"), values, path):
+        wanted = {"run": (str(path), path.stem), **values, **{key: (str(path), swept[key]) for key in swept}}
+        parameters, mistakes = _resolve(schema, wanted)
+        problems.update(dict.fromkeys(mistakes))
+        if not mistakes:
+            parameters["run"] = _run_name(parameters["run"], swept)
+            experiments.append(Experiment(parameters["run"], path, root, notebooks, parameters, swept))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return experiments
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A flat YAML of parameters; ValueError, one line, for anything else."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: got a {type(values).__name__}, wanted one `key: value` per line")
+    return {str(key): value for key, value in values.items()}
+
+
+def _read_override(text: str) -> tuple[str, dict[str, Any]]:
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ValueError(f"-p {text}: wanted key=value")
+    try:
+        return "-p", {key.strip(): yaml.safe_load(value)}
+    except yaml.YAMLError:
+        raise ValueError(f"-p {text}: the value is not valid YAML") from None
+
+
+def _find_notebooks(names: Any, root: Path, where: Path) -> tuple[Path, ...]:
+    """Paths of the notebooks that a YAML's `notebooks:` names (without .ipynb, below notebooks/)."""
+    if names is None:
+        return pipeline_notebooks(root)
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{where}: notebooks: got {names!r}, wanted a list, e.g. [analysis/efficiency]")
+    folder = root / "notebooks"
+    known = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.ipynb"))}
+    missing = [
+        f"{where}: notebooks: there is no {name!r}{_suggest(name, known)}"
+        for name in names
+        if name.removesuffix(".ipynb") not in known
+    ]
+    if missing:
+        raise ValueError("\n".join(missing))
+    return tuple(known[name.removesuffix(".ipynb")] for name in names)
+
+
+def _combinations(sweep: Any, fixed: dict, where: Path) -> list[dict[str, Any]]:
+    """{key: value} of every run of a sweep; one empty dict when there is none."""
+    if not sweep:
+        return [{}]
+    if not isinstance(sweep, dict) or not all(each and isinstance(each, list) for each in sweep.values()):
+        raise ValueError(f"{where}: sweep: wanted lists of values, e.g. sweep: {{level: [0, 1, 2]}}")
+    if both := sorted({"run", *fixed} & set(sweep)):
+        raise ValueError(f"{where}: sweep: {', '.join(both)} cannot be swept and fixed at once")
+    return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
+
+
+def _resolve(schema: dict[str, Parameter], wanted: dict[str, tuple[str, Any]]) -> tuple[dict, list[str]]:
+    """Defaults overlaid with `wanted` {name: (where, value)}, and one line for every mistake."""
+    parameters, mistakes = {name: parameter.default for name, parameter in schema.items()}, []
+    for name, (where, value) in wanted.items():
+        if name not in schema:
+            mistakes.append(f"{where}: unknown parameter {name!r}{_suggest(name, schema)}")
+            continue
+        try:
+            parameters[name] = schema[name].convert(value)
+        except ValueError as error:
+            mistakes.append(f"{where}: {error}")
+    try:
+        check_run_name(parameters["run"])
+    except ValueError as error:
+        mistakes.append(f"{wanted['run'][0]}: {error}")
+    return parameters, mistakes
+
+
+def check_run_name(run: str) -> str:
+    """`run`, which names folders below runs/ and reports/; ValueError if it could not."""
+    if not RUN_NAME.fullmatch(run):
+        raise ValueError(f"run: got {run!r}, wanted a plain folder name of letters, digits and . _ = + -")
+    return run
+
+
+def _run_name(run: str, swept: dict[str, Any]) -> str:
+    """quickstart-level=2-wavelet=db2"""
+    parts = [run, *(f"{key}={value}" for key, value in swept.items())]
+    return re.sub(r"[^A-Za-z0-9._=+-]+", "_", "-".join(parts))
+
+
+def _suggest(name: str, known: dict[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

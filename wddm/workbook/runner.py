@@ -1,0 +1,240 @@
+"""Runs experiments: which notebooks, in which order, whether they have to, and what became of them.
+
+status.json of reports/<run>/ is written before and after each launch, here and nowhere else:
+{"02_train": {"state", "seconds", "error", "started", "pid", "fingerprint", "recorded"}, ...}, where state is
+pending, running, ok, failed or killed.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from wddm.workbook import kernel, provenance, report
+from wddm.workbook.experiments import Experiment, pipeline_notebooks
+from wddm.workbook.parameters import read_schema
+
+RECORDS = ("metrics", "timings")  # the .json files that notebooks write into
+
+
+def run(
+    experiments: list[Experiment],
+    *,
+    only: str | None = None,
+    start: str | None = None,
+    force: bool = False,
+    jobs: int = 1,
+    preflight: Callable[[dict[str, Any]], None] | None = None,
+) -> int:
+    """Run every experiment, `jobs` at a time; one that fails does not stop the others.
+
+    `only` and `start` choose notebooks by name, with or without the number. `preflight(parameters)` may
+    refuse, by ValueError, an experiment of which something is going to run; nothing has run then.
+    Returns 0 ok, 1 a notebook failed, 130 interrupted.
+    """
+    tasks = [Task(experiment, only, start, force) for experiment in experiments]
+    names = [experiment.run for experiment in experiments]
+    if twins := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"run: two experiments are called {twins[0]!r}; give each its own name")
+    problems = dict.fromkeys(line for task in tasks for line in task.problems(preflight))
+    if problems:
+        raise ValueError("\n".join(problems))
+    with kernel.stop_on_signals() as stop:
+        if jobs > 1 and len(tasks) > 1:
+            with ThreadPoolExecutor(jobs) as pool:
+                codes = list(pool.map(lambda task: _run_as_process(task, stop), tasks))
+        else:
+            codes = [task.run(stop) for task in tasks if not stop.requested]
+        report.write_index(experiments[0].root)
+    return 130 if stop.requested else max(codes)
+
+
+class Task:
+    """One experiment with the notebooks chosen from it, and the record of its run."""
+
+    def __init__(self, experiment: Experiment, only: str | None, start: str | None, force: bool) -> None:
+        self.experiment, self.only, self.start, self.force = experiment, only, start, force
+        self.root, self.folder = experiment.root, experiment.root / "reports" / experiment.run
+        self.chosen = _choose(experiment.notebooks, only, start)
+        self.status = report.read_status(self.folder)
+
+    def problems(self, preflight: Callable[[dict[str, Any]], None] | None) -> list[str]:
+        """Why it cannot run: it is under way in another process, or `preflight` refuses its parameters."""
+        for name, entry in self.status.items():
+            if entry["state"] == "running" and entry["pid"] != os.getpid():
+                return [
+                    f"run {self.experiment.run!r} is under way: process {entry['pid']} executes {name}; "
+                    "wait for it, or choose another name with -p run=..."
+                ]
+        if preflight and not all(self.is_current(notebook) for notebook in self.chosen):
+            try:
+                preflight(self.experiment.parameters)
+            except ValueError as error:
+                return [f"{self.experiment.source}: {line}" for line in str(error).splitlines()]
+        return []
+
+    def is_current(self, notebook: Path) -> bool:
+        """Whether the notebook last ended ok with the same fingerprint and all that it wrote is there."""
+        entry, name = self.status.get(notebook.stem, {}), notebook.stem
+        written = [
+            self.folder / f"{name}.ipynb",
+            self.folder / f"{name}.html",
+            *provenance.declared_paths(self.experiment, notebook, "Outputs"),
+        ]
+        return (
+            not self.force
+            and entry.get("state") == "ok"
+            and all(path.exists() for path in written)
+            and entry["fingerprint"] == provenance.fingerprint(self.experiment, notebook)
+        )
+
+    def run(self, stop: kernel.Stop) -> int:
+        """Run the chosen notebooks, in order, up to the first that does not end ok."""
+        print(f"{self.experiment.source} -> reports/{self.experiment.run}/", flush=True)
+        write_parameters(self.experiment, self.folder / "params.yaml")
+        notebooks = self.experiment.notebooks
+        self.set_pending(
+            notebook
+            for notebook in notebooks
+            if notebook.stem not in self.status
+            or (notebook in self.chosen and self.status[notebook.stem]["state"] != "ok")
+        )
+        for position, notebook in enumerate(self.chosen):
+            label = f"[{notebooks.index(notebook) + 1}/{len(notebooks)}] {notebook.stem}"
+            if self.is_current(notebook):
+                print(f"{label} unchanged, skipped", flush=True)
+                continue
+            print(f"{label} ...", flush=True)
+            state = self.launch(notebook, stop)
+            if state != "ok" or stop.requested:
+                self.set_pending(later for later in self.chosen[position + 1 :] if not self.is_current(later))
+                return 1
+        return 0
+
+    def launch(self, notebook: Path, stop: kernel.Stop) -> str:
+        """Execute and render one notebook; returns the state that it ended in."""
+        name, parameters, began = notebook.stem, self.experiment.parameters, time.monotonic()
+        environment = provenance.environment(self.root, parameters.get("seed"))
+        report.write_json(self.folder / "environment.json", environment)
+        self.set_pending([notebook])
+        before = self.recorded()
+        self.update(
+            name,
+            state="running",
+            pid=os.getpid(),
+            started=datetime.now().astimezone().isoformat(timespec="seconds"),
+            fingerprint=provenance.fingerprint(self.experiment, notebook),
+        )
+        with contextlib.chdir(self.root):
+            state, error = kernel.execute(
+                notebook.relative_to(self.root),
+                (self.folder / f"{name}.ipynb").relative_to(self.root),
+                {key: parameters[key] for key in read_schema(notebook)},
+                stop,
+            )
+        seconds = round(time.monotonic() - began, 2)
+        self.update(
+            name,
+            state=state,
+            error=error,
+            seconds=seconds,
+            recorded={kind: sorted(keys - before[kind]) for kind, keys in self.recorded().items()},
+        )
+        try:
+            page = report.render(self.folder, name).relative_to(self.root)
+        except Exception as problem:  # hours of training outlive a page that cannot be drawn
+            page = f"none, {problem!r}"
+        if state != "ok":
+            print(f"{name} {state}: {error}  (report: {page})", flush=True)
+        else:
+            print(f"ok in {report.format_seconds(seconds)}", flush=True)
+        return state
+
+    def update(self, name: str, **entry: Any) -> None:
+        self.status[name] = self.status.get(name, {}) | entry
+        report.write_json(self.folder / "status.json", self.status)
+        report.write_index(self.root)
+
+    def set_pending(self, notebooks: Any) -> None:
+        """Notebooks that have yet to run: numbers that they recorded for other parameters are removed."""
+        for notebook in list(notebooks):
+            for kind, keys in self.status.get(notebook.stem, {}).get("recorded", {}).items():
+                numbers = report.read_json(self.folder / f"{kind}.json")
+                report.write_json(
+                    self.folder / f"{kind}.json",
+                    {key: number for key, number in numbers.items() if key not in keys},
+                )
+            self.status[notebook.stem] = {"state": "pending", "seconds": None, "error": None}
+        report.write_json(self.folder / "status.json", self.status)
+
+    def recorded(self) -> dict[str, set[str]]:
+        """The names in metrics.json and timings.json."""
+        return {kind: set(report.read_json(self.folder / f"{kind}.json")) for kind in RECORDS}
+
+
+def write_parameters(experiment: Experiment, path: Path) -> None:
+    """All parameters of a run as a YAML that `wddm run` accepts."""
+    import yaml
+
+    content = dict(experiment.parameters)
+    if experiment.notebooks != pipeline_notebooks(experiment.root):
+        folder = experiment.root / "notebooks"
+        content["notebooks"] = [
+            notebook.relative_to(folder).with_suffix("").as_posix() for notebook in experiment.notebooks
+        ]
+    report.write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def _choose(notebooks: tuple[Path, ...], only: str | None, start: str | None) -> list[Path]:
+    """The notebooks that --only and --from leave, given as 02_train or train."""
+    chosen = list(notebooks)
+    for name in filter(None, (only, start)):
+        found = [notebook for notebook in notebooks if name in (notebook.stem, re.sub(r"^\d+_", "", notebook.stem))]
+        if not found:
+            known = ", ".join(notebook.stem for notebook in notebooks)
+            raise ValueError(f"there is no notebook {name!r} in this run; known: {known}")
+        chosen = found if name is only else chosen[chosen.index(found[0]) :] if found[0] in chosen else []
+    return chosen
+
+
+def _run_as_process(task: Task, stop: kernel.Stop) -> int:
+    """Run a task by `wddm run` in a process of its own, its lines marked with the run's name."""
+    if stop.requested:
+        return 130
+    name, parameters = task.experiment.run, task.folder / "params.yaml"
+    write_parameters(task.experiment, parameters)
+    options = {"--only": task.only, "--from": task.start}
+    command = [
+        sys.executable,
+        "-m",
+        "wddm",
+        "run",
+        str(parameters.relative_to(task.root)),
+        *["--force"] * task.force,
+        *(word for option, value in options.items() if value for word in (option, value)),
+    ]
+    with subprocess.Popen(
+        command,
+        cwd=task.root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+
+        def listener(kill: bool) -> None:
+            process.send_signal(signal.SIGINT)  # it knows itself what a second one means
+
+        stop.listeners.add(listener)
+        for line in process.stdout:
+            print(f"{name} | {line}", end="", flush=True)
+        stop.listeners.discard(listener)
+    return process.returncode
