@@ -1,0 +1,69 @@
+"""Every YAML in params/ is an experiment that could run; every mistake in one is refused before anything does."""
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from wddm.__main__ import main, preflight
+from wddm.workbook import load_experiments
+from wddm.workbook.experiments import pipeline_notebooks
+from wddm.workbook.parameters import merge_schemas
+
+EXPERIMENTS = sorted((ROOT / "params").glob("*.yaml"))
+SCHEMA = merge_schemas(pipeline_notebooks(ROOT))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_validates_and_builds(path) -> None:
+    for experiment in load_experiments(path, ROOT, []):
+        preflight(experiment.parameters)
+
+
+def test_the_quickstart_is_the_notebooks_defaults() -> None:
+    written = yaml.safe_load((ROOT / "params" / "quickstart.yaml").read_text())
+    assert written == {name: SCHEMA[name].default for name in written}
+
+
+def refused(capsys, *options: str) -> str:
+    """The one line that `wddm run params/quickstart.yaml ...` refuses with, and that it wrote nothing."""
+    before = sorted((ROOT / "reports").glob("*"))
+    assert main(["run", str(ROOT / "params" / "quickstart.yaml"), *options]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1, (out, error)
+    assert sorted((ROOT / "reports").glob("*")) == before
+    return error
+
+
+@pytest.mark.parametrize("name", SCHEMA)
+def test_every_mistyped_key_is_refused_with_the_right_one(capsys, name: str) -> None:
+    error = refused(capsys, "-p", "run=refused", "-p", f"{name}x=1")
+    assert f"{name}x" in error and "did you mean" in error
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEMA if name != "run"])
+def test_every_value_of_a_wrong_type_is_refused(capsys, name: str) -> None:
+    error = refused(capsys, "-p", "run=refused", "-p", name + "={wrong: type}")
+    assert f"{name}: got" in error and "wanted" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["resolution=15"], "got resolution=15, wanted an even number"),
+        (["resolution=18", "level=2", "widths=[32]"], "got height 18, wanted a multiple of 4"),
+        (["level=5"], "got height 16, wanted a multiple of 32"),
+        (["wavelet=db10"], "wanted at least 20 (the filter of 'db10'): choose a shorter wavelet"),
+        (["wavelet=hare"], "got wavelet='hare', wanted an orthogonal"),
+        (["widths=[32, 64, 64, 64, 64]"], "give fewer widths"),
+        (["dataset=cifar10", "resolution=32", "dataset_path=nowhere/at/all"], "nowhere/at/all, which does not exist"),
+        (["dataset=folder"], "give dataset_path"),
+        (["scheduler=dimm"], "wanted one of"),
+        (["prediction_type=eps"], "wanted one of"),
+        (["dataset=cifar"], "cifar10"),
+        (["level=two"], "level: got 'two' (str), wanted int"),
+        (["train_kimg=long"], "train_kimg: got 'long' (str), wanted float"),
+    ],
+)
+def test_what_could_not_work_is_refused_before_anything_runs(capsys, options: list[str], message: str) -> None:
+    error = refused(capsys, *(word for option in ["run=refused", *options] for word in ("-p", option)))
+    assert message in error

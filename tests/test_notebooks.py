@@ -1,0 +1,159 @@
+"""The pipeline as a user runs it: four notebooks by `wddm run` on a tiny experiment, by papermill, and interrupted."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from conftest import ROOT
+
+NAMES = ("01_prepare", "02_train", "03_sample", "04_evaluate")
+TINY = {
+    "train_kimg": 0.64, "warmup_kimg": 0.1, "widths": "[8, 16]", "checkpoint_kimg": 0.2,
+    "num_samples": 40, "sample_batch_size": 16, "sampling_steps": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A workbook with nothing run in it."""
+    folder = tmp_path_factory.mktemp("workbook")
+    for name in ("notebooks", "params"):
+        shutil.copytree(ROOT / name, folder / name)
+    return folder
+
+
+def wddm(root: Path, *arguments: str, **values) -> subprocess.CompletedProcess:
+    options = [word for name, value in values.items() for word in ("-p", f"{name}={value}")]
+    command = [sys.executable, "-m", "wddm", *arguments, *options]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+
+
+def status(folder: Path) -> dict:
+    return json.loads((folder / "status.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tiny(root) -> Path:
+    """reports/tiny of a finished tiny run."""
+    done = wddm(root, "run", "params/quickstart.yaml", run="tiny", **TINY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root / "reports" / "tiny"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/**/*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_are_clean_and_say_what_they_do(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if path.parent.name == "tutorials":
+        assert all(cell.execution_count for cell in code) and any(cell.outputs for cell in code)
+        return
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    first = notebook.cells[0].source
+    assert first.startswith("# ")
+    assert all(re.search(rf"\*\*{word}:\*\*", first) for word in ("Inputs", "Outputs", "Run it"))
+    assert not any(re.search(r"^\s*(def|class) ", cell.source, re.M) for cell in code)
+
+
+@pytest.mark.slow
+def test_a_run_leaves_everything_that_is_promised(root, tiny) -> None:
+    assert {name: entry["state"] for name, entry in status(tiny).items()} == dict.fromkeys(NAMES, "ok")
+    for name in NAMES:
+        page = (tiny / f"{name}.html").read_text()
+        assert "<details" in page and "Traceback" not in page and "Warning" not in page
+        assert not re.search(r"""(src|href)=["']https?://(?!arxiv)""", page)
+        assert "it/s]" not in page and "img/s" not in page.replace("images/s", "")
+        assert (tiny / f"{name}.ipynb").exists()
+    metrics = json.loads((tiny / "metrics.json").read_text())
+    assert {"fwd", "fwd_floor", "classes_seen", "confident_share", "train_loss"} <= metrics.keys()
+    assert metrics["fwd"] > metrics["fwd_floor"] > 0  # a tiny network has learned next to nothing
+    timings = json.loads((tiny / "timings.json").read_text())
+    assert timings["train_images_per_s"] > 0 and timings["sample_images_per_s"] > 0
+    environment = json.loads((tiny / "environment.json").read_text())
+    assert environment["seed"] == 0 and environment["versions"]["torch"]
+    samples = np.load(root / "runs/tiny/samples.npy")
+    assert samples.shape == (40, 16, 16, 1) and samples.dtype == np.uint8
+    assert {p.stem for p in (tiny / "figures").glob("*.png")} >= {"samples", "training", "trajectory", "spectra"}
+    assert "tiny" in (root / "reports/index.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_second_run_skips_everything(root, tiny) -> None:
+    before = {path: path.stat().st_mtime_ns for path in tiny.glob("*.html")}
+    began = time.monotonic()
+    done = wddm(root, "run", "params/quickstart.yaml", run="tiny", **TINY)
+    assert done.returncode == 0 and done.stdout.count("unchanged, skipped") == 4
+    assert time.monotonic() - began < 15
+    assert {path: path.stat().st_mtime_ns for path in tiny.glob("*.html")} == before
+
+
+@pytest.mark.slow
+def test_the_same_yaml_into_another_folder_gives_the_same_bytes(root, tiny) -> None:
+    done = wddm(root, "run", "params/quickstart.yaml", run="again", **TINY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    same = ["samples.npy", "pipeline/backbone/diffusion_pytorch_model.safetensors"]
+    same += ["pipeline/codec/diffusion_pytorch_model.safetensors", "pipeline/model_index.json"]
+    for name in same:
+        assert (root / "runs/again" / name).read_bytes() == (root / "runs/tiny" / name).read_bytes(), name
+    assert (root / "reports/again/metrics.json").read_bytes() == (tiny / "metrics.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_plain_papermill_works_too(root, tiny) -> None:
+    parameters = root / "params/papermill.yaml"
+    parameters.write_text("run: tiny\nnum_samples: 8\nsampling_steps: 2\n")
+    command = [sys.executable, "-m", "papermill", "notebooks/03_sample.ipynb", "out.ipynb", "-f", str(parameters)]
+    done = subprocess.run([*command, "-k", "python3"], cwd=root, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert len(np.load(root / "runs/tiny/samples.npy")) == 8
+
+
+@pytest.mark.slow
+def test_an_error_inside_a_notebook_is_one_line_and_a_rendered_report(root) -> None:
+    (root / "pictures").mkdir(exist_ok=True)
+    (root / "pictures/broken.png").write_bytes(b"not a picture")
+    values = {"run": "broken", "dataset": "folder", "dataset_path": "pictures"}
+    done = wddm(root, "run", "params/quickstart.yaml", **values, widths="[8]")
+    assert done.returncode == 1, done.stdout + done.stderr
+    line = next(line for line in done.stdout.splitlines() if "01_prepare failed" in line)
+    assert "broken.png" in line and "reports/broken/01_prepare.html" in line
+    assert status(root / "reports/broken")["01_prepare"]["state"] == "failed"
+    assert status(root / "reports/broken")["02_train"]["state"] == "pending"
+    assert "broken.png" in (root / "reports/broken/01_prepare.html").read_text()
+
+
+@pytest.mark.slow
+def test_interrupted_training_leaves_a_checkpoint_and_a_report_and_goes_on(root) -> None:
+    """Ctrl-C: exit code 130, state killed, a rendered page; the next run goes on from the checkpoint."""
+    values = {**TINY, "run": "stopped", "train_kimg": 64, "checkpoint_kimg": 64, "batch_size": 16}
+    options = [word for name, value in values.items() for word in ("-p", f"{name}={value}")]
+    command = [sys.executable, "-m", "wddm", "run", "params/quickstart.yaml", *options]
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = root / "runs/stopped/log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    report = root / "reports/stopped"
+    assert status(report)["02_train"]["state"] == "killed" and (report / "02_train.html").exists()
+    (checkpoint,) = (root / "runs/stopped/checkpoints").glob("step-*")
+    step = json.loads((checkpoint / "state.json").read_text())["step"]
+    assert 0 < step < 4000
+    values |= {"train_kimg": 64}
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while f'"step": {step // 20 * 20 + 20}' not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=120) and process.returncode == 130
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] > step
