@@ -1,6 +1,10 @@
 """Shared fixtures: reference outputs and real images where they are at hand, else the tests that need them skip."""
 
+import os
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # workers and their kernels share the cores; threads on top only wait
 
 import pytest
 import torch

@@ -65,7 +65,7 @@ def preflight(parameters: dict[str, Any]) -> None:
                 "image_size": parameters["resolution"],
                 "image_channels": IMAGES.get(parameters["dataset"], (0, 3))[1],
             }
-            options = given("dataset", "level", "widths", "attention_levels", "dropout")
+            options = given("dataset", "level", "widths", "attention_levels", "layers_per_block", "dropout")
             build_backbone(parameters["backbone"], **sizes, **options)
     if "scheduler" in parameters:
         build_solver(parameters["scheduler"], **given("prediction_type", "spacing"))

@@ -13,7 +13,8 @@ from diffusers import ModelMixin, UNet2DModel
 from wddm.ukan import UKANModel
 
 IMAGES = {"digits": (16, 1), "patches": (32, 3), "cifar10": (32, 3), "stl10": (64, 3), "celebahq": (256, 3)}
-DROPOUT = {"cifar10": 0.1}
+DROPOUT = {"cifar10": 0.1}  # elsewhere 0
+LAYERS_PER_BLOCK = {"digits": 1}  # elsewhere 2
 
 PRESETS = {  # (dataset, level): UNet widths, UNet levels with attention, U-KAN widths
     ("cifar10", 0): ((128, 256, 256, 256), (1,), (128, 256, 256)),  # UNet: the DDPM baseline
@@ -44,7 +45,7 @@ def build_backbone(
     image_channels: int | None = None,
     widths: tuple[int, ...] | None = None,
     attention_levels: tuple[int, ...] | None = None,
-    layers_per_block: int = 2,
+    layers_per_block: int | None = None,
     dropout: float | None = None,
     matched: bool = False,
 ) -> ModelMixin:
@@ -54,7 +55,7 @@ def build_backbone(
         kind: "unet" or "ukan".
         dataset: name of a preset; without one (a folder of your own), give image_size, image_channels and widths.
         level: wavelet level L; the network sees 4^L C channels of side image_size / 2^L.
-        image_size, image_channels, widths, attention_levels, dropout: override the preset.
+        image_size, image_channels, widths, attention_levels, layers_per_block, dropout: override the preset.
         matched: the pixel-space (level 0) network with as many parameters as the one described, for fair comparison.
 
     Raises:
@@ -75,7 +76,7 @@ def build_backbone(
     build = build_unet if kind == "unet" else build_ukan
     shape = {"sample_size": image_size // 2**level, "channels": 4**level * image_channels}
     common = {
-        "layers_per_block": layers_per_block,
+        "layers_per_block": layers_per_block or LAYERS_PER_BLOCK.get(dataset, 2),
         "attention_levels": attention_levels,
         "dropout": DROPOUT.get(dataset, 0.0) if dropout is None else dropout,
     }
