@@ -94,10 +94,9 @@ def test_loss_goes_down(tmp_path) -> None:
 def test_micro_batches_give_the_same_step(tmp_path) -> None:
     trained = []
     for n in (1, 4):
-        trainer = make(tmp_path / str(n), accumulation=n, train_kimg=0.032, dropout=0.0)
-        list(trainer.steps())
-        trained.append(trainer.model.state_dict())
-    assert_close(trained[0], trained[1], atol=2e-5, rtol=1e-4)
+        trainer = make(tmp_path / str(n), accumulation=n, dropout=0.0)
+        trained.append([(step.loss, step.grad_norm) for step in trainer.steps()])
+    assert_close(trained[0], trained[1], atol=0, rtol=1e-4)
 
 
 def test_pipeline_holds_the_average_and_samples(tmp_path) -> None:

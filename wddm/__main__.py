@@ -54,20 +54,21 @@ def preflight(parameters: dict[str, Any]) -> None:
     def given(*names: str) -> dict[str, Any]:
         return {name: parameters[name] for name in names if name in parameters}
 
-    if "dataset" in parameters:
+    has = parameters.keys().__ge__
+    if has({"dataset", "resolution"}):
         data.check_source(**given("dataset", "resolution", "dataset_path", "limit", "seed"))
     with torch.device("meta"):
-        if "wavelet" in parameters:
+        if has({"wavelet", "resolution"}):
             codec = WaveletCodec(**given("wavelet", "level", "transform", "scaling"))
             codec.check_size(parameters["resolution"], parameters["resolution"])
-        if "backbone" in parameters:
-            sizes = {
+        if has({"backbone", "dataset", "resolution"}):
+            size = {
                 "image_size": parameters["resolution"],
                 "image_channels": IMAGES.get(parameters["dataset"], (0, 3))[1],
             }
             options = given("dataset", "level", "widths", "attention_levels", "layers_per_block", "dropout")
-            build_backbone(parameters["backbone"], **sizes, **options)
-    if "scheduler" in parameters:
+            build_backbone(parameters["backbone"], **size, **options)
+    if has({"scheduler"}):
         build_solver(parameters["scheduler"], **given("prediction_type", "spacing"))
 
 
