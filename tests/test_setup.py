@@ -73,7 +73,18 @@ def test_imports_have_no_effects() -> None:
 
 def test_modules_import_only_from_the_rows_above() -> None:
     rows = ["wavelets", "batches", "sources", "data", "kan", "published", "ukan", "backbones", "objective", "pipeline"]
-    rows += ["checkpoints", "steps", "training", "diagnostics", "metrics", "mosaics", "plots", "workbook", "__main__"]
+    rows += [
+        "checkpoints",
+        "steps",
+        "training",
+        "diagnostics",
+        "metrics",
+        "mosaics",
+        "plots",
+        "sampling",
+        "workbook",
+        "__main__",
+    ]
     files = {p.stem: p for p in (ROOT / "wddm").glob("*.py")} | {"workbook": ROOT / "wddm/workbook/__init__.py"}
     assert sorted(files.keys() - {"__init__"}) == sorted(rows)
     for name in rows:

@@ -79,6 +79,46 @@ def index(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def sample(arguments: argparse.Namespace) -> int:
+    from math import ceil
+
+    import diffusers
+
+    from wddm import workbook
+    from wddm.sampling import draw, open_pipeline
+
+    diffusers.utils.logging.disable_progress_bar()
+    pipeline = open_pipeline(
+        arguments.model_dir,
+        model_type=arguments.model_type,
+        level=arguments.wavelet_level,
+        resolution=arguments.resolution,
+        prediction_type=arguments.prediction_type,
+        scheduler=arguments.scheduler,
+        spacing=arguments.spacing,
+    ).to(arguments.device or default_device())
+    pipeline.set_progress_bar_config(disable=True)
+    batches = ceil(arguments.num_samples / arguments.batch_size)
+    draw(
+        pipeline,
+        arguments.output_dir,
+        arguments.num_samples,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        progress=lambda images: workbook.progress(images, total=batches, desc="sampling", unit="batch"),
+        num_inference_steps=arguments.sampling_steps,
+        eta=arguments.eta,
+    )
+    print(f"{arguments.num_samples} images, grid.png and samples.json are in {arguments.output_dir}")
+    return 0
+
+
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="wddm", description="Wavelet-domain diffusion, as a workbook of notebooks.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -99,9 +139,35 @@ def build_parser() -> argparse.ArgumentParser:
         help="a parameter, as if it stood in the YAML; repeatable",
     )
 
+    command = commands.add_parser("sample", help="draw images from a checkpoint, ours or published, into a folder")
+    command.set_defaults(function=sample)
+    add = command.add_argument
+    add("--model-dir", required=True, help="pipeline folder, published checkpoint folder, or Hub repository")
+    add("--output-dir", required=True, type=Path, help="new folder for the images")
+    add("--num-samples", type=positive, default=16)
+    add("--batch-size", type=positive, default=64)
+    add("--scheduler", default="ddim", help="ddpm ddim pndm dpmsolver++ unipc heun euler euler_a deis lms")
+    add("--sampling-steps", type=positive, default=50)
+    add("--eta", type=float, default=0.0, help="randomness of ddim: 0 none, 1 as much as ddpm")
+    add("--spacing", help="leading, trailing or linspace")
+    add("--seed", type=int, default=0, help="image k is drawn from seed + k, whatever the batch size")
+    add("--device", help="cuda if there is one, else cpu")
+    checked = command.add_argument_group("read from the checkpoint; an error where given and contradicted")
+    checked.add_argument("--model-type", choices=("unet", "ukan"))
+    checked.add_argument("--prediction-type", help="published checkpoints do not store it: epsilon unless given")
+    checked.add_argument("--wavelet-level", type=int)
+    checked.add_argument("--resolution", type=int)
+
     command = commands.add_parser("index", help="rewrite reports/index.html")
     command.set_defaults(function=index)
     return parser
+
+
+def positive(text: str) -> int:
+    """An integer, 1 or more."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted an integer, 1 or more")
+    return int(text)
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,0 +1,95 @@
+"""Ten images whatever the batch size, from our pipelines and published checkpoints; contradictions are refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from wddm.__main__ import main
+from wddm.backbones import build_backbone
+from wddm.pipeline import WaveletPipeline, build_solver
+from wddm.sampling import open_pipeline
+from wddm.wavelets import WaveletCodec
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    """A pipeline folder as training leaves it."""
+    torch.manual_seed(0)
+    backbone = build_backbone("unet", dataset="digits", level=1, widths=(16, 32)).eval()
+    folder = tmp_path_factory.mktemp("pipeline")
+    WaveletPipeline(backbone, build_solver("ddim", "v_prediction", clip=5.0), WaveletCodec()).save_pretrained(folder)
+    return folder
+
+
+def sample(folder, out, *options: object) -> int:
+    return main(["sample", "--model-dir", str(folder), "--output-dir", str(out), *map(str, options)])
+
+
+def pixels(folder) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))]).astype(int)
+
+
+def test_all_images_are_written_and_do_not_depend_on_the_batch_size(ours, tmp_path, capsys) -> None:
+    for size in (4, 10):
+        out = tmp_path / str(size)
+        assert sample(ours, out, "--num-samples", 10, "--batch-size", size, "--sampling-steps", 3, "--seed", 5) == 0
+    assert "100%" in capsys.readouterr().out
+    by_fours, at_once = pixels(tmp_path / "4"), pixels(tmp_path / "10")
+    assert by_fours.shape == (10, 16, 16)
+    assert np.abs(by_fours - at_once).max() <= 1  # convolutions round by batch size
+    grid = np.asarray(Image.open(tmp_path / "4" / "grid.png"))
+    assert (grid[:16, 17:33, 0] == by_fours[1]).all()
+    made = json.loads((tmp_path / "4" / "samples.json").read_text())
+    assert made["seeds"] == [5, 14] and made["num_inference_steps"] == 3 and made["prediction_type"] == "v_prediction"
+
+
+def test_a_published_checkpoint_with_the_flags_of_the_paper(published, tmp_path) -> None:
+    flags = "--model-type ukan --num-samples 2 --batch-size 2 --scheduler ddim --sampling-steps 2 --eta 0.0"
+    flags += " --prediction-type epsilon --wavelet-level 1 --resolution 32 --seed 0"
+    assert sample(published / "checkpoint", tmp_path / "given", *flags.split()) == 0
+    assert sample(published / "checkpoint", tmp_path / "read", "--num-samples", 2, "--sampling-steps", 2) == 0
+    assert pixels(tmp_path / "given").shape == (2, 32, 32, 3)
+    assert np.array_equal(pixels(tmp_path / "given"), pixels(tmp_path / "read"))
+
+
+def test_clip_and_prediction_are_those_of_the_checkpoint(ours) -> None:
+    pipeline = open_pipeline(ours, scheduler="ddpm")
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert pipeline.scheduler.config.timestep_spacing == "trailing"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prediction-type", "epsilon"], "prediction_type='epsilon', but"),
+        (["--wavelet-level", "2"], "wavelet_level=2, but"),
+        (["--resolution", "32"], "resolution=32, but"),
+        (["--model-type", "ukan"], "model_type='ukan', but"),
+        (["--scheduler", "dimm"], "wanted one of ddpm"),
+        (["--num-samples", "0"], "wanted an integer, 1 or more"),
+        (["--scheduler", "pndm", "--eta", "0.5"], "eta=0.5 for PNDMScheduler"),
+    ],
+)
+def test_contradictions_are_refused_in_one_line(ours, tmp_path, capsys, options: list[str], message: str) -> None:
+    try:
+        code = sample(ours, tmp_path / "out", *options)
+    except SystemExit as stopped:  # argparse's own way
+        code = stopped.code
+    error = capsys.readouterr().err
+    assert code == 2 and message in error and error.count("\n") == 1
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_nothing_is_overwritten(ours, tmp_path, capsys) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    assert sample(ours, tmp_path) == 2 and "is not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_folder_without_a_checkpoint_is_said(tmp_path, capsys) -> None:
+    assert sample(ROOT / "params", tmp_path / "out") == 2
+    assert "config.json" in capsys.readouterr().err
