@@ -17,7 +17,7 @@ test-fast: $(READY)  ## what needs no notebook and no training
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow"
 
 lab: $(READY)  ## open JupyterLab on the notebooks
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/01_prepare.ipynb
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("wddm: got Python %d.%d, wanted 3.11 or newer: run make PYTHON=/path/to/python3.11" % v[:2])'

@@ -15,8 +15,10 @@ SCHEMA = merge_schemas(pipeline_notebooks(ROOT))
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_experiment_validates_and_builds(path) -> None:
-    for experiment in load_experiments(path, ROOT, []):
-        preflight(experiment.parameters)
+    experiments = load_experiments(path, ROOT, [])
+    assert experiments
+    for experiment in experiments:
+        assert preflight(experiment.parameters) is None  # it raises what it refuses
 
 
 def test_the_quickstart_is_the_notebooks_defaults() -> None:
@@ -44,6 +46,13 @@ def test_every_mistyped_key_is_refused_with_the_right_one(capsys, name: str) -> 
 def test_every_value_of_a_wrong_type_is_refused(capsys, name: str) -> None:
     error = refused(capsys, "-p", "run=refused", "-p", name + "={wrong: type}")
     assert f"{name}: got" in error and "wanted" in error
+
+
+def test_paths_start_at_the_root_wherever_the_command_is_given(capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params").mkdir()  # of the current folder, which does not count
+    options = ["run=refused", "dataset=folder", "dataset_path=params", "resolution=16"]
+    assert "params" in refused(capsys, *(word for option in options for word in ("-p", option)))
 
 
 @pytest.mark.parametrize(

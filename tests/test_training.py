@@ -12,10 +12,10 @@ from torch.testing import assert_close
 
 from wddm import checkpoints
 from wddm.backbones import build_backbone
-from wddm.checkpoints import deferred_interrupt
+from wddm.checkpoints import deferred_interrupt, difference
 from wddm.pipeline import WaveletPipeline
 from wddm.steps import read_log
-from wddm.training import Trainer, derived_seed, difference, resolve_precision
+from wddm.training import Trainer, derived_seed, resolve_precision
 from wddm.wavelets import WaveletCodec
 
 RAMPS = np.linspace(0, 255, 8)[None, :] * np.random.default_rng(0).uniform(0.2, 1, (40, 1))  # (40, 8)

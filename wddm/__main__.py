@@ -5,6 +5,7 @@ Nothing heavy is imported until a subcommand needs it.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -26,14 +27,15 @@ def run(arguments: argparse.Namespace) -> int:
             problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
-    return workbook.run(
-        experiments,
-        only=arguments.only,
-        start=arguments.start,
-        force=arguments.force,
-        jobs=arguments.jobs,
-        preflight=preflight,
-    )
+    with contextlib.chdir(root):  # relative paths in parameters start there, wherever the command was given
+        return workbook.run(
+            experiments,
+            only=arguments.only,
+            start=arguments.start,
+            force=arguments.force,
+            jobs=arguments.jobs,
+            preflight=preflight,
+        )
 
 
 def preflight(parameters: dict[str, Any]) -> None:

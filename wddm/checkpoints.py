@@ -63,6 +63,12 @@ def listed(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
+def difference(before: dict, after: dict) -> str:
+    """What changed between two settings, as `name old -> new`, comma separated."""
+    names = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+    return ", ".join(f"{name} {before.get(name)} -> {after.get(name)}" for name in names)
+
+
 def set_aside(folder: Path) -> Path:
     """Rename a folder to the first free `<folder>-1`, `-2`, ...: nothing is lost."""
     number = 1

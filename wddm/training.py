@@ -196,11 +196,10 @@ class Trainer:
         """Write the checkpoint of this step, from the main process."""
         if not self.accelerator.is_main_process:
             return
-        names = [name for name, _ in self.model.named_parameters()]
         moments = self.optimizer.state_dict()["state"]
         tensors = {
             "weights": self.model.state_dict(),
-            "ema": dict(zip(names, self.ema.shadow_params, strict=True)),
+            "ema": dict(zip(dict(self.model.named_parameters()), self.ema.shadow_params, strict=True)),
             "optimizer": {f"{i}.{key}": value for i, state in moments.items() for key, value in state.items()},
         }
         state = {"schedule": self.lr.state_dict(), "settings": self.settings(), "code": self._code()}
@@ -238,7 +237,7 @@ class Trainer:
         """
         folder = self.folder / "checkpoints"
         found = checkpoints.load_latest(folder)
-        changed = difference(found[1]["settings"], self.settings()) if found else ""
+        changed = checkpoints.difference(found[1]["settings"], self.settings()) if found else ""
         other_code = found is not None and found[1]["code"] != self._code()
         if changed or (other_code and found[1]["step"] == self.total_steps):
             self.accelerator.wait_for_everyone()
@@ -299,9 +298,3 @@ def resolve_precision(precision: str, cpu: bool = False) -> str:
 def derived_seed(*key: int) -> int:
     """An independent seed for every key, such as (seed, step)."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0])
-
-
-def difference(before: dict, after: dict) -> str:
-    """What changed between two settings, as `name old -> new`, comma separated."""
-    names = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
-    return ", ".join(f"{name} {before.get(name)} -> {after.get(name)}" for name in names)
