@@ -151,7 +151,6 @@ def test_interrupted_training_leaves_a_checkpoint_and_a_report_and_goes_on(root)
     (checkpoint,) = (root / "runs/stopped/checkpoints").glob("step-*")
     step = json.loads((checkpoint / "state.json").read_text())["step"]
     assert 0 < step < 4000
-    values |= {"train_kimg": 64}
     process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
     while f'"step": {step // 20 * 20 + 20}' not in log.read_text() and time.monotonic() < deadline:
@@ -160,3 +159,5 @@ def test_interrupted_training_leaves_a_checkpoint_and_a_report_and_goes_on(root)
     assert process.communicate(timeout=120) and process.returncode == 130
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == sorted(set(steps)) and steps[-1] > step
+    assert not (root / "runs/stopped/checkpoints-1").exists()  # what a run that began anew would have set aside
+    assert f"resumed at step {step} of 4000" in (report / "02_train.html").read_text()

@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,6 +123,22 @@ def test_other_settings_start_anew_and_lose_nothing(tmp_path) -> None:
     assert "learning_rate 0.001 -> 0.01" in trainer.notes[0] and "checkpoints-1" in trainer.notes[0]
     assert bytes_below(tmp_path / "checkpoints-1") == before
     assert read_log(tmp_path) == []
+
+
+def test_settings_are_the_same_in_every_process(tmp_path) -> None:
+    """Python orders sets of strings anew in each process, unless PYTHONHASHSEED is given."""
+    code = (
+        "import sys, json, pathlib; sys.path.insert(0, sys.argv[1]); from test_training import make; "
+        "print(json.dumps(make(pathlib.Path(sys.argv[2])).settings(), sort_keys=True))"
+    )
+    described = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / seed)],
+            env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert len(described) == 1 and "block_out_channels" in described.pop()
 
 
 def test_a_finished_run_of_other_code_is_not_taken_for_one_of_this(tmp_path, monkeypatch) -> None:

@@ -63,6 +63,11 @@ def listed(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
+def public(config: dict) -> dict:
+    """A diffusers config without its private entries, whose order differs from process to process."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
 def difference(before: dict, after: dict) -> str:
     """What changed between two settings, as `name old -> new`, comma separated."""
     names = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))

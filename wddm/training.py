@@ -216,8 +216,11 @@ class Trainer:
     def settings(self) -> dict:
         """Everything that the outcome depends on, as JSON would read it back."""
         described = {f.name: getattr(self, f.name) for f in fields(self)[4:] if f.init and f.name != "cpu"}
-        described |= {"network": {"class": type(self.model).__name__, **self.model.config}}
-        described |= {"codec": dict(self.codec.config), "images": [*self.images.shape, self._images_crc()]}
+        described |= {"network": {"class": type(self.model).__name__, **checkpoints.public(self.model.config)}}
+        described |= {
+            "codec": checkpoints.public(self.codec.config),
+            "images": [*self.images.shape, self._images_crc()],
+        }
         return json.loads(json.dumps(described))
 
     def _images_crc(self) -> int:
