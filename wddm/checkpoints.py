@@ -25,23 +25,30 @@ KEEP = 2
 def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict) -> Path:
     """Write the checkpoint of `step`: a safetensors file per entry of `tensors`, and `state` as JSON."""
     final = folder / f"step-{step:08d}"
-    aside = folder / f".{final.name}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    checksums = {}
-    for name, group in tensors.items():
-        file = aside / f"{name}.safetensors"
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}, file)
-        sync(file)
-        checksums[file.name] = sha256(file)
-    (aside / "state.json").write_text(json.dumps({"step": step, **state, "sha256": checksums}, indent=1))
-    sync(aside / "state.json")
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(aside, final)
-    sync(folder)
+    with written_aside(final) as aside:
+        checksums = {}
+        for name, group in tensors.items():
+            file = aside / f"{name}.safetensors"
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}, file)
+            sync(file)
+            checksums[file.name] = sha256(file)
+        (aside / "state.json").write_text(json.dumps({"step": step, **state, "sha256": checksums}, indent=1))
+        sync(aside / "state.json")
     for old in listed(folder)[:-KEEP]:
         shutil.rmtree(old)
     return final
+
+
+@contextmanager
+def written_aside(final: Path) -> Iterator[Path]:
+    """A new folder to write to, which takes the place of `final` once it is whole."""
+    aside = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    yield aside
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(aside, final)
+    sync(final.parent)
 
 
 def load_latest(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict] | None:

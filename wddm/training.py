@@ -7,8 +7,6 @@ images (kimg: thousands), batches are global: N processes share one batch.
 
 import json
 import math
-import os
-import shutil
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -281,11 +279,8 @@ class Trainer:
         averaged = type(self.model).from_config(self.model.config).to(self.accelerator.device)
         self.ema.copy_to(averaged.parameters())
         solver = build_solver("ddim", self.prediction_type, clip=self.codec.limit.item())
-        final, aside = self.folder / "pipeline", self.folder / ".pipeline.partial"
-        shutil.rmtree(aside, ignore_errors=True)
-        WaveletPipeline(averaged.eval(), solver, self.codec).save_pretrained(aside)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(aside, final)
+        with checkpoints.written_aside(self.folder / "pipeline") as aside:
+            WaveletPipeline(averaged.eval(), solver, self.codec).save_pretrained(aside)
 
 
 def resolve_precision(precision: str, cpu: bool = False) -> str:

@@ -144,12 +144,11 @@ def _papermill(source: Path, target: Path, parameters: dict[str, Any], stop: Sto
         )
 
 
-def _engine(stop: Stop) -> type:
-    """A papermill engine whose kernel is this interpreter and which heeds `stop`."""
+def _client(stop: Stop) -> type:
+    """A notebook client whose kernel is this interpreter and which heeds `stop`."""
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpecManager
     from papermill.clientwrap import PapermillNotebookClient
-    from papermill.engines import NBClientEngine
 
     class Client(PapermillNotebookClient):
         cell_runs = False  # an idle kernel ignores an interrupt
@@ -185,6 +184,15 @@ def _engine(stop: Stop) -> type:
                     self.hear(False)
             return super().process_message(message, cell, cell_index)
 
+    return Client
+
+
+def _engine(stop: Stop) -> type:
+    """A papermill engine that executes by `_client`."""
+    from papermill.engines import NBClientEngine
+
+    client = _client(stop)
+
     class Engine(NBClientEngine):
         @classmethod
         def execute_managed_notebook(
@@ -198,7 +206,7 @@ def _engine(stop: Stop) -> type:
             input_path=None,
             **options,
         ):
-            Client(
+            client(
                 nb_man,
                 timeout=None,
                 startup_timeout=start_timeout,
