@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT
 
 from wddm.__main__ import main, preflight
@@ -19,6 +20,12 @@ def test_every_experiment_validates_and_builds(path) -> None:
     assert experiments
     for experiment in experiments:
         assert preflight(experiment.parameters) is None  # it raises what it refuses
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "params" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_settings(path) -> None:
+    settings = load_config_from_file(str(path))
+    assert (settings.num_processes > 1) == (settings.distributed_type == "MULTI_GPU")
 
 
 def test_the_quickstart_is_the_notebooks_defaults() -> None:

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from wddm.backbones import build_backbone
-from wddm.pipeline import SOLVERS, WaveletPipeline, build_solver, sample_images
+from wddm.pipeline import WaveletPipeline
+from wddm.sampling import sample_images
+from wddm.solvers import NOT_OF_SAMPLE, SINGLE_STEP, SOLVERS, build_solver
 from wddm.ukan import UKANModel
 from wddm.wavelets import WaveletCodec
 
@@ -52,43 +54,123 @@ def test_published_sampling_runs(published, solver: str, steps: int, eta: float,
 
 
 class GaussianDenoiser(torch.nn.Module):
-    """The exact denoiser of independent coefficients N(mean, std^2)."""
+    """The exact denoiser of Gaussian coefficients: E[z | z_t] for z ~ N(mean, covariance) over the channels."""
 
     dtype, device = torch.float32, torch.device("cpu")
 
-    def __init__(self, mean: float, std: float, prediction_type: str) -> None:
+    def __init__(self, mean: float, covariance: torch.Tensor, prediction_type: str) -> None:
         super().__init__()
-        self.config = SimpleNamespace(in_channels=12, sample_size=8)
-        self.mean, self.std, self.prediction_type = mean, std, prediction_type
-        self.signal = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod
+        self.config = SimpleNamespace(in_channels=len(covariance), sample_size=8)
+        self.mean, self.covariance, self.prediction_type = mean, covariance.double(), prediction_type
+        a = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod.double()
+        self.sigma = (1 / a - 1).sqrt().numpy()
 
     def forward(self, sample, timestep):
-        a = self.signal[timestep.long()]
-        clean = self.mean + a.sqrt() * self.std**2 / (a * self.std**2 + 1 - a) * (sample - a.sqrt() * self.mean)
-        noise = (sample - a.sqrt() * clean) / (1 - a).sqrt()
+        a = torch.tensor(1 / (1 + np.interp(float(timestep), np.arange(1000), self.sigma) ** 2))
+        gain = (
+            a.sqrt()
+            * self.covariance
+            @ torch.linalg.inv(a * self.covariance + (1 - a) * torch.eye(len(self.covariance)))
+        )
+        x = sample.double()
+        clean = self.mean + torch.einsum("ij,bjhw->bihw", gain, x - a.sqrt() * self.mean)
+        noise = (x - a.sqrt() * clean) / (1 - a).sqrt()
         velocity = a.sqrt() * noise - (1 - a).sqrt() * clean
         answers = {"epsilon": noise, "sample": clean, "v_prediction": velocity}
-        return SimpleNamespace(sample=answers[self.prediction_type])
+        return SimpleNamespace(sample=answers[self.prediction_type].float())
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-@pytest.mark.parametrize(("solver", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0)])
-def test_exact_denoiser_gives_back_its_gaussian(solver: str, eta: float, prediction_type: str) -> None:
-    mean, std = 0.1, 0.2
-    backbone = GaussianDenoiser(mean, std, prediction_type)
-    pipeline = tiny_pipeline(solver=solver, prediction_type=prediction_type)
-    pipeline.scheduler = build_solver(solver, prediction_type, clip=20.0, spacing="trailing")
-    pipeline.backbone = backbone
+def gaussian_latents(solver: str, covariance, prediction_type: str = "epsilon", spacing: str = "trailing", **options):
+    """What a solver draws with the exact denoiser of N(0.1, covariance), (64, C, 8, 8)."""
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = build_solver(solver, prediction_type, clip=20.0, spacing=spacing)
+    pipeline.backbone = GaussianDenoiser(0.1, covariance, prediction_type)
     drawn = []
 
     def keep(pipe, i, t, state):
         drawn[:] = [state["latents"]]
 
-    generator = torch.Generator().manual_seed(0)
-    pipeline(64, generator, num_inference_steps=1000, eta=eta, output_type="pt", callback_on_step_end=keep)
-    # 49,152 values: standard errors of 0.001 and 0.0006; all steps, so that little of the solver's own error is left
-    assert_close(drawn[0].mean().item(), mean, atol=0.004, rtol=0)
-    assert_close(drawn[0].std().item(), std, atol=0.004, rtol=0)
+    pipeline(64, torch.Generator().manual_seed(0), output_type="pt", callback_on_step_end=keep, **options)
+    return drawn[0]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize(("solver", "eta"), [*((name, 0.0) for name in SOLVERS), ("ddim", 1.0)])
+def test_exact_denoiser_gives_back_its_gaussian(solver: str, eta: float, prediction_type: str) -> None:
+    if prediction_type == "sample" and solver in NOT_OF_SAMPLE:
+        with pytest.raises(ValueError, match=f"prediction_type='sample' for {solver}"):
+            build_solver(solver, prediction_type)
+        return
+    steps = 1000 if solver in ("ddpm", "ddim", "euler", "euler_a") else 200  # the others are of higher order
+    drawn = gaussian_latents(solver, 0.2**2 * torch.eye(12), prediction_type, num_inference_steps=steps, eta=eta)
+    # 49,152 values: standard errors of 0.001 and 0.0006, the rest is the solver's own
+    assert_close(drawn.mean().item(), 0.1, atol=0.004, rtol=0)
+    assert_close(drawn.std().item(), 0.2, atol=0.004, rtol=0)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_honours_the_spacing(solver: str, spacing: str) -> None:
+    options = {"prediction_type": "v_prediction", "num_inference_steps": 150, "spacing": spacing}
+    drawn = gaussian_latents(solver, 0.2**2 * torch.eye(12), **options)
+    assert_close(drawn.mean().item(), 0.1, atol=0.006, rtol=0)
+    assert_close(drawn.std().item(), 0.2, atol=0.012, rtol=0)  # ddpm and euler_a have 0.19 at 150 steps
+    trailing = build_solver(solver, "v_prediction", spacing="trailing")
+    other = build_solver(solver, "v_prediction", spacing=spacing)
+    trailing.set_timesteps(7), other.set_timesteps(7)
+    assert trailing.timesteps.tolist() != other.timesteps.tolist()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_loop_is_that_of_the_diffusers_class_bit_for_bit(solver: str) -> None:
+    pipeline = tiny_pipeline(solver=solver, prediction_type="v_prediction")
+    images = pipeline(2, torch.Generator().manual_seed(3), num_inference_steps=9, output_type="pt").images
+    bare, generator = build_solver(solver, "v_prediction"), torch.Generator().manual_seed(3)
+    bare.set_timesteps(9)
+    z = torch.randn(2, 4, 8, 8, generator=generator) * bare.init_noise_sigma
+    random = {"generator": generator} if solver in ("ddpm", "ddim", "euler", "euler_a") else {}
+    with torch.no_grad():
+        for t in bare.timesteps:
+            z = bare.step(pipeline.backbone(bare.scale_model_input(z, t), t).sample, t, z, **random).prev_sample
+    assert torch.equal(images, pipeline.decode(z))
+
+
+@pytest.mark.parametrize(("solver", "eta"), [*((name, 0.0) for name in SINGLE_STEP), ("ddim", 0.8)])
+def test_equal_band_rates_are_the_plain_sampler_bit_for_bit(solver: str, eta: float) -> None:
+    pipeline = tiny_pipeline(solver=solver)
+    for generators in (None, torch.Generator().manual_seed(5)):
+        again = None if generators is None else generators.clone_state()
+        options = {"batch_size": 3, "num_inference_steps": 7, "eta": eta, "output_type": "np"}
+        plain = pipeline(generator=generators, **options).images
+        assert np.array_equal(pipeline(generator=again, detail_steps=7, **options).images, plain)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize(("steps", "detail_steps"), [(10, 5), (5, 10), (7, 5), (1, 6)])
+@pytest.mark.parametrize("solver", SINGLE_STEP)
+def test_bands_that_do_not_depend_on_each_other_are_drawn_as_if_alone(
+    solver: str, steps: int, detail_steps: int, spacing: str
+) -> None:
+    def drawn(**counts: int) -> torch.Tensor:
+        return gaussian_latents(
+            solver, 0.2**2 * torch.eye(4), "sample" if solver == "ddim" else "epsilon", spacing, **counts
+        )
+
+    both = drawn(num_inference_steps=steps, detail_steps=detail_steps)
+    assert_close(both[:, :1], drawn(num_inference_steps=steps)[:, :1], atol=1e-5, rtol=1e-5)
+    assert_close(both[:, 1:], drawn(num_inference_steps=detail_steps)[:, 1:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("steps", "detail_steps"), [(600, 200), (200, 600), (600, 350)])
+@pytest.mark.parametrize("solver", SINGLE_STEP)
+def test_correlated_bands_come_out_correlated(solver: str, steps: int, detail_steps: int) -> None:
+    covariance = torch.tensor(
+        [[0.3, 0.15, -0.1, 0.0], [0.15, 0.2, 0.0, 0.0], [-0.1, 0.0, 0.1, 0.02], [0, 0, 0.02, 0.05]]
+    )
+    drawn = gaussian_latents(solver, covariance, num_inference_steps=steps, detail_steps=detail_steps)
+    values = drawn.transpose(0, 1).flatten(1)  # (4, 4096)
+    assert_close(values.mean(1), torch.full((4,), 0.1), atol=0.03, rtol=0)
+    assert_close(torch.cov(values), covariance, atol=0.02, rtol=0)  # standard error of the largest: 0.007
 
 
 def test_image_k_does_not_depend_on_the_batch_size() -> None:
@@ -97,7 +179,7 @@ def test_image_k_does_not_depend_on_the_batch_size() -> None:
     one_by_one = np.concatenate(list(sample_images(pipeline, 5, batch_size=1, seed=7, **options)))
     by_threes = np.concatenate(list(sample_images(pipeline, 5, batch_size=3, seed=7, **options)))
     assert one_by_one.shape == (5, 16, 16, 1) and one_by_one.dtype == np.uint8
-    assert np.abs(one_by_one.astype(int) - by_threes).max() <= 1  # convolutions round by batch size
+    assert np.array_equal(one_by_one, by_threes)
     assert len(np.unique(one_by_one.reshape(5, -1), axis=0)) == 5
 
 
@@ -120,6 +202,58 @@ def test_saved_pipeline_draws_the_same(tmp_path) -> None:
     assert again.image_size == 16 and again.codec.config.scaling == "band"
     options = {"batch_size": 2, "num_inference_steps": 3, "output_type": "np"}
     assert np.array_equal(again(**options).images, pipeline(**options).images)
+
+
+@pytest.mark.parametrize("part", ["unet", "ukan", "codec"])
+@pytest.mark.parametrize("harm", ["truncated", "missing", "extra", "shape", "pickle", "config"])
+def test_damaged_pipelines_are_refused_by_name(tmp_path, part: str, harm: str) -> None:
+    pipeline = tiny_pipeline()
+    pipeline.backbone = build_backbone("ukan" if part == "ukan" else "unet", dataset="digits", level=1, widths=(16, 32))
+    pipeline.codec = WaveletCodec(scaling="band").fit(np.zeros((2, 16, 16, 1), np.uint8))
+    pipeline.save_pretrained(tmp_path)
+    folder = tmp_path / ("codec" if part == "codec" else "backbone")
+    message = damage(folder, harm, "limit" if part == "codec" else "conv_in.bias")
+    with pytest.raises(ValueError, match=message) as refused:
+        WaveletPipeline.from_pretrained(tmp_path)
+    assert "\n" not in str(refused.value) and folder.name in str(refused.value)
+    if part != "codec":
+        with pytest.raises(ValueError, match=message):
+            WaveletPipeline.from_published(folder)
+
+
+def damage(folder, harm: str, name: str) -> str:
+    """Harm the weights in a folder, or its config; what the error has to say."""
+    file = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    if harm == "truncated":
+        file.write_bytes(file.read_bytes()[:-4])
+        return "does not load"
+    if harm == "pickle":
+        torch.save(tensors, file.with_suffix(".bin"))
+        file.unlink()
+        return "pickled weights are not read"
+    if harm == "config":
+        (folder / "config.json").write_text("{")
+        return "config.json"
+    if harm == "missing":
+        del tensors[name]
+    else:
+        tensors["surplus" if harm == "extra" else name] = torch.zeros(31)
+    save_file(tensors, file)
+    return "surplus" if harm == "extra" else name
+
+
+def test_what_is_not_finite_is_no_image() -> None:
+    pipeline = tiny_pipeline(prediction_type="v_prediction")  # diffusers' euler_a: the root of a rounding error below 0
+    pipeline.scheduler = build_solver("euler_a", "v_prediction", spacing="linspace")
+    with pytest.raises(ValueError, match="not finite from EulerAncestralDiscreteScheduler in 4 steps"):
+        pipeline(1, num_inference_steps=4)
+
+
+def test_published_prediction_type_goes_by_the_name(tmp_path) -> None:
+    for name, wanted in (("wddm-ukan-celeba-hq-lvl1", "sample"), ("wddm-ukan-stl10-lvl1", "epsilon")):
+        UKANModel(16, 12, 12, (32,)).save_pretrained(tmp_path / name)
+        assert WaveletPipeline.from_published(tmp_path / name).scheduler.config.prediction_type == wanted
 
 
 def test_output_types() -> None:
@@ -161,7 +295,12 @@ def test_clip_of_a_solver_is_the_codecs_limit() -> None:
     [
         (lambda p: build_solver("dimm"), "got solver='dimm', wanted one of ddpm, ddim"),
         (lambda p: build_solver("ddim", spacing="even"), "got spacing='even'"),
-        (lambda p: tiny_pipeline(solver="pndm")(eta=0.5), "got eta=0.5 for PNDMScheduler, wanted 0"),
+        (lambda p: tiny_pipeline(solver="pndm")(eta=0.5), "got eta=0.5 for pndm, wanted 0"),
+        (lambda p: tiny_pipeline()(eta=1.5), "got eta=1.5, wanted 0"),
+        (lambda p: tiny_pipeline(solver="unipc")(detail_steps=5), "got detail_steps for unipc, wanted one of ddpm"),
+        (lambda p: tiny_pipeline(level=0)(detail_steps=5), "got detail_steps at level 0"),
+        (lambda p: tiny_pipeline()(num_inference_steps=1001), "got 1001 steps"),
+        (lambda p: tiny_pipeline()(detail_steps=-1), "detail_steps=-1, wanted 1 to 1000"),
         (lambda p: tiny_pipeline()(output_type="png"), "wanted pil, np or pt"),
         (
             lambda p: WaveletPipeline.from_published(p, level=1, image_size=64),

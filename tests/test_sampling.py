@@ -1,6 +1,10 @@
 """Ten images whatever the batch size, from our pipelines and published checkpoints; contradictions are refused."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,8 +14,10 @@ from PIL import Image
 
 from wddm.__main__ import main
 from wddm.backbones import build_backbone
-from wddm.pipeline import WaveletPipeline, build_solver
+from wddm.pipeline import WaveletPipeline
 from wddm.sampling import open_pipeline
+from wddm.solvers import build_solver
+from wddm.ukan import UKANModel
 from wddm.wavelets import WaveletCodec
 
 
@@ -33,18 +39,61 @@ def pixels(folder) -> np.ndarray:
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))]).astype(int)
 
 
-def test_all_images_are_written_and_do_not_depend_on_the_batch_size(ours, tmp_path, capsys) -> None:
-    for size in (4, 10):
-        out = tmp_path / str(size)
-        assert sample(ours, out, "--num-samples", 10, "--batch-size", size, "--sampling-steps", 3, "--seed", 5) == 0
+@pytest.fixture(scope="module")
+def chaotic(tmp_path_factory):
+    """A network of random numbers in the published format's place: it makes much of every rounding."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("ukan")
+    UKANModel(16, 12, 12, (32, 64)).save_pretrained(folder)
+    return folder
+
+
+def test_all_images_are_written_and_say_how_they_were_made(ours, tmp_path, capsys) -> None:
+    assert sample(ours, tmp_path, "--num-samples", 10, "--batch-size", 4, "--sampling-steps", 3, "--seed", 5) == 0
     assert "100%" in capsys.readouterr().out
-    by_fours, at_once = pixels(tmp_path / "4"), pixels(tmp_path / "10")
-    assert by_fours.shape == (10, 16, 16)
-    assert np.abs(by_fours - at_once).max() <= 1  # convolutions round by batch size
-    grid = np.asarray(Image.open(tmp_path / "4" / "grid.png"))
-    assert (grid[:16, 17:33, 0] == by_fours[1]).all()
-    made = json.loads((tmp_path / "4" / "samples.json").read_text())
+    drawn = pixels(tmp_path)
+    assert drawn.shape == (10, 16, 16) and len(np.unique(drawn.reshape(10, -1), axis=0)) == 10
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert (grid[:16, 17:33, 0] == drawn[1]).all()
+    made = json.loads((tmp_path / "samples.json").read_text())
     assert made["seeds"] == [5, 14] and made["num_inference_steps"] == 3 and made["prediction_type"] == "v_prediction"
+
+
+def same_files(one, other) -> bool:
+    names = sorted(path.name for path in one.iterdir())
+    return names == sorted(path.name for path in other.iterdir()) and all(
+        (one / name).read_bytes() == (other / name).read_bytes() for name in names
+    )
+
+
+def test_the_files_are_the_same_bytes_whatever_the_batch_size(chaotic, tmp_path) -> None:
+    for size in (1, 3, 10):
+        out = tmp_path / str(size)
+        assert sample(chaotic, out, "--num-samples", 10, "--batch-size", size, "--sampling-steps", 12) == 0
+    assert same_files(tmp_path / "1", tmp_path / "3") and same_files(tmp_path / "1", tmp_path / "10")
+    assert sample(chaotic, tmp_path / "fewer", "--num-samples", 7, "--sampling-steps", 12) == 0
+    assert np.array_equal(pixels(tmp_path / "fewer"), pixels(tmp_path / "1")[:7])
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_files_of_one(chaotic, tmp_path) -> None:
+    flags = f"sample --model-dir {chaotic} --num-samples 20 --sampling-steps 12 --eta 1 --output-dir".split()
+    launcher = ["accelerate.commands.launch", "--config_file", str(ROOT / "params/accelerate/cpu.yaml")]
+    launcher += ["--main_process_port", str(free_port()), "-m"]
+    alone = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    for name, start in (("one", []), ("two", launcher)):
+        command = [sys.executable, "-m", *start, "wddm", *flags, str(tmp_path / name)]
+        done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("20 images") == 1
+        assert f"/{3 // (2 if start else 1) + bool(start)} [" in done.stdout  # batches of 8: 3, or 2 and 1
+    assert same_files(tmp_path / "one", tmp_path / "two")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def test_a_published_checkpoint_with_the_flags_of_the_paper(published, tmp_path) -> None:
@@ -71,7 +120,8 @@ def test_clip_and_prediction_are_those_of_the_checkpoint(ours) -> None:
         (["--model-type", "ukan"], "model_type='ukan', but"),
         (["--scheduler", "dimm"], "wanted one of ddpm"),
         (["--num-samples", "0"], "wanted an integer, 1 or more"),
-        (["--scheduler", "pndm", "--eta", "0.5"], "eta=0.5 for PNDMScheduler"),
+        (["--scheduler", "pndm", "--eta", "0.5"], "eta=0.5 for pndm"),
+        (["--scheduler", "lms", "--detail-steps", "9"], "detail_steps for lms"),
     ],
 )
 def test_contradictions_are_refused_in_one_line(ours, tmp_path, capsys, options: list[str], message: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from wddm.kan import knots
 from wddm.published import NAMES
 from wddm.ukan import UKANModel
 
@@ -66,6 +67,108 @@ def test_damaged_checkpoints_are_refused_by_name(published, tmp_path, harm: str)
         save_file(tensors, file)
     with pytest.raises(ValueError, match=message):
         UKANModel.from_pretrained(tmp_path / "c")
+
+
+def published_shapes(C: int, T: int, ch: int, ch_mult: list[int], num_res_blocks: int, sample_size: int) -> dict:
+    """Names and shapes in a published checkpoint of this config, written down from the layout rules alone."""
+    time, shapes = 4 * ch, {"time_embedding.timembedding.0.weight": (T, ch)}
+
+    def layer(name: str, *shape: int) -> None:
+        shapes.update({f"{name}.weight": shape, f"{name}.bias": shape[:1]})
+
+    def residual(name: str, c_in: int, c_out: int) -> None:
+        layer(f"{name}.block1.0", c_in), layer(f"{name}.block1.2", c_out, c_in, 3, 3)
+        layer(f"{name}.temb_proj.1", c_out, time)
+        layer(f"{name}.block2.0", c_out), layer(f"{name}.block2.3", c_out, c_out, 3, 3)
+        if c_in != c_out:
+            layer(f"{name}.shortcut", c_out, c_in, 1, 1)
+
+    def kan(name: str, c: int) -> None:
+        spline = f"{name}.0.kan.fc1"
+        shapes.update({f"{spline}.base_weight": (c, c), f"{spline}.spline_weight": (c, c, 8)})
+        shapes.update({f"{spline}.spline_scaler": (c, c), f"{spline}.grid": (c, 12)})
+        layer(f"{name}.0.norm2", c), layer(f"{name}.0.temb_proj.1", c, time)
+
+    layer("time_embedding.timembedding.1", time, ch), layer("time_embedding.timembedding.3", time, time)
+    layer("head", ch, C, 3, 3)
+    c, skips, number = ch, [ch], 0
+    for level, mult in enumerate(ch_mult):
+        for _ in range(num_res_blocks):
+            residual(f"downblocks.{number}", c, ch * mult)
+            c, number = ch * mult, number + 1
+            skips.append(c)
+        if level < len(ch_mult) - 1:
+            layer(f"downblocks.{number}.main", c, c, 3, 3)
+            number += 1
+            skips.append(c)
+    if sample_size // 2 ** len(ch_mult) >= 4:
+        half, deep = 3 * c // 2, 2 * c
+        layer("patch_embed3.proj", half, c, 3, 3), layer("patch_embed3.norm", half)
+        layer("patch_embed4.proj", deep, half, 3, 3), layer("patch_embed4.norm", deep)
+        kan("kan_block1", half), kan("kan_block2", deep), kan("kan_dblock1", half)
+        layer("norm3", half), layer("norm4", deep), layer("dnorm3", half)
+        for name, c_in, c_out in (("decoder1", deep, half), ("decoder2", half, c)):
+            layer(f"{name}.conv.0", c_in), layer(f"{name}.conv.2", c_out, c_in, 3, 3)
+            layer(f"{name}.temb_proj.1", c_out, time)
+    number = 0
+    for level, mult in reversed(list(enumerate(ch_mult))):
+        for _ in range(num_res_blocks + 1):
+            residual(f"upblocks.{number}", c + skips.pop(), ch * mult)
+            c, number = ch * mult, number + 1
+        if level:
+            layer(f"upblocks.{number}.main", c, c, 3, 3)
+            number += 1
+    layer("tail.0", c), layer("tail.2", C, c, 3, 3)
+    return shapes
+
+
+def write_published(folder, C: int, **config) -> dict[str, torch.Tensor]:
+    """A checkpoint of random numbers in the published format."""
+    tensors = {name: 0.1 * torch.randn(shape) for name, shape in published_shapes(C, **config).items()}
+    tensors.update({name: knots().repeat(len(t), 1) for name, t in tensors.items() if name.endswith("grid")})
+    folder.mkdir(exist_ok=True)
+    described = {"_class_name": "UKANHybrid", "in_channels": C, "attn": [0], "dropout": 0.1, **config}
+    (folder / "config.json").write_text(json.dumps(described))
+    save_file(tensors, folder / WEIGHTS)
+    return tensors
+
+
+def test_the_layout_rules_are_those_of_the_reference(published) -> None:
+    config = json.loads((published / "checkpoint" / "config.json").read_text())
+    wanted = {name: tuple(t.shape) for name, t in load_file(published / "checkpoint" / WEIGHTS).items()}
+    sizes = {key: config[key] for key in ("T", "ch", "ch_mult", "num_res_blocks", "sample_size")}
+    assert published_shapes(config["in_channels"], **sizes) == wanted
+
+
+@pytest.mark.parametrize(
+    ("C", "ch", "ch_mult", "num_res_blocks", "sample_size", "bottleneck"),
+    [
+        (12, 64, [1], 1, 8, True),
+        (48, 32, [1, 2], 3, 16, True),  # level 2 of 64 pixels
+        (12, 32, [1, 2, 2], 2, 32, True),
+        (12, 64, [2, 1, 3], 1, 16, False),
+        (48, 32, [1], 2, 4, False),
+        (3, 32, [1, 1], 1, 12, False),
+    ],
+)
+def test_published_checkpoints_of_other_sizes_load_and_run(
+    tmp_path, C, ch, ch_mult, num_res_blocks, sample_size, bottleneck
+) -> None:
+    config = {"T": 50, "ch": ch, "ch_mult": ch_mult, "num_res_blocks": num_res_blocks, "sample_size": sample_size}
+    tensors = write_published(tmp_path / "c", C, **config)
+    model = UKANModel.from_pretrained(tmp_path / "c")
+    assert (model.bottleneck is not None) == bottleneck
+    assert model.num_parameters() == sum(t.numel() for name, t in tensors.items() if not name.endswith("grid"))
+    x = torch.randn(2, C, sample_size, sample_size)
+    with torch.no_grad():
+        assert model(x, torch.tensor([0, 49])).sample.shape == x.shape
+
+
+def test_a_config_without_a_key_is_refused(tmp_path) -> None:
+    write_published(tmp_path, 12, T=50, ch=32, ch_mult=[1], num_res_blocks=1, sample_size=8)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UKANHybrid", "ch": 32}))
+    with pytest.raises(ValueError, match="without in_channels, T, ch_mult"):
+        UKANModel.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("side", [4, 8, 12, 16])

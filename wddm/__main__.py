@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,7 +51,7 @@ def preflight(parameters: dict[str, Any]) -> None:
 
     from wddm import data
     from wddm.backbones import IMAGES, build_backbone
-    from wddm.pipeline import build_solver
+    from wddm.solvers import build_solver, check_options
     from wddm.wavelets import WaveletCodec
 
     def given(*names: str) -> dict[str, Any]:
@@ -72,6 +73,7 @@ def preflight(parameters: dict[str, Any]) -> None:
             build_backbone(parameters["backbone"], **size, **options)
     if has({"scheduler"}):
         build_solver(parameters["scheduler"], **given("prediction_type", "spacing"))
+        check_options(parameters["scheduler"], **given("eta", "detail_steps"))
 
 
 def index(arguments: argparse.Namespace) -> int:
@@ -82,13 +84,18 @@ def index(arguments: argparse.Namespace) -> int:
 
 
 def sample(arguments: argparse.Namespace) -> int:
-    from math import ceil
+    if "LOCAL_RANK" in os.environ:  # processes that share the cores must not spin while they wait; read with torch
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
     import diffusers
+    import torch
+    from accelerate import PartialState
 
     from wddm import workbook
     from wddm.sampling import draw, open_pipeline
 
+    on_cpu = arguments.device == "cpu" or not torch.accelerator.is_available()
+    processes = PartialState(cpu=on_cpu)  # one, or as many as `accelerate launch` started
     diffusers.utils.logging.disable_progress_bar()
     pipeline = open_pipeline(
         arguments.model_dir,
@@ -98,27 +105,28 @@ def sample(arguments: argparse.Namespace) -> int:
         prediction_type=arguments.prediction_type,
         scheduler=arguments.scheduler,
         spacing=arguments.spacing,
-    ).to(arguments.device or default_device())
+    ).to(arguments.device or processes.device)
     pipeline.set_progress_bar_config(disable=True)
-    batches = ceil(arguments.num_samples / arguments.batch_size)
+
+    def progress(batches: Iterable, total: int) -> Iterable:
+        if not processes.is_main_process:
+            return batches
+        return workbook.progress(batches, total=total, desc="sampling", unit="batch")
+
     draw(
         pipeline,
         arguments.output_dir,
         arguments.num_samples,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
-        progress=lambda images: workbook.progress(images, total=batches, desc="sampling", unit="batch"),
+        progress=progress,
         num_inference_steps=arguments.sampling_steps,
         eta=arguments.eta,
+        detail_steps=arguments.detail_steps,
     )
-    print(f"{arguments.num_samples} images, grid.png and samples.json are in {arguments.output_dir}")
+    if processes.is_main_process:
+        print(f"{arguments.num_samples} images, grid.png and samples.json are in {arguments.output_dir}")
     return 0
-
-
-def default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -151,12 +159,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--scheduler", default="ddim", help="ddpm ddim pndm dpmsolver++ unipc heun euler euler_a deis lms")
     add("--sampling-steps", type=positive, default=50)
     add("--eta", type=float, default=0.0, help="randomness of ddim: 0 none, 1 as much as ddpm")
+    add("--detail-steps", type=positive, metavar="N", help="solver steps of the detail bands, if others")
     add("--spacing", help="leading, trailing or linspace")
     add("--seed", type=int, default=0, help="image k is drawn from seed + k, whatever the batch size")
-    add("--device", help="cuda if there is one, else cpu")
+    add("--device", help="a GPU if there is one, else cpu")
     checked = command.add_argument_group("read from the checkpoint; an error where given and contradicted")
     checked.add_argument("--model-type", choices=("unet", "ukan"))
-    checked.add_argument("--prediction-type", help="published checkpoints do not store it: epsilon unless given")
+    checked.add_argument("--prediction-type", help="published ones do not store it: epsilon, for CelebA-HQ sample")
     checked.add_argument("--wavelet-level", type=int)
     checked.add_argument("--resolution", type=int)
 

@@ -6,10 +6,13 @@ marked `ours` complete the grid.
 """
 
 import math
+from pathlib import Path
 
 import torch
 from diffusers import ModelMixin, UNet2DModel
 
+from wddm.loading import load_strictly, read_config
+from wddm.published import CLASS_NAME
 from wddm.ukan import UKANModel
 
 IMAGES = {"digits": (16, 1), "patches": (32, 3), "cifar10": (32, 3), "stl10": (64, 3), "celebahq": (256, 3)}
@@ -174,3 +177,13 @@ def matched_widths(build, shape: dict, widths: tuple, common: dict, wanted: int)
             return abs(build(**shape, widths=candidate, **common).num_parameters() - wanted)
 
     return min(sorted(candidates), key=distance)
+
+
+def load_backbone(folder: Path, **options) -> UNet2DModel | UKANModel:
+    """The network in a folder, of the class that its config.json names, in eval mode; `options`: torch_dtype."""
+    name = read_config(UKANModel, folder).get("_class_name")
+    if name == UNet2DModel.__name__:
+        return load_strictly(UNet2DModel.from_pretrained, folder, **options)
+    if name in (UKANModel.__name__, CLASS_NAME):
+        return UKANModel.from_pretrained(folder, **options)
+    raise ValueError(f"got a {name} in {folder}, wanted UNet2DModel, UKANModel or {CLASS_NAME}: give another folder")

@@ -3,17 +3,16 @@
 `NAMES` is the whole difference between their tensors and ours. Only safetensors are read, nothing pickled.
 """
 
-import json
 import re
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from wddm.kan import knots
+from wddm.loading import WEIGHTS, refuse_differences
 
 CLASS_NAME = "UKANHybrid"
 NAMES = (
@@ -42,7 +41,14 @@ NAMES = (
 
 
 def our_config(config: dict) -> dict:
-    """`UKANModel` arguments for a published config. Its `attn` is dropped: those weights never existed."""
+    """`UKANModel` arguments for a published config. Its `attn` is dropped: those weights never existed.
+
+    Raises:
+        ValueError: a key is missing.
+    """
+    keys = ("in_channels", "T", "ch", "ch_mult", "num_res_blocks", "dropout", "sample_size")
+    if missing := [key for key in keys if key not in config]:
+        raise ValueError(f"got a {CLASS_NAME} config.json without {', '.join(missing)}, wanted it: fetch it again")
     return {
         "sample_size": config["sample_size"],
         "in_channels": config["in_channels"],
@@ -51,44 +57,43 @@ def our_config(config: dict) -> dict:
         "layers_per_block": config["num_res_blocks"],
         "dropout": config["dropout"],
         "num_train_timesteps": config["T"],
+        "base_channels": config["ch"],
     }
 
 
-def weights(path: str | Path, subfolder: str = "", **hub) -> dict[str, Tensor]:
-    """Tensors of a checkpoint folder or Hub repository under our names.
+def fill(model: nn.Module, folder: Path) -> None:
+    """Give a `UKANModel` the weights of a published checkpoint.
 
     Raises:
-        ValueError: the file is absent or damaged, or a spline grid is not the published one.
+        ValueError: the file is absent or damaged, its tensors are not the model's, a spline grid is another.
     """
-    name = "diffusion_pytorch_model.safetensors"
-    file = Path(path) / subfolder / name
-    if not Path(path).is_dir():
-        file = Path(hf_hub_download(str(path), name, subfolder=subfolder or None, **hub))
+    file = folder / WEIGHTS
     if not file.is_file():
-        raise ValueError(f"got no {name} in {file.parent}, wanted safetensors weights: pickled ones are not read")
+        raise ValueError(f"got no {WEIGHTS} in {folder}, wanted safetensors weights: pickled ones are not read")
     try:
-        tensors = load_file(file)
+        tensors = renamed(load_file(file))
     except SafetensorError as error:
         raise ValueError(f"got {file}, which is damaged ({error}), wanted safetensors: fetch it again") from error
-    renamed = {}
+    if model.bottleneck is None:  # it depends on the config alone, not on what the file holds
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("bottleneck.")}
+    wanted = model.state_dict()
+    refuse_differences(
+        file,
+        missing=wanted.keys() - tensors.keys(),
+        unknown=tensors.keys() - wanted.keys(),
+        of_another_shape=[k for k in wanted.keys() & tensors.keys() if wanted[k].shape != tensors[k].shape],
+    )
+    model.load_state_dict(tensors)
+
+
+def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published tensors under our names, spline grids checked and left out: ours is fixed."""
+    ours = {}
     for key, tensor in tensors.items():
         for pattern, replacement in NAMES:
             key = re.sub(pattern, replacement, key)
         if not key.endswith(".spline.grid"):
-            renamed[key] = tensor
+            ours[key] = tensor
         elif not torch.allclose(tensor, knots().expand_as(tensor), atol=1e-4):
             raise ValueError(f"got another grid than 5 uniform intervals over [-1, 1] in {key}: cannot be loaded")
-    return renamed
-
-
-def checked(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors`, if their names and shapes are those of `wanted`; else a ValueError that names the differences."""
-    common = wanted.keys() & tensors.keys()
-    problems = {
-        "missing": sorted(wanted.keys() - tensors.keys()),
-        "unknown": sorted(tensors.keys() - wanted.keys()),
-        "of another shape": sorted(k for k in common if wanted[k].shape != tensors[k].shape),
-    }
-    if any(problems.values()):
-        raise ValueError(f"got weights that are not those of their config: {json.dumps(problems)}")
-    return tensors
+    return ours

@@ -4,18 +4,24 @@ What the checkpoint says need not be given; what is given and contradicts it is 
 """
 
 import json
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from math import log
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from accelerate import PartialState
 from diffusers import UNet2DModel
 from PIL import Image
 
+from wddm.checkpoints import public
+from wddm.loading import fetched, read_config
 from wddm.mosaics import compose
-from wddm.pipeline import WaveletPipeline, build_solver, sample_images
+from wddm.pipeline import WaveletPipeline, image_generators
+from wddm.solvers import build_solver
 from wddm.ukan import UKANModel
 
 GRID = 64  # images in the grid picture
@@ -35,31 +41,25 @@ def open_pipeline(
 
     Args:
         model_type, level, resolution, prediction_type: what the checkpoint is expected to be. A published one does not
-            store its prediction type: "epsilon" unless given.
+            store its prediction type: as `from_published` has it unless given.
         spacing: of the solver's steps; "trailing" for ours, "leading" for published ones unless given.
 
     Raises:
         ValueError: an expectation that the checkpoint contradicts.
     """
-    ours = (Path(path) / "model_index.json").is_file()
-    if ours:
-        pipeline = WaveletPipeline.from_pretrained(path)
+    folder = fetched(path, {})
+    if (folder / WaveletPipeline.config_name).is_file():
+        pipeline = WaveletPipeline.from_pretrained(folder)
         stored = pipeline.scheduler.config.prediction_type
         prediction_type = expect("prediction_type", prediction_type, stored, path)
         limit, spacing = pipeline.codec.limit.item(), spacing or "trailing"
         pipeline.scheduler = build_solver(scheduler, prediction_type, spacing=spacing, clip=limit)
     else:
-        try:
-            channels = UKANModel.load_config(path).get("in_channels", 3)
-        except OSError as error:
-            raise ValueError(
-                f"got {path}, wanted a folder with model_index.json (ours) or config.json (published), or a Hub name: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
+        channels = read_config(UKANModel, folder).get("in_channels", 3)
         pipeline = WaveletPipeline.from_published(
-            path,
+            folder,
             level=expect("wavelet_level", level, round(log(max(channels, 3) / 3, 4)), path),
-            prediction_type=prediction_type or "epsilon",
+            prediction_type=prediction_type,
             solver=scheduler,
             spacing=spacing or "leading",
         )
@@ -84,39 +84,95 @@ def draw(
     *,
     batch_size: int = 64,
     seed: int = 0,
-    progress: Callable[[Iterable], Iterable] = iter,
+    progress: Callable[[Iterable, int], Iterable] = lambda batches, total: batches,
     **options: Any,
 ) -> None:
     """Write images 00000.png ..., grid.png of the first 64, and samples.json that says how they were made.
 
+    Under `accelerate launch` each process draws its share of the batches; the files are those of one process.
+
     Args:
         folder: made, or empty.
-        progress: wraps the iterator of batches, to show a bar.
-        options: num_inference_steps, eta.
+        progress: wraps this process's batches, of which it is told the number, to show a bar.
+        options: num_inference_steps, eta, detail_steps.
 
     Raises:
         ValueError: the folder is not empty.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    processes = PartialState()
+    new_folder(folder)
+    processes.wait_for_everyone()  # to have looked, before anybody writes
+    if processes.num_processes > 1 and pipeline.device.type == "cpu":
+        torch.set_num_threads(os.cpu_count() or 1)  # as alone, where launchers say 1: on it depends how sums round
+    starts = range(0, count, images_per_call(pipeline, batch_size))[processes.process_index :: processes.num_processes]
+    share = {"rank": processes.process_index, "world_size": processes.num_processes}
+    batches = sample_images(pipeline, count, batch_size=batch_size, seed=seed, **share, **options)
+    for start, batch in zip(starts, progress(batches, len(starts)), strict=True):
+        write_images(folder, batch, start)
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        write_summary(folder, pipeline, count, seed, options)
+    processes.wait_for_everyone()
+
+
+def sample_images(
+    pipeline: WaveletPipeline,
+    count: int,
+    *,
+    batch_size: int = 64,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    **options,
+) -> Iterator[np.ndarray]:
+    """Draw `count` images batch by batch, uint8 (b, H, W, C), image k seeded `seed + k`; the last batch is shorter.
+
+    Of the batches, this process draws every `world_size`-th from the `rank`-th on. `options` go to the pipeline's call:
+    num_inference_steps, eta, detail_steps.
+    """
+    size = images_per_call(pipeline, batch_size)
+    for start in range(rank * size, count, world_size * size):
+        stop = start + size if pipeline.device.type == "cpu" else min(start + size, count)
+        generators = image_generators(range(seed + start, seed + stop))
+        images = pipeline(len(generators), generators, output_type="np", **options).images[: count - start]
+        yield (images * 255).round().astype(np.uint8)
+
+
+def images_per_call(pipeline: WaveletPipeline, batch_size: int) -> int:
+    """How many images are drawn at a time: `batch_size` on a GPU, a number of the network's own on the CPU.
+
+    Sums round differently in batches of different size, and a network that is not trained to the end makes much of
+    it. With one size, image k is the same to the last bit whatever the batch size; this one costs no speed.
+    """
+    return max(1, 2048 // pipeline.backbone.config.sample_size**2) if pipeline.device.type == "cpu" else batch_size
+
+
+def new_folder(folder: str | Path) -> None:
+    """Make a folder; ValueError if it is there and not empty."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if any(Path(folder).iterdir()):
         raise ValueError(
             f"got {folder}, which is not empty, wanted a new folder: nothing is overwritten, choose another"
         )
-    first: list[np.ndarray] = []
-    number = 0
-    for batch in progress(sample_images(pipeline, count, batch_size=batch_size, seed=seed, **options)):
-        for image in batch:
-            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{number:05d}.png")
-            number += 1
-        first.extend(batch[: GRID - len(first)])
-    columns = max(1, round(len(first) ** 0.5))
-    Image.fromarray(compose(np.stack(first), columns)).save(folder / "grid.png")
+
+
+def write_images(folder: str | Path, images: np.ndarray, start: int = 0) -> None:
+    """uint8 (N, H, W, C) as PNGs, numbered from `start`."""
+    for number, image in enumerate(images, start):
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(Path(folder, f"{number:05d}.png"))
+
+
+def write_summary(folder: str | Path, pipeline: WaveletPipeline, count: int, seed: int, options: dict) -> None:
+    """grid.png of the first 64 images in the folder, and samples.json."""
+    first = [np.asarray(Image.open(Path(folder, f"{number:05d}.png"))) for number in range(min(count, GRID))]
+    pixels = np.stack([image.reshape(*image.shape[:2], -1) for image in first])
+    Image.fromarray(compose(pixels, max(1, round(len(first) ** 0.5)))).save(Path(folder, "grid.png"))
     description = {
         "images": count,
         "seeds": [seed, seed + count - 1],
         "backbone": type(pipeline.backbone).__name__,
         "parameters": pipeline.backbone.num_parameters(),
-        "codec": {key: value for key, value in pipeline.codec.config.items() if key[0] != "_"},
+        "codec": public(pipeline.codec.config),
         "solver": type(pipeline.scheduler).__name__,
         "prediction_type": pipeline.scheduler.config.prediction_type,
         "spacing": pipeline.scheduler.config.get("timestep_spacing"),
@@ -124,4 +180,4 @@ def draw(
         "resolution": pipeline.image_size,
         "versions": {name: version(name) for name in ("wddm", "torch", "diffusers")},
     }
-    (folder / "samples.json").write_text(json.dumps(description, indent=2) + "\n")
+    Path(folder, "samples.json").write_text(json.dumps(description, indent=2) + "\n")

@@ -23,7 +23,8 @@ from torch import Tensor
 from wddm import checkpoints
 from wddm.batches import batches
 from wddm.objective import Loss, diffusion_loss, noise_scheduler
-from wddm.pipeline import WaveletPipeline, build_solver
+from wddm.pipeline import WaveletPipeline
+from wddm.solvers import build_solver
 from wddm.steps import Meter, Step, append_log, cut_log
 from wddm.wavelets import WaveletCodec
 
@@ -278,7 +279,7 @@ class Trainer:
             return
         averaged = type(self.model).from_config(self.model.config).to(self.accelerator.device)
         self.ema.copy_to(averaged.parameters())
-        solver = build_solver("ddim", self.prediction_type, clip=self.codec.limit.item())
+        solver = build_solver("ddim", self.prediction_type, spacing="trailing", clip=self.codec.limit.item())
         with checkpoints.written_aside(self.folder / "pipeline") as aside:
             WaveletPipeline(averaged.eval(), solver, self.codec).save_pretrained(aside)
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from wddm import published
 from wddm.kan import KANBlock
+from wddm.loading import fetched, load_strictly, read_config
 
 
 class UKANModel(ModelMixin, ConfigMixin):
@@ -33,6 +34,7 @@ class UKANModel(ModelMixin, ConfigMixin):
         dropout: probability inside the residual blocks, in training only.
         norm_num_groups: groups of GroupNorm; a width it does not divide takes their greatest common divisor.
         num_train_timesteps: rows of the time table; timesteps lie in [0, num_train_timesteps - 1].
+        base_channels: width of the first convolution and a quarter of the time embedding's; the first level's if None.
     """
 
     @register_to_config
@@ -48,9 +50,10 @@ class UKANModel(ModelMixin, ConfigMixin):
         dropout: float = 0.0,
         norm_num_groups: int = 32,
         num_train_timesteps: int = 1000,
+        base_channels: int | None = None,
     ) -> None:
         super().__init__()
-        width, levels = block_out_channels[0], len(block_out_channels)
+        width, levels = base_channels or block_out_channels[0], len(block_out_channels)
         if sample_size % 2 ** (levels - 1):
             raise ValueError(
                 f"got sample_size={sample_size} with {levels} levels, wanted a multiple of {2 ** (levels - 1)}: "
@@ -112,14 +115,14 @@ class UKANModel(ModelMixin, ConfigMixin):
         """Load from a folder or Hub repository, in our format or the published one, in eval mode.
 
         Raises:
-            ValueError: a published checkpoint is damaged, or its tensors are not those of its config.
+            ValueError: the checkpoint is damaged, pickled, or its tensors are not those of its config.
         """
-        where = {k: kwargs[k] for k in ("subfolder", "revision", "cache_dir", "token") if k in kwargs}
-        config = cls.load_config(path, **where)
+        folder = fetched(path, kwargs) / (kwargs.pop("subfolder", None) or "")
+        config = read_config(cls, folder)
         if config.get("_class_name") != published.CLASS_NAME:
-            return super().from_pretrained(path, **kwargs)
+            return load_strictly(super().from_pretrained, folder, **kwargs)
         model = cls(**published.our_config(config))
-        model.load_state_dict(published.checked(published.weights(path, **where), model.state_dict()))
+        published.fill(model, folder)
         return model.eval().to(kwargs.get("torch_dtype"))
 
 

@@ -1,0 +1,88 @@
+"""The card says what the run recorded, and only that; what is uploaded loads again."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from wddm.backbones import build_backbone
+from wddm.cards import model_card
+from wddm.pipeline import WaveletPipeline
+from wddm.solvers import build_solver
+from wddm.wavelets import WaveletCodec
+
+PARAMETERS = {"run": "mine", "dataset": "digits", "resolution": 16, "limit": None, "level": 1, "learning_rate": 0.002}
+PARAMETERS |= {
+    "prediction_type": "v_prediction",
+    "num_samples": 512,
+    "scheduler": "heun",
+    "sampling_steps": 7,
+    "seed": 3,
+}
+
+
+@pytest.fixture
+def pipeline(tmp_path) -> WaveletPipeline:
+    """Loaded from runs/mine/pipeline of a workbook that recorded its run."""
+    backbone = build_backbone("unet", dataset="digits", level=1, widths=(16, 32)).eval()
+    folder = tmp_path / "runs" / "mine" / "pipeline"
+    WaveletPipeline(backbone, build_solver("ddim", "v_prediction"), WaveletCodec()).save_pretrained(folder)
+    report, data = tmp_path / "reports" / "mine", tmp_path / "data" / "digits-16"
+    report.mkdir(parents=True), data.mkdir(parents=True)
+    (report / "params.yaml").write_text(yaml.safe_dump(PARAMETERS))
+    (report / "metrics.json").write_text(json.dumps({"fwd": 0.0155, "images": 1797}))
+    (report / "environment.json").write_text(json.dumps({"commit": "abc123", "versions": {"torch": "2.14.1"}}))
+    (data / "manifest.json").write_text(json.dumps({"source": "me/digits", "split": "train", "count": 1797}))
+    return WaveletPipeline.from_pretrained(folder)
+
+
+def test_the_card_says_what_the_run_recorded(pipeline, tmp_path) -> None:
+    card = ModelCard(model_card(pipeline, "me/digits-model", tmp_path / "reports" / "mine"))
+    assert card.data.library_name == "diffusers" and card.data.datasets == ["me/digits"]
+    assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == [("fwd", 0.0155)]
+    count = f"{pipeline.backbone.num_parameters():,}"
+    rows = ["dataset | digits", "split | train", f"parameters | {count}", "learning_rate | 0.002", "fwd | 0.0155"]
+    rows += ["num_samples | 512", "scheduler | heun", "seed | 3", "commit | abc123", "torch | 2.14.1"]
+    assert [row for row in rows if f"| {row} |" not in card.text] == []
+    assert 'from_pretrained("me/digits-model")' in card.text and "num_inference_steps=7" in card.text
+    assert "--scheduler heun --sampling-steps 7" in card.text
+
+
+def test_what_is_not_recorded_is_said(pipeline) -> None:
+    card = model_card(pipeline, "me/model", None)
+    assert card.count("Not recorded.") == 4 and "model-index" not in card
+    assert f"{pipeline.backbone.num_parameters():,}" in card
+
+
+def test_push_writes_weights_and_card_to_a_folder(pipeline, tmp_path) -> None:
+    (tmp_path / "hub").mkdir()
+    pipeline.push_to_hub(str(tmp_path / "hub"))
+    assert "| fwd | 0.0155 |" in (tmp_path / "hub" / "README.md").read_text()  # its report was found
+    assert WaveletPipeline.from_pretrained(tmp_path / "hub").image_size == 16
+
+
+def test_push_uploads_the_same_to_the_hub(pipeline, tmp_path, monkeypatch) -> None:
+    class Hub:
+        def __init__(self, token=None) -> None:
+            pass
+
+        def create_repo(self, name, *, private, exist_ok):
+            return type("Url", (), {"repo_id": f"me/{name}"})
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message, create_pr):
+            shutil.copytree(folder_path, tmp_path / repo_id)
+            return f"https://huggingface.co/{repo_id}"
+
+    monkeypatch.setattr("wddm.pipeline.HfApi", Hub)
+    assert pipeline.push_to_hub("digits").endswith("me/digits")
+    assert 'from_pretrained("me/digits")' in (tmp_path / "me/digits/README.md").read_text()
+    assert WaveletPipeline.from_pretrained(tmp_path / "me/digits").image_size == 16
+
+
+def test_a_report_that_is_none_is_refused(pipeline, tmp_path) -> None:
+    (tmp_path / "hub").mkdir()
+    with pytest.raises(ValueError, match=r"has no params\.yaml, wanted reports"):
+        pipeline.push_to_hub(str(tmp_path / "hub"), report=tmp_path)
+    assert list((tmp_path / "hub").iterdir()) == []

@@ -1,0 +1,71 @@
+"""solvers: one table from a name to the diffusers class, and what each of them knows.
+
+All take `spacing` and run on our noise schedule. `eta` is ddim's alone, `detail_steps` (bandrate.py) for the
+single-step ones; `check_options` says so.
+"""
+
+import inspect
+
+import diffusers
+from diffusers import SchedulerMixin
+
+from wddm.objective import NOISE, PREDICTION_TYPES
+
+SOLVERS = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "pndm": "PNDMScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "deis": "DEISMultistepScheduler",
+    "lms": "LMSDiscreteScheduler",
+}
+NOT_OF_SAMPLE = ("pndm", "euler_a")  # diffusers' classes do not know prediction_type="sample"
+SINGLE_STEP = ("ddpm", "ddim", "euler", "euler_a", "heun")  # they keep nothing from the steps before the last
+
+
+def build_solver(
+    name: str, prediction_type: str = "epsilon", *, spacing: str = "leading", clip: float = 1.0
+) -> SchedulerMixin:
+    """A solver by name, on our noise schedule.
+
+    Args:
+        name: a key of `SOLVERS`.
+        prediction_type: what the network predicts.
+        spacing: how the steps are spread over the 1000: "leading", "trailing" or "linspace".
+        clip: solvers that clip the clean estimate do so at this absolute value (the codec's `limit`).
+    """
+    for what, got, wanted in (
+        ("solver", name, tuple(SOLVERS)),
+        ("prediction_type", prediction_type, PREDICTION_TYPES),
+        ("spacing", spacing, ("leading", "trailing", "linspace")),
+    ):
+        if got not in wanted:
+            raise ValueError(f"got {what}={got!r}, wanted one of {', '.join(wanted)}: choose one of them")
+    if prediction_type == "sample" and name in NOT_OF_SAMPLE:
+        raise ValueError(f"got prediction_type='sample' for {name}, which does not know it: choose another solver")
+    solver = getattr(diffusers, SOLVERS[name])
+    options = {
+        **NOISE,
+        "prediction_type": prediction_type,
+        "timestep_spacing": spacing,
+        "clip_sample": True,
+        "clip_sample_range": clip,
+        "variance_type": "fixed_small",
+        "skip_prk_steps": True,  # PNDM's Runge-Kutta start diverges where the schedule leaves no signal
+    }
+    known = inspect.signature(solver.__init__).parameters
+    return solver(**{key: value for key, value in options.items() if key in known})
+
+
+def check_options(name: str, *, eta: float = 0.0, detail_steps: int | None = None) -> None:
+    """Raise a ValueError that says which option a solver cannot honour, if there is one."""
+    if eta and name != "ddim":
+        raise ValueError(f"got eta={eta} for {name}, wanted 0: only ddim knows eta, take it or leave eta out")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"got eta={eta}, wanted 0 (deterministic) to 1 (as random as ddpm): change eta")
+    if detail_steps and name not in SINGLE_STEP:
+        raise ValueError(f"got detail_steps for {name}, wanted one of {', '.join(SINGLE_STEP)}: choose one of them")
