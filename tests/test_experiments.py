@@ -5,7 +5,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT
 
-from wddm.__main__ import main, preflight
+from wddm.__main__ import main
+from wddm.runs import check
 from wddm.workbook import load_experiments
 from wddm.workbook.experiments import pipeline_notebooks
 from wddm.workbook.parameters import merge_schemas
@@ -19,7 +20,7 @@ def test_every_experiment_validates_and_builds(path) -> None:
     experiments = load_experiments(path, ROOT, [])
     assert experiments
     for experiment in experiments:
-        assert preflight(experiment.parameters) is None  # it raises what it refuses
+        assert check(experiment.parameters) is None  # it raises what it refuses
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "params" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
@@ -31,6 +32,28 @@ def test_accelerate_reads_its_settings(path) -> None:
 def test_the_quickstart_is_the_notebooks_defaults() -> None:
     written = yaml.safe_load((ROOT / "params" / "quickstart.yaml").read_text())
     assert written == {name: SCHEMA[name].default for name in written}
+
+
+RECIPES = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "params" / "recipes").glob("*.yaml")}
+
+
+def test_the_modern_recipe_is_the_notebooks_defaults() -> None:
+    assert RECIPES["modern"].keys() == RECIPES["published"].keys()
+    assert {name: SCHEMA[name].convert(value) for name, value in RECIPES["modern"].items()} == {
+        name: SCHEMA[name].default for name in RECIPES["modern"]
+    }
+
+
+def test_a_recipe_holds_where_the_experiment_names_nothing(tmp_path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("learning_rate: 0.5\nsweep: {recipe: [published, modern]}\n")
+    published, modern = (experiment.parameters for experiment in load_experiments(file, ROOT, ["train_kimg=1"]))
+    assert published["learning_rate"] == modern["learning_rate"] == 0.5 and published["train_kimg"] == 1
+    assert (published["prediction_type"], modern["prediction_type"]) == ("epsilon", "v_prediction")
+    assert published["run"] == "x-recipe=published" and published["precision"] == "no"
+    file.write_text("recipe: publishd\n")
+    with pytest.raises(ValueError, match=r"recipe: there is no 'publishd', did you mean 'published'\?"):
+        load_experiments(file, ROOT)
 
 
 def refused(capsys, *options: str) -> str:

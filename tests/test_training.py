@@ -1,7 +1,9 @@
 """Oracles: resumed equals uninterrupted byte for byte; AdamW and the schedule in closed form; what a crash leaves."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,8 @@ from wddm import checkpoints
 from wddm.backbones import build_backbone
 from wddm.checkpoints import deferred_interrupt, difference
 from wddm.pipeline import WaveletPipeline
-from wddm.steps import read_log
+from wddm.resume import settings
+from wddm.steps import VARYING, read_log
 from wddm.training import Trainer, derived_seed, resolve_precision
 from wddm.wavelets import WaveletCodec
 
@@ -25,9 +28,9 @@ RAMPS = np.linspace(0, 255, 8)[None, :] * np.random.default_rng(0).uniform(0.2, 
 IMAGES = np.broadcast_to(RAMPS[:, None, :, None], (40, 8, 8, 1)).astype(np.uint8)  # brighter to the right
 
 
-def make(folder, dropout: float = 0.1, **settings) -> Trainer:
+def make(folder, dropout: float = 0.1, kind: str = "unet", **settings) -> Trainer:
     torch.manual_seed(settings.get("seed", 0))
-    network = build_backbone("unet", level=1, image_size=8, image_channels=1, widths=(8, 16), dropout=dropout)
+    network = build_backbone(kind, level=1, image_size=8, image_channels=1, widths=(8, 16), dropout=dropout)
     codec = WaveletCodec(scaling="band").fit(IMAGES)
     defaults = {
         "train_kimg": 0.064,
@@ -54,7 +57,7 @@ def test_four_steps_are_two_and_resume_and_two(tmp_path) -> None:
     assert [step.step for step in trainer.steps()] == [3, 4]
     whole, halves = (bytes_below(tmp_path / name) for name in ("whole", "halves"))
     timeless = [
-        [{k: v for k, v in row.items() if k != "images_per_s"} for row in read_log(tmp_path / name)]
+        [{k: v for k, v in row.items() if k not in VARYING} for row in read_log(tmp_path / name)]
         for name in ("whole", "halves")
     ]
     assert timeless[0] == timeless[1] and len(timeless[0]) == 4
@@ -118,7 +121,10 @@ def test_pipeline_holds_the_average_and_samples(tmp_path) -> None:
 def test_other_settings_start_anew_and_lose_nothing(tmp_path) -> None:
     list(make(tmp_path).steps())
     before = bytes_below(tmp_path / "checkpoints")
-    trainer = make(tmp_path, learning_rate=0.01)
+    with pytest.raises(ValueError, match=r"began with \(learning_rate 0.001 -> 0.01\), wanted the same"):
+        make(tmp_path, learning_rate=0.01)
+    assert bytes_below(tmp_path / "checkpoints") == before
+    trainer = make(tmp_path, learning_rate=0.01, restart=True)
     assert trainer.step == 0
     assert "learning_rate 0.001 -> 0.01" in trainer.notes[0] and "checkpoints-1" in trainer.notes[0]
     assert bytes_below(tmp_path / "checkpoints-1") == before
@@ -129,7 +135,8 @@ def test_settings_are_the_same_in_every_process(tmp_path) -> None:
     """Python orders sets of strings anew in each process, unless PYTHONHASHSEED is given."""
     code = (
         "import sys, json, pathlib; sys.path.insert(0, sys.argv[1]); from test_training import make; "
-        "print(json.dumps(make(pathlib.Path(sys.argv[2])).settings(), sort_keys=True))"
+        "from wddm.resume import settings; "
+        "print(json.dumps(settings(make(pathlib.Path(sys.argv[2]))), sort_keys=True))"
     )
     described = {
         subprocess.run(
@@ -146,7 +153,7 @@ def test_a_finished_run_of_other_code_is_not_taken_for_one_of_this(tmp_path, mon
     steps = make(tmp_path / "unfinished").steps()
     next(steps), steps.close()
     assert make(tmp_path / "finished").notes == ["resumed at step 4 of 4"]
-    monkeypatch.setattr(Trainer, "_code", lambda self: 1)
+    monkeypatch.setattr("wddm.resume.code", lambda: 1)
     assert "the code; starting anew" in make(tmp_path / "finished").notes[0]
     assert make(tmp_path / "unfinished").notes == ["resumed at step 1 of 4, with code that has changed"]
 
@@ -156,7 +163,9 @@ def test_other_images_are_other_settings(tmp_path) -> None:
     trainer = make(tmp_path)
     list(trainer.steps())
     trainer.images = IMAGES[::-1]
-    assert "images" in difference(checkpoints.load_latest(tmp_path / "checkpoints")[1]["settings"], trainer.settings())
+    assert "images" in difference(
+        checkpoints.load_latest(tmp_path / "checkpoints", [])[1]["settings"], settings(trainer)
+    )
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path) -> None:
@@ -165,9 +174,11 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path) -> None:
     next(steps), next(steps)
     with torch.no_grad():
         trainer.model.conv_in.weight[0, 0, 0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match="by step 3, wanted finite numbers: lower learning_rate"):
+    with pytest.raises(
+        FloatingPointError, match=r"gradient of conv_in.weight at step 3, wanted finite ones: lower learning_rate"
+    ):
         next(steps)
-    tensors, state = checkpoints.load_latest(tmp_path / "checkpoints")
+    tensors, state = checkpoints.load_latest(tmp_path / "checkpoints", [])
     assert state["step"] == 2 and all(v.isfinite().all() for v in tensors["weights"].values())
 
 
@@ -177,7 +188,7 @@ def test_interrupt_finishes_the_step_and_leaves_a_checkpoint(tmp_path) -> None:
         for step in trainer.steps():
             if step.step == 3:
                 os.kill(os.getpid(), signal.SIGINT)
-    assert checkpoints.load_latest(tmp_path / "checkpoints")[1]["step"] == 4
+    assert checkpoints.load_latest(tmp_path / "checkpoints", [])[1]["step"] == 4
     assert not (tmp_path / "pipeline").exists()
     assert make(tmp_path, train_kimg=1.6, checkpoint_kimg=100.0).step == 4
 
@@ -194,15 +205,15 @@ def test_checkpoints_keep_two_and_pass_over_a_damaged_one(tmp_path) -> None:
     for step in (1, 2, 3):
         checkpoints.save(tmp_path, step, {"weights": {"w": torch.full((3,), float(step))}}, {"settings": {}})
     assert [path.name for path in checkpoints.listed(tmp_path)] == ["step-00000002", "step-00000003"]
-    assert checkpoints.load_latest(tmp_path)[0]["weights"]["w"].tolist() == [3, 3, 3]
+    assert checkpoints.load_latest(tmp_path, [])[0]["weights"]["w"].tolist() == [3, 3, 3]
     file = tmp_path / "step-00000003" / "weights.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
-    with pytest.warns(UserWarning, match=r"weights.safetensors damaged, going back"):
-        tensors, state = checkpoints.load_latest(tmp_path)
+    notes = []
+    tensors, state = checkpoints.load_latest(tmp_path, notes)
     assert state["step"] == 2 and tensors["weights"]["w"].tolist() == [2, 2, 2]
+    assert len(notes) == 1 and "weights.safetensors damaged, going back" in notes[0]
     (tmp_path / "step-00000002" / "state.json").write_text("{")
-    with pytest.warns(UserWarning):
-        assert checkpoints.load_latest(tmp_path) is None
+    assert checkpoints.load_latest(tmp_path, notes) is None and len(notes) == 3
 
 
 def test_a_checkpoint_being_written_is_not_a_checkpoint(tmp_path) -> None:
@@ -210,7 +221,87 @@ def test_a_checkpoint_being_written_is_not_a_checkpoint(tmp_path) -> None:
     partial = tmp_path / ".step-00000002.partial"
     partial.mkdir()
     (partial / "weights.safetensors").write_bytes(b"half")
-    assert checkpoints.load_latest(tmp_path)[1]["step"] == 1
+    assert checkpoints.load_latest(tmp_path, [])[1]["step"] == 1
+
+
+def timeless(folder) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in VARYING} for row in read_log(folder)]
+
+
+def test_a_checkpoint_between_two_rows_of_the_log_keeps_the_half_read_meter(tmp_path) -> None:
+    sizes = {"train_kimg": 0.16, "log_every": 4, "checkpoint_kimg": 0.048}  # rows at 4, 8, 10; checkpoints at 3, 6, 9
+    list(make(tmp_path / "whole", **sizes).steps())
+    steps = make(tmp_path / "cut", **sizes).steps()
+    next(steps), next(steps)
+    shutil.rmtree(tmp_path / "cut/checkpoints/step-00000003", ignore_errors=True)  # died at 8: the last one is of 6
+    trainer = make(tmp_path / "cut", **sizes)
+    assert trainer.step == 6 and [row["step"] for row in read_log(tmp_path / "cut")] == [4]
+    list(trainer.steps())
+    assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
+    assert [row["step"] for row in timeless(tmp_path / "whole")] == [4, 8, 10]
+
+
+def test_a_full_disk_is_said_and_leaves_the_last_good_checkpoint(tmp_path, monkeypatch) -> None:
+    steps = make(tmp_path).steps()
+    next(steps)
+    before = bytes_below(tmp_path / "checkpoints")
+
+    def full(tensors, file) -> None:
+        file.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(OSError, match=r"No space left.*checkpoint of step 2.*free some.*step-00000001 is kept"):
+        next(steps)
+    monkeypatch.undo()
+    assert {name: data for name, data in bytes_below(tmp_path / "checkpoints").items() if name[0] != "."} == before
+    assert make(tmp_path).step == 1
+
+
+def test_extend_goes_on_with_the_schedule_of_the_longer_run(tmp_path) -> None:
+    list(make(tmp_path).steps())
+    with pytest.raises(ValueError, match=r"train_kimg 0.064 -> 0.128\), wanted the same.*--extend"):
+        make(tmp_path, train_kimg=0.128)
+    trainer = make(tmp_path, train_kimg=0.128, extend=True)
+    assert trainer.step == 4 and trainer.total_steps == 8
+    assert trainer.notes[1].startswith("extended from 0.064 to 0.128 kimg") and "from 0 to 0.0007" in trainer.notes[1]
+    whole = [row.lr for row in make(tmp_path / "whole", train_kimg=0.128).steps()]
+    assert_close([row.lr for row in trainer.steps()], whole[4:])
+    with pytest.raises(ValueError, match="learning_rate"):
+        make(tmp_path, train_kimg=0.2, learning_rate=1.0, extend=True)
+    with pytest.raises(ValueError, match="train_kimg"):
+        make(tmp_path, train_kimg=0.064, extend=True)
+
+
+def test_held_out_loss_is_the_same_every_time_and_least_at_the_best(tmp_path) -> None:
+    trainer = make(tmp_path, train_kimg=0.8, validation_kimg=0.16, validation_images=10)
+    assert len(trainer.trained) == 30 and len(trainer.held_out) == 10
+    everything = {image.tobytes() for image in np.concatenate([np.array(trainer.trained), trainer.held_out])}
+    assert everything == {image.tobytes() for image in IMAGES}
+    rows = [row for row in trainer.steps() if row.validation_loss is not None]
+    assert [row.step for row in rows] == [10, 20, 30, 40, 50]
+    assert rows[-1].validation_loss == trainer._validate()  # with dropout it would differ
+    assert len({row.validation_loss for row in rows}) == 5
+    assert trainer.model.training
+    best = json.loads((tmp_path / "checkpoints/best/state.json").read_text())
+    assert best["best"] == min(row.validation_loss for row in rows)
+
+
+def test_watching_changes_nothing(tmp_path) -> None:
+    list(make(tmp_path / "alone").steps())
+    list(make(tmp_path / "watched", preview_kimg=0.016, tensorboard=True).steps())
+    alone, watched = (bytes_below(tmp_path / name / "pipeline") for name in ("alone", "watched"))
+    assert alone == watched
+    assert len(list((tmp_path / "watched/previews").glob("*.png"))) == 4
+    assert list((tmp_path / "watched/tensorboard").rglob("events*"))
+
+
+@pytest.mark.parametrize("kind", ["unet", "ukan"])
+def test_gradient_checkpointing_gives_the_same_bytes(tmp_path, kind: str) -> None:
+    for name, again in (("kept", False), ("again", True)):
+        list(make(tmp_path / name, kind=kind, gradient_checkpointing=again).steps())
+    kept, again = (bytes_below(tmp_path / name / "pipeline") for name in ("kept", "again"))
+    assert kept == again
 
 
 def test_log_survives_a_line_cut_short(tmp_path) -> None:

@@ -1,11 +1,12 @@
 """The command line, `wddm`: one small function and one block of arguments per subcommand.
 
-Exit codes: 0 ok, 1 a notebook failed, 2 bad arguments or parameters (a line each on stderr), 130 interrupted.
-Nothing heavy is imported until a subcommand needs it.
+Exit codes: 0 ok, 1 a notebook or training failed, 2 bad arguments or parameters (a line each on stderr), 130
+interrupted. Nothing heavy is imported until a subcommand needs it.
 """
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Iterable
@@ -14,6 +15,50 @@ from typing import Any, NoReturn
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from wddm import workbook
+
+    root, experiments = experiments_of(arguments)
+    with contextlib.chdir(root):  # relative paths in parameters start there, wherever the command was given
+        return workbook.run(
+            experiments,
+            only=arguments.only,
+            start=arguments.start,
+            force=arguments.force,
+            jobs=arguments.jobs,
+            preflight=preflight,
+        )
+
+
+def preflight(parameters: dict[str, Any]) -> None:
+    from wddm import runs  # and torch, which a run that is up to date does not need
+
+    runs.check(parameters)
+
+
+def train(arguments: argparse.Namespace) -> int:
+    launched()
+
+    from wddm import data, runs
+
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that were launched, it does the talking
+    root, experiments = experiments_of(arguments)
+    with contextlib.chdir(root):
+        for experiment in experiments:
+            runs.check(experiment.parameters)
+        for experiment in experiments:
+            parameters, folder = experiment.parameters, root / "runs" / experiment.run
+            prepared = runs.given(parameters, ("dataset", "resolution", "dataset_path", "limit", "seed", "on_error"))
+            place = root / "data" / "{dataset}-{resolution}".format(**parameters)
+            images = data.prepare(folder=place, progress=first, **prepared).images
+            options = {"extend": arguments.extend}
+            runs.train(functools.partial(runs.make_trainer, parameters, images, folder, **options))
+            if first:
+                print(f"{folder.relative_to(root)}/pipeline is trained")
+    return 0
+
+
+def experiments_of(arguments: argparse.Namespace) -> tuple[Path, list]:
+    """The root of the workbook that the YAML files are in, and the experiments they ask for."""
     from wddm import workbook
 
     try:
@@ -28,52 +73,13 @@ def run(arguments: argparse.Namespace) -> int:
             problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
-    with contextlib.chdir(root):  # relative paths in parameters start there, wherever the command was given
-        return workbook.run(
-            experiments,
-            only=arguments.only,
-            start=arguments.start,
-            force=arguments.force,
-            jobs=arguments.jobs,
-            preflight=preflight,
-        )
+    return root, experiments
 
 
-def preflight(parameters: dict[str, Any]) -> None:
-    """Refuse what the notebooks would only find out later: sizes that do not divide, a data set that is not there.
-
-    Builds codec, network and solver from the parameters that are there, without memory and without weights.
-
-    Raises:
-        ValueError: as the part that refuses says it.
-    """
-    import torch
-
-    from wddm import data
-    from wddm.backbones import IMAGES, build_backbone
-    from wddm.solvers import build_solver, check_options
-    from wddm.wavelets import WaveletCodec
-
-    def given(*names: str) -> dict[str, Any]:
-        return {name: parameters[name] for name in names if name in parameters}
-
-    has = parameters.keys().__ge__
-    if has({"dataset", "resolution"}):
-        data.check_source(**given("dataset", "resolution", "dataset_path", "limit", "seed"))
-    with torch.device("meta"):
-        if has({"wavelet", "resolution"}):
-            codec = WaveletCodec(**given("wavelet", "level", "transform", "scaling"))
-            codec.check_size(parameters["resolution"], parameters["resolution"])
-        if has({"backbone", "dataset", "resolution"}):
-            size = {
-                "image_size": parameters["resolution"],
-                "image_channels": IMAGES.get(parameters["dataset"], (0, 3))[1],
-            }
-            options = given("dataset", "level", "widths", "attention_levels", "layers_per_block", "dropout")
-            build_backbone(parameters["backbone"], **size, **options)
-    if has({"scheduler"}):
-        build_solver(parameters["scheduler"], **given("prediction_type", "spacing"))
-        check_options(parameters["scheduler"], **given("eta", "detail_steps"))
+def launched() -> None:
+    """Processes that `accelerate launch` started share the cores: they must not spin while they wait for each other."""
+    if "LOCAL_RANK" in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
 
 
 def index(arguments: argparse.Namespace) -> int:
@@ -84,8 +90,7 @@ def index(arguments: argparse.Namespace) -> int:
 
 
 def sample(arguments: argparse.Namespace) -> int:
-    if "LOCAL_RANK" in os.environ:  # processes that share the cores must not spin while they wait; read with torch
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    launched()
 
     import diffusers
     import torch
@@ -135,19 +140,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("run", help="execute the notebooks with the parameters of a YAML file")
     command.set_defaults(function=run)
-    command.add_argument("params", nargs="+", type=Path, metavar="params/x.yaml")
+    add_experiment(command)
     command.add_argument("--only", metavar="NAME", help="this notebook alone, e.g. train")
     command.add_argument("--from", dest="start", metavar="NAME", help="this notebook and those after it")
     command.add_argument("--force", action="store_true", help="run what is unchanged, too")
     command.add_argument("--jobs", type=int, default=1, metavar="N", help="so many runs of a sweep at a time")
-    command.add_argument(
-        "-p",
-        dest="parameter",
-        action="append",
-        default=[],
-        metavar="key=value",
-        help="a parameter, as if it stood in the YAML; repeatable",
-    )
+
+    command = commands.add_parser("train", help="prepare and train alone, also under `accelerate launch -m wddm train`")
+    command.set_defaults(function=train)
+    add_experiment(command)
+    command.add_argument("--extend", action="store_true", help="go on with a run that had a smaller train_kimg")
 
     command = commands.add_parser("sample", help="draw images from a checkpoint, ours or published, into a folder")
     command.set_defaults(function=sample)
@@ -174,6 +176,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_experiment(command: argparse.ArgumentParser) -> None:
+    command.add_argument("params", nargs="+", type=Path, metavar="params/x.yaml")
+    command.add_argument(
+        "-p",
+        dest="parameter",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="a parameter, as if it stood in the YAML; repeatable",
+    )
+
+
 def positive(text: str) -> int:
     """An integer, 1 or more."""
     if not text.isdigit() or int(text) < 1:
@@ -195,6 +209,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(*(f"wddm: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         return 2
+    except (FloatingPointError, ConnectionError, FileNotFoundError) as error:
+        print(f"wddm: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # nobody reads what we print (wddm run ... | head)

@@ -2,7 +2,7 @@
 
     <folder>/step-00001000/{weights,ema,optimizer}.safetensors + state.json (with the sha256 of the others)
 
-Nothing pickled is written or read. The last two are kept.
+Nothing pickled is written or read. The last two are kept, and best/, where the held-out loss was least.
 """
 
 import hashlib
@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,14 +21,17 @@ from torch import Tensor
 KEEP = 2
 
 
-def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict) -> Path:
-    """Write the checkpoint of `step`: a safetensors file per entry of `tensors`, and `state` as JSON."""
-    final = folder / f"step-{step:08d}"
+def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, name: str | None = None) -> Path:
+    """Write the checkpoint of `step`: a safetensors file per entry of `tensors`, and `state` as JSON.
+
+    One with a `name` is kept apart from those of the steps, of which the last two stay.
+    """
+    final = folder / (name or f"step-{step:08d}")
     with written_aside(final) as aside:
         checksums = {}
-        for name, group in tensors.items():
-            file = aside / f"{name}.safetensors"
-            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}, file)
+        for group, members in tensors.items():
+            file = aside / f"{group}.safetensors"
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in members.items()}, file)
             sync(file)
             checksums[file.name] = sha256(file)
         (aside / "state.json").write_text(json.dumps({"step": step, **state, "sha256": checksums}, indent=1))
@@ -51,8 +53,8 @@ def written_aside(final: Path) -> Iterator[Path]:
     sync(final.parent)
 
 
-def load_latest(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict] | None:
-    """(tensors, state) of the newest intact checkpoint, or None; a damaged one is warned about and passed over."""
+def load_latest(folder: Path, notes: list[str]) -> tuple[dict[str, dict[str, Tensor]], dict] | None:
+    """(tensors, state) of the newest intact checkpoint, or None; a damaged one is passed over, and noted."""
     for path in reversed(listed(folder)):
         try:
             state = json.loads((path / "state.json").read_text())
@@ -61,7 +63,7 @@ def load_latest(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict] | Non
             damaged = [f"state.json ({error})"]
         if not damaged:
             return {Path(name).stem: load_file(path / name) for name in state["sha256"]}, state
-        warnings.warn(f"{path}: {', '.join(damaged)} damaged, going back to the one before", stacklevel=2)
+        notes.append(f"{path}: {', '.join(damaged)} damaged, going back to the checkpoint before")
     return None
 
 

@@ -5,7 +5,7 @@ colour; bands: A (approximation), H, V, D (horizontal, vertical, diagonal detail
 number of screen pixels, at 150 dpi.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import matplotlib.style
@@ -95,6 +95,11 @@ def compare_grids(real: ArrayLike, generated: ArrayLike, columns: int = 8) -> Fi
     shapes, columns = (np.shape(real), np.shape(generated)), max(1, min(columns, len(real)))
     need(shapes[0] == shapes[1], f"{shapes[0]} and {shapes[1]}", "the same shape twice", "pass equally many")
     return _mosaic([compose(real, columns), compose(generated, columns)], 2, ("Real", "Generated"), gap=24)
+
+
+def stacked(pictures: Mapping[str, ArrayLike]) -> Figure:
+    """Pictures (H, W, C) of one size under each other, each with its name at the left."""
+    return _mosaic(np.stack(list(pictures.values())), 1, sides=list(pictures), gap=6)
 
 
 def neighbours(samples: ArrayLike, nearest: ArrayLike, distances: ArrayLike) -> Figure:

@@ -23,6 +23,7 @@ from wddm.mosaics import (  # noqa: F401  (the figures made of images are plots 
     need,
     neighbours,
     panels,
+    stacked,
     trajectory,
 )
 
@@ -86,8 +87,8 @@ def noise_schedule(times: ArrayLike, snr_by_band: Mapping[str, ArrayLike]) -> Fi
 def training_curves(rows: Sequence[Mapping[str, float]], window: int | None = None) -> Figure:
     """Loss, learning rate and gradient norm over images seen.
 
-    `rows`: dicts or a DataFrame with images_seen, loss, lr, grad_norm. What is noisy is drawn faint under its
-    running mean over `window` rows (a fiftieth of them).
+    `rows`: dicts or a DataFrame with images_seen, loss, lr, grad_norm and, in some, validation_loss. What is noisy is
+    drawn faint under its running mean over `window` rows (a fiftieth of them).
     """
     rows = rows.to_dict("records") if hasattr(rows, "to_dict") else list(rows)
     names, got = ("images_seen", "loss", "lr", "grad_norm"), list(rows[0]) if rows else []
@@ -101,6 +102,10 @@ def training_curves(rows: Sequence[Mapping[str, float]], window: int | None = No
             axes.plot(seen / 1000, smooth, color=GENERATED)
             axes.set(title=title, xlabel="images seen (thousands)")
             _log(axes)
+        if measured := [row for row in rows if row.get("validation_loss")]:
+            x, y = ([row[name] for row in measured] for name in ("images_seen", "validation_loss"))
+            axs[0].plot(np.divide(x, 1000), y, ".-", color=ACCENT, linewidth=0.8, label="held-out")
+            axs[0].legend()
         axs[1].plot(seen / 1000, rate, color=GENERATED)
         axs[1].set_title("Learning rate")
     return figure
@@ -163,8 +168,10 @@ def channel_histograms(images: ArrayLike, generated: ArrayLike | None = None) ->
     with panels(2.0, "ABC"[: len(titles)], sharey=True) as (figure, axs):
         for channel, (axes, title) in enumerate(zip(axs, titles, strict=True)):
             for sample, color, name in zip(both, ("0.78", GENERATED), ("real", "generated"), strict=False):
-                share = np.bincount(sample[..., channel].ravel() // 4, minlength=64) / sample[..., 0].size
-                axes.stairs(100 * share, np.arange(0, 257, 4), color=color, fill=name == "real", label=name)
+                parts = np.array_split(sample, 1 + sample.size // 2**24)  # counted in 64 bits, so not all at once
+                counts = sum(np.bincount(part[..., channel].ravel() // 4, minlength=64) for part in parts)
+                style = {"color": color, "fill": name == "real", "label": name}
+                axes.stairs(100 * counts / counts.sum(), np.arange(0, 257, 4), **style)
             axes.set(title=title, xlabel="pixel value", xticks=(0, 128, 255))
         axs[0].set(ylabel="pixels (%)")
         if len(both) == 2:

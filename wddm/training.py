@@ -1,15 +1,13 @@
 """Training as a generator of `Step`: accelerate gives devices, precision and processes, diffusers EMA and schedules.
 
 All randomness is a function of (seed, step): order and flips of the images, noise, timesteps, dropout. A checkpoint
-is therefore weights, EMA, optimiser, schedule and the number of steps, and resuming is exact. Lengths are counted in
-images (kimg: thousands), batches are global: N processes share one batch.
+is therefore weights, EMA, optimiser, schedule, the half-read meter and the number of steps, and resuming is exact.
+Lengths are counted in images (kimg: thousands), batches are global: N processes share one batch.
 """
 
-import json
 import math
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,23 +16,27 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from torch import Tensor
 
-from wddm import checkpoints
+from wddm import checkpoints, resume
 from wddm.batches import batches
+from wddm.monitor import averaged, hold_out, preview, validation_loss
+from wddm.mosaics import compose
 from wddm.objective import Loss, diffusion_loss, noise_scheduler
 from wddm.pipeline import WaveletPipeline
 from wddm.solvers import build_solver
-from wddm.steps import Meter, Step, append_log, cut_log
+from wddm.steps import Meter, Step, append_log, peak_memory_gb
 from wddm.wavelets import WaveletCodec
 
 
 @dataclass(kw_only=True)
 class Trainer:
-    """One training run in `folder`: checkpoints/, log.jsonl and, at the end, pipeline/ with the averaged weights.
+    """One training run in `folder`: checkpoints/, log.jsonl, previews/ and, at the end, pipeline/ with the averaged
+    weights.
 
-    Made again with the same settings, it goes on where it was stopped, exactly. With other settings it starts anew
-    and sets the earlier checkpoints aside; `notes` says so.
+    Made again with the same settings, it goes on where it was stopped, exactly; with others, it refuses and says what
+    has changed. `notes` holds what the caller should be told.
 
     Args:
         images: uint8 (N, H, W, C).
@@ -45,8 +47,18 @@ class Trainer:
         flip: mirror half of the images, at random.
         precision: "no", "fp16", "bf16", or "auto": bf16 where a GPU has it, else "no".
         compile: compile the network.
+        gradient_checkpointing: compute activations again in the backward pass, where memory is short.
         log_every: steps between two `Step`s.
+        validation_kimg: thousand images between two losses on `validation_images` held-out ones, with the averaged
+            weights; 0 never. The checkpoint where it was least is kept as checkpoints/best.
+        preview_kimg: thousand images between two pictures of samples in previews/; 0 never.
+        tensorboard: write the log and previews to folder/tensorboard too.
+        extend: go on with an earlier run of the same settings but for a smaller train_kimg.
+        restart: set the checkpoints of a finished run with other settings aside, and start anew.
         cpu: stay off a GPU that is there.
+
+    Raises:
+        ValueError: checkpoints of other settings are there.
     """
 
     model: ModelMixin
@@ -68,8 +80,15 @@ class Trainer:
     seed: int = 0
     precision: str = "auto"
     compile: bool = False
+    gradient_checkpointing: bool = False
     log_every: int = 20
     checkpoint_kimg: float = 50.0
+    validation_kimg: float = 0.0
+    validation_images: int = 256
+    preview_kimg: float = 0.0
+    tensorboard: bool = False
+    extend: bool = False
+    restart: bool = False
     cpu: bool = False
     notes: list[str] = field(default_factory=list, init=False)
 
@@ -78,64 +97,97 @@ class Trainer:
         self.accelerator = Accelerator(
             mixed_precision=resolve_precision(self.precision, self.cpu),
             gradient_accumulation_steps=self.accumulation,
-            cpu=self.cpu,
+            log_with="tensorboard" if self.tensorboard else None,
+            project_dir=self.folder,
+            cpu=self.cpu or not torch.accelerator.is_available(),
         )
-        self.codec.to(self.accelerator.device)
+        device = self.accelerator.device
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32
+            self.model.to(memory_format=torch.channels_last)
+        if self.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        self.codec.to(device)
         self.noise = noise_scheduler(self.prediction_type)
+        self.trained, self.held_out = hold_out(self.images, self.validation_images if self.validation_kimg else 0)
         self.model.train()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, self.learning_rate, weight_decay=self.weight_decay, fused=True)
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.AdamW(
+            self.parameters.values(), self.learning_rate, weight_decay=self.weight_decay, fused=True
+        )
         self.network, self.optimizer = self.accelerator.prepare(
             torch.compile(self.model) if self.compile else self.model, optimizer
         )
-        warmup_steps = math.ceil(self.warmup_kimg * 1000 / self.batch_size)
         self.lr = get_scheduler(
-            self.schedule, optimizer, num_warmup_steps=warmup_steps, num_training_steps=self.total_steps
+            self.schedule,
+            optimizer,
+            num_warmup_steps=math.ceil(self.warmup_kimg * 1000 / self.batch_size),
+            num_training_steps=self.total_steps,
         )
         half_life_steps = self.ema_half_life_kimg * 1000 / self.batch_size
         decay = 0.5 ** (1 / half_life_steps) if half_life_steps else 0.0
         self.ema = EMAModel(self.model.parameters(), decay=decay, foreach=True)
-        self.step = 0
-        self._resume()
+        self.step, self.meter, self.best = 0, Meter(), None
+        resume.take_up(self)
+        if self.tensorboard:
+            self.accelerator.init_trackers("tensorboard")
 
     def steps(self) -> Iterator[Step]:
         """Train to the end, a `Step` every `log_every` steps; then the pipeline is saved.
 
         Raises:
-            FloatingPointError: the loss is no longer finite; the last good checkpoint stays.
+            FloatingPointError: a loss or gradient was not finite; the last good checkpoint stays.
+            OSError: a checkpoint could not be written; the last good one stays.
             KeyboardInterrupt: once the current step is finished and a checkpoint of it written.
         """
-        save_every = max(1, round(self.checkpoint_kimg * 1000 / self.batch_size))
-        meter = Meter()
         stream = batches(
-            self.images, self.batch_size, seed=self.seed, start=self.images_seen, flip=self.flip,
+            self.trained, self.batch_size, seed=self.seed, start=self.images_seen, flip=self.flip,
             device=self.accelerator.device, rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
         )  # fmt: skip
         with checkpoints.deferred_interrupt() as interrupted:
             while self.step < self.total_steps:
-                meter.add(*self._optimise(next(stream)))
+                self.meter.add(self.step + 1, *self._optimise(next(stream)))
+                self.step += 1
                 done = self.step == self.total_steps
-                stopping = done or interrupted.is_set()
-                logging = self.step % self.log_every == 0 or stopping
-                saving = self.step % save_every == 0 or stopping
-                if logging or saving:
-                    self._check(meter)
+                logging = self.step % self.log_every == 0 or done
+                stopping = done or self._agreed(interrupted.is_set(), logging)
+                validating, previewing = self._due(self.validation_kimg), self._due(self.preview_kimg)
+                saving = self._due(self.checkpoint_kimg) or stopping
+                if logging or saving or validating or previewing:
+                    self._check()
+                row = self._log(self._validate() if validating else None) if logging or validating else None
                 if saving:
                     self.save()
-                if logging:
+                if previewing:
+                    self._preview()
+                if row:
                     try:
-                        yield self._log(meter)
+                        yield row
                     except GeneratorExit:
                         self.save()
                         raise
-                    meter = Meter()
+                    self.meter.resume()
                 if stopping and not done:
                     raise KeyboardInterrupt
-        self._save_pipeline()
+        if self.accelerator.is_main_process:
+            resume.save_pipeline(self)
+        self.accelerator.end_training()
 
-    def _optimise(self, images: Tensor) -> tuple[Loss, Tensor]:
-        """One optimiser step on this process's share of the batch; its loss and gradient norm, left on the device."""
+    def _due(self, kimg: float) -> bool:
+        """Whether something that happens every so many thousand images, and at the end, happens at this step."""
+        every = max(1, round(kimg * 1000 / self.batch_size))
+        return bool(kimg) and (self.step % every == 0 or self.step == self.total_steps)
+
+    def _agreed(self, interrupted: bool, asking: bool) -> bool:
+        """Whether any process was interrupted; several ask each other only now and then, and stop together."""
+        if self.accelerator.num_processes == 1:
+            return interrupted
+        told = torch.tensor(float(interrupted), device=self.accelerator.device)
+        return asking and bool(self.accelerator.reduce(told, "sum"))
+
+    def _optimise(self, images: Tensor) -> tuple[Loss, Tensor, Tensor]:
+        """One optimiser step on this process's share of the batch; loss and gradient norms, left on the device."""
         noise, t = self._draw(images)
         torch.manual_seed(derived_seed(self.seed, self.step, 1 + self.accelerator.process_index))  # dropout
         losses = []
@@ -147,14 +199,24 @@ class Trainer:
                 )  # fmt: skip
                 self.accelerator.backward(loss.total)
                 if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.network.parameters(), 1.0)
+                    norm, norms = self._clip()
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             losses.append(loss)
         self.lr.step()
         self.ema.step(self.model.parameters())
-        self.step += 1
-        return Loss(*(torch.stack(values).mean(0).detach() for values in zip(*losses, strict=True))), norm
+        return Loss(*(torch.stack(values).mean(0).detach() for values in zip(*losses, strict=True))), norm, norms
+
+    def _clip(self) -> tuple[Tensor, Tensor]:
+        """Scale the gradients down to norm 1; their norm before, all together and of every parameter (P,)."""
+        self.accelerator.unscale_gradients()
+        gradients = [p.grad for p in self.parameters.values()]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        norm = torch.linalg.vector_norm(norms)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), 1.0, norm)
+        if self.accelerator.scaler is not None:  # fp16: a step whose gradients overflow is left out, not wrong
+            norm, norms = norm.nan_to_num(0, 0, 0), norms.nan_to_num(0, 0, 0)
+        return norm, norms
 
     def _draw(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Noise (b, 4^L C, h, w) and timesteps (b,) of this process's share, cut from those of the whole batch."""
@@ -165,18 +227,47 @@ class Trainer:
         first = self.accelerator.process_index * len(images)
         return noise[first : first + len(images)], t[first : first + len(images)]
 
-    def _check(self, meter: Meter) -> None:
-        """Raise FloatingPointError if the loss or the gradient was not finite since the last reading."""
-        loss, _, norm = meter.means()
-        if not (loss.isfinite() and norm.isfinite()):
+    def _check(self) -> None:
+        """Raise FloatingPointError if a loss or gradient was not finite since the last reading."""
+        if bad := self.meter.first_bad():
+            step, parameter = bad
+            where = "the loss" if parameter is None else f"the gradient of {list(self.parameters)[parameter]}"
             raise FloatingPointError(
-                f"got loss {loss:.3g} and gradient norm {norm:.3g} by step {self.step}, wanted finite numbers: "
-                f"lower learning_rate (now {self.learning_rate:g}); the last good checkpoint is kept"
+                f"got numbers that are not finite in {where} at step {step}, wanted finite ones: lower learning_rate "
+                f"(now {self.learning_rate:g}); the last good checkpoint is kept"
             )
 
-    def _log(self, meter: Meter) -> Step:
-        """Read the meter (all processes), append to log.jsonl."""
-        loss, band_loss, norm = (self.accelerator.reduce(value, "mean") for value in meter.means())
+    def _validate(self) -> float:
+        """Loss of the averaged weights on the held-out images; the least so far is remembered."""
+        share = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
+        options = {"weighting": self.weighting, "reconstruction": self.reconstruction}
+        with averaged(self.model, self.ema) as model:
+            sums = validation_loss(
+                model, self.codec, self.noise, self.held_out, batch_size=self.batch_size, **share, **options
+            )
+        total, count = self.accelerator.reduce(sums, "sum").tolist()
+        if self.best is None or total / count < self.best:
+            self.best = total / count
+            self.save("best")
+        return total / count
+
+    def _preview(self) -> None:
+        """Pictures of samples of the averaged weights, always from the same noise."""
+        if not self.accelerator.is_main_process:
+            return
+        solver = build_solver("ddim", self.prediction_type, spacing="trailing", clip=self.codec.limit.item())
+        with averaged(self.model, self.ema) as model:
+            images = preview(WaveletPipeline(model, solver, self.codec))
+        (self.folder / "previews").mkdir(exist_ok=True)
+        mosaic = compose(images, 16)
+        Image.fromarray(mosaic).save(self.folder / "previews" / f"{self.images_seen:09d}.png")
+        if self.tensorboard:
+            tracker = self.accelerator.get_tracker("tensorboard")
+            tracker.log_images({"samples": mosaic[None]}, step=self.images_seen, dataformats="NHWC")
+
+    def _log(self, validation: float | None) -> Step:
+        """Read the meter (all processes) and begin a new one; append to log.jsonl."""
+        loss, band_loss, norm = (self.accelerator.reduce(value, "mean") for value in self.meter.means())
         names = self.codec.bands()
         row = Step(
             step=self.step,
@@ -184,25 +275,24 @@ class Trainer:
             loss=loss.item(),
             lr=self.lr.get_last_lr()[0],
             grad_norm=norm.item(),
-            images_per_s=meter.count * self.batch_size / meter.seconds(),
+            images_per_s=self.meter.rate() * self.batch_size,
+            memory_gb=peak_memory_gb(self.accelerator.device),
             band_loss=dict(zip(names, band_loss.view(len(names), -1).mean(1).tolist(), strict=True)),
+            validation_loss=validation,
         )
+        self.meter = Meter()
         if self.accelerator.is_main_process:
             append_log(self.folder, row)
+        if self.tensorboard:
+            curves = {"loss": row.loss, "lr": row.lr, "grad_norm": row.grad_norm, "images_per_s": row.images_per_s}
+            curves |= {f"band/{name}": value for name, value in row.band_loss.items()}
+            self.accelerator.log(curves | ({"validation_loss": validation} if validation else {}), row.images_seen)
         return row
 
-    def save(self) -> None:
-        """Write the checkpoint of this step, from the main process."""
-        if not self.accelerator.is_main_process:
-            return
-        moments = self.optimizer.state_dict()["state"]
-        tensors = {
-            "weights": self.model.state_dict(),
-            "ema": dict(zip(dict(self.model.named_parameters()), self.ema.shadow_params, strict=True)),
-            "optimizer": {f"{i}.{key}": value for i, state in moments.items() for key, value in state.items()},
-        }
-        state = {"schedule": self.lr.state_dict(), "settings": self.settings(), "code": self._code()}
-        checkpoints.save(self.folder / "checkpoints", self.step, tensors, state)
+    def save(self, name: str | None = None) -> None:
+        """Write the checkpoint of this step (or of another name), from the main process."""
+        if self.accelerator.is_main_process:
+            resume.save(self, name)
 
     @property
     def total_images(self) -> int:
@@ -211,77 +301,6 @@ class Trainer:
     @property
     def images_seen(self) -> int:
         return self.step * self.batch_size
-
-    def settings(self) -> dict:
-        """Everything that the outcome depends on, as JSON would read it back."""
-        described = {f.name: getattr(self, f.name) for f in fields(self)[4:] if f.init and f.name != "cpu"}
-        described |= {"network": {"class": type(self.model).__name__, **checkpoints.public(self.model.config)}}
-        described |= {
-            "codec": checkpoints.public(self.codec.config),
-            "images": [*self.images.shape, self._images_crc()],
-        }
-        return json.loads(json.dumps(described))
-
-    def _images_crc(self) -> int:
-        """A checksum of up to 256 of the images, to notice other data of the same shape."""
-        some = self.images[:: max(1, len(self.images) // 256)]
-        return zlib.crc32(np.ascontiguousarray(some))
-
-    def _code(self) -> int:
-        """A checksum of the source that decides what is learned."""
-        names = ("wavelets", "kan", "ukan", "objective", "batches", "training")
-        return zlib.crc32(b"".join((Path(__file__).parent / f"{name}.py").read_bytes() for name in names))
-
-    def _resume(self) -> None:
-        """Take up the newest checkpoint if its settings are ours; else set it aside.
-
-        A finished run of other code is set aside too; an unfinished one goes on, and a note says so.
-        """
-        folder = self.folder / "checkpoints"
-        found = checkpoints.load_latest(folder)
-        changed = checkpoints.difference(found[1]["settings"], self.settings()) if found else ""
-        other_code = found is not None and found[1]["code"] != self._code()
-        if changed or (other_code and found[1]["step"] == self.total_steps):
-            self.accelerator.wait_for_everyone()
-            if self.accelerator.is_main_process:
-                kept = checkpoints.set_aside(folder)
-                self.notes.append(
-                    f"changed since the earlier run: {changed or 'the code'}; starting anew, that run is in {kept.name}"
-                )
-        elif found:
-            self._load(*found)
-            self.notes.append(
-                f"resumed at step {self.step} of {self.total_steps}" + ", with code that has changed" * other_code
-            )
-        if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            cut_log(self.folder, self.step)
-
-    def _load(self, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
-        self.step = state["step"]
-        self.model.load_state_dict(tensors["weights"])
-        for shadow, (name, _) in zip(self.ema.shadow_params, self.model.named_parameters(), strict=True):
-            shadow.copy_(tensors["ema"][name])
-        self.ema.optimization_step = self.step
-        optimizer = self.optimizer.state_dict()
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors["optimizer"].items():
-            index, key = name.split(".")
-            moments.setdefault(int(index), {})[key] = value
-        self.optimizer.load_state_dict({"state": moments, "param_groups": optimizer["param_groups"]})
-        self.lr.load_state_dict(state["schedule"])
-        for group, rate in zip(self.optimizer.param_groups, self.lr.get_last_lr(), strict=True):
-            group["lr"] = rate
-
-    def _save_pipeline(self) -> None:
-        """The averaged weights as a pipeline folder, written aside and renamed."""
-        if not self.accelerator.is_main_process:
-            return
-        averaged = type(self.model).from_config(self.model.config).to(self.accelerator.device)
-        self.ema.copy_to(averaged.parameters())
-        solver = build_solver("ddim", self.prediction_type, spacing="trailing", clip=self.codec.limit.item())
-        with checkpoints.written_aside(self.folder / "pipeline") as aside:
-            WaveletPipeline(averaged.eval(), solver, self.codec).save_pretrained(aside)
 
 
 def resolve_precision(precision: str, cpu: bool = False) -> str:

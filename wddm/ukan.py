@@ -37,6 +37,8 @@ class UKANModel(ModelMixin, ConfigMixin):
         base_channels: width of the first convolution and a quarter of the time embedding's; the first level's if None.
     """
 
+    _supports_gradient_checkpointing = True
+
     @register_to_config
     def __init__(
         self,
@@ -59,6 +61,7 @@ class UKANModel(ModelMixin, ConfigMixin):
                 f"got sample_size={sample_size} with {levels} levels, wanted a multiple of {2 ** (levels - 1)}: "
                 "take fewer widths in block_out_channels or another image size"
             )
+        self.gradient_checkpointing = False
         time_width = 4 * width
         self.time_embedding = TimeEmbedding(num_train_timesteps, width, time_width)
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
@@ -96,17 +99,19 @@ class UKANModel(ModelMixin, ConfigMixin):
         """Denoise `sample` (B, C, h, w) at `timestep`, a number or one per sample (B,), fractions allowed."""
         timestep = torch.as_tensor(timestep, device=sample.device)
         time = self.time_embedding(timestep.reshape(-1).expand(len(sample)))
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
+        through = self._gradient_checkpointing_func if again else nn.Module.__call__
         x = self.conv_in(sample)
         skips = [x]
         for block in self.down:
-            x = block(x, time)
+            x = through(block, x, time)
             skips.append(x)
         if self.bottleneck is not None:
-            x = self.bottleneck(x, time)
+            x = through(self.bottleneck, x, time)
         for block in self.up:
             if isinstance(block, ResidualBlock):
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = block(x, time)
+            x = through(block, x, time)
         x = self.conv_out(F.silu(self.norm_out(x)))
         return UNet2DOutput(sample=x) if return_dict else (x,)
 

@@ -11,9 +11,12 @@ The root is the nearest folder upwards that holds notebooks/ and params/.
 
 import base64
 import html
+import io
 import math
+import os
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from wddm.workbook import report
 from wddm.workbook.experiments import check_run_name, load_experiments
 from wddm.workbook.runner import run
 
-__all__ = ["Run", "find_root", "load_experiments", "open_run", "progress", "run"]
+__all__ = ["Run", "find_root", "live", "load_experiments", "open_run", "progress", "run"]
 
 
 def find_root(start: Path | None = None) -> Path:
@@ -93,7 +96,9 @@ def open_run(run: str, *, dataset: str | None = None, resolution: int | None = N
     return book
 
 
-def progress(iterable: Iterable | None = None, total: int | None = None, desc: str = "", unit: str = "it") -> Any:
+def progress(
+    iterable: Iterable | None = None, total: int | None = None, desc: str = "", unit: str = "it", initial: int = 0
+) -> Any:
     """A text tqdm on sys.stdout; reports leave its lines out."""
     from tqdm import tqdm
 
@@ -102,12 +107,34 @@ def progress(iterable: Iterable | None = None, total: int | None = None, desc: s
         total=total,
         desc=desc,
         unit=unit,
+        initial=initial,
         file=sys.stdout,
         ascii=True,
         mininterval=0.5,
         ncols=88,
         nrows=20,
     )  # given, because a kernel cannot measure the terminal
+
+
+def live(draw: Callable[[], Any], every: float = 5.0) -> Callable[..., None]:
+    """Something to call at every step: in JupyterLab it shows the figure that `draw` makes anew, every few seconds.
+
+    Elsewhere (papermill, a script) it does nothing: the report shows the last figure.
+    """
+    if "JPY_SESSION_NAME" not in os.environ:
+        return lambda *arguments: None
+    from IPython.display import Image, display
+
+    handle, shown = display(display_id=True), 0.0
+
+    def update(*arguments: Any) -> None:
+        nonlocal shown
+        if time.monotonic() - shown > every:
+            draw().savefig(pixels := io.BytesIO(), format="png")
+            handle.update(Image(pixels.getvalue(), width=720))
+            shown = time.monotonic()
+
+    return update
 
 
 def _number(key: str, value: Any) -> float | int | None:

@@ -1,7 +1,8 @@
 """Experiments: what a YAML asks for, checked against what the notebooks declare before anything runs.
 
-An experiment is one flat YAML of parameters, plus `notebooks:` (which to run; the numbered ones when absent)
-and `sweep:` (lists of values; one run for every combination). Every mistake is reported, one line each.
+An experiment is one flat YAML of parameters, plus `notebooks:` (which to run; the numbered ones when absent),
+`recipe:` (a file of params/recipes/ whose values hold where the experiment names none) and `sweep:` (lists of values;
+one run for every combination). Every mistake is reported, one line each.
 """
 
 import difflib
@@ -52,6 +53,8 @@ def load_experiments(path: Path, root: Path, overrides: list[str] = ()) -> list[
     problems, experiments = {}, []
     for swept in _combinations(settings.get("sweep"), values, path):
         wanted = {"run": (str(path), path.stem), **values, **{key: (str(path), swept[key]) for key in swept}}
+        if "recipe" in wanted:
+            wanted = _recipe(*wanted.pop("recipe"), root, schema) | wanted
         parameters, mistakes = _resolve(schema, wanted)
         problems.update(dict.fromkeys(mistakes))
         if not mistakes:
@@ -77,6 +80,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: got a {type(values).__name__}, wanted one `key: value` per line")
     return {str(key): value for key, value in values.items()}
+
+
+def _recipe(where: str, name: Any, root: Path, schema: dict[str, Parameter]) -> dict[str, tuple[str, Any]]:
+    """name -> (where, value) of a recipe, as far as the chosen notebooks name its parameters."""
+    known = {path.stem: path for path in sorted((root / "params" / "recipes").glob("*.yaml"))}
+    if name not in known:
+        raise ValueError(f"{where}: recipe: there is no {name!r}{_suggest(str(name), known)}")
+    return {key: (str(known[name]), value) for key, value in read_yaml(known[name]).items() if key in schema}
 
 
 def _read_override(text: str) -> tuple[str, dict[str, Any]]:

@@ -1,0 +1,162 @@
+"""`wddm train` as it is used: killed at any moment, over two processes, a rank dead; oracle: the run left alone."""
+
+import json
+import os
+import random
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+from torch.testing import assert_close
+
+from wddm.__main__ import main
+from wddm.steps import VARYING, read_log
+
+TINY = {
+    "dataset": "digits", "resolution": 8, "limit": 64, "widths": [8, 16], "dropout": 0.1, "train_kimg": 3.2,
+    "batch_size": 16, "warmup_kimg": 0.1, "ema_half_life_kimg": 0.1, "checkpoint_kimg": 0.24, "flip": True,
+    "preview_kimg": 0, "validation_kimg": 0.8, "validation_images": 8,
+}  # fmt: skip
+ALONE = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """A workbook of its own with the notebooks of this one."""
+    (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    return tmp_path
+
+
+def command(root: Path, run: str, *options: str, launcher: tuple[str, ...] = ()) -> list[str]:
+    words = ["train", str(root / "params" / "tiny.yaml"), "-p", f"run={run}", *options]
+    return [sys.executable, "-m", *launcher, "wddm", *words]
+
+
+def train(root: Path, run: str, *options: str, **launch) -> subprocess.CompletedProcess:
+    return subprocess.run(command(root, run, *options, **launch), env=ALONE, cwd=ROOT, capture_output=True, text=True)
+
+
+def left(folder: Path) -> dict:
+    """The bytes of the checkpoints and the pipeline, and the log without what varies."""
+    files = [
+        path for part in ("checkpoints", "pipeline") for path in sorted((folder / part).rglob("*")) if path.is_file()
+    ]
+    rows = [{key: value for key, value in row.items() if key not in VARYING} for row in read_log(folder)]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files} | {"log": rows}
+
+
+SERVER = """
+import os, sys
+from wddm import runs
+from wddm.__main__ import main
+for line in sys.stdin:
+    if not (child := os.fork()):
+        sys.stdout = open(os.devnull, "w")
+        os._exit(main(line.split()))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""  # starting costs many seconds, forking none
+
+
+@pytest.mark.slow
+def test_killed_25_times_it_ends_with_the_bytes_of_a_run_left_alone(root) -> None:
+    assert train(root, "alone").returncode == 0
+    wanted = left(root / "runs" / "alone")
+    assert len(wanted["log"]) == 12 and {"checkpoints/best/state.json", "pipeline/model_index.json"} <= wanted.keys()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    server = subprocess.Popen([sys.executable, "-c", SERVER], env=ALONE, cwd=ROOT, **pipes)
+    dice, kills, moments = random.Random(0), 0, set()
+    checkpoints, words = root / "runs" / "killed" / "checkpoints", command(root, "killed")[3:]
+    for attempt in range(200):
+        before = sorted(checkpoints.glob("step-*"))
+        print(*words, file=server.stdin, flush=True)
+        child = int(server.stdout.readline())
+        while not select.select([server.stdout], [], [], 0.0005)[0]:
+            # every other time in the middle of writing, else some while after the first new checkpoint
+            ripe = list(checkpoints.glob(".*.partial")) if attempt % 2 else sorted(checkpoints.glob("step-*")) != before
+            if kills < 25 and ripe:
+                time.sleep(dice.random() * (0.004 if attempt % 2 else 0.1))
+                moments.add("writing" if list(checkpoints.glob(".*.partial")) else "training")
+                os.kill(child, signal.SIGKILL)
+                break
+        status = int(server.stdout.readline())
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        kills += 1
+        kept = [int(path.name[5:]) for path in checkpoints.glob("step-*")]
+        assert not before or max(kept) >= int(before[-1].name[5:])  # nothing is lost
+    server.communicate()
+    assert status == 0 and kills == 25 and moments == {"writing", "training"}
+    assert left(root / "runs" / "killed") == wanted
+
+
+@pytest.mark.slow
+def test_two_processes_lose_what_one_loses(root) -> None:
+    """At equal total batch; were the gradients of the two not averaged, they would drift apart within a few steps."""
+    options = ("-p", "dropout=0", "-p", "train_kimg=0.64")
+    assert train(root, "one", *options).returncode == 0
+    done = train(root, "two", *options, launcher=launcher())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("is trained") == 1 and done.stdout.count("| 0/640") == 1
+    one, two = (read_log(root / "runs" / name) for name in ("one", "two"))
+    assert len(one) == len(two) > 1
+    for name in ("step", "loss", "grad_norm", "band_loss", "validation_loss"):
+        for a, b in zip(one, two, strict=True):
+            if a[name] is not None:
+                assert_close(b[name], a[name], atol=1e-5, rtol=1e-5) if name != "band_loss" else [
+                    assert_close(b[name][band], a[name][band], atol=1e-5, rtol=1e-5) for band in a[name]
+                ]
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_run(root) -> None:
+    words = command(root, "dies", "-p", "train_kimg=1000", launcher=launcher())
+    process = subprocess.Popen(words, env=ALONE, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = root / "runs" / "dies" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    started = time.monotonic()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - started < 60 and "SIGKILL" in error
+
+
+def launcher() -> tuple[str, ...]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    config = str(ROOT / "params" / "accelerate" / "cpu.yaml")
+    return ("accelerate.commands.launch", "--config_file", config, "--main_process_port", port, "-m")
+
+
+def test_train_refuses_other_settings_and_extends(root, capsys, monkeypatch) -> None:
+    yaml_file = str(root / "params" / "tiny.yaml")
+    small = ["train", yaml_file, "-p", "train_kimg=0.16", "-p", "widths=[8]"]
+    assert main(small) == 0
+    assert main([*small, "-p", "learning_rate=0.5"]) == 2
+    error = capsys.readouterr().err
+    assert "(learning_rate 0.002 -> 0.5), wanted the same" in error and error.count("\n") == 1
+    longer = [*small, "-p", "train_kimg=0.32"]
+    assert main(longer) == 2 and "--extend" in capsys.readouterr().err
+    assert main([*longer, "--extend"]) == 0
+    assert "extended from 0.16 to 0.32 kimg" in capsys.readouterr().out
+    assert json.loads((root / "runs/tiny/log.jsonl").read_text().splitlines()[-1])["images_seen"] == 320
+
+
+def test_divergence_is_one_line(root, capsys) -> None:
+    words = ["train", str(root / "params" / "tiny.yaml"), "-p", "learning_rate=1e30", "-p", "train_kimg=0.64"]
+    assert main(words) == 1
+    assert "not finite" in (error := capsys.readouterr().err) and error.count("\n") == 1
