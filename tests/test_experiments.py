@@ -56,6 +56,13 @@ def test_a_recipe_holds_where_the_experiment_names_nothing(tmp_path) -> None:
         load_experiments(file, ROOT)
 
 
+def test_a_list_of_sweeps_is_one_after_the_other(tmp_path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("sweep: [{level: [0, 1], seed: [3]}, {scaling: [dyadic]}]\n")
+    runs = [experiment.run for experiment in load_experiments(file, ROOT)]
+    assert runs == ["x-level=0-seed=3", "x-level=1-seed=3", "x-scaling=dyadic"]
+
+
 def refused(capsys, *options: str) -> str:
     """The one line that `wddm run params/quickstart.yaml ...` refuses with, and that it wrote nothing."""
     before = sorted((ROOT / "reports").glob("*"))

@@ -1,8 +1,8 @@
 """Experiments: what a YAML asks for, checked against what the notebooks declare before anything runs.
 
 An experiment is one flat YAML of parameters, plus `notebooks:` (which to run; the numbered ones when absent),
-`recipe:` (a file of params/recipes/ whose values hold where the experiment names none) and `sweep:` (lists of values;
-one run for every combination). Every mistake is reported, one line each.
+`recipe:` (a file of params/recipes/ whose values hold where the experiment names none) and `sweep:` (lists of values,
+one run for every combination, or a list of such). Every mistake is reported, one line each.
 """
 
 import difflib
@@ -121,9 +121,11 @@ def _find_notebooks(names: Any, root: Path, where: Path) -> tuple[Path, ...]:
 
 
 def _combinations(sweep: Any, fixed: dict, where: Path) -> list[dict[str, Any]]:
-    """{key: value} of every run of a sweep; one empty dict when there is none."""
+    """{key: value} of every run of a sweep, or of each of a list of sweeps in turn; one empty dict for none."""
     if not sweep:
         return [{}]
+    if isinstance(sweep, list):
+        return [combination for part in sweep for combination in _combinations(part, fixed, where)]
     if not isinstance(sweep, dict) or not all(each and isinstance(each, list) for each in sweep.values()):
         raise ValueError(f"{where}: sweep: wanted lists of values, e.g. sweep: {{level: [0, 1, 2]}}")
     if both := sorted({"run", *fixed} & set(sweep)):
