@@ -280,6 +280,12 @@ def test_callback_may_replace_the_latents() -> None:
     assert_close(images, torch.full((1, 1, 16, 16), 0.5))
 
 
+def test_a_checkpoint_of_other_timesteps_is_refused(tmp_path) -> None:
+    UKANModel(16, 12, 12, (32,), num_train_timesteps=50).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="got a checkpoint of 50 timesteps, wanted 1000"):
+        WaveletPipeline.from_published(tmp_path)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver_draws(solver: str) -> None:
     images = tiny_pipeline(solver=solver)(1, num_inference_steps=5, output_type="pt").images

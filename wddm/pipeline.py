@@ -21,6 +21,7 @@ from wddm.backbones import load_backbone
 from wddm.bandrate import Group, joined
 from wddm.cards import find_report, model_card
 from wddm.loading import fetched, load_strictly
+from wddm.objective import NOISE
 from wddm.solvers import SOLVERS, build_solver, check_options
 from wddm.wavelets import WaveletCodec
 
@@ -214,6 +215,11 @@ class WaveletPipeline(DiffusionPipeline):
             raise ValueError(
                 f"got level={level} for a checkpoint of {channels} channels, wanted channels = 3 x 4^level: "
                 "give the level that it was trained at"
+            )
+        if backbone.config.num_train_timesteps not in (None, NOISE["num_train_timesteps"]):
+            raise ValueError(
+                f"got a checkpoint of {backbone.config.num_train_timesteps} timesteps, wanted "
+                f"{NOISE['num_train_timesteps']}, as the published system has: give another"
             )
         prediction_type = prediction_type or ("sample" if "celeba" in str(path).lower() else "epsilon")
         codec = WaveletCodec("haar", level, "packet", "dyadic", "AVHD")
