@@ -37,6 +37,7 @@ FIGURES = {
     "packet_map": lambda: plots.packet_map(np.arange(1, 17), 2),
     "neighbours": lambda: plots.neighbours(RGB[:2], RGB[2:6].reshape(2, 2, 8, 8, 3), [[1, 2], [3, 4]]),
     "stacked": lambda: plots.stacked({"10 images": RGB[0], "20 images": RGB[1]}),
+    "variants": lambda: plots.variants({"published": [0.9, 1.0], "modern": [0.02, 0.03]}, "distance", 0.01),
     "class_counts": lambda: plots.class_counts(*SHARES),
     "confidence": lambda: plots.confidence([0.5, 0.9, 1], [0.1, 0.2, 0.8, 0.9], 0.6),
     "noise_schedule": lambda: plots.noise_schedule(TIMES, STD),

@@ -1,14 +1,13 @@
 """batches: prepared uint8 images -> an endless, exactly resumable stream of float batches on a device."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
-ON_DEVICE_BYTES = 2**30  # a set smaller than this is kept whole on an accelerator
+from wddm.decoding import ahead
 
 
 def batches(
@@ -34,8 +33,8 @@ def batches(
         start: images seen before, by all processes.
         flip: mirror every image left to right with probability 1/2, drawn from (seed, epoch) too.
         rank, world_size: this process takes the rank-th contiguous slice of every batch.
-        on_device: keep the whole set on the device; by default on an accelerator if it is smaller than 1 GiB.
-            Otherwise a thread prepares the next batches while the caller computes.
+        on_device: keep the whole set on the device; by default on an accelerator where it `fits`. Otherwise a
+            thread prepares the next batches while the caller computes. The batches are the same.
 
     Raises:
         ValueError: images of another form, or a batch size that world_size does not divide.
@@ -44,34 +43,43 @@ def batches(
         raise ValueError(
             f"got {images.dtype} images {images.shape}, wanted uint8 (N, H, W, C): give load(folder).images"
         )
-    if batch_size < 1 or start < 0 or not 0 <= rank < world_size or batch_size % world_size:
-        raise ValueError(
-            f"got batch_size={batch_size}, start={start}, rank={rank}, world_size={world_size}, wanted a "
-            "batch size that world_size divides, start >= 0 and 0 <= rank < world_size: change batch_size"
-        )
+    check_share(batch_size, start, rank, world_size)
     device = torch.device(device)
     if on_device is None:
-        on_device = device.type != "cpu" and images.nbytes < ON_DEVICE_BYTES
+        on_device = device.type != "cpu" and fits(images.nbytes, device)
     share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
     order = _order(len(images), batch_size, seed, start)
     order = ((rows[share], mirrored[share] & flip) for rows, mirrored in order)
     return _from_device(images, order, device) if on_device else _from_host(images, order, device)
 
 
-def to_unit(pixels: Tensor) -> Tensor:
-    """float32 in [-1, 1] of uint8."""
-    return pixels.to(torch.float32).div_(127.5).sub_(1)
+def check_share(batch_size: int, start: int, rank: int, world_size: int) -> None:
+    """ValueError unless every process has an equal share of a batch."""
+    if batch_size < 1 or start < 0 or not 0 <= rank < world_size or batch_size % world_size:
+        raise ValueError(
+            f"got batch_size={batch_size}, start={start}, rank={rank}, world_size={world_size}, wanted a "
+            "batch size that world_size divides, start >= 0 and 0 <= rank < world_size: change batch_size"
+        )
 
 
-def ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, depth: int) -> Iterator:
-    """`map(function, items)`, in order, with at most `depth` results computed before they are asked for."""
-    waiting = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > depth:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+def fits(nbytes: int, device: torch.device) -> bool:
+    """Whether a set takes under a quarter of the free memory of a CUDA device, or under 1 GiB on another one."""
+    return nbytes < (torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**30)
+
+
+def to_batch(pixels: np.ndarray, mirrored: np.ndarray, device: torch.device) -> Tensor:
+    """float32 (B, C, H, W) in [-1, 1] on the device of uint8 (B, H, W, C), some of them mirrored left to right."""
+    if device.type == "cpu":  # in numpy, image by image: in cache, and without threads that would compete with training
+        count, height, width, channels = pixels.shape
+        batch = np.empty((count, channels, height, width), np.float32)
+        for out, image, mirror in zip(batch, pixels, mirrored, strict=True):
+            out[:] = (image[:, ::-1] if mirror else image).transpose(2, 0, 1)
+            out /= np.float32(127.5)
+            out -= np.float32(1)
+        return torch.from_numpy(batch)
+    x = torch.from_numpy(pixels)
+    x = (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+    return _finish(x.permute(0, 3, 1, 2), mirrored)
 
 
 def _order(count: int, batch_size: int, seed: int, start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -92,24 +100,23 @@ def _epoch(count: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.permutation(count), rng.random(count) < 0.5
 
 
+def _finish(x: Tensor, mirrored: np.ndarray) -> Tensor:
+    """Mirrored, float32 and contiguous, of uint8 (B, C, H, W) on a device."""
+    mirrored = torch.from_numpy(mirrored).to(x.device).view(-1, 1, 1, 1)
+    x = torch.where(mirrored, x.flip(-1), x)
+    return x.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+
+
 def _from_device(images: np.ndarray, order: Iterator, device: torch.device) -> Iterator[Tensor]:
     resident = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).contiguous()
     for rows, mirrored in order:
-        x = resident[torch.from_numpy(rows).to(device)]
-        mirrored = torch.from_numpy(mirrored).to(device).view(-1, 1, 1, 1)
-        yield to_unit(torch.where(mirrored, x.flip(-1), x))
+        yield _finish(resident[torch.from_numpy(rows).to(device)], mirrored)
 
 
 def _from_host(images: np.ndarray, order: Iterator, device: torch.device) -> Iterator[Tensor]:
     def gather(drawn: tuple[np.ndarray, np.ndarray]) -> Tensor:
         rows, mirrored = drawn
-        x = images[rows]  # (b, H, W, C)
-        x[mirrored] = x[mirrored, :, ::-1]
-        x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
-        if device.type == "cpu":  # in numpy: torch's threads would compete with those of the training step
-            return torch.from_numpy(np.subtract(np.divide(x, np.float32(127.5), dtype=np.float32), np.float32(1)))
-        x = torch.from_numpy(x)
-        return to_unit((x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True))
+        return to_batch(images[rows], mirrored, device)
 
     with ThreadPoolExecutor(1) as pool:
         yield from ahead(pool, gather, order, depth=2)

@@ -2,31 +2,32 @@
 
 `prepare` writes a folder of `images.npy` (uint8, (N, H, W, C)), `labels.npy` (int64, (N,), where there are
 any) and, last, `manifest.json`, a function of the settings and the source alone. `load` opens it. Where
-images come from and how they are resized is in `sources.py`, how tensors are made of them in `batches.py`.
+images come from is in `sources.py`, what becomes of them in `decoding.py`, how tensors are made of them in
+`batches.py`, and what there is for sets beyond one disk in `streams.py`.
 """
 
-import hashlib
 import json
+import math
 import os
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from wddm.batches import ahead, to_unit
 from wddm.batches import batches as batches
-from wddm.sources import SOURCES, Source, decode, listing_sha256
-from wddm.wavelets import WaveletCodec
+from wddm.contents import duplicates as duplicates
+from wddm.contents import sha256, statistics, write_header
+from wddm.decoding import decoded
+from wddm.sources import SOURCES, Source, listing_sha256
 
 NOTEBOOK = "notebooks/01_prepare.ipynb"
+IMAGES_PER_PROCESS = 1024  # fewer do not pay for its start
+NAMED = 10  # skipped files that the manifest names
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def prepare(
     dataset_path: str | Path | None = None,
     seed: int = 0,
     limit: int | None = None,
+    on_error: str = "stop",
     progress: bool = True,
 ) -> Dataset:
     """Make `folder` hold a data set and open it; at once if it is there, intact, with equal settings.
@@ -59,12 +61,14 @@ def prepare(
         dataset_path: local copy of a Hub data set in the Hub's Parquet layout; the folder of "folder".
         seed: chooses the crops of `patches`, and the images under a limit; has no influence otherwise.
         limit: at most so many images, drawn at random from all.
+        on_error: "stop" at an image that does not decode, or "skip" it; the manifest counts the skipped ones. A
+            Parquet file that is damaged itself stops either.
         progress: whether to print a progress bar.
 
     Raises:
         ValueError: a bad argument, an image that does not decode. ConnectionError: the Hub is out of reach.
     """
-    settings = _settings(dataset, resolution, dataset_path, seed, limit)
+    settings = _settings(dataset, resolution, dataset_path, seed, limit, on_error)
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):  # a second process waits, then finds it done
@@ -78,8 +82,8 @@ def prepare(
         source = SOURCES[dataset](resolution, settings["dataset_path"], seed)
         staging.mkdir()
         try:
-            labels = _write_images(source, settings, staging, progress)
-            _write_manifest(source, settings, labels, staging)
+            labels, skipped = _write_images(source, settings, staging, progress)
+            _write_manifest(source, settings, labels, skipped, staging)
             _replace(folder, staging)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -103,8 +107,8 @@ def load(folder: str | Path, verify: bool = False) -> Dataset:
             raise ValueError(f"images.npy is {images.dtype} {list(images.shape)}, not uint8 {manifest['shape']}")
         if labels is not None and labels.shape != (len(images),):
             raise ValueError(f"labels.npy holds {len(labels)} labels for {len(images)} images")
-        for name, sha256 in manifest["sha256"].items() if verify else ():
-            if _sha256(folder / f"{name}.npy") != sha256:
+        for name, written in manifest["sha256"].items() if verify else ():
+            if sha256(folder / f"{name}.npy") != written:
                 raise ValueError(f"the sha256 of {name}.npy is not the one in the manifest")
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         message = " ".join(str(error).split())
@@ -119,14 +123,15 @@ def check_source(
     dataset_path: str | Path | None = None,
     seed: int = 0,
     limit: int | None = None,
+    on_error: str = "stop",
 ) -> None:
     """Raise the ValueError that `prepare` would, as far as it can be known without network and decoding."""
-    settings = _settings(dataset, resolution, dataset_path, seed, limit)
+    settings = _settings(dataset, resolution, dataset_path, seed, limit, on_error)
     if dataset_path is not None or dataset == "folder":
         SOURCES[dataset](resolution, settings["dataset_path"], seed)
 
 
-def _settings(dataset: str, resolution: int, dataset_path, seed: int, limit: int | None) -> dict:
+def _settings(dataset: str, resolution: int, dataset_path, seed: int, limit: int | None, on_error: str) -> dict:
     """What the prepared bytes are a function of, checked. A seed without influence is None."""
     if dataset not in SOURCES:
         close = get_close_matches(str(dataset), SOURCES, n=1)
@@ -139,12 +144,15 @@ def _settings(dataset: str, resolution: int, dataset_path, seed: int, limit: int
     ):
         if type(value) is not int or value < least or (name == "resolution" and value % 2):
             raise ValueError(f"got {name}={value!r}, wanted {wanted}: change {name}")
+    if on_error not in ("stop", "skip"):
+        raise ValueError(f"got on_error={on_error!r}, wanted stop or skip: choose one of them")
     path = None if dataset_path is None else str(dataset_path)
     return {
         "dataset": dataset,
         "resolution": resolution,
         "seed": seed if limit is not None or dataset == "patches" else None,
         "limit": limit,
+        "on_error": on_error,
         "dataset_path": path,
         "files_sha256": path and listing_sha256(path),
     }
@@ -165,81 +173,57 @@ def _reason_to_prepare(folder: Path, settings: dict) -> str | None:
     return ", ".join(f"{key} was {before.get(key)!r} and is {settings[key]!r}" for key in changed) or None
 
 
-def _write_images(source: Source, settings: dict, to: Path, progress: bool) -> list[int | None]:
-    """Decode and resize into `to`/images.npy, on all cores and a few chunks at a time; returns the labels."""
+def _write_images(source: Source, settings: dict, to: Path, progress: bool) -> tuple[list[int | None], list[str]]:
+    """Decode and resize into `to`/images.npy, on all cores and a few chunks at a time; labels, and what was skipped."""
     rows, limit = np.arange(source.count), settings["limit"]
     if limit is not None and limit < len(rows):
         rows = np.sort(np.random.default_rng(settings["seed"]).choice(rows, limit, replace=False))
-    if not len(rows):
-        raise ValueError(f"got {source.name} with no images, wanted 1 or more: give other files")
-    shape = (len(rows), settings["resolution"], settings["resolution"], source.channels)
-    images = np.lib.format.open_memmap(to / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
-    labels = []
+    shape = (settings["resolution"], settings["resolution"], source.channels)
+    chunks = source.read(rows, max(1, min(256, 2**22 // math.prod(shape))))
+    labels, skipped = [], []
     bar = tqdm(total=len(rows), desc="decoding", unit="image", file=sys.stdout, disable=not progress)
-    workers = min(8, os.cpu_count() or 1)
-    with bar, ThreadPoolExecutor(workers) as pool:
-        chunks = ahead(pool, partial(decode, shape=shape[1:]), source.read(rows), depth=2 * workers)
-        for pixels, chunk_labels in chunks:
-            images[len(labels) : len(labels) + len(pixels)] = pixels
+    decoding = decoded(chunks, shape, processes=len(rows) // IMAGES_PER_PROCESS)
+    with (to / "images.npy").open("wb") as file, bar, decoding as results:
+        write_header(file, (len(rows), *shape))
+        for pixels, chunk_labels, failed in results:
+            if failed and settings["on_error"] == "stop":
+                where, why = failed[0]
+                raise ValueError(f"got {where}, which does not decode ({why}): repair or remove it, or on_error=skip")
+            pixels.tofile(file)
             labels += chunk_labels
-            bar.update(len(pixels))
-    images.flush()
-    return labels
+            skipped += [where for where, _ in failed]
+            bar.update(len(pixels) + len(failed))
+        file.seek(0)
+        write_header(file, (len(labels), *shape))
+    if not labels:
+        raise ValueError(f"got {source.name} with no images ({len(skipped)} skipped), wanted some: give other files")
+    return labels, skipped
 
 
-def _write_manifest(source: Source, settings: dict, labels: list[int | None], to: Path) -> None:
+def _write_manifest(source: Source, settings: dict, labels: list[int | None], skipped: list[str], to: Path) -> None:
     """Write `to`/labels.npy and, last, manifest.json; without a clock, so that it can be reproduced."""
-    images = np.load(to / "images.npy", mmap_mode="r")
     labelled = None not in labels and max(labels) >= 0  # unlabelled splits on the Hub say -1
     names, counts = source.class_names if labelled else None, None
     if labelled:
         np.save(to / "labels.npy", np.array(labels, np.int64))
         values, sizes = (v.tolist() for v in np.unique(labels, return_counts=True))
         counts = {names[v] if names else str(v): size for v, size in zip(values, sizes, strict=True)}
-    levels = _statistics(images)
+    bands = statistics(to / "images.npy")
     manifest = {
         **settings,
         "source": source.name,
         "revision": source.revision,
         "split": source.split,
-        "count": len(images),
-        "shape": list(images.shape),
-        "sha256": {name: _sha256(to / f"{name}.npy") for name in ("images", "labels")[: 1 + labelled]},
+        "count": len(labels),
+        "skipped": {"count": len(skipped), "first": skipped[:NAMED]},
+        "shape": list(np.load(to / "images.npy", mmap_mode="r").shape),
+        "sha256": {name: sha256(to / f"{name}.npy") for name in ("images", "labels")[: 1 + labelled]},
         "class_names": names,
         "class_counts": counts,
-        "pixels": levels.pop("0"),
-        "bands": levels,
+        "pixels": bands.pop("0"),
+        "bands": bands,
     }
     (to / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-
-
-def _statistics(images: np.ndarray) -> dict[str, dict[str, list[float]]]:
-    """Mean and standard deviation per channel of images in [-1, 1] ("0") and of their dyadic Haar packets.
-
-    Levels 1 to 3, as far as they divide the size; channels in the order of `WaveletCodec(level=level)`.
-    """
-    codec = WaveletCodec("haar", level=1)  # packets of packets are the next level's packets
-    levels = [level for level in range(4) if images.shape[1] % 2**level == 0]
-    moments = {level: np.zeros((2, images.shape[-1] * 4**level)) for level in levels}
-    step = max(1, 2**21 // images[0].size)
-    for start in range(0, len(images), step):
-        z = to_unit(torch.from_numpy(images[start : start + step].transpose(0, 3, 1, 2).copy()))
-        for level in levels:
-            z = codec.encode(z) if level else z
-            variance, mean = (v.double().numpy() for v in torch.var_mean(z, (0, 2, 3), correction=0))
-            moments[level] += len(z) / len(images) * np.stack([mean, variance + mean**2])
-    return {
-        str(level): {
-            "mean": mean.round(6).tolist(),
-            "std": np.sqrt((squares - mean**2).clip(0)).round(6).tolist(),
-        }
-        for level, (mean, squares) in moments.items()
-    }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _replace(folder: Path, staging: Path) -> None:

@@ -239,3 +239,19 @@ def confidence(real: ArrayLike, generated: ArrayLike, threshold: float) -> Figur
         axes.set(xlabel="top-class probability", ylabel="share of images below", xlim=(0, 1), ylim=(0, 1))
         axes.legend(loc="upper left")
     return figure
+
+
+def variants(values: Mapping[str, Sequence[float]], quantity: str, floor: float | None = None) -> Figure:
+    """A row per variant with a dot per seed and a line at their mean, logarithmic; dashed where the floor is."""
+    need(bool(values), "no variants", "one or more", "give the values of each")
+    with panels(0.8 + 0.25 * len(values)) as (figure, (axes,)):
+        for row, seeds in enumerate(values.values()):
+            axes.plot(seeds, [row] * len(seeds), "o", color=GENERATED, markersize=4, alpha=0.7)
+            axes.plot([np.mean(seeds)] * 2, [row - 0.3, row + 0.3], color=GENERATED)
+        if floor is not None:
+            axes.axvline(floor, color=REAL, linestyle="--", linewidth=0.8, label="floor: two halves of the real set")
+            figure.legend(loc="outside upper right")
+        axes.set_yticks(range(len(values)), list(values))
+        axes.invert_yaxis()
+        axes.set(xlabel=quantity, xscale="log")
+    return figure

@@ -1,38 +1,35 @@
 """sources: where images come from. A new data set is one function and a line in `SOURCES`.
 
 Such a function takes (resolution, dataset_path, seed) and returns a `Source`: how many images there are, and
-a reader that hands them over in chunks, encoded or as pixels. `decode` makes of a chunk what `data.prepare`
-stores.
-
-Every image is made RGB (digits: one channel), resized until its shorter side is the resolution with PIL's
-antialiased Lanczos filter, and cropped to the centre; one that has the size already passes untouched.
+a reader that hands them over in chunks, encoded or as pixels. What is made of them (colour, orientation,
+transparency, 16 bits, resizing and cropping) is the rule at the top of `decoding.py`.
 """
 
 import hashlib
-import io
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from tqdm import tqdm
 
-CHUNK = 256  # images handed over at a time
+from wddm import parquet
+from wddm.decoding import Item
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 PATCHES = 10_000  # crops in `patches`
-
-Item = tuple[bytes | Path | np.ndarray | None, int | None, str]  # image, label, where it is from
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images to prepare. `read(rows)` yields chunks of items for ascending row numbers, in order."""
+    """Images to prepare. `read(rows, size)` yields those of ascending rows in order, up to `size` at a time."""
 
     name: str
     count: int
-    read: Callable[[np.ndarray], Iterator[list[Item]]]
+    read: Callable[[np.ndarray, int], Iterator[list[Item]]]
     channels: int = 3
     class_names: list[str] | None = None
     revision: str | None = None
@@ -64,10 +61,10 @@ def patches(resolution: int, dataset_path: str | None, seed: int) -> Source:
     top, left = (rng.integers(side - resolution + 1, size=PATCHES) for side in photographs.shape[1:3])
     crops = np.lib.stride_tricks.sliding_window_view(photographs, (resolution, resolution), axis=(1, 2))
 
-    def read(rows: np.ndarray) -> Iterator[list[Item]]:
-        for part in np.split(rows, range(CHUNK, len(rows), CHUNK)):
+    def read(rows: np.ndarray, size: int) -> Iterator[list[Item]]:
+        for part in np.split(rows, range(size, len(rows), size)):
             pixels = crops[photo[part], top[part], left[part]].transpose(0, 2, 3, 1)  # (n, r, r, C)
-            yield from _items(pixels, photo[part], "patches", np.arange(len(part)))
+            yield from _items(pixels, photo[part], "patches", np.arange(len(part)), size)
 
     names = [Path(name).stem for name in bunch.filenames]
     return Source("scikit-learn load_sample_images", PATCHES, read, class_names=names)
@@ -82,7 +79,7 @@ def folder(resolution: int, dataset_path: str | None, seed: int) -> Source:
         found = f"{len(tables)} Parquet files and {len(files)} images"
         raise ValueError(f"got {found} in {dataset_path}, wanted one or the other: separate them")
     if tables:
-        return _parquet(dataset_path, tables)
+        return _tables(dataset_path, tables)
     tops = [file.relative_to(dataset_path).parts[:-1][:1] for file in files]
     names = sorted({top[0] for top in tops if top})
     labelled = all(tops) and len(names) > 1
@@ -94,22 +91,32 @@ def folder(resolution: int, dataset_path: str | None, seed: int) -> Source:
 def hub(resolution: int, dataset_path: str | None, seed: int, *, repo: str, split: str) -> Source:
     """Splits ("train+validation") of "owner/name@revision" on the Hub, or of a copy laid out so."""
     repo, _, revision = repo.partition("@")
-    name = dataset_path or repo
-    root, commit = (Path(dataset_path), None) if dataset_path else _download(repo, revision or None, split)
+    root, found = (dataset_path, None) if dataset_path else _download(repo, revision or None, split)
+    return _tables(dataset_path or repo, shards(root, split), revision=found, split=split)
+
+
+def shards(root: str | Path, split: str) -> list[Path]:
+    """Parquet files of "train+validation" below a folder in the Hub's layout; a file stands for itself.
+
+    Raises:
+        ValueError: there are none, or fewer than the names ("-of-00004") say.
+    """
     files = _files(root, {".parquet"})
-    tables = files if root.is_file() else []
-    for part in split.split("+") if not root.is_file() else ():
-        pattern = re.compile(rf"(^|[/_.-]){part}([/.-].*)?\.parquet$")
+    if Path(root).is_file():
+        return files
+    chosen = []
+    for part in split.split("+"):
+        pattern = re.compile(rf"(^|[/_.-]){re.escape(part)}([/.-].*)?\.parquet$")
         found = [file for file in files if pattern.search(file.relative_to(root).as_posix())]
-        shards = re.search(r"-of-(\d+)", found[0].name) if found else None
-        if not found or (shards and len(found) != int(shards[1])):
-            wanted = f"{int(shards[1])} files" if shards else "files"
+        total = re.search(r"-of-(\d+)", found[0].name) if found else None
+        if not found or (total and len(found) != int(total[1])):
+            wanted = f"{int(total[1])} files" if total else "files"
             raise ValueError(
-                f"got {len(found)} Parquet files of split {part!r} in {name}, wanted {wanted} "
+                f"got {len(found)} Parquet files of split {part!r} in {root}, wanted {wanted} "
                 f"({part}-*.parquet): give dataset_path a complete copy in the Hub's layout"
             )
-        tables += found
-    return _parquet(name, tables, revision=commit, split=split)
+        chosen += found
+    return chosen
 
 
 SOURCES: dict[str, Callable[..., Source]] = {
@@ -126,26 +133,6 @@ SOURCES: dict[str, Callable[..., Source]] = {
 }
 
 
-def decode(chunk: list[Item], shape: tuple[int, int, int]) -> tuple[np.ndarray, list[int | None]]:
-    """uint8 (n, H, W, C) and the labels of a chunk; ValueError, which names it, for what is not an image."""
-    pixels = np.empty((len(chunk), *shape), np.uint8)
-    for out, (image, _, where) in zip(pixels, chunk, strict=True):
-        try:
-            if isinstance(image, np.ndarray):
-                image = Image.fromarray(image)
-            else:
-                image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-                image = ImageOps.exif_transpose(image)
-            image = image.convert("RGB" if shape[2] == 3 else "L")
-            if image.size != shape[:2]:
-                image = ImageOps.fit(image, shape[:2], Image.Resampling.LANCZOS)
-        except Exception as error:  # PIL's decoders raise nearly everything
-            message = " ".join(str(error).split())
-            raise ValueError(f"got {where}, which does not decode ({message}): repair or remove it") from None
-        out[:] = np.asarray(image).reshape(shape)
-    return pixels, [label for _, label, _ in chunk]
-
-
 def listing_sha256(root: str | Path) -> str:
     """What is there: sha256 of the names and sizes of the images and Parquet files below a folder."""
     files = _files(root, {".parquet", *SUFFIXES})
@@ -158,25 +145,55 @@ def _embedded(dataset: str, dataset_path: str | None) -> None:
         raise ValueError(f"got dataset_path={dataset_path}, wanted none, {dataset} is embedded: leave it out")
 
 
-def _download(repo: str, revision: str | None, split: str) -> tuple[Path, str]:
-    """Folder and commit of the Parquet files of a Hub data set, from the Hub or else from the cache."""
-    from huggingface_hub import HfApi, snapshot_download
+def commit(repo: str, revision: str | None) -> str:
+    """That a revision of a data set on the Hub stands for now; ConnectionError if the Hub does not answer at once."""
+    from huggingface_hub import HfApi
 
-    wanted = {"revision": revision, "allow_patterns": [f"*{part}*.parquet" for part in split.split("+")]}
-    reason = None
-    try:  # one request that is not retried, so that a machine without network says so at once
-        wanted["revision"] = HfApi().dataset_info(repo, revision=revision, timeout=10).sha
+    try:  # one request, which is not retried
+        return HfApi().dataset_info(repo, revision=revision, timeout=10).sha
     except Exception as error:  # of whichever HTTP library the Hub's client uses
-        reason = type(error).__name__
+        raise _unreachable(repo, error) from None
+
+
+def _download(repo: str, revision: str | None, split: str) -> tuple[Path, str]:
+    """Folder and commit of the Parquet files of a Hub data set, from the Hub or else from its cache.
+
+    Files that are there already are not fetched again, and one whose connection breaks is taken up where it broke.
+    """
+    from huggingface_hub import snapshot_download
+
+    patterns = [f"*{part}*.parquet" for part in split.split("+")]
+    wanted = {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns}
     try:
-        root = snapshot_download(repo, repo_type="dataset", local_files_only=bool(reason), **wanted)
+        commit(repo, revision)  # asked only whether it is there: the cache must learn what the revision stands for
+        root = snapshot_download(repo, tqdm_class=_Bar, **wanted)
     except Exception as error:
-        raise ConnectionError(
-            f"got no answer from the Hugging Face Hub for {repo} ({reason or type(error).__name__}), wanted "
-            "it or a copy in its cache: connect to the network, or give dataset_path a folder of its Parquet "
-            f"files, or bring here the cache of `huggingface-cli download {repo} --repo-type dataset`"
-        ) from None
+        try:
+            root = snapshot_download(repo, local_files_only=True, **wanted)
+        except Exception:
+            raise (error if isinstance(error, ConnectionError) else _unreachable(repo, error)) from None
     return Path(root), Path(root).name
+
+
+def _unreachable(repo: str, error: Exception) -> ConnectionError:
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    return ConnectionError(
+        f"got nothing from the Hugging Face Hub for {repo} ({reason}), wanted it or a copy in its cache: connect to "
+        "the network, or give dataset_path a folder of its Parquet files, or bring here the cache of "
+        f"`hf download {repo} --repo-type dataset`"
+    )
+
+
+class _Bar(tqdm):
+    """Of the bars that the Hub's client draws, the one of the bytes that have arrived, as plain text on stdout."""
+
+    def __init__(self, *arguments, **options) -> None:
+        options["disable"] = not str(options.get("desc")).startswith("Reconstructing")
+        options |= {"desc": "downloading", "bar_format": None, "file": sys.stdout}
+        super().__init__(*arguments, **options)
+
+    def set_description(self, *_, **__) -> None:
+        """It keeps its own."""
 
 
 def _files(root: str | Path, suffixes: set[str]) -> list[Path]:
@@ -189,59 +206,15 @@ def _files(root: str | Path, suffixes: set[str]) -> list[Path]:
     return [file for file in shown if file.suffix.lower() in suffixes]
 
 
-def _items(images, labels, name: str, rows: np.ndarray) -> Iterator[list[Item]]:
+def _items(images, labels, name: str, rows: np.ndarray, size: int) -> Iterator[list[Item]]:
     """Chunks of an indexable of pixels or, where there is no name, of files."""
-    for part in np.split(rows, range(CHUNK, len(rows), CHUNK)):
+    for part in np.split(rows, range(size, len(rows), size)):
         yield [
             (images[i], None if labels is None else int(labels[i]), f"{name} {i}" if name else str(images[i]))
             for i in part
         ]
 
 
-def _parquet(name: str, tables: list[Path], **origin) -> Source:
-    """The first column of images, and the labels if there are any, of Parquet files as on the Hub."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from datasets import ClassLabel, Features
-
-    try:
-        counts = [pq.ParquetFile(file).metadata.num_rows for file in tables]
-        schema = pq.read_schema(tables[0])
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"got {name}, wanted whole Parquet files ({error}): fetch them again") from None
-    holds = [pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 for kind in schema.types]
-    if not any(holds):
-        raise ValueError(f"got columns {schema.names} in {tables[0]}, wanted one of images: give other files")
-    column = schema.names[holds.index(True)]
-    feature = Features.from_arrow_schema(schema).get("label")
-    labelled = feature is not None and pa.types.is_integer(schema.field("label").type)
-    columns = [column, "label"] if labelled else [column]
-
-    def read(rows: np.ndarray) -> Iterator[list[Item]]:
-        first = 0
-        for file, count in zip(tables, counts, strict=True):
-            chosen = rows[slice(*np.searchsorted(rows, (first, first + count)))] - first
-            if len(chosen):
-                yield from _table_items(file, columns, chosen)
-            first += count
-
-    names = feature.names if isinstance(feature, ClassLabel) else None
-    return Source(name, sum(counts), read, class_names=names, **origin)
-
-
-def _table_items(file: Path, columns: list[str], rows: np.ndarray) -> Iterator[list[Item]]:
-    """Chunks of the given rows of one Parquet file; columns: of images, perhaps of labels."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    first = 0
-    try:
-        for batch in pq.ParquetFile(file).iter_batches(CHUNK, columns=columns):
-            part = rows[slice(*np.searchsorted(rows, (first, first + len(batch))))]
-            taken = batch.take(pa.array(part - first)).to_pydict()
-            labels = taken.get("label", [None] * len(part))
-            cells = zip(taken[columns[0]], labels, part, strict=True)
-            yield [(cell and cell["bytes"], label, f"{file}, row {row}") for cell, label, row in cells]
-            first += len(batch)
-    except pa.ArrowException as error:
-        raise ValueError(f"got {file}, which is damaged after row {first} ({error}): fetch it again") from None
+def _tables(name: str, files: list[Path], **origin) -> Source:
+    count, read, names = parquet.images(files)
+    return Source(name, count, read, class_names=names, **origin)

@@ -44,6 +44,18 @@ def read_json(path: Path) -> dict:
         return {}
 
 
+def collect(root: Path, pattern: str) -> list[dict]:
+    """A row per run of reports/<pattern>: its name, what a sweep chose (from the name), metrics and timings."""
+    rows = []
+    for folder in sorted((root / "reports").glob(pattern)):
+        if metrics := read_json(folder / "metrics.json"):
+            chosen = dict(re.findall(r"(?<=-)(\w+)=(.*?)(?=-\w+=|$)", folder.name))
+            rows.append({"run": folder.name, **chosen, **metrics, **read_json(folder / "timings.json")})
+    if not rows:
+        raise ValueError(f"got no finished runs like reports/{pattern}, wanted some: run the sweep first")
+    return rows
+
+
 def read_status(folder: Path) -> dict[str, dict]:
     """status.json of a run; what is said to run but has no living process was killed."""
     status = read_json(folder / "status.json")

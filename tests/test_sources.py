@@ -1,0 +1,359 @@
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from local_data import encoded, png_folder, prepare, write_shard
+from local_data import hub_copy as write_hub_copy
+from local_data import pictures as noise
+from PIL import Image
+
+from wddm import data, sources
+
+
+@pytest.fixture(scope="module")
+def pictures() -> np.ndarray:
+    return noise()
+
+
+@pytest.fixture
+def hub_copy(tmp_path: Path, pictures: np.ndarray) -> Path:
+    return write_hub_copy(tmp_path / "copy", pictures)
+
+
+def test_digits_are_those_of_scikit_learn(tmp_path):
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    small, large = prepare("digits", 8, tmp_path / "8"), prepare("digits", 16, tmp_path / "16")
+    np.testing.assert_array_equal(small.images[..., 0], np.round(bunch.images * 255 / 16))
+    np.testing.assert_array_equal(small.labels, bunch.target)
+    assert large.images.shape == (1797, 16, 16, 1) and large.images.dtype == np.uint8
+    means = large.images.reshape(1797, 8, 2, 8, 2).mean((2, 4))
+    assert np.corrcoef(means.ravel(), bunch.images.ravel())[0, 1] > 0.97
+    assert large.class_names == list("0123456789") and sum(large.manifest["class_counts"].values()) == 1797
+
+
+def test_patches_are_crops_and_depend_on_the_seed(tmp_path):
+    from sklearn.datasets import load_sample_images
+
+    bunch = load_sample_images()
+    first = prepare("patches", 32, tmp_path / "a", limit=20)
+    for crop, label in zip(first.images, first.labels, strict=True):
+        windows = np.lib.stride_tricks.sliding_window_view(bunch.images[label], (32, 32), axis=(0, 1))
+        corners = np.argwhere((windows[..., 0, 0] == crop[0, 0]).all(-1))
+        assert any((windows[y, x].transpose(1, 2, 0) == crop).all() for y, x in corners)
+    assert not np.array_equal(first.images, prepare("patches", 32, tmp_path / "b", limit=20, seed=1).images)
+
+
+def test_hub_layout_reads_as_datasets_reads_it(tmp_path, hub_copy, pictures):
+    from datasets import load_dataset
+
+    prepared = prepare("cifar10", 16, tmp_path / "out", dataset_path=str(hub_copy))
+    files = [str(hub_copy / "plain_text" / f"train-0000{i}-of-00002.parquet") for i in (0, 1)]
+    oracle = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    np.testing.assert_array_equal(prepared.images, np.stack([np.asarray(row["img"]) for row in oracle]))
+    np.testing.assert_array_equal(prepared.images, pictures)  # the size is right already: untouched
+    np.testing.assert_array_equal(prepared.labels, oracle["label"])
+    assert prepared.class_names == ["cat", "dog"]
+    assert prepared.manifest["split"] == "train" and prepared.manifest["source"] == str(hub_copy)
+
+
+def test_limit_draws_rows_across_the_shards(tmp_path, hub_copy, pictures):
+    prepared = prepare("cifar10", 16, tmp_path / "out", dataset_path=hub_copy, limit=9, seed=3)
+    rows = [int(np.flatnonzero((pictures == image).all((1, 2, 3)))[0]) for image in prepared.images]
+    assert rows == sorted(set(rows)) and len(rows) == 9 and min(rows) < 13 <= max(rows)
+    np.testing.assert_array_equal(prepared.labels, pictures[rows, 0, 0, 0] % 2)
+
+
+def test_incomplete_copy_is_refused(tmp_path, hub_copy):
+    (hub_copy / "plain_text" / "train-00001-of-00002.parquet").unlink()
+    with pytest.raises(ValueError, match=r"got 1 Parquet files of split 'train'.*wanted 2 files"):
+        prepare("cifar10", 16, tmp_path / "out", dataset_path=hub_copy)
+
+
+def test_cifar10_rows_and_labels(tmp_path, cifar10):
+    import pyarrow.parquet as pq
+
+    prepared = prepare("cifar10", 32, tmp_path / "out", dataset_path=cifar10, limit=100)
+    table = pq.read_table(cifar10 / "plain_text" / "train-00000-of-00001.parquet")
+    rows = np.sort(np.random.default_rng(0).choice(50_000, 100, replace=False))
+    for image, label, row in zip(prepared.images, prepared.labels, rows.tolist(), strict=True):
+        cell = table["img"][row].as_py()["bytes"]
+        np.testing.assert_array_equal(image, np.asarray(Image.open(io.BytesIO(cell)).convert("RGB")))
+        assert label == table["label"][row].as_py()
+    assert prepared.class_names[3] == "cat"
+
+
+def test_stl10_from_a_local_copy(tmp_path):
+    """Unlabeled 96x96 PNG in four shards, beside the labelled splits, to 64."""
+    images = noise(12, 96)
+    for i, part in enumerate(np.split(images, 4)):
+        shard = tmp_path / "copy" / "data" / f"unlabeled-0000{i}-of-00004.parquet"
+        write_shard(shard, [encoded(image) for image in part], [-1] * 3, column="image", names=["airplane", "bird"])
+    write_shard(tmp_path / "copy/data/train-00000-of-00001.parquet", [encoded(images[0])], [0], column="image")
+    prepared = prepare("stl10", 64, tmp_path / "out", dataset_path=tmp_path / "copy")
+    oracle = [Image.fromarray(image).resize((64, 64), Image.Resampling.LANCZOS) for image in images]
+    np.testing.assert_array_equal(prepared.images, np.stack([np.asarray(image) for image in oracle]))
+    assert prepared.labels is None and prepared.class_names is None and prepared.manifest["class_counts"] is None
+    assert prepared.manifest["split"] == "unlabeled"
+
+
+def test_celebahq_from_a_local_copy(tmp_path):
+    """Two splits of 256x256 JPEG with two classes, as they are."""
+    images = noise(5, 256)
+    cells = [encoded(image, "JPEG", quality=95) for image in images]
+    for name, part in (("train-00000-of-00002", slice(0, 2)), ("train-00001-of-00002", slice(2, 4)),
+                       ("validation-00000-of-00001", slice(4, 5))):  # fmt: skip
+        labels = [0, 1, 1, 0, 1][part]
+        write_shard(
+            tmp_path / f"copy/data/{name}.parquet", cells[part], labels, column="image", names=["female", "male"]
+        )
+    prepared = prepare("celebahq", 256, tmp_path / "out", dataset_path=tmp_path / "copy")
+    oracle = np.stack([np.asarray(Image.open(io.BytesIO(cell))) for cell in cells])  # validation after train
+    np.testing.assert_array_equal(prepared.images, oracle)
+    np.testing.assert_array_equal(prepared.labels, [0, 1, 1, 0, 1])
+    assert prepared.manifest["class_counts"] == {"female": 2, "male": 3}
+    assert prepared.manifest["split"] == "train+validation" and prepared.manifest["count"] == 5
+    half = prepare("celebahq", 128, tmp_path / "half", dataset_path=tmp_path / "copy", limit=2)
+    assert half.images.shape == (2, 128, 128, 3)
+
+
+def test_a_folder_of_anything(tmp_path):
+    """Nested, of any format, mode and size; the folders at the top are classes, hidden files are not images."""
+    images = noise(6, 16)
+    for name in ("b/deep/er", "a", "a/.hidden"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+    Image.fromarray(images[0]).save(tmp_path / "in/a/first.PNG")
+    Image.fromarray(images[1]).save(tmp_path / "in/a/second.webp", lossless=True)
+    Image.fromarray(images[2][..., 0]).save(tmp_path / "in/b/deep/er/grey.tiff")
+    Image.fromarray(images[3]).resize((40, 30)).save(tmp_path / "in/b/large.jpeg")
+    (tmp_path / "in/a/.hidden/no.png").write_bytes(b"")
+    (tmp_path / "in/b/notes.txt").write_text("no image")
+    prepared = prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in")
+    np.testing.assert_array_equal(prepared.images[:2], images[:2])
+    np.testing.assert_array_equal(prepared.images[2], images[2][..., :1].repeat(3, -1))
+    assert prepared.class_names == ["a", "b"] and prepared.labels.tolist() == [0, 0, 1, 1]
+    (tmp_path / "in/loose.png").write_bytes(encoded(images[4]))
+    assert prepare("folder", 16, tmp_path / "loose", dataset_path=tmp_path / "in").labels is None
+
+
+# ------------------------------------------------------------------------------------------- what is not right
+
+
+def test_what_does_not_decode_is_named(tmp_path, pictures, hub_copy):
+    folder = png_folder(tmp_path / "in", pictures[:3])
+    whole = (folder / "001.png").read_bytes()
+    (folder / "001.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"001\.png, which does not decode") as caught:
+        prepare("folder", 16, tmp_path / "out", dataset_path=folder)
+    assert "\n" not in str(caught.value)
+    shard = hub_copy / "plain_text" / "train-00001-of-00002.parquet"
+    cells = [encoded(image) for image in pictures[13:]]
+    cells[4] = b"not an image"
+    write_shard(shard, cells, [0] * 10)
+    with pytest.raises(ValueError, match=r"train-00001-of-00002\.parquet, row 4, which does not decode"):
+        prepare("cifar10", 16, tmp_path / "out", dataset_path=hub_copy)
+    cells[4] = None
+    write_shard(shard, cells, [0] * 10)
+    with pytest.raises(ValueError, match=r"train-00001-of-00002\.parquet, row 4, which does not decode"):
+        prepare("cifar10", 16, tmp_path / "out", dataset_path=hub_copy)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*.preparing"))
+
+
+def test_a_row_is_named_by_the_path_that_it_has(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"bytes": encoded(noise(1)[0]), "path": "cats/1.png"}, {"bytes": b"", "path": "cats/2.png"}]
+    pq.write_table(pa.table({"image": rows}), tmp_path / "some.parquet")
+    with pytest.raises(ValueError, match=r"some\.parquet, row 1 cats/2\.png, which does not decode"):
+        prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "some.parquet")
+
+
+def test_skipped_images_are_counted_and_named(tmp_path, pictures):
+    folder = png_folder(tmp_path / "in", pictures[:15])
+    for i in range(1, 13):
+        (folder / f"{i:03}.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"001\.png.*on_error=skip"):
+        prepare("folder", 16, tmp_path / "out", dataset_path=folder)
+    prepared = prepare("folder", 16, tmp_path / "out", dataset_path=folder, on_error="skip")
+    np.testing.assert_array_equal(prepared.images, pictures[[0, 13, 14]])
+    np.testing.assert_array_equal(np.load(tmp_path / "out" / "images.npy"), pictures[[0, 13, 14]])
+    manifest = prepared.manifest
+    assert manifest["count"] == 3 and manifest["shape"] == [3, 16, 16, 3] and manifest["on_error"] == "skip"
+    assert manifest["skipped"] == {"count": 12, "first": [str(folder / f"{i:03}.png") for i in range(1, 11)]}
+    for i in (0, 13, 14):
+        (folder / f"{i:03}.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"no images \(15 skipped\)"):
+        prepare("folder", 16, tmp_path / "none", dataset_path=folder, on_error="skip")
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_damaged_and_foreign_parquet_is_refused_by_name(tmp_path, hub_copy, on_error):
+    shard = hub_copy / "plain_text" / "train-00001-of-00002.parquet"
+    whole = shard.read_bytes()
+
+    def refused(content: bytes, message: str) -> None:
+        shard.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"train-00001-of-00002\.parquet.*{message}") as caught:
+            prepare("cifar10", 16, tmp_path / "out", dataset_path=hub_copy, on_error=on_error)
+        assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+    refused(whole[:-20], "wanted a whole Parquet file")
+    refused(b"", "wanted a whole Parquet file")
+    refused(b"<!DOCTYPE html>" * 20, "wanted a whole Parquet file")
+    refused(whole[:200] + bytes(3000) + whole[3200:], "damaged after row 0")
+    write_shard(shard, [encoded(noise(1)[0])], column="picture")
+    refused(shard.read_bytes(), "wanted those of .*train-00000-of-00002")
+
+
+def test_parquet_without_images_is_refused(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "some.parquet")
+    with pytest.raises(ValueError, match=r"got columns \['text'\] in .*some\.parquet, wanted one of images"):
+        data.check_source("folder", 16, dataset_path=tmp_path / "some.parquet")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dataset": "cifar"}, r"got dataset='cifar'.*did you mean 'cifar10'\?"),
+        ({"resolution": 15}, "got resolution=15, wanted an even"),
+        ({"resolution": 0}, "got resolution=0, wanted an even"),
+        ({"resolution": 16.0}, "got resolution=16.0"),
+        ({"resolution": True}, "got resolution=True"),
+        ({"limit": 0}, "got limit=0, wanted an integer, 1 or more"),
+        ({"seed": -1}, "got seed=-1"),
+        ({"on_error": "ignore"}, "got on_error='ignore', wanted stop or skip"),
+        ({"dataset_path": "no/such"}, "got dataset_path=no/such, which does not exist"),
+        (
+            {"dataset_path": str(Path(__file__).parent)},
+            "got dataset_path=.*tests, wanted none, digits is embedded",
+        ),
+        ({"dataset": "folder"}, "give dataset_path"),
+        (
+            {"dataset": "folder", "dataset_path": str(Path(__file__).parent)},
+            "got 0 Parquet files and 0 images",
+        ),
+        ({"dataset": "stl10", "dataset_path": str(Path(__file__).parent)}, "of split 'unlabeled' in .*tests"),
+        ({"dataset": "patches", "resolution": 500}, "got resolution=500, wanted at most 426"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        prepare(**{"dataset": "digits", "resolution": 16, "folder": tmp_path / "out", **settings})
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_a_source_is_checked_at_once_and_without_a_trace(tmp_path, hub_copy):
+    before = sorted(tmp_path.rglob("*"))
+    start = time.perf_counter()
+    data.check_source("cifar10", 32, dataset_path=hub_copy, limit=5, on_error="skip")
+    with pytest.raises(ValueError, match="split 'unlabeled'"):
+        data.check_source("stl10", 64, dataset_path=hub_copy)
+    assert time.perf_counter() - start < 1 and sorted(tmp_path.rglob("*")) == before
+
+
+# ---------------------------------------------------------------------------------------------------- the Hub
+
+
+@pytest.fixture
+def no_network(tmp_path, monkeypatch) -> Path:
+    """No Hub, and an empty cache; returns the cache."""
+    import huggingface_hub
+
+    def refuse(*_, **__):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_without_network_three_ways_are_named_at_once(tmp_path, no_network, capfd):
+    start = time.perf_counter()
+    with pytest.raises(ConnectionError, match=r"network.*dataset_path.*hf download") as caught:
+        prepare("celebahq", 256, tmp_path / "out")
+    assert time.perf_counter() - start < 5
+    assert "\n" not in str(caught.value) and capfd.readouterr() == ("", "")
+
+
+def test_without_network_the_cache_is_read(tmp_path, no_network, hub_copy, pictures):
+    revision = sources.SOURCES["cifar10"].keywords["repo"].partition("@")[2]
+    snapshot = no_network / "datasets--uoft-cs--cifar10" / "snapshots" / revision
+    shutil.copytree(hub_copy, snapshot)
+    prepared = prepare("cifar10", 16, tmp_path / "out")
+    np.testing.assert_array_equal(prepared.images, pictures)
+    assert prepared.manifest["revision"] == revision and prepared.manifest["source"] == "uoft-cs/cifar10"
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """One repository of one file, which is cut off near its end the first time."""
+
+    protocol_version, commit, name, content, asked = (
+        "HTTP/1.1",
+        "c0ffee" * 6 + "c0ff",
+        "unlabeled-00000-of-00001.parquet",
+        b"",
+        [],
+    )
+
+    def do_GET(self):
+        size, body, headers = len(self.content), self.content, {"X-Repo-Commit": self.commit, "ETag": '"1"'}
+        if "/resolve/" not in self.path:
+            file = {
+                "type": "file",
+                "path": self.name,
+                "size": size,
+                "oid": "0",
+                "lfs": {"oid": "1", "size": size, "pointerSize": 1},
+            }
+            info = {"id": "jxie/stl10", "sha": self.commit, "siblings": [], "tags": [], "downloads": 0, "likes": 0}
+            body = json.dumps([file] if "/tree/" in self.path else info).encode()
+        elif part := self.headers["Range"]:
+            first = int(re.match(r"bytes=(\d+)-", part)[1])
+            body, headers["Content-Range"] = body[first:], f"bytes {first}-{size - 1}/{size}"
+        self.send_response(206 if "Content-Range" in headers else 200)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET" and "/resolve/" in self.path:
+            self.asked.append(size - len(body))
+        if self.command == "GET":
+            self.wfile.write(body[:-1_000_000] if self.asked == [0] else body)
+        if self.asked == [0]:
+            self.asked.append("cut")
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    do_HEAD, log_message = do_GET, lambda *_: None
+
+
+def test_a_download_goes_on_where_it_was_cut_off_and_is_kept(tmp_path):
+    write_shard(tmp_path / "shard", [os.urandom(2**20) for _ in range(24)], [-1] * 24, column="image")
+    FakeHub.content = (tmp_path / "shard").read_bytes()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = "from wddm.sources import SOURCES; s = SOURCES['stl10'](64, None, 0); print(f'@{s.count} {s.revision}')"
+    variables = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache")}
+    for online in (True, False):
+        options = {"env": {**os.environ, **variables}, "stdout": subprocess.PIPE, "text": True, "timeout": 60}
+        bar, _, result = subprocess.run([sys.executable, "-c", code], **options).stdout.partition("@")
+        lines = [line for line in bar.splitlines() if line]  # also where the bar is drawn over
+        assert result == f"24 {FakeHub.commit}\n" and all(line.startswith("downloading: ") for line in lines)
+        assert any("100%" in line for line in lines) == online
+        server.shutdown()
+        server.server_close()
+    assert FakeHub.asked[:2] == [0, "cut"] and FakeHub.asked[2] >= 10_000_000 and len(FakeHub.asked) == 3
