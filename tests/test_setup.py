@@ -74,7 +74,8 @@ def test_imports_have_no_effects() -> None:
 def test_modules_import_only_from_the_rows_above() -> None:
     order = """
         wavelets decoding batches parquet sources streams contents data loading kan published ukan backbones objective
-        solvers bandrate cards pipeline checkpoints steps mosaics monitor resume training diagnostics metrics plots sampling workbook runs __main__
+        solvers bandrate cards pipeline checkpoints steps mosaics monitor resume training diagnostics metrics plots
+        sampling workbook runs __main__
     """
     rows = order.split()
     files = {p.stem: p for p in (ROOT / "wddm").glob("*.py")} | {"workbook": ROOT / "wddm/workbook/__init__.py"}
