@@ -17,7 +17,7 @@ from conftest import ROOT
 NAMES = ("01_prepare", "02_train", "03_sample", "04_evaluate")
 TINY = {
     "train_kimg": 0.64, "warmup_kimg": 0.1, "widths": "[8, 16]", "checkpoint_kimg": 0.2,
-    "num_samples": 40, "sample_batch_size": 16, "sampling_steps": 3,
+    "num_samples": 40, "sampling_steps": 3, "preview_kimg": 0.32,
 }  # fmt: skip
 
 

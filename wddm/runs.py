@@ -18,6 +18,7 @@ from wddm.training import Trainer
 from wddm.wavelets import WaveletCodec
 from wddm.workbook import progress
 
+DATA = ("dataset", "resolution", "dataset_path", "limit", "seed", "on_error")
 CODEC = ("wavelet", "level", "transform", "scaling")
 NETWORK = ("dataset", "level", "widths", "attention_levels", "layers_per_block", "dropout")
 TRAINING = (
@@ -63,7 +64,7 @@ def check(parameters: dict[str, Any]) -> None:
     """
     has = parameters.keys().__ge__
     if has({"dataset", "resolution"}):
-        data.check_source(**given(parameters, ("dataset", "resolution", "dataset_path", "limit", "seed")))
+        data.check_source(**given(parameters, DATA))
     with torch.device("meta"):
         if has({"wavelet", "resolution"}):
             make_codec(parameters).check_size(parameters["resolution"], parameters["resolution"])
