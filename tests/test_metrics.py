@@ -9,8 +9,9 @@ import scipy.stats
 import torch
 from PIL import Image
 
-from wddm import data, diagnostics, metrics
+from wddm import data, diagnostics, intervals, metrics
 from wddm.metrics import Moments, frechet_distance, frechet_wavelet_distance
+from wddm.wavelets import WaveletCodec
 
 CIFAR_TEST = Path(__file__).parents[2] / "shared/data/cifar10/plain_text/test-00000-of-00001.parquet"
 
@@ -123,7 +124,7 @@ def test_fwd_is_the_reference_between_cats_and_airplanes():
         result = frechet_wavelet_distance(cats, airplanes, level=level)
         assert result.value == pytest.approx(expected, rel=1e-6)
         assert result.per_packet.shape == (4**level,) and result.per_packet.mean() == result.value
-        assert (result.count_real, result.count_generated, result.level) == (1000, 1000, level)
+        assert (result.count_real, result.count_generated) == (1000, 1000)
     assert frechet_wavelet_distance(as_float(cats), airplanes).value == pytest.approx(1.28209434, rel=1e-5)
 
 
@@ -163,7 +164,7 @@ def test_fwd_streams_and_takes_either_layout(photographs):
 
 
 def test_fwd_refuses_too_few_images_and_other_ranges(photographs):
-    with pytest.raises(ValueError, match=r"got 191 images for packets of 192 values at level 2.*deeper level"):
+    with pytest.raises(ValueError, match=r"got 191 images for vectors of 192 values, wanted 192.*deeper level"):
         frechet_wavelet_distance(photographs, photographs[:191], level=2)
     assert frechet_wavelet_distance(photographs, photographs[:192], level=2).count_generated == 192
     for bad in (as_float(photographs) * 2 - 1, as_float(photographs) * 255, as_float(photographs) / 0):
@@ -190,11 +191,8 @@ def test_floor_is_the_distance_of_disjoint_halves(photographs):
 
 
 def test_halves_are_disjoint_and_cover_the_set(monkeypatch, photographs):
-    seen = []
-    original = metrics.packet_moments
-    monkeypatch.setattr(
-        metrics, "packet_moments", lambda *a, rows, **k: seen.append(rows) or original(*a, rows=rows, **k)
-    )
+    seen, original = [], metrics._moments
+    monkeypatch.setattr(metrics, "_moments", lambda *a, rows, **k: seen.append(rows) or original(*a, rows=rows, **k))
     metrics.half_split_floor(photographs, 3)
     assert sorted(np.concatenate(seen)) == list(range(600))
 
@@ -207,22 +205,100 @@ def test_bootstrap_interval_is_as_wide_as_the_spread_of_repeated_draws():
 
     real = metrics.packet_moments(draw(4000), 2)
     values = [frechet_wavelet_distance(real, draw(300), 2).value for _ in range(40)]
-    interval = metrics.bootstrap_interval(real, draw(300), 2, resamples=40, seed=0)
+    interval = frechet_wavelet_distance(real, draw(300), 2, resamples=40).interval
     assert 0.5 < (interval.high - interval.low) / np.subtract(*np.quantile(values, [0.95, 0.05])) < 2
     assert (interval.confidence, interval.resamples, interval.seed, interval.count) == (0.9, 40, 0, 300)
-    shorter = metrics.bootstrap_interval(real, draw(3000), 2, resamples=40)
+    shorter = frechet_wavelet_distance(real, draw(3000), 2, resamples=40).interval
     assert shorter.high - shorter.low < (interval.high - interval.low) / 2
 
 
 def test_bootstrap_interval_holds_the_value_and_is_seeded(photographs):
-    real, generated = photographs[:300], photographs[300:]
-    value = frechet_wavelet_distance(real, generated).value
-    first = metrics.bootstrap_interval(real, generated, seed=1, resamples=8)
-    assert 0 <= first.low < value < first.high
-    assert first == metrics.bootstrap_interval(real, generated, seed=1, resamples=8)
-    assert first != metrics.bootstrap_interval(real, generated, seed=2, resamples=8)
+    def measured(seed: int) -> metrics.Frechet:
+        return frechet_wavelet_distance(photographs[:300], photographs[300:], seed=seed, resamples=8)
+
+    first, again = measured(1), measured(1)
+    assert 0 <= first.interval.low < first.value < first.interval.high
+    assert (first.interval.low, first.interval.high) == (again.interval.low, again.interval.high)
+    assert first.value == measured(2).value and first.interval.low != measured(2).interval.low
+    low, high = first.interval.per_packet
+    assert (low < first.per_packet).all() and (first.per_packet < high).all()
+    floor = metrics.half_split_floor(photographs, 3, resamples=8)
+    assert 0 < floor.interval.low < floor.value < floor.interval.high
     with pytest.raises(ValueError, match="got resamples=1"):
-        metrics.bootstrap_interval(real, generated, resamples=1)
+        frechet_wavelet_distance(photographs, photographs, resamples=1)
+
+
+def test_packets_a_group_at_a_time_are_packets_at_once(monkeypatch, photographs):
+    real, generated = photographs[:300], photographs[300:]
+    expected = frechet_wavelet_distance(real, generated, 2, resamples=3)
+    monkeypatch.setattr(metrics, "GROUP_BYTES", 8 * 192**2 * 5 * 3)  # three packets of real, generated and 3 resampled
+    found = frechet_wavelet_distance(real, generated, 2, resamples=3)
+    np.testing.assert_allclose(found.per_packet, expected.per_packet, rtol=1e-9)
+    np.testing.assert_allclose(found.interval.per_packet, expected.interval.per_packet, rtol=1e-9)
+
+
+def test_packets_are_those_of_the_codec(photographs):
+    images = as_float(photographs[:5]).double()
+    for level in (1, 3):
+        expected = WaveletCodec("haar", level=level, scaling="none").double().encode(images)
+        found = diagnostics.haar_packets(level)(images, slice(2, None))
+        torch.testing.assert_close(found, expected.reshape(5, 4**level, -1).transpose(0, 1)[2:])
+    with pytest.raises(ValueError, match="got height 32, wanted a multiple of 64"):
+        diagnostics.haar_packets(6)(images)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_fwd_on_a_gpu_is_that_on_the_cpu(photographs):
+    expected = frechet_wavelet_distance(photographs[:300], photographs[300:])
+    found = frechet_wavelet_distance(photographs[:300], photographs[300:], device="cuda")
+    np.testing.assert_allclose(found.per_packet, expected.per_packet, rtol=1e-9)
+
+
+def test_fwd_keeps_no_page_of_a_memory_map_and_reads_what_is_there(tmp_path, photographs):
+    np.save(tmp_path / "images.npy", photographs)
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    assert frechet_wavelet_distance(mapped, mapped[:300]).value == pytest.approx(
+        frechet_wavelet_distance(photographs, photographs[:300]).value, rel=1e-12
+    )
+    private = np.load(tmp_path / "images.npy", mmap_mode="c")
+    private[:] = 7  # held in memory alone: may not be dropped
+    metrics.packet_moments(private, 3)
+    assert (private == 7).all()
+
+
+def test_the_distance_of_features_is_that_of_gaussians_with_their_moments(photographs):
+    class Means(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            assert images.dtype == torch.float32
+            return images.mean((2, 3))
+
+    real, generated = photographs[:300], photographs[300:] // 2
+    means = [images.mean((1, 2)) / 255 for images in (real, generated)]
+    expected = frechet_distance(*(v for x in means for v in (x.mean(0), np.cov(x.T))))
+    found = metrics.frechet_feature_distance(real, generated, Means(), resamples=9)
+    assert found.value == pytest.approx(expected, rel=1e-5)
+    assert found.interval.low < found.value < found.interval.high
+    floor = metrics.half_split_floor(real, feature_extractor=Means(), seed=1)
+    one, other = metrics.halves(300, seed=1)
+    assert floor.value == pytest.approx(
+        metrics.frechet_feature_distance(real[one], real[other], Means()).value, rel=1e-9
+    )
+    with pytest.raises(ValueError, match="got 2 images for vectors of 3 values, wanted 3"):
+        metrics.frechet_feature_distance(real, generated[:2], Means())
+
+
+# -------------------------------------------------------------------------------------------------- intervals
+
+
+def test_intervals_cover_nine_times_of_ten():
+    rng = np.random.default_rng(0)
+    draws = rng.exponential(size=(300, 60))
+    means = np.array([intervals.resampled(row, seed=k) for k, row in enumerate(draws)])
+    medians = np.array([intervals.median(row)[1:] for row in draws])
+    shares = np.array([intervals.share((row < 1).sum(), 60)[1:] for row in draws])
+    for (low, high), truth in ((means.T, 1.0), (medians.T, np.log(2)), (shares.T, 1 - np.exp(-1))):
+        assert 0.83 < np.mean((low <= truth) & (truth <= high)) < 0.96
+    assert intervals.median(draws[0])[0] == np.median(draws[0]) and intervals.share(3, 12)[0] == 0.25
 
 
 # ---------------------------------------------------------------------------------------------------- spectra
@@ -230,9 +306,14 @@ def test_bootstrap_interval_holds_the_value_and_is_seeded(photographs):
 
 def test_white_noise_has_a_flat_spectrum_at_its_variance():
     noise = torch.from_numpy(np.random.default_rng(6).uniform(0, 1, (400, 2, 32, 32)))
-    frequency, power = diagnostics.radial_power_spectrum(noise)
-    np.testing.assert_allclose(frequency, np.arange(1, 17) / 32)
-    np.testing.assert_allclose(power, 1 / 12, rtol=0.05)
+    found = diagnostics.radial_power_spectrum(noise)
+    np.testing.assert_allclose(found.frequency, np.arange(1, 17) / 32)
+    np.testing.assert_allclose(found.power, 1 / 12, rtol=0.05)
+    spread = (
+        found.interval[1] - found.interval[0]
+    )  # one value of exponential power per cell of a ring, half of them free
+    cells = np.bincount(np.hypot(*np.meshgrid(*2 * [32 * np.fft.fftfreq(32)])).round().astype(int).ravel())[1:17]
+    np.testing.assert_allclose(spread, 2 * 1.645 / 12 / np.sqrt(400 * 2 * cells / 2), rtol=0.25)
 
 
 @pytest.mark.parametrize("cycles", [3, 8, 16])
@@ -241,16 +322,16 @@ def test_a_wave_has_its_power_at_its_frequency(cycles):
     wave = 0.5 + 0.4 * np.cos(2 * np.pi * cycles * x / 32)
     images = torch.from_numpy(np.broadcast_to(wave, (5, 1, 32, 32)).copy())
     for oriented in (images, images.mT):
-        frequency, power = diagnostics.radial_power_spectrum(oriented)
-        assert frequency[power.argmax()] == cycles / 32
-        assert power.max() > 1e6 * np.sort(power)[-2]
+        found = diagnostics.radial_power_spectrum(oriented)
+        assert found.frequency[found.power.argmax()] == cycles / 32
+        assert found.power.max() > 1e6 * np.sort(found.power)[-2]
 
 
 def test_rings_are_rounded_to_the_nearest_frequency():
     y, x = np.mgrid[:32, :32]
     wave = 0.5 + 0.4 * np.cos(2 * np.pi * (4 * x + 4 * y) / 32)  # sqrt(32) = 5.66 cycles per 32 pixels
-    frequency, power = diagnostics.radial_power_spectrum(torch.from_numpy(wave)[None, None])
-    assert frequency[power.argmax()] == 6 / 32
+    found = diagnostics.radial_power_spectrum(torch.from_numpy(wave)[None, None])
+    assert found.frequency[found.power.argmax()] == 6 / 32
 
 
 def test_band_statistics_are_those_of_scipy(photographs):
@@ -261,6 +342,11 @@ def test_band_statistics_are_those_of_scipy(photographs):
     np.testing.assert_allclose(found.energy, [np.mean(b**2) for b in bands], rtol=1e-9)
     np.testing.assert_allclose(found.std, [np.std(b) for b in bands], rtol=1e-9)
     np.testing.assert_allclose(found.kurtosis, [scipy.stats.kurtosis(b) for b in bands], rtol=1e-6)
+    low, high = found.kurtosis_interval
+    assert (low < found.kurtosis).all() and (found.kurtosis < high).all()
+    per_image = [np.mean(b.reshape(600, -1) ** 2, 1) for b in bands]
+    spread = 2 * 1.645 * np.std(per_image, axis=1) / np.sqrt(600)
+    np.testing.assert_allclose(np.subtract(*found.energy_interval[::-1]), spread, rtol=0.25)
     assert np.isclose(diagnostics.band_statistics(photographs, level=3).energy.sum() / 64, found.energy.sum() / 4)
 
 
@@ -288,6 +374,17 @@ def test_a_copy_is_found_at_distance_zero_and_an_offset_at_its_size(photographs)
     np.testing.assert_allclose(distances, 0.002, rtol=1e-4)
     with pytest.raises(ValueError, match="got k=601 with 600"):
         diagnostics.nearest_neighbours(real, real, k=601)
+
+
+def test_memorised_are_those_much_nearer_to_one_image_than_to_the_next():
+    rng = np.random.default_rng(0)
+    real, others = (rng.integers(0, 250, (count, 8, 8, 1), dtype=np.uint8) for count in (300, 20))
+    queries = np.concatenate([real[:20] + rng.integers(0, 5, real[:20].shape, dtype=np.uint8), others])
+    found = diagnostics.memorised(diagnostics.nearest_neighbours(queries, real, k=2)[1])
+    assert found[:20].all() and not found[20:].any()
+    assert diagnostics.memorised(np.array([[1.0, 3.0], [1.01, 3.0], [0.0, 0.0]])).tolist() == [True, False, True]
+    with pytest.raises(ValueError, match="ask for k=2"):
+        diagnostics.memorised(np.ones((4, 1)))
 
 
 def test_neighbours_that_float32_confuses_are_told_apart():

@@ -23,6 +23,8 @@ STD = {"A": np.array([1, 0.8, 0.5]), "H": np.array([1, 0.6, 0.09])}
 ROWS = [
     {"step": k, "images_seen": 500 * k, "loss": 1 / k, "lr": 1e-4 * k, "grad_norm": 2 + k % 3} for k in range(1, 201)
 ]
+SPANS = ([[-0.1, 1, 5, 30], [0.1, 3, 20, 60]], [[-2, 0, 2, 8], [0, 1, 4, 10]])
+RESPONSES = np.outer([2, 4, 8], [1, 0.5, 2])
 SHARES = (["cat", "dog", "ship"], [50, 30, 20], [0.3, 0.3, 0.4])
 FIGURES = {
     "image_grid": lambda: plots.image_grid(RGB, 4, [f"t{k}" for k in range(10)]),
@@ -34,6 +36,12 @@ FIGURES = {
     "band_trajectory": lambda: plots.band_trajectory(TIMES, STD),
     "spectra": lambda: plots.spectra([0.1, 0.2, 0.5], [9, 4, 1], [9, 5, 3]),
     "band_energy": lambda: plots.band_energy("AHVD", ENERGY, ENERGY * 2),
+    "band_kurtosis": lambda: plots.band_kurtosis("AHVD", [0, 2, 9, 40], [-1, 0.2, 3, 9], *SPANS),
+    "score_chart": lambda: plots.score_chart({"FWD, level 2": (0.3, 0.2, 0.5, 0.1), "FID": (9, 8, 10, 1)}),
+    "nearest_distances": lambda: plots.nearest_distances([[1, 2], [2, 3]], [[0, 0], [1, 4], [2, 2]]),
+    "responses": lambda: plots.responses(
+        {"blur": ([0, 1, 2], {"FWD": np.outer([2, 4, 8], [1, 0.5, 2])})}, {"blur": "sigma (pixels)"}
+    ),
     "packet_map": lambda: plots.packet_map(np.arange(1, 17), 2),
     "neighbours": lambda: plots.neighbours(RGB[:2], RGB[2:6].reshape(2, 2, 8, 8, 3), [[1, 2], [3, 4]]),
     "stacked": lambda: plots.stacked({"10 images": RGB[0], "20 images": RGB[1]}),
@@ -84,7 +92,7 @@ def test_import_has_no_effects():
     code = (
         "import matplotlib; before = dict(matplotlib.rcParams); import wddm.plots, sys; "
         "assert dict(matplotlib.rcParams) == before; assert 'torch' not in sys.modules; "
-        "assert not [m for m in sys.modules if m.startswith('wddm.') and m[5:] not in ('plots', 'mosaics')]"
+        "assert not [m for m in sys.modules if m.startswith('wddm.') and m[5:] not in ('plots', 'mosaics', 'verdicts')]"
     )
     run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
@@ -92,7 +100,7 @@ def test_import_has_no_effects():
 def test_every_figure_is_tested():
     own = {name: getattr(thing, "__module__", None) or "" for name, thing in vars(plots).items()}
     public = {name for name, module in own.items() if module.startswith("wddm") and name[0] != "_"}
-    assert public == {*FIGURES, "compose", "checked", "need", "panels"}
+    assert public == {*FIGURES, "compose", "checked", "need", "panels", "log_axis"}
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -280,6 +288,39 @@ def test_band_energy_shows_heights_and_ratios():
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == list("AHVD")
 
 
+def test_intervals_are_drawn_where_they_are():
+    figure = plots.band_energy("AHVD", ENERGY, ENERGY * 2, [ENERGY / 2, ENERGY * 2], [ENERGY, ENERGY * 3])
+    bars = np.concatenate([lines.get_segments() for lines in figure.axes[0].collections])
+    np.testing.assert_allclose(bars[:4, :, 1].T, [ENERGY / 2, ENERGY * 2])
+    np.testing.assert_allclose(bars[4:, :, 1].T, [ENERGY, ENERGY * 3])
+    power, ratio = plots.spectra([0.1, 0.5], [9, 4], [9, 3], [[8, 3], [10, 5]], [[7, 2], [11, 6]]).axes
+    for axes, area, low, high in ((power, 0, 3, 10), (power, 1, 2, 11), (ratio, 0, 2 / 4, 6 / 4)):
+        heights = axes.collections[area].get_paths()[0].vertices[:, 1]
+        assert (heights.min(), heights.max()) == (low, high)
+    axes = FIGURES["band_kurtosis"]().axes[0]
+    np.testing.assert_array_equal(np.array(axes.collections[1].get_segments())[:, :, 1].T, SPANS[1])
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), [0, 2, 9, 40])
+
+
+def test_scores_and_responses_are_multiples_of_what_real_images_score():
+    axes = FIGURES["score_chart"]().axes[0]
+    spans, values = axes.lines[0:4:2], axes.lines[1:4:2]
+    np.testing.assert_allclose([line.get_xdata() for line in spans], [[2, 5], [8, 10]])
+    np.testing.assert_allclose([line.get_xdata()[0] for line in values], [3, 9])
+    assert texts(axes.figure) == ["0.3", "9"]
+    (axes,) = FIGURES["responses"]().axes
+    np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[0, 1], [1, 2], [2, 4]])
+    heights = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (0.5, 8)
+    assert (axes.get_title(), axes.get_xlabel()) == ("Blur", "sigma (pixels)")
+
+
+def test_nearest_distances_are_cumulative_and_copies_have_ratio_zero():
+    distance, ratio = FIGURES["nearest_distances"]().axes
+    np.testing.assert_allclose(distance.lines[1].get_xydata()[1:], [[0, 1 / 3], [1, 2 / 3], [2, 1]])
+    np.testing.assert_allclose(ratio.lines[1].get_xydata()[1:], [[0, 1 / 3], [0.25, 2 / 3], [1, 1]])
+
+
 def test_band_histograms_are_densities_with_their_spread():
     values = {"A": RNG.normal(size=5000), "H": 0.1 * RNG.normal(size=5000)}
     figure = plots.band_histograms(values)
@@ -402,6 +443,10 @@ def test_confidence_is_the_distribution_and_counts_below_the_threshold():
         lambda: plots.packet_map(np.ones(15), 2),
         lambda: plots.packet_map(np.ones(16), 1),
         lambda: plots.packet_map(np.ones(16), 2, "AHVD"),
+        lambda: plots.band_kurtosis("AHV", [0, 2, 9, 40], [-1, 0.2, 3, 9], *SPANS),
+        lambda: plots.score_chart({}),
+        lambda: plots.nearest_distances([1, 2], [[1, 2]]),
+        lambda: plots.responses({"blur": ([0, 1, 2], {"FWD": [2, 4]})}, {"blur": "pixels"}),
         lambda: plots.class_counts(["a", "b"], [1, 2, 3], [0.5, 0.5]),
         lambda: plots.confidence([[0.5]], [0.5], 0.5),
         lambda: plots.confidence([0.5], [], 0.5),

@@ -47,7 +47,7 @@ def train(arguments: argparse.Namespace) -> int:
             runs.check(experiment.parameters)
         for experiment in experiments:
             parameters, folder = experiment.parameters, root / "runs" / experiment.run
-            prepared = runs.given(parameters, ("dataset", "resolution", "dataset_path", "limit", "seed", "on_error"))
+            prepared = runs.given(parameters, runs.DATA)
             place = root / "data" / "{dataset}-{resolution}".format(**parameters)
             images = data.prepare(folder=place, progress=first, **prepared).images
             options = {"extend": arguments.extend}
@@ -134,6 +134,45 @@ def sample(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def evaluate(arguments: argparse.Namespace) -> int:
+    if "LOCAL_RANK" in os.environ:  # as in sample
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+    import torch
+    from accelerate import PartialState
+
+    from wddm import evaluation, workbook
+
+    on_cpu = arguments.device == "cpu" or not torch.accelerator.is_available()
+    processes = PartialState(cpu=on_cpu)
+    if processes.num_processes > 1 and on_cpu:
+        torch.set_num_threads(os.cpu_count() or 1)  # as alone, where launchers say 1: on it depends how sums round
+    try:
+        root = workbook.find_root()
+    except ValueError:
+        root = Path()
+    reference = evaluation.find_reference(arguments.reference, arguments.resolution, root)
+    samples = evaluation.read_images(arguments.images)
+    main_process = processes.is_main_process
+    found = evaluation.evaluate(
+        samples,
+        reference,
+        level=arguments.fwd_level,
+        inception_weights=arguments.inception_weights,
+        seed=arguments.seed,
+        device=arguments.device or processes.device,
+        processes=processes,
+        progress=lambda batches, total: workbook.progress(batches, total, "Inception") if main_process else batches,
+    )
+    if main_process:
+        caption = f"{arguments.images} against {reference.folder}. {evaluation.scores.caveat(samples)}"
+        print(workbook.report.format_table([score.row() for score in found], caption)[1])
+        if any(score.value is None and score.key == "fid" for score in found):
+            print(evaluation.inception.remedy())
+        workbook.report.write_json(arguments.output, evaluation.as_json(found, arguments.images, reference))
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="wddm", description="Wavelet-domain diffusion, as a workbook of notebooks.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -170,6 +209,18 @@ def build_parser() -> argparse.ArgumentParser:
     checked.add_argument("--prediction-type", help="published ones do not store it: epsilon, for CelebA-HQ sample")
     checked.add_argument("--wavelet-level", type=int)
     checked.add_argument("--resolution", type=int)
+
+    command = commands.add_parser("evaluate", help="score a folder of images against a prepared data set")
+    command.set_defaults(function=evaluate)
+    add = command.add_argument
+    add("--images", required=True, type=Path, help="folder of PNGs as `wddm sample` writes, or a samples.npy")
+    add("--reference", required=True, help="name of a prepared set under data/, or its folder")
+    add("--resolution", type=positive, help="which one, where a set is prepared in several")
+    add("--fwd-level", type=positive, default=2, help="level of the packets of the Fréchet wavelet distance")
+    add("--inception-weights", type=Path, metavar="FILE", help="torch-fidelity's, if not where it downloads them to")
+    add("--output", type=Path, default=Path("metrics.json"), help="where the numbers go")
+    add("--seed", type=int, default=0, help="of the resamples and halves that intervals and floors come from")
+    add("--device", help="a GPU if there is one, else cpu")
 
     command = commands.add_parser("index", help="rewrite reports/index.html")
     command.set_defaults(function=index)

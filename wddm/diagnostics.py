@@ -4,26 +4,41 @@ Images are uint8 (N, H, W, C) or float (N, C, H, W) in [0, 1] everywhere; what i
 streamed in float64, so that a memory map of any length will do.
 """
 
-from collections.abc import Iterator
+import mmap
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from wddm.intervals import resampled
 from wddm.wavelets import WaveletCodec
 
 Images = np.ndarray | Tensor
+VALUES = 2**22  # in a batch at most: 32 MiB of float64
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Power (F,) at spatial frequencies (F,) in cycles/pixel, and its 90 % intervals (2, F) over images."""
+
+    frequency: np.ndarray
+    power: np.ndarray
+    interval: np.ndarray
+    count: int
 
 
 @dataclass(frozen=True)
 class BandStatistics:
-    """Per Haar packet, arrays (4^L,): energy (mean square), std, excess kurtosis (Gaussian: 0)."""
+    """Per Haar packet, arrays (4^L,): energy (mean square), std, excess kurtosis (Gaussian: 0); intervals (2, 4^L)."""
 
     bands: list[str]
     energy: np.ndarray
     std: np.ndarray
     kurtosis: np.ndarray
+    energy_interval: np.ndarray
+    kurtosis_interval: np.ndarray
     count: int
 
 
@@ -45,8 +60,12 @@ class Classifier:
         return self.model.predict_proba(_flat(images))
 
 
-def unit_batches(images: Images, batch_size: int = 512, rows: np.ndarray | None = None) -> Iterator[Tensor]:
-    """Batches (B, C, H, W), float64 in [0, 1] on the CPU, of all images or of the given rows.
+def unit_batches(
+    images: Images, batch_size: int = 512, rows: np.ndarray | None = None, device: str | torch.device = "cpu"
+) -> Iterator[Tensor]:
+    """Batches (B, C, H, W), float64 in [0, 1] on the device, of all images or of the given rows; B may be smaller.
+
+    Apple's GPUs ("mps") have no float64: the CPU takes their place.
 
     Raises:
         ValueError: neither uint8 (N, H, W, C) nor float (N, C, H, W), or floats outside [0, 1].
@@ -57,10 +76,14 @@ def unit_batches(images: Images, batch_size: int = 512, rows: np.ndarray | None 
             f"got {images.dtype} images {tuple(images.shape)}, wanted uint8 (N, H, W, C) or float "
             "(N, C, H, W) of 1 to 4 channels: transpose them"
         )
+    device = "cpu" if torch.device(device).type == "mps" else device
+    batch_size = fitting(images, batch_size)
     for start in range(0, len(images) if rows is None else len(rows), batch_size):
         part = slice(start, start + batch_size)
         batch = images[part if rows is None else rows[part]]
-        batch = batch.detach().cpu() if isinstance(batch, Tensor) else torch.from_numpy(np.array(batch))
+        batch = (batch.detach() if isinstance(batch, Tensor) else torch.from_numpy(np.array(batch))).to(device)
+        if isinstance(images, np.memmap) and images.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
+            images._mmap.madvise(mmap.MADV_DONTNEED)  # what was read stays in the system's cache, and not in our memory
         if layout == "NHWC":
             yield batch.permute(0, 3, 1, 2).double().div_(255)
         elif batch.is_floating_point() and batch.min() >= 0 and batch.max() <= 1:
@@ -72,44 +95,69 @@ def unit_batches(images: Images, batch_size: int = 512, rows: np.ndarray | None 
             )
 
 
-def packets(images: Images, level: int, batch_size: int = 512, rows: np.ndarray | None = None) -> Iterator[Tensor]:
-    """Orthonormal Haar packets (B, 4^L, C H W / 4^L), float64, by batches; bands as in `WaveletCodec`."""
-    codec = WaveletCodec("haar", level=level, scaling="none").double()
-    for batch in unit_batches(images, batch_size, rows):
-        yield codec.encode(batch).reshape(len(batch), 4**level, -1)
+def fitting(images: Images, batch_size: int) -> int:
+    """`batch_size`, or as many images as make VALUES."""
+    return max(1, min(batch_size, VALUES // int(np.prod(images.shape[1:]))))
 
 
-def radial_power_spectrum(images: Images) -> tuple[np.ndarray, np.ndarray]:
-    """Frequency (cycles/pixel, to 1/2) and power, averaged over rings, colours and images less their means.
+def haar_packets(level: int) -> Callable[..., Tensor]:
+    """Function of float64 images (B, C, H, W) and a slice of the 4^L orthonormal packets that gives these packets.
+
+    They come as (P, B, C H W / 4^L), in the order of `WaveletCodec`: one product of its matrix for cells of 2^L x 2^L
+    pixels with all cells, several times faster than splitting again and again, and for some packets as for all.
+    """
+    side, codec = 2**level, WaveletCodec("haar", level=level, scaling="none").double()
+    matrix = codec.encode(torch.eye(4**level, dtype=torch.float64).view(-1, 1, side, side)).flatten(1).T
+
+    def packets(batch: Tensor, part: slice = slice(None)) -> Tensor:
+        codec.check_size(*batch.shape[-2:])
+        cells = batch.unflatten(-2, (-1, side)).unflatten(-1, (-1, side))  # (B, C, h, side, w, side)
+        cells = cells.permute(3, 5, 0, 1, 2, 4).reshape(4**level, -1)
+        return (matrix[part].to(batch.device) @ cells).view(-1, len(batch), batch[0].numel() // 4**level)
+
+    return packets
+
+
+def radial_power_spectrum(images: Images) -> Spectrum:
+    """Power to 1/2 cycle/pixel, averaged over rings, colours and images less their means.
 
     Normalised so that white noise of variance v has power v at every frequency.
     """
-    total, count, ring = 0.0, 0, None
-    for batch in unit_batches(images):
-        if ring is None:
-            side = min(batch.shape[-2:])
-            y, x = (torch.fft.fftfreq(n, dtype=torch.float64) for n in batch.shape[-2:])
-            ring = (torch.hypot(y[:, None], x) * side).round().long().flatten()
-        power = torch.fft.fft2(batch - batch.mean((-2, -1), keepdim=True), norm="ortho").abs().square()
-        total = total + power.mean(1).sum(0).flatten()
-        count += len(batch)
+    height, width = next(unit_batches(images, 1)).shape[-2:]
+    side, found = min(height, width), []
+    y, x = (torch.fft.fftfreq(n, dtype=torch.float64) for n in (height, width))
+    ring = (torch.hypot(y[:, None], x) * side).round().long().flatten()  # (H W,)
     rings = torch.arange(1, side // 2 + 1)
-    power = torch.bincount(ring, total) / torch.bincount(ring) / count
-    return (rings / side).double().numpy(), power[rings].numpy()
+    for batch in unit_batches(images):
+        power = torch.fft.fft2(batch - batch.mean((-2, -1), keepdim=True), norm="ortho").abs().square().mean(1)
+        sums = power.new_zeros(len(batch), int(ring.max()) + 1).index_add_(1, ring, power.flatten(1))
+        found.append((sums / torch.bincount(ring))[:, rings].numpy())
+    per_image = np.concatenate(found)  # (N, F)
+    return Spectrum((rings / side).double().numpy(), per_image.mean(0), resampled(per_image), len(per_image))
 
 
 def band_statistics(images: Images, level: int = 3) -> BandStatistics:
     """Energy, spread and tails of the Haar packets; those of details in photographs are heavy-tailed."""
-    total, values = 0.0, 0
-    for batch in packets(images, level):
-        total = total + torch.stack([(batch**power).sum((0, 2)) for power in (1, 2, 3, 4)]).numpy()
-        values += batch[:, 0].numel()
-    m1, m2, m3, m4 = total / values
-    variance = m2 - m1**2
-    fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
-    with np.errstate(invalid="ignore", divide="ignore"):  # a band without any detail has no kurtosis: nan
-        kurtosis = fourth / variance**2 - 3
-    return BandStatistics(WaveletCodec("haar", level=level).bands(), m2, np.sqrt(variance), kurtosis, len(images))
+    packets = map(haar_packets(level), unit_batches(images))
+    sums = [torch.stack([(values**power).mean(2).T for power in (1, 2, 3, 4)], 1) for values in packets]
+    per_image = torch.cat(sums).numpy()  # (N, 4, 4^L)
+    mean, energy, *_ = per_image.mean(0)
+    return BandStatistics(
+        WaveletCodec("haar", level=level).bands(),
+        energy,
+        np.sqrt(energy - mean**2),
+        _kurtosis(per_image.mean(0)),
+        resampled(per_image[:, 1]),
+        resampled(per_image, _kurtosis),
+        len(per_image),
+    )
+
+
+def _kurtosis(moments: np.ndarray) -> np.ndarray:
+    """Excess kurtosis (..., P) of raw moments one to four (..., 4, P); nan for a band without any detail."""
+    m1, m2, m3, m4 = np.moveaxis(moments, -2, 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / (m2 - m1**2) ** 2 - 3
 
 
 def nearest_neighbours(
@@ -139,6 +187,17 @@ def nearest_neighbours(
         distances[i] = (candidates - query).square().mean((1, 2, 3)).sqrt().numpy()
     order = np.argsort(distances, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(rows.numpy(), order, 1), np.take_along_axis(distances, order, 1)
+
+
+def memorised(distances: np.ndarray, ratio: float = 1 / 3) -> np.ndarray:
+    """Which samples (n,) are copies, by their sorted distances (n, k >= 2) to the nearest training images.
+
+    A copy is so near to one image that the second nearest is at over 1 / `ratio` times the distance (Yoon et al.
+    2023); a sample among several equal training images counts as one too.
+    """
+    if distances.ndim != 2 or distances.shape[1] < 2:
+        raise ValueError(f"got distances {distances.shape}, wanted (n, 2 or more): ask for k=2 neighbours or more")
+    return distances[:, 0] <= ratio * distances[:, 1]
 
 
 def fit_classifier(images: Images, labels: np.ndarray, seed: int = 0) -> Classifier:
