@@ -118,17 +118,7 @@ def responses(
         network: classifier of the reference whose features give another distance.
     """
     one, other = metrics.halves(len(reference.images), min(len(reference.images) // 2, most), seed)
-    images, found = np.array(reference.images[other]), {}
-    sets = {
-        "blur": (BLUR, [degraded(images, "blur", amount) if amount else images for amount in BLUR]),
-        "noise": (NOISE, [degraded(images, "noise", amount, seed) if amount else images for amount in NOISE]),
-    }
-    if reference.labels is not None:
-        labels = reference.labels[other]
-        classes, rng = np.unique(labels), np.random.default_rng(seed)
-        left = [rng.permutation(np.flatnonzero(labels >= classes[int(share * len(classes))])) for share in MISSING]
-        count = min(map(len, left))
-        sets["missing classes"] = (MISSING, [images[np.sort(rows[:count])] for rows in left])
+    labels, found = None if reference.labels is None else reference.labels[other], {}
     with suppress(ValueError):  # too few images for this level
         real = metrics.packet_moments(reference.images, level, rows=one, **how)
         features = network and metrics.feature_moments(reference.images, network, rows=one, **how)
@@ -138,7 +128,7 @@ def responses(
             distances["FD of the classifier"] = lambda one: metrics.frechet_feature_distance(
                 features, one, network, **how
             )
-        for kind, (amounts, degrees) in sets.items():
+        for kind, (amounts, degrees) in _degrees(np.array(reference.images[other]), labels, seed).items():
             measured = {name: [distance(one) for one in degrees] for name, distance in distances.items()}
             found[kind] = (
                 amounts,
@@ -148,3 +138,17 @@ def responses(
                 },
             )
     return found
+
+
+def _degrees(images: np.ndarray, labels: np.ndarray | None, seed: int) -> dict[str, tuple[tuple[float, ...], list]]:
+    """By kind, amounts and the images to be measured."""
+    sets = {
+        "blur": (BLUR, [degraded(images, "blur", amount) if amount else images for amount in BLUR]),
+        "noise": (NOISE, [degraded(images, "noise", amount, seed) if amount else images for amount in NOISE]),
+    }
+    if labels is not None:
+        classes, rng = np.unique(labels), np.random.default_rng(seed)
+        left = [rng.permutation(np.flatnonzero(labels >= classes[int(share * len(classes))])) for share in MISSING]
+        count = min(map(len, left))
+        sets["missing classes"] = (MISSING, [images[np.sort(rows[:count])] for rows in left])
+    return sets
