@@ -1,11 +1,14 @@
 """Shared fixtures: reference outputs and real images where they are at hand, else the tests that need them skip."""
 
 import os
+import socket
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # workers and their kernels share the cores; threads on top only wait
 
+import local_data
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +19,27 @@ SHARED = ROOT.parent / "shared"
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+def launcher() -> list[str]:
+    """`python -m` these and a module of ours: two processes on the CPU."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    config = str(ROOT / "params" / "accelerate" / "cpu.yaml")
+    return ["accelerate.commands.launch", "--config_file", config, "--main_process_port", port, "-m"]
+
+
+@pytest.fixture(scope="module")
+def pictures() -> np.ndarray:
+    """Noise, uint8 (23, 16, 16, 3)."""
+    return local_data.pictures()
+
+
+@pytest.fixture
+def hub_copy(tmp_path: Path, pictures: np.ndarray) -> Path:
+    """The pictures in the Hub's Parquet layout."""
+    return local_data.hub_copy(tmp_path / "copy", pictures)
 
 
 @pytest.fixture(scope="session")

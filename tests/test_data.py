@@ -16,16 +16,6 @@ from PIL import Image
 from wddm import data
 
 
-@pytest.fixture(scope="module")
-def pictures() -> np.ndarray:
-    return noise()
-
-
-@pytest.fixture
-def hub_copy(tmp_path: Path, pictures: np.ndarray) -> Path:
-    return write_hub_copy(tmp_path / "copy", pictures)
-
-
 def test_two_preparations_are_byte_identical_and_the_second_call_returns(tmp_path, hub_copy, capsys):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:

@@ -8,8 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from test_sampling import free_port
+from conftest import launcher
 
 from wddm import data, diagnostics, evaluation, features, metrics, scores
 from wddm.__main__ import main
@@ -172,11 +171,9 @@ def test_images_from_elsewhere_are_scored(root, samples, digits, monkeypatch, no
 @pytest.mark.slow
 def test_two_processes_find_what_one_does(root, samples) -> None:
     flags = f"evaluate --images {samples} --reference digits --output".split()
-    launcher = ["accelerate.commands.launch", "--config_file", str(ROOT / "params/accelerate/cpu.yaml")]
-    launcher += ["--main_process_port", str(free_port()), "-m"]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     found = []
-    for name, start in (("two", launcher), ("one", [])):
+    for name, start in (("two", launcher()), ("one", [])):
         for path in (root / "data/digits-16/statistics").glob("*"):
             path.unlink()
         command = [sys.executable, "-m", *start, "wddm", *flags, str(samples / name)]

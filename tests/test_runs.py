@@ -5,7 +5,6 @@ import os
 import random
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, launcher
 from torch.testing import assert_close
 
 from wddm.__main__ import main
@@ -132,14 +131,6 @@ def test_a_rank_that_dies_ends_the_run(root) -> None:
     started = time.monotonic()
     _, error = process.communicate(timeout=60)
     assert process.returncode != 0 and time.monotonic() - started < 60 and "SIGKILL" in error
-
-
-def launcher() -> tuple[str, ...]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    config = str(ROOT / "params" / "accelerate" / "cpu.yaml")
-    return ("accelerate.commands.launch", "--config_file", config, "--main_process_port", port, "-m")
 
 
 def test_train_refuses_other_settings_and_extends(root, capsys, monkeypatch) -> None:

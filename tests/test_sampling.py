@@ -2,14 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, launcher
 from PIL import Image
 
 from wddm.__main__ import main
@@ -78,22 +77,14 @@ def test_the_files_are_the_same_bytes_whatever_the_batch_size(chaotic, tmp_path)
 @pytest.mark.slow
 def test_two_processes_write_the_files_of_one(chaotic, tmp_path) -> None:
     flags = f"sample --model-dir {chaotic} --num-samples 20 --sampling-steps 12 --eta 1 --output-dir".split()
-    launcher = ["accelerate.commands.launch", "--config_file", str(ROOT / "params/accelerate/cpu.yaml")]
-    launcher += ["--main_process_port", str(free_port()), "-m"]
     alone = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    for name, start in (("one", []), ("two", launcher)):
+    for name, start in (("one", []), ("two", launcher())):
         command = [sys.executable, "-m", *start, "wddm", *flags, str(tmp_path / name)]
         done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("20 images") == 1
         assert f"/{3 // (2 if start else 1) + bool(start)} [" in done.stdout  # batches of 8: 3, or 2 and 1
     assert same_files(tmp_path / "one", tmp_path / "two")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_a_published_checkpoint_with_the_flags_of_the_paper(published, tmp_path) -> None:

@@ -14,21 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from local_data import encoded, png_folder, prepare, write_shard
-from local_data import hub_copy as write_hub_copy
 from local_data import pictures as noise
 from PIL import Image
 
 from wddm import data, sources
-
-
-@pytest.fixture(scope="module")
-def pictures() -> np.ndarray:
-    return noise()
-
-
-@pytest.fixture
-def hub_copy(tmp_path: Path, pictures: np.ndarray) -> Path:
-    return write_hub_copy(tmp_path / "copy", pictures)
 
 
 def test_digits_are_those_of_scikit_learn(tmp_path):

@@ -15,7 +15,7 @@ import yaml
 
 from wddm import workbook
 from wddm.__main__ import main
-from wddm.workbook import kernel, provenance, report, runner
+from wddm.workbook import kernel, provenance, records, runner, tables
 from wddm.workbook.experiments import load_experiments
 from wddm.workbook.parameters import parse_parameters
 
@@ -271,16 +271,16 @@ def launched(root, monkeypatch) -> list[str]:
 
     def execute(source, target, parameters, stop):
         names.append(source.stem)
-        entry = report.read_json(target.parent / "status.json")[source.stem]
+        entry = records.read_json(target.parent / "status.json")[source.stem]
         assert entry["state"] == "running" and entry["pid"] == os.getpid()
         target.write_text(source.read_text())
         place = Path("runs") / parameters["run"]
         place.mkdir(parents=True, exist_ok=True)
         if source.stem == "01_prepare":
             (place / "data.txt").write_text(str(parameters["seed"]))
-        report.write_json(
+        records.write_json(
             target.parent / "metrics.json",
-            report.read_json(target.parent / "metrics.json") | {f"m{source.stem}": 1},
+            records.read_json(target.parent / "metrics.json") | {f"m{source.stem}": 1},
         )
         return ("failed", "ValueError: no") if (root / f"fail-{source.stem}").exists() else ("ok", None)
 
@@ -392,7 +392,7 @@ def test_a_run_under_way_is_left_alone(root, launched, capsys):
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         entry = {"02_train": {"state": "running", "pid": other.pid, "seconds": None, "error": None}}
-        report.write_json(root / "reports/x/status.json", entry)
+        records.write_json(root / "reports/x/status.json", entry)
         assert main(["run", "params/x.yaml"]) == 2 and launched == []
         assert f"is under way: process {other.pid} executes 02_train" in capsys.readouterr().err
     finally:
@@ -458,7 +458,7 @@ def finished(tmp_path_factory):
     (root / "params").mkdir()
     (root / "params/x.yaml").write_text("level: 2\n")
     spec = root / "jupyter/kernels/python3/kernel.json"  # a python3 kernel of some other environment
-    report.write_json(spec, {"argv": ["/no/such/python"], "display_name": "other", "language": "python"})
+    records.write_json(spec, {"argv": ["/no/such/python"], "display_name": "other", "language": "python"})
     environment = os.environ | {"JUPYTER_PATH": str(root / "jupyter"), "JUPYTER_PREFER_ENV_PATH": "0"}
     done = subprocess.run(
         [sys.executable, "-m", "wddm", "run", "params/x.yaml"],
@@ -501,13 +501,13 @@ def test_the_run_leaves_its_files(finished):
         "timings.json",
     ]
     assert (folder / "metrics.json").read_text() == '{\n  "fwd": 0.5,\n  "parameters": 7\n}\n'
-    assert report.read_json(folder / "timings.json") == {"images_per_s": 3.25}
+    assert records.read_json(folder / "timings.json") == {"images_per_s": 3.25}
     assert yaml.safe_load((folder / "params.yaml").read_text()) == {"run": "x", "seed": 0, "level": 2}
-    entries = report.read_json(folder / "status.json")
+    entries = records.read_json(folder / "status.json")
     assert entries["01_work"]["state"] == "ok" and entries["01_work"]["error"] is None
     assert entries["02_fail"]["state"] == "failed" and entries["02_fail"]["error"] == "ValueError: got 4"
     assert entries["01_work"]["seconds"] > 0
-    environment = report.read_json(folder / "environment.json")
+    environment = records.read_json(folder / "environment.json")
     assert environment["commit"] is None and environment["versions"]["papermill"] and environment["seed"] == 0
     notebook = json.loads((folder / "01_work.ipynb").read_text())
     assert str(finished[0]) not in json.dumps(notebook["metadata"])
@@ -586,7 +586,7 @@ def test_ctrl_c_lets_the_cell_save_its_work(root, whole_group, cells):
     assert status(root)["01_prepare"]["error"] == "KeyboardInterrupt: stopped"
     assert "not reached" not in (root / "reports/x/01_prepare.html").read_text()
     assert '<span class="badge killed">' in (root / "reports/index.html").read_text()
-    wait_for(lambda: not report._is_alive(int(noted.read_text())), seconds=10)
+    wait_for(lambda: not records._is_alive(int(noted.read_text())), seconds=10)
 
 
 def test_a_kernel_that_dies_is_told_apart(root, capsys):
@@ -676,13 +676,13 @@ def test_redrawn_lines_appear_once_in_a_file(live, shown):
     ],
 )
 def test_numbers_are_readable(value, text):
-    assert report.format_number(value) == text
+    assert tables.format_number(value) == text
 
 
 def test_tables_take_frames_and_rows():
     import pandas as pd
 
-    as_html, as_text = report.format_table([{"a": "<x>", "b": 1}, {"b": 22}], "Cap")
+    as_html, as_text = tables.format_table([{"a": "<x>", "b": 1}, {"b": 22}], "Cap")
     assert '<td style="text-align: left">&lt;x&gt;</td>' in as_html and "<caption>Cap</caption>" in as_html
     assert as_text == "Cap\na     b\n<x>   1\n–    22"
     shown = []
@@ -704,4 +704,4 @@ def test_tables_take_frames_and_rows():
     ],
 )
 def test_times_are_readable(seconds, text):
-    assert report.format_seconds(seconds) == text
+    assert tables.format_seconds(seconds) == text

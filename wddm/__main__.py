@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from wddm import processes
+
 
 def run(arguments: argparse.Namespace) -> int:
     from wddm import workbook
@@ -36,7 +38,7 @@ def preflight(parameters: dict[str, Any]) -> None:
 
 
 def train(arguments: argparse.Namespace) -> int:
-    launched()
+    processes.yield_cores()
 
     from wddm import data, runs
 
@@ -76,31 +78,21 @@ def experiments_of(arguments: argparse.Namespace) -> tuple[Path, list]:
     return root, experiments
 
 
-def launched() -> None:
-    """Processes that `accelerate launch` started share the cores: they must not spin while they wait for each other."""
-    if "LOCAL_RANK" in os.environ:
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
-
-
 def index(arguments: argparse.Namespace) -> int:
     from wddm import workbook
 
-    print(workbook.report.write_index(workbook.find_root()))
+    print(workbook.write_index(workbook.find_root()))
     return 0
 
 
 def sample(arguments: argparse.Namespace) -> int:
-    launched()
+    state = processes.join(arguments.device)
 
     import diffusers
-    import torch
-    from accelerate import PartialState
 
     from wddm import workbook
     from wddm.sampling import draw, open_pipeline
 
-    on_cpu = arguments.device == "cpu" or not torch.accelerator.is_available()
-    processes = PartialState(cpu=on_cpu)  # one, or as many as `accelerate launch` started
     diffusers.utils.logging.disable_progress_bar()
     pipeline = open_pipeline(
         arguments.model_dir,
@@ -110,11 +102,11 @@ def sample(arguments: argparse.Namespace) -> int:
         prediction_type=arguments.prediction_type,
         scheduler=arguments.scheduler,
         spacing=arguments.spacing,
-    ).to(arguments.device or processes.device)
+    ).to(arguments.device or state.device)
     pipeline.set_progress_bar_config(disable=True)
 
     def progress(batches: Iterable, total: int) -> Iterable:
-        if not processes.is_main_process:
+        if not state.is_main_process:
             return batches
         return workbook.progress(batches, total=total, desc="sampling", unit="batch")
 
@@ -129,47 +121,42 @@ def sample(arguments: argparse.Namespace) -> int:
         eta=arguments.eta,
         detail_steps=arguments.detail_steps,
     )
-    if processes.is_main_process:
+    if state.is_main_process:
         print(f"{arguments.num_samples} images, grid.png and samples.json are in {arguments.output_dir}")
     return 0
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    if "LOCAL_RANK" in os.environ:  # as in sample
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-    import torch
-    from accelerate import PartialState
+    state = processes.join(arguments.device)
 
     from wddm import evaluation, workbook
+    from wddm.workbook.records import write_json
+    from wddm.workbook.tables import format_table
 
-    on_cpu = arguments.device == "cpu" or not torch.accelerator.is_available()
-    processes = PartialState(cpu=on_cpu)
-    if processes.num_processes > 1 and on_cpu:
-        torch.set_num_threads(os.cpu_count() or 1)  # as alone, where launchers say 1: on it depends how sums round
     try:
         root = workbook.find_root()
     except ValueError:
         root = Path()
     reference = evaluation.find_reference(arguments.reference, arguments.resolution, root)
     samples = evaluation.read_images(arguments.images)
-    main_process = processes.is_main_process
     found = evaluation.evaluate(
         samples,
         reference,
         level=arguments.fwd_level,
         inception_weights=arguments.inception_weights,
         seed=arguments.seed,
-        device=arguments.device or processes.device,
-        processes=processes,
-        progress=lambda batches, total: workbook.progress(batches, total, "Inception") if main_process else batches,
+        device=arguments.device or state.device,
+        processes=state,
+        progress=lambda batches, total: (
+            workbook.progress(batches, total, "Inception") if state.is_main_process else batches
+        ),
     )
-    if main_process:
+    if state.is_main_process:
         caption = f"{arguments.images} against {reference.folder}. {evaluation.scores.caveat(samples)}"
-        print(workbook.report.format_table([score.row() for score in found], caption)[1])
+        print(format_table([score.row() for score in found], caption)[1])
         if any(score.value is None and score.key == "fid" for score in found):
             print(evaluation.inception.remedy())
-        workbook.report.write_json(arguments.output, evaluation.as_json(found, arguments.images, reference))
+        write_json(arguments.output, evaluation.as_json(found, arguments.images, reference))
     return 0
 
 

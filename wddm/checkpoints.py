@@ -5,7 +5,6 @@
 Nothing pickled is written or read. The last two are kept, and best/, where the held-out loss was least.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,6 +16,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from wddm.files import sha256, written_aside
 
 KEEP = 2
 
@@ -32,25 +33,11 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
         for group, members in tensors.items():
             file = aside / f"{group}.safetensors"
             save_file({key: tensor.detach().cpu().contiguous() for key, tensor in members.items()}, file)
-            sync(file)
             checksums[file.name] = sha256(file)
         (aside / "state.json").write_text(json.dumps({"step": step, **state, "sha256": checksums}, indent=1))
-        sync(aside / "state.json")
     for old in listed(folder)[:-KEEP]:
         shutil.rmtree(old)
     return final
-
-
-@contextmanager
-def written_aside(final: Path) -> Iterator[Path]:
-    """A new folder to write to, which takes the place of `final` once it is whole."""
-    aside = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    yield aside
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(aside, final)
-    sync(final.parent)
 
 
 def load_latest(folder: Path, notes: list[str]) -> tuple[dict[str, dict[str, Tensor]], dict] | None:
@@ -90,20 +77,6 @@ def set_aside(folder: Path) -> Path:
         number += 1
     os.replace(folder, kept)
     return kept
-
-
-def sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Make a file or a folder's entries durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

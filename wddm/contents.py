@@ -19,11 +19,6 @@ def write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def blocks(path: str | Path) -> Iterator[np.ndarray]:
     """Copies uint8 (n, H, W, C) of consecutive images; mapped anew for each, so that what was read does not stay."""
     count, *shape = np.load(path, mmap_mode="r").shape

@@ -8,8 +8,6 @@ images come from is in `sources.py`, what becomes of them in `decoding.py`, how 
 
 import json
 import math
-import os
-import shutil
 import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -21,8 +19,9 @@ from tqdm import tqdm
 
 from wddm.batches import batches as batches
 from wddm.contents import duplicates as duplicates
-from wddm.contents import sha256, statistics, write_header
+from wddm.contents import statistics, write_header
 from wddm.decoding import decoded
+from wddm.files import sha256, written_aside
 from wddm.sources import SOURCES, Source, listing_sha256
 
 NOTEBOOK = "notebooks/01_prepare.ipynb"
@@ -77,16 +76,10 @@ def prepare(
             return load(folder)
         if reason:
             print(f"{folder}: {reason}; preparing it anew")
-        staging = folder.with_name(f".{folder.name}.preparing")
-        shutil.rmtree(staging, ignore_errors=True)  # of an earlier attempt that died
         source = SOURCES[dataset](resolution, settings["dataset_path"], seed)
-        staging.mkdir()
-        try:
+        with written_aside(folder, "preparing") as staging:
             labels, skipped = _write_images(source, settings, staging, progress)
             _write_manifest(source, settings, labels, skipped, staging)
-            _replace(folder, staging)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
         return load(folder)
 
 
@@ -224,22 +217,3 @@ def _write_manifest(source: Source, settings: dict, labels: list[int | None], sk
         "bands": bands,
     }
     (to / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-
-
-def _replace(folder: Path, staging: Path) -> None:
-    """Put the finished `staging` in the place of `folder`, durably."""
-    for path in (*staging.iterdir(), staging):
-        _fsync(path)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    staging.rename(folder)
-    _fsync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)  # works for folders too
-    os.fsync(descriptor)
-    os.close(descriptor)

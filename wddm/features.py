@@ -6,7 +6,6 @@ what matters to tell these classes apart, and compares within one set only. It i
 
 import itertools
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wddm.diagnostics import unit_batches
+from wddm.files import whole
 
 VALUES, MOST, SIDE = 32, 20_000, 64  # features of an image; images to train on; larger ones are averaged to this
 STEPS, BATCH = 500, 64
@@ -86,9 +86,8 @@ def _train(network: FeatureNet, images: np.ndarray, targets: np.ndarray, rows: n
 def save(network: FeatureNet, path: Path) -> None:
     """Write safetensors, with what it takes to build the network again and how good it is."""
     facts = {"sizes": network.sizes, "accuracy": network.accuracy, "held_out": network.held_out}
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(network.state_dict(), aside, metadata={"network": json.dumps(facts)})
-    aside.replace(path)
+    with whole(path) as aside:
+        save_file(network.state_dict(), aside, metadata={"network": json.dumps(facts)})
 
 
 def load(path: Path) -> FeatureNet:

@@ -4,7 +4,6 @@ Everything is torch-fidelity's: network, features, formulas, random numbers. Her
 all of them, by several processes if there are, and intervals are added. Images are uint8 (N, H, W, 1 or 3).
 """
 
-import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from wddm.files import sha256
 from wddm.intervals import about, draws, share
 from wddm.moments import factor
 
@@ -34,9 +34,7 @@ def find_weights(path: str | Path | None = None) -> Path | None:
     try:
         names = torch.load(path, weights_only=True, mmap=True).keys()  # torch-fidelity itself would unpickle anything
     except Exception as error:
-        raise ValueError(
-            f"got inception_weights={str(path)!r} ({_line(error)}), wanted torch-fidelity's: {remedy()}"
-        ) from None
+        raise ValueError(f"{got} ({_line(error)}), {wanted}") from None
     if not {"Conv2d_1a_3x3.conv.weight", "fc.bias"} <= set(names):
         raise ValueError(f"{got} of another network, {wanted}")
     return Path(path)
@@ -54,8 +52,7 @@ def build(weights: Path, device: str | torch.device = "cpu") -> torch.nn.Module:
     network = create_feature_extractor(
         "inception-v3-compat", list(LAYERS), cuda=False, feature_extractor_weights_path=str(weights), verbose=False
     ).to(device)
-    with weights.open("rb") as file:
-        network.key = hashlib.file_digest(file, "sha256").hexdigest()
+    network.key = sha256(weights)
     return network
 
 

@@ -5,18 +5,21 @@ Nothing here draws from the training's own randomness, so a run that is watched 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from torch import Tensor
 
+from wddm.mosaics import compose
 from wddm.objective import diffusion_loss
 from wddm.pipeline import WaveletPipeline
 from wddm.wavelets import WaveletCodec
 
-PREVIEW = {"num_inference_steps": 25, "eta": 0.0}  # how previews are drawn, with DDIM
+PREVIEW = {"batch_size": 32, "num_inference_steps": 25, "eta": 0.0}  # how previews are drawn, with DDIM
 
 
 class Rows:
@@ -92,8 +95,11 @@ def validation_loss(
     return torch.tensor([total, len(share)], dtype=torch.float64, device=device)
 
 
-def preview(pipeline: WaveletPipeline, count: int = 32) -> np.ndarray:
-    """uint8 (count, H, W, C): the same seeds every time, so that pictures of different times compare."""
+def preview(pipeline: WaveletPipeline, folder: Path, images_seen: int) -> np.ndarray:
+    """Draw <folder>/<images_seen>.png and return it, uint8 (H, W, C): the same seeds at all times."""
     pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(count, output_type="np", **PREVIEW).images
-    return (images * 255).round().astype(np.uint8)
+    images = pipeline(output_type="np", **PREVIEW).images
+    mosaic = compose((images * 255).round().astype(np.uint8), 16)
+    folder.mkdir(exist_ok=True)
+    Image.fromarray(mosaic).save(folder / f"{images_seen:09d}.png")
+    return mosaic

@@ -11,10 +11,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import HfApi
+from PIL.Image import Image
 from torch import Generator, Tensor
 
 from wddm.backbones import load_backbone
@@ -85,24 +87,33 @@ class WaveletPipeline(DiffusionPipeline):
             for group in groups:
                 group.step_at(visit, t, prediction)
             if callback_on_step_end is not None:
-                estimates = [group.denoised for group in groups]
-                state = {"latents": joined(groups, [group.latents for group in groups])}
-                state["denoised"] = None if None in estimates else joined(groups, estimates)
-                changed = callback_on_step_end(self, i, t, state) or {}
-                for group in groups:
-                    group.latents = changed.get("latents", group.latents)
+                self._call_back(callback_on_step_end, i, t, groups)
         latents = joined(groups, [group.latents for group in groups])
         if not latents.isfinite().all():
             raise ValueError(
                 f"got coefficients that are not finite from {type(self.scheduler).__name__} in {num_inference_steps} "
                 "steps, wanted numbers: take more steps, leading spacing, another solver or another checkpoint"
             )
+        images = self._images(latents, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _call_back(self, callback: Callable, i: int, t: Tensor, groups: list[Group]) -> None:
+        """Show the caller the state of step i, and go on with the latents it returns."""
+        estimates = [group.denoised for group in groups]
+        state = {"latents": joined(groups, [group.latents for group in groups])}
+        state["denoised"] = None if None in estimates else joined(groups, estimates)
+        changed = callback(self, i, t, state) or {}
+        for group in groups:
+            group.latents = changed.get("latents", group.latents)
+
+    def _images(self, latents: Tensor, output_type: str) -> Tensor | np.ndarray | list[Image]:
+        """Coefficients as images of that type."""
         images = self.decode(latents)
         if output_type != "pt":
             images = images.permute(0, 2, 3, 1).float().cpu().numpy()
         if output_type == "pil":
             images = self.numpy_to_pil(images)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return images
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1] of coefficients (B, 4^L C, h, w)."""

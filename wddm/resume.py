@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from wddm import checkpoints
+from wddm.files import written_aside
 from wddm.pipeline import WaveletPipeline
 from wddm.solvers import build_solver
 from wddm.steps import cut_log
@@ -135,5 +136,5 @@ def save_pipeline(trainer: "Trainer") -> None:
     averaged = type(trainer.model).from_config(trainer.model.config).to(trainer.accelerator.device)
     trainer.ema.copy_to(averaged.parameters())
     solver = build_solver("ddim", trainer.prediction_type, spacing="trailing", clip=trainer.codec.limit.item())
-    with checkpoints.written_aside(trainer.folder / "pipeline") as aside:
+    with written_aside(trainer.folder / "pipeline") as aside:
         WaveletPipeline(averaged.eval(), solver, trainer.codec).save_pretrained(aside)

@@ -3,6 +3,7 @@
 import socket
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,7 @@ from wddm.workbook import progress
 DATA = ("dataset", "resolution", "dataset_path", "limit", "seed", "on_error")
 CODEC = ("wavelet", "level", "transform", "scaling")
 NETWORK = ("dataset", "level", "widths", "attention_levels", "layers_per_block", "dropout")
-TRAINING = (
-    "train_kimg", "batch_size", "accumulation", "prediction_type", "weighting", "reconstruction", "learning_rate",
-    "schedule", "warmup_kimg", "weight_decay", "ema_half_life_kimg", "flip", "seed", "precision", "compile",
-    "gradient_checkpointing", "checkpoint_kimg", "validation_kimg", "validation_images", "preview_kimg", "tensorboard",
-)  # fmt: skip
+TRAINING = tuple(option.name for option in fields(Trainer) if option.init)
 
 
 def given(parameters: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -49,9 +46,8 @@ def make_trainer(parameters: dict[str, Any], images: np.ndarray, folder: Path, *
     """The Trainer of an experiment on prepared images uint8 (N, H, W, C); `options` are further ones of its own."""
     codec = make_codec(parameters).fit(images)
     network = make_network(parameters, images.shape[-1])
-    return Trainer(
-        model=network, codec=codec, images=images, folder=folder, **given(parameters, TRAINING), **options
-    )  # fmt: skip
+    settings = given(parameters, TRAINING) | options
+    return Trainer(model=network, codec=codec, images=images, folder=folder, **settings)
 
 
 def check(parameters: dict[str, Any]) -> None:

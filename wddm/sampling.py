@@ -4,7 +4,6 @@ What the checkpoint says need not be given; what is given and contradicts it is 
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from math import log
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from diffusers import UNet2DModel
 from PIL import Image
@@ -102,8 +100,6 @@ def draw(
     processes = PartialState()
     new_folder(folder)
     processes.wait_for_everyone()  # to have looked, before anybody writes
-    if processes.num_processes > 1 and pipeline.device.type == "cpu":
-        torch.set_num_threads(os.cpu_count() or 1)  # as alone, where launchers say 1: on it depends how sums round
     starts = range(0, count, images_per_call(pipeline, batch_size))[processes.process_index :: processes.num_processes]
     share = {"rank": processes.process_index, "world_size": processes.num_processes}
     batches = sample_images(pipeline, count, batch_size=batch_size, seed=seed, **share, **options)

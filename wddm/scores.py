@@ -5,8 +5,6 @@ A `Score` carries value, interval, floor, counts and protocol. What depends on t
 functions with the same arguments, does its share, and has the result.
 """
 
-import hashlib
-import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,6 +16,7 @@ import torch
 
 from wddm import diagnostics, features, inception, metrics
 from wddm.data import Dataset
+from wddm.files import sha256, whole
 from wddm.intervals import median, share
 from wddm.moments import Moments
 
@@ -73,11 +72,8 @@ def kept(reference: Dataset, name: str, make: Callable[[], dict[str, np.ndarray]
         with np.load(path) as arrays:
             return dict(arrays)
     made = make()
-    aside = path.with_name(f".{os.getpid()}.npz")
-    with suppress(OSError):
-        path.parent.mkdir(exist_ok=True)
+    with suppress(OSError), whole(path) as aside:
         np.savez(aside, **made)
-        aside.replace(path)
     return made
 
 
@@ -173,12 +169,11 @@ def _network(reference: Dataset, seed: int, processes: Any) -> features.FeatureN
     """The reference's classifier, trained by the first process and read by the others."""
     path = statistics(reference) / f"{reference.manifest['sha256']['images'][:16]}-classifier-{seed}.safetensors"
     if not path.is_file() and (processes is None or processes.is_main_process):
-        path.parent.mkdir(exist_ok=True)
         features.save(features.fit_features(reference.images, reference.labels, seed), path)
     if processes:
         processes.wait_for_everyone()
     network = features.load(path)
-    network.key = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    network.key = sha256(path)[:8]
     return network
 
 

@@ -1,7 +1,6 @@
 """What training reports: `Step`, the meter it is read from, and log.jsonl, one `Step` a line."""
 
 import json
-import os
 import resource
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wddm.files import whole
 from wddm.objective import Loss
 
 VARYING = ("images_per_s", "memory_gb")  # of a Step; all else is the same whenever the settings are
@@ -29,6 +29,13 @@ class Step:
     memory_gb: float  # peak, of the GPU, or of the process where there is none
     band_loss: dict[str, float]  # squared error of the prediction in each band, unweighted
     validation_loss: float | None = None  # on held-out images, where it was measured at this step
+
+    def curves(self) -> dict[str, float]:
+        """What is drawn over `images_seen`, by name, as TensorBoard takes it."""
+        row = asdict(self)
+        bands = row.pop("band_loss")
+        values = row | {f"band/{name}": loss for name, loss in bands.items()}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class Meter:
@@ -94,9 +101,8 @@ def append_log(folder: Path, row: Step) -> None:
 def cut_log(folder: Path, last_step: int) -> None:
     """Forget what came after `last_step`, where a run is taken up again."""
     rows = [row for row in read_log(folder) if row["step"] <= last_step]
-    aside = Path(folder) / ".log.jsonl.partial"
-    aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(aside, Path(folder) / "log.jsonl")
+    with whole(Path(folder) / "log.jsonl") as log:
+        log.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_log(folder: Path) -> list[dict]:

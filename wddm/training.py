@@ -16,13 +16,11 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from PIL import Image
 from torch import Tensor
 
 from wddm import checkpoints, resume
 from wddm.batches import batches
 from wddm.monitor import averaged, hold_out, preview, validation_loss
-from wddm.mosaics import compose
 from wddm.objective import Loss, diffusion_loss, noise_scheduler
 from wddm.pipeline import WaveletPipeline
 from wddm.solvers import build_solver
@@ -257,10 +255,7 @@ class Trainer:
             return
         solver = build_solver("ddim", self.prediction_type, spacing="trailing", clip=self.codec.limit.item())
         with averaged(self.model, self.ema) as model:
-            images = preview(WaveletPipeline(model, solver, self.codec))
-        (self.folder / "previews").mkdir(exist_ok=True)
-        mosaic = compose(images, 16)
-        Image.fromarray(mosaic).save(self.folder / "previews" / f"{self.images_seen:09d}.png")
+            mosaic = preview(WaveletPipeline(model, solver, self.codec), self.folder / "previews", self.images_seen)
         if self.tensorboard:
             tracker = self.accelerator.get_tracker("tensorboard")
             tracker.log_images({"samples": mosaic[None]}, step=self.images_seen, dataformats="NHWC")
@@ -284,9 +279,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             append_log(self.folder, row)
         if self.tensorboard:
-            curves = {"loss": row.loss, "lr": row.lr, "grad_norm": row.grad_norm, "images_per_s": row.images_per_s}
-            curves |= {f"band/{name}": value for name, value in row.band_loss.items()}
-            self.accelerator.log(curves | ({"validation_loss": validation} if validation else {}), row.images_seen)
+            self.accelerator.log(row.curves(), row.images_seen)
         return row
 
     def save(self, name: str | None = None) -> None:

@@ -21,11 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wddm.workbook import report
 from wddm.workbook.experiments import check_run_name, load_experiments
+from wddm.workbook.index import write_index
+from wddm.workbook.records import collect, read_json, write_json
 from wddm.workbook.runner import run
+from wddm.workbook.tables import format_table
 
-__all__ = ["Run", "find_root", "live", "load_experiments", "open_run", "progress", "run"]
+__all__ = ["Run", "collect", "find_root", "live", "load_experiments", "open_run", "progress", "run", "write_index"]
 
 
 def find_root(start: Path | None = None) -> Path:
@@ -67,7 +69,7 @@ class Run:
         if hasattr(rows, "to_dict"):
             counted = type(rows.index).__name__ == "RangeIndex"
             rows = (rows if counted else rows.reset_index()).to_dict("records")
-        _display(*report.format_table(list(rows), caption))
+        _display(*format_table(list(rows), caption))
 
     def record(self, **numbers: float | None) -> None:
         """Merge results into metrics.json: only what is the same whenever the parameters are."""
@@ -79,7 +81,7 @@ class Run:
 
     def _merge(self, kind: str, numbers: dict[str, Any]) -> None:
         path = self.report / f"{kind}.json"
-        report.write_json(path, report.read_json(path) | {key: _number(key, numbers[key]) for key in numbers})
+        write_json(path, read_json(path) | {key: _number(key, numbers[key]) for key in numbers})
 
 
 def open_run(run: str, *, dataset: str | None = None, resolution: int | None = None) -> Run:

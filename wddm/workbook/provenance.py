@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from wddm.files import sha256
 from wddm.workbook.experiments import Experiment
 from wddm.workbook.parameters import read_notebook, read_schema
 
@@ -106,8 +107,7 @@ def _hash_path(path: Path) -> str:
 def _hash_file(path: Path, size: int, modified: int) -> str:
     if size >= HASHED_WHOLE:
         return f"{size} bytes, {modified}"
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)
 
 
 def _version(package: str) -> str | None:

@@ -18,9 +18,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from wddm.workbook import kernel, provenance, report
+from wddm.workbook import kernel, provenance
 from wddm.workbook.experiments import Experiment, pipeline_notebooks
+from wddm.workbook.index import write_index
+from wddm.workbook.pages import render
 from wddm.workbook.parameters import read_schema
+from wddm.workbook.records import read_json, read_status, write_json, write_text
+from wddm.workbook.tables import format_seconds
 
 RECORDS = ("metrics", "timings")  # the .json files that notebooks write into
 
@@ -53,7 +57,7 @@ def run(
                 codes = list(pool.map(lambda task: _run_as_process(task, stop), tasks))
         else:
             codes = [task.run(stop) for task in tasks if not stop.requested]
-        report.write_index(experiments[0].root)
+        write_index(experiments[0].root)
     return 130 if stop.requested else max(codes)
 
 
@@ -64,7 +68,7 @@ class Task:
         self.experiment, self.only, self.start, self.force = experiment, only, start, force
         self.root, self.folder = experiment.root, experiment.root / "reports" / experiment.run
         self.chosen = _choose(experiment.notebooks, only, start)
-        self.status = report.read_status(self.folder)
+        self.status = read_status(self.folder)
 
     def problems(self, preflight: Callable[[dict[str, Any]], None] | None) -> list[str]:
         """Why it cannot run: it is under way in another process, or `preflight` refuses its parameters."""
@@ -123,7 +127,7 @@ class Task:
         """Execute and render one notebook; returns the state that it ended in."""
         name, parameters, began = notebook.stem, self.experiment.parameters, time.monotonic()
         environment = provenance.environment(self.root, parameters.get("seed"))
-        report.write_json(self.folder / "environment.json", environment)
+        write_json(self.folder / "environment.json", environment)
         self.set_pending([notebook])
         before = self.recorded()
         self.update(
@@ -149,35 +153,35 @@ class Task:
             recorded={kind: sorted(keys - before[kind]) for kind, keys in self.recorded().items()},
         )
         try:
-            page = report.render(self.folder, name).relative_to(self.root)
+            page = render(self.folder, name).relative_to(self.root)
         except Exception as problem:  # hours of training outlive a page that cannot be drawn
             page = f"none, {problem!r}"
         if state != "ok":
             print(f"{name} {state}: {error}  (report: {page})", flush=True)
         else:
-            print(f"ok in {report.format_seconds(seconds)}", flush=True)
+            print(f"ok in {format_seconds(seconds)}", flush=True)
         return state
 
     def update(self, name: str, **entry: Any) -> None:
         self.status[name] = self.status.get(name, {}) | entry
-        report.write_json(self.folder / "status.json", self.status)
-        report.write_index(self.root)
+        write_json(self.folder / "status.json", self.status)
+        write_index(self.root)
 
     def set_pending(self, notebooks: Any) -> None:
         """Notebooks that have yet to run: numbers that they recorded for other parameters are removed."""
         for notebook in list(notebooks):
             for kind, keys in self.status.get(notebook.stem, {}).get("recorded", {}).items():
-                numbers = report.read_json(self.folder / f"{kind}.json")
-                report.write_json(
+                numbers = read_json(self.folder / f"{kind}.json")
+                write_json(
                     self.folder / f"{kind}.json",
                     {key: number for key, number in numbers.items() if key not in keys},
                 )
             self.status[notebook.stem] = {"state": "pending", "seconds": None, "error": None}
-        report.write_json(self.folder / "status.json", self.status)
+        write_json(self.folder / "status.json", self.status)
 
     def recorded(self) -> dict[str, set[str]]:
         """The names in metrics.json and timings.json."""
-        return {kind: set(report.read_json(self.folder / f"{kind}.json")) for kind in RECORDS}
+        return {kind: set(read_json(self.folder / f"{kind}.json")) for kind in RECORDS}
 
 
 def write_parameters(experiment: Experiment, path: Path) -> None:
@@ -190,7 +194,7 @@ def write_parameters(experiment: Experiment, path: Path) -> None:
         content["notebooks"] = [
             notebook.relative_to(folder).with_suffix("").as_posix() for notebook in experiment.notebooks
         ]
-    report.write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
 def _choose(notebooks: tuple[Path, ...], only: str | None, start: str | None) -> list[Path]:
