@@ -37,7 +37,9 @@ FIGURES = {
     "spectra": lambda: plots.spectra([0.1, 0.2, 0.5], [9, 4, 1], [9, 5, 3]),
     "band_energy": lambda: plots.band_energy("AHVD", ENERGY, ENERGY * 2),
     "band_kurtosis": lambda: plots.band_kurtosis("AHVD", [0, 2, 9, 40], [-1, 0.2, 3, 9], *SPANS),
-    "score_chart": lambda: plots.score_chart({"FWD, level 2": (0.3, 0.2, 0.5, 0.1), "FID": (9, 8, 10, 1)}),
+    "score_chart": lambda: plots.score_chart(
+        {"FWD, level 2": (0.3, 0.2, 0.5, (0.1, 0.08, 0.13)), "FID": (9, 8, 10, (1, 0.5, 2))}
+    ),
     "nearest_distances": lambda: plots.nearest_distances([[1, 2], [2, 3]], [[0, 0], [1, 4], [2, 2]]),
     "responses": lambda: plots.responses(
         {"blur": ([0, 1, 2], {"FWD": np.outer([2, 4, 8], [1, 0.5, 2])})}, {"blur": "sigma (pixels)"}
@@ -92,7 +94,8 @@ def test_import_has_no_effects():
     code = (
         "import matplotlib; before = dict(matplotlib.rcParams); import wddm.plots, sys; "
         "assert dict(matplotlib.rcParams) == before; assert 'torch' not in sys.modules; "
-        "assert not [m for m in sys.modules if m.startswith('wddm.') and m[5:] not in ('plots', 'mosaics', 'verdicts')]"
+        "known = 'plots mosaics verdicts frequencies intervals'.split(); "
+        "assert not [m for m in sys.modules if m.startswith('wddm.') and m[5:] not in known]"
     )
     run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
@@ -304,10 +307,11 @@ def test_intervals_are_drawn_where_they_are():
 
 def test_scores_and_responses_are_multiples_of_what_real_images_score():
     axes = FIGURES["score_chart"]().axes[0]
-    spans, values = axes.lines[0:4:2], axes.lines[1:4:2]
+    floors, spans, values = (axes.lines[k:6:3] for k in range(3))
+    np.testing.assert_allclose([line.get_xdata() for line in floors], [[0.8, 1.3], [0.5, 2]])
     np.testing.assert_allclose([line.get_xdata() for line in spans], [[2, 5], [8, 10]])
     np.testing.assert_allclose([line.get_xdata()[0] for line in values], [3, 9])
-    assert texts(axes.figure) == ["0.3", "9"]
+    assert texts(axes.figure) == ["0.3", "9"] and axes.get_xlim()[0] > 0
     (axes,) = FIGURES["responses"]().axes
     np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[0, 1], [1, 2], [2, 4]])
     heights = axes.collections[0].get_paths()[0].vertices[:, 1]
@@ -319,6 +323,19 @@ def test_nearest_distances_are_cumulative_and_copies_have_ratio_zero():
     distance, ratio = FIGURES["nearest_distances"]().axes
     np.testing.assert_allclose(distance.lines[1].get_xydata()[1:], [[0, 1 / 3], [1, 2 / 3], [2, 1]])
     np.testing.assert_allclose(ratio.lines[1].get_xydata()[1:], [[0, 1 / 3], [0.25, 2 / 3], [1, 1]])
+
+
+def test_cumulative_curves_stand_in_a_band_of_their_size():
+    values = np.linspace(0.1, 0.9, 200)
+    pairs = np.stack([values, np.ones(200)], 1)
+    distance, ratio = plots.nearest_distances(pairs, pairs[:50]).axes
+    (sure,) = plots.confidence(values, values[:50], 0.5).axes
+    for axes in (distance, ratio, sure):
+        for line, band, count in zip(axes.lines[:2], axes.collections, (200, 50), strict=True):
+            corners = band.get_paths()[0].vertices
+            reach = np.sqrt(np.log(20) / 2 / count)  # 0.087 and 0.173
+            np.testing.assert_allclose(corners[:, 1].min(), line.get_ydata()[1] - reach)
+            np.testing.assert_allclose(corners[:, 1].max(), 1 + reach)
 
 
 def test_band_histograms_are_densities_with_their_spread():
@@ -371,6 +388,15 @@ def test_packet_map_places_oscillations_by_frequency(order):
             assert np.unravel_index(drawn.argmax(), (4, 4)) == place
 
 
+def test_packet_map_says_how_far_each_may_be_off():
+    values = np.arange(1.0, 17)
+    interval = values * np.linspace(0.01, 0.16, 16) * [[-1], [1]] + values
+    figure = plots.packet_map(values, 2, interval=interval)
+    assert sorted(texts(figure), key=lambda text: float(text.split()[0])) == [
+        f"{value:.2g}\n±{value:.0f}%" for value in values
+    ]
+
+
 def test_packet_map_axes_are_cycles_per_pixel_and_the_bar_is_named():
     axes, bar = plots.packet_map(np.arange(16), 2).axes
     assert tuple(axes.images[0].get_extent()) == (0, 0.5, 0.5, 0)
@@ -399,7 +425,7 @@ def test_class_counts_against_chance():
     expected = axes.lines[0].get_xdata()
     np.testing.assert_allclose(expected, [30, 30, 40])
     (bars,) = axes.collections[0].get_segments()[:1]
-    np.testing.assert_allclose(bars[:, 0], 30 + np.array([-2, 2]) * np.sqrt(100 * 0.3 * 0.7))
+    np.testing.assert_allclose(bars[:, 0], 30 + np.array([-1.645, 1.645]) * np.sqrt(100 * 0.3 * 0.7))
     assert axes.yaxis_inverted() and [label.get_text() for label in axes.get_yticklabels()] == SHARES[0]
 
 

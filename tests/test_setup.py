@@ -94,7 +94,7 @@ def test_modules_import_only_from_the_rows_above() -> None:
     order = """
         processes files wavelets decoding batches parquet sources streams contents data loading kan published ukan
         backbones objective solvers bandrate cards pipeline checkpoints steps mosaics sampling intervals moments
-        diagnostics metrics monitor resume training features inception scores evaluation verdicts plots workbook
+        diagnostics metrics monitor resume training features inception scores evaluation verdicts frequencies plots workbook
         runs __main__
     """
     rows = order.split()

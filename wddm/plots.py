@@ -11,6 +11,12 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from wddm.frequencies import (  # noqa: F401  (those of spectra and bands)
+    band_energy,
+    band_kurtosis,
+    packet_map,
+    spectra,
+)
 from wddm.mosaics import (  # noqa: F401  (the figures made of images are plots too)
     checked,
     coefficient_bands,
@@ -27,16 +33,12 @@ from wddm.verdicts import (  # noqa: F401  (and those of scores)
     ACCENT,
     GENERATED,
     REAL,
-    band_energy,
-    band_kurtosis,
     class_counts,
     confidence,
     log_axis,
     nearest_distances,
-    packet_map,
     responses,
     score_chart,
-    spectra,
 )
 
 
