@@ -4,16 +4,20 @@ A notebook's first markdown cell declares what it reads and writes, relative to 
 
     **Inputs:** `data/{dataset}-{resolution}/manifest.json`, `{dataset_path}`
     **Outputs:** `runs/{run}/pipeline/`
+
+A list stands for each of its items, and `*` for all that is there: `reports/{runs}/metrics.json`.
 """
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import platform
 import re
 import shutil
 import subprocess
+from glob import glob
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -60,12 +64,19 @@ def declared_paths(experiment: Experiment, notebook: Path, kind: str) -> list[Pa
     line = re.search(rf"\*\*{kind}:\*\*(.*)", first)
     paths = []
     for template in re.findall(r"`([^`]+)`", line[1] if line else ""):
-        names = re.findall(r"{(\w+)}", template)
+        names = list(dict.fromkeys(re.findall(r"{(\w+)}", template)))
         if unknown := [name for name in names if name not in experiment.parameters]:
             raise ValueError(f"{notebook.name}: {kind}: `{template}` names {unknown[0]!r}, no parameter")
-        if all(experiment.parameters[name] is not None for name in names):
-            paths.append(experiment.root / template.format(**experiment.parameters))
+        values = [experiment.parameters[name] for name in names]
+        for chosen in itertools.product(*(each if isinstance(each, list) else [each] for each in values)):
+            if None not in chosen:
+                paths += _matching(str(experiment.root / template.format(**dict(zip(names, chosen, strict=True)))))
     return paths
+
+
+def _matching(path: str) -> list[Path]:
+    """The path or, of one with a `*`, all that are there."""
+    return [Path(found) for found in sorted(glob(path))] if "*" in path else [Path(path)]
 
 
 def environment(root: Path, seed: int | None) -> dict[str, Any]:
