@@ -504,7 +504,11 @@ def test_a_run_under_way_is_left_alone(root, launched, capsys):
 
 
 def test_inputs_that_are_none_are_left_out_and_others_must_be_parameters(root):
-    write_notebook(root / "notebooks/01_prepare.ipynb", FIRST, prose="**Inputs:** `a/{count}`, `b-{seed}`\n\n`c`")
+    write_notebook(
+        root / "notebooks/01_prepare.ipynb",
+        FIRST,
+        prose="**Inputs:** `a/{count}`,\n`b-{seed}`  \n**Outputs:** `d`\n\n`c`",
+    )
     experiment = load(root, "")[0]
     assert provenance.declared_paths(experiment, experiment.notebooks[0], "Inputs") == [root / "b-0"]
     prose = "**Inputs:** `r/{levels}/{seed}`, `{levels}-*`"

@@ -1,6 +1,6 @@
 """Where a result comes from: the fingerprint of all that a notebook depends on, and the machine it ran on.
 
-A notebook's first markdown cell declares what it reads and writes, relative to the root, in two lines:
+A notebook's first markdown cell declares what it reads and writes, relative to the root, up to the next bold word:
 
     **Inputs:** `data/{dataset}-{resolution}/manifest.json`, `{dataset_path}`
     **Outputs:** `runs/{run}/pipeline/`
@@ -61,7 +61,7 @@ def declared_paths(experiment: Experiment, notebook: Path, kind: str) -> list[Pa
     """The "Inputs" or "Outputs" that a notebook declares; one whose parameter is None is left out."""
     cells = read_notebook(notebook)["cells"]
     first = next((cell["source"] for cell in cells if cell["cell_type"] == "markdown"), "")
-    line = re.search(rf"\*\*{kind}:\*\*(.*)", first)
+    line = re.search(rf"\*\*{kind}:\*\*(.*?)(?=\n\n|\*\*|\Z)", first, re.DOTALL)
     paths = []
     for template in re.findall(r"`([^`]+)`", line[1] if line else ""):
         names = list(dict.fromkeys(re.findall(r"{(\w+)}", template)))
