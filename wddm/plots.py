@@ -1,7 +1,8 @@
 """Figures of the reports: arrays in, a matplotlib `Figure` out; nothing shown, nothing saved, no state left.
 
-Here are the charts, 900 pixels wide (6 inches at 150 dpi); those made of images are in `mosaics`. Bands: A
-(approximation), H, V, D (horizontal, vertical, diagonal detail). Grey is real data, blue generated.
+Here are the charts, 900 pixels wide (6 inches at 150 dpi); those made of images are in `mosaics`, those of scores in
+`verdicts`, those that set side by side in `comparisons`. Bands: A (approximation), H, V, D (horizontal, vertical,
+diagonal detail). Grey is real data, blue generated.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,13 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from wddm.comparisons import (  # noqa: F401  (and those that set side by side)
+    heat_map,
+    learning_curves,
+    quality_curves,
+    trade_off,
+    variants,
+)
 from wddm.frequencies import (  # noqa: F401  (those of spectra and bands)
     band_energy,
     band_kurtosis,
@@ -136,20 +144,4 @@ def channel_histograms(images: ArrayLike, generated: ArrayLike | None = None) ->
         axs[0].set(ylabel="pixels (%)")
         if len(both) == 2:
             figure.legend(*axs[0].get_legend_handles_labels(), loc="outside right center")
-    return figure
-
-
-def variants(values: Mapping[str, Sequence[float]], quantity: str, floor: float | None = None) -> Figure:
-    """A row per variant with a dot per seed and a line at their mean, logarithmic; dashed where the floor is."""
-    need(bool(values), "no variants", "one or more", "give the values of each")
-    with panels(0.8 + 0.25 * len(values)) as (figure, (axes,)):
-        for row, seeds in enumerate(values.values()):
-            axes.plot(seeds, [row] * len(seeds), "o", color=GENERATED, markersize=4, alpha=0.7)
-            axes.plot([np.mean(seeds)] * 2, [row - 0.3, row + 0.3], color=GENERATED)
-        if floor is not None:
-            axes.axvline(floor, color=REAL, linestyle="--", linewidth=0.8, label="floor: two halves of the real set")
-            figure.legend(loc="outside upper right")
-        axes.set_yticks(range(len(values)), list(values))
-        axes.invert_yaxis()
-        axes.set(xlabel=quantity, xscale="log")
     return figure

@@ -4,6 +4,7 @@
     book.data, book.folder, book.report             data/<dataset>-<resolution>, runs/<run>, reports/<run>
     book.show(figure, "samples", "64 samples.")     a captioned figure, kept in the report
     book.table(rows, "Distances."); book.record(fwd=0.29); book.record_timing(train_images_per_s=812.0)
+    book.save(rows, "distances")                    the same as CSV and JSON, with every digit
     for step in workbook.progress(steps): ...
 
 The root is the nearest folder upwards that holds notebooks/ and params/.
@@ -25,7 +26,7 @@ from wddm.workbook.experiments import check_run_name, load_experiments
 from wddm.workbook.index import write_index
 from wddm.workbook.records import collect, read_json, write_json
 from wddm.workbook.runner import run
-from wddm.workbook.tables import format_table
+from wddm.workbook.tables import format_table, write_rows
 
 __all__ = ["Run", "collect", "find_root", "live", "load_experiments", "open_run", "progress", "run", "write_index"]
 
@@ -70,6 +71,14 @@ class Run:
             counted = type(rows.index).__name__ == "RangeIndex"
             rows = (rows if counted else rows.reset_index()).to_dict("records")
         _display(*format_table(list(rows), caption))
+
+    def save(self, rows: Any, name: str) -> None:
+        """Keep a DataFrame, or a list of dicts, as <name>.csv and <name>.json of the report, and link them."""
+        rows = rows.to_dict("records") if hasattr(rows, "to_dict") else list(rows)
+        write_rows(rows, self.report / f"{name}.csv", self.report / f"{name}.json")
+        files = f"{name}.csv", f"{name}.json"
+        links = ", ".join(f'<a href="{file}">{file}</a>' for file in files)
+        _display(f"<p>All of it: {links}</p>", f"All of it: {', '.join(files)}")
 
     def record(self, **numbers: float | None) -> None:
         """Merge results into metrics.json: only what is the same whenever the parameters are."""
