@@ -428,6 +428,6 @@ def test_compare_sets_any_runs_side_by_side(swept) -> None:
     means = {np.mean([row["fwd"] for row in rows if row["level"] == level]) for level in (0, 1)}
     assert json.loads((report / "metrics.json").read_text())["fwd_best"] == pytest.approx(min(means))
     figures = {path.stem for path in (report / "figures").glob("*.png")}
-    assert figures >= {"loss", "variants", "samples"}
+    assert figures >= {"loss", "learning", "variants", "samples"}
     page = (report / "compare.html").read_text()
     assert "no finished runs: nothing" in page and is_clean(report / "compare.html")

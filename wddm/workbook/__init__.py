@@ -4,7 +4,7 @@
     book.data, book.folder, book.report             data/<dataset>-<resolution>, runs/<run>, reports/<run>
     book.show(figure, "samples", "64 samples.")     a captioned figure, kept in the report
     book.table(rows, "Distances."); book.record(fwd=0.29); book.record_timing(train_images_per_s=812.0)
-    book.save(rows, "distances")                    the same as CSV and JSON, with every digit
+    book.keep(rows, "distances")                    the same as CSV and JSON, with every digit
     for step in workbook.progress(steps): ...
 
 The root is the nearest folder upwards that holds notebooks/ and params/.
@@ -72,7 +72,7 @@ class Run:
             rows = (rows if counted else rows.reset_index()).to_dict("records")
         _display(*format_table(list(rows), caption))
 
-    def save(self, rows: Any, name: str) -> None:
+    def keep(self, rows: Any, name: str) -> None:
         """Keep a DataFrame, or a list of dicts, as <name>.csv and <name>.json of the report, and link them."""
         rows = rows.to_dict("records") if hasattr(rows, "to_dict") else list(rows)
         write_rows(rows, self.report / f"{name}.csv", self.report / f"{name}.json")
