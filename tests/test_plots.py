@@ -24,6 +24,7 @@ ROWS = [
     {"step": k, "images_seen": 500 * k, "loss": 1 / k, "lr": 1e-4 * k, "grad_norm": 2 + k % 3} for k in range(1, 201)
 ]
 SPANS = ([[-0.1, 1, 5, 30], [0.1, 3, 20, 60]], [[-2, 0, 2, 8], [0, 1, 4, 10]])
+CURVE = ([5, 10, 20], np.outer([0.4, 0.2, 0.1], [1, 0.8, 1.3]))
 RESPONSES = np.outer([2, 4, 8], [1, 0.5, 2])
 SHARES = (["cat", "dog", "ship"], [50, 30, 20], [0.3, 0.3, 0.4])
 FIGURES = {
@@ -48,6 +49,23 @@ FIGURES = {
     "neighbours": lambda: plots.neighbours(RGB[:2], RGB[2:6].reshape(2, 2, 8, 8, 3), [[1, 2], [3, 4]]),
     "stacked": lambda: plots.stacked({"10 images": RGB[0], "20 images": RGB[1]}),
     "variants": lambda: plots.variants({"published": [0.9, 1.0], "modern": [0.02, 0.03]}, "distance", 0.01),
+    "quality_curves": lambda: plots.quality_curves(
+        {"ddim": {"leading": CURVE, "trailing": CURVE}, "heun": {"leading": CURVE}},
+        "FWD",
+        "steps",
+        0.08,
+        ("ddpm", (0.15, 0.1, 0.2)),
+    ),
+    "trade_off": lambda: plots.trade_off(
+        {"ddim": ([[5, 0.1], [10, 0.2]], [0.4, 0.2]), "heun": ([[9, 0.15]], [0.5])},
+        {"evaluations": [[10, 0.2], [5, 0.4]], "seconds": [[0.1, 0.4], [0.2, 0.2]]},
+        "FWD",
+        0.08,
+    ),
+    "heat_map": lambda: plots.heat_map([[0.1, 2], [np.nan, 30]], ["5", "10"], ["5", "10"], "FWD", "coarse", "details"),
+    "learning_curves": lambda: plots.learning_curves(
+        {"modern": ([1000, 8000], [[0.5, 0.1], [0.7, 0.2]]), "published": ([2000], [[0.9]])}, "FWD", 0.05
+    ),
     "class_counts": lambda: plots.class_counts(*SHARES),
     "confidence": lambda: plots.confidence([0.5, 0.9, 1], [0.1, 0.2, 0.8, 0.9], 0.6),
     "noise_schedule": lambda: plots.noise_schedule(TIMES, STD),
@@ -94,7 +112,7 @@ def test_import_has_no_effects():
     code = (
         "import matplotlib; before = dict(matplotlib.rcParams); import wddm.plots, sys; "
         "assert dict(matplotlib.rcParams) == before; assert 'torch' not in sys.modules; "
-        "known = 'plots mosaics verdicts frequencies intervals'.split(); "
+        "known = 'plots mosaics verdicts frequencies comparisons intervals'.split(); "
         "assert not [m for m in sys.modules if m.startswith('wddm.') and m[5:] not in known]"
     )
     run([sys.executable, "-W", "ignore", "-c", code], check=True)
@@ -319,6 +337,42 @@ def test_scores_and_responses_are_multiples_of_what_real_images_score():
     assert (axes.get_title(), axes.get_xlabel()) == ("Blur", "sigma (pixels)")
 
 
+def test_curves_points_and_fronts_are_where_they_were_measured():
+    left, right = FIGURES["quality_curves"]().axes
+    lines = {line.get_label(): line for line in left.lines if len(line.get_xdata()) == 3}
+    np.testing.assert_allclose(lines["trailing"].get_xydata(), np.stack([CURVE[0], CURVE[1][:, 0]], 1))
+    np.testing.assert_allclose(left.collections[0].get_segments()[0], [[5, 0.32], [5, 0.52]])
+    assert (left.get_title(), right.get_title()) == ("ddim", "heun")
+    evaluations, seconds = FIGURES["trade_off"]().axes
+    marked = [line.get_xydata().tolist() for line in seconds.lines if line.get_linestyle() == "None"]
+    assert marked == [[[0.1, 0.4], [0.2, 0.2]], [[0.15, 0.5]]]
+    front = next(line for line in evaluations.lines if line.get_label() == "Pareto front")
+    assert front.get_xydata().tolist() == [[5, 0.4], [10, 0.2]]  # in order of cost
+
+
+def test_heat_map_says_every_number_and_leaves_the_unknown_white():
+    figure = FIGURES["heat_map"]()
+    assert texts(figure) == ["0.1", "2", "30"]
+    assert figure.axes[0].images[0].get_array().mask.tolist() == [[False, False], [True, False]]
+
+
+def test_learning_curves_are_mean_and_range_over_seeds():
+    (axes,) = FIGURES["learning_curves"]().axes
+    np.testing.assert_allclose(axes.lines[1].get_xydata(), [[1, 0.6], [8, 0.15]])
+    heights = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (0.1, 0.7)
+    assert axes.lines[1].get_label() == "modern (2)"
+
+
+def test_variants_have_a_dot_and_an_interval_per_seed():
+    figure = plots.variants({"a": [1.0, 3.0]}, "FWD", intervals={"a": [(0.5, 2), (2, 4)]})
+    axes = figure.axes[0]
+    assert axes.lines[0].get_xdata().tolist() == [1, 3] and axes.lines[1].get_xdata().tolist() == [2, 2]
+    segments = axes.collections[0].get_segments()
+    assert [segment[:, 0].tolist() for segment in segments] == [[0.5, 2], [2, 4]]
+    np.testing.assert_allclose([segment[0, 1] for segment in segments], axes.lines[0].get_ydata())
+
+
 def test_nearest_distances_are_cumulative_and_copies_have_ratio_zero():
     distance, ratio = FIGURES["nearest_distances"]().axes
     np.testing.assert_allclose(distance.lines[1].get_xydata()[1:], [[0, 1 / 3], [1, 2 / 3], [2, 1]])
@@ -473,6 +527,12 @@ def test_confidence_is_the_distribution_and_counts_below_the_threshold():
         lambda: plots.score_chart({}),
         lambda: plots.nearest_distances([1, 2], [[1, 2]]),
         lambda: plots.responses({"blur": ([0, 1, 2], {"FWD": [2, 4]})}, {"blur": "pixels"}),
+        lambda: plots.quality_curves({}, "FWD", "steps"),
+        lambda: plots.quality_curves({"": {"ddim": ([5], [1])}}, "FWD", "steps"),
+        lambda: plots.trade_off({"ddim": ([5], [1])}, {"seconds": [[5, 1]]}, "FWD"),
+        lambda: plots.heat_map([[1, 2]], ["a"], ["b"], "FWD"),
+        lambda: plots.heat_map([[np.nan]], ["a"], ["b"], "FWD"),
+        lambda: plots.learning_curves({"a": ([1000], [0.5])}, "FWD"),
         lambda: plots.class_counts(["a", "b"], [1, 2, 3], [0.5, 0.5]),
         lambda: plots.confidence([[0.5]], [0.5], 0.5),
         lambda: plots.confidence([0.5], [], 0.5),

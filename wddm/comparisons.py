@@ -31,7 +31,7 @@ def _style(names: Sequence[str]) -> dict[str, dict]:
 def _levels(axes: Axes, floor: float | None, reference: tuple[str, Sequence[float]] | None) -> None:
     """The floor, dashed, and the interval of the reference, shaded."""
     if floor is not None:
-        axes.axhline(floor, color=REAL, linestyle="--", linewidth=0.8, label="floor: halves of the real set")
+        axes.axhline(floor, color=REAL, linestyle="--", linewidth=0.8, label="floor: real images")
     if reference is not None:
         name, (value, low, high) = reference
         axes.axhspan(low, high, color="0.85", label=name)
@@ -68,6 +68,9 @@ def quality_curves(
                 axes.vlines(x, y[:, 1], y[:, 2], color=style[name]["color"], linewidth=2.5, alpha=0.35)
             axes.set(title=title, xlabel=xlabel)
             log_axis(axes, "x"), log_axis(axes)
+            at = sorted({float(one) for x, _ in lines.values() for one in x})
+            axes.set_xticks(at, [f"{one:g}" for one in at])
+            axes.minorticks_off()
         axs[0].set(ylabel=quantity)
         _legend_below(figure, axs)
     return figure
@@ -166,7 +169,7 @@ def variants(
             if intervals is not None:
                 axes.hlines(at, *np.transpose(intervals[name]), color=GENERATED, linewidth=2, alpha=0.3)
         if floor is not None:
-            axes.axvline(floor, color=REAL, linestyle="--", linewidth=0.8, label="floor: two halves of the real set")
+            axes.axvline(floor, color=REAL, linestyle="--", linewidth=0.8, label="floor: real images")
             figure.legend(loc="outside upper right")
         axes.set_yticks(range(len(values)), list(values))
         axes.invert_yaxis()
