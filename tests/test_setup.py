@@ -93,8 +93,8 @@ def imported(text: str) -> set[str]:
 def test_modules_import_only_from_the_rows_above() -> None:
     order = """
         processes files wavelets decoding batches parquet sources streams contents data loading kan published ukan
-        backbones objective solvers bandrate cards pipeline checkpoints steps mosaics monitor resume training
-        intervals moments diagnostics metrics features inception scores evaluation verdicts plots sampling workbook
+        backbones objective solvers bandrate cards pipeline checkpoints steps mosaics sampling intervals moments
+        diagnostics metrics monitor resume training features inception scores evaluation verdicts plots workbook
         runs __main__
     """
     rows = order.split()

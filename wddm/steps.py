@@ -29,6 +29,7 @@ class Step:
     memory_gb: float  # peak, of the GPU, or of the process where there is none
     band_loss: dict[str, float]  # squared error of the prediction in each band, unweighted
     validation_loss: float | None = None  # on held-out images, where it was measured at this step
+    fwd: float | None = None  # of samples against the training images, where it was measured at this step
 
     def curves(self) -> dict[str, float]:
         """What is drawn over `images_seen`, by name, as TensorBoard takes it."""
