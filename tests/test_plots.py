@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 
 from wddm import plots
+from wddm.wavelets import WaveletCodec
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
@@ -68,6 +69,7 @@ FIGURES = {
     ),
     "class_counts": lambda: plots.class_counts(*SHARES),
     "confidence": lambda: plots.confidence([0.5, 0.9, 1], [0.1, 0.2, 0.8, 0.9], 0.6),
+    "lines": lambda: plots.lines({"a": ([1, 2], [3, 4]), "b": ([1, 3], [1, 9])}, "steps", "error", "xy", ["b"]),
     "noise_schedule": lambda: plots.noise_schedule(TIMES, STD),
     "channel_histograms": lambda: plots.channel_histograms(RGB, RGB[:5]),
 }
@@ -244,6 +246,22 @@ def test_coefficient_bands_at_every_level(level, channels):
 
 def range_labels(count):
     return [f"b{k}" for k in range(1, count + 1)]
+
+
+def test_folded_bands_keep_the_number_of_their_cell():
+    names = WaveletCodec(level=2, transform="pyramid").bands()
+    titles = texts(plots.coefficient_bands(RNG.normal(size=(16, 4, 4)), names))
+    assert [title.split()[0] for title in titles] == names and "H1.0" in names
+
+
+def test_lines_are_the_values_given_and_references_dashed():
+    (axes,) = FIGURES["lines"]().axes
+    a, b = axes.lines
+    np.testing.assert_array_equal(a.get_xydata(), [[1, 3], [2, 4]])
+    np.testing.assert_array_equal(b.get_xydata(), [[1, 1], [3, 9]])
+    assert (a.get_linestyle(), b.get_linestyle(), axes.get_xscale(), axes.get_yscale()) == ("-", "--", "log", "log")
+    with pytest.raises(ValueError, match="pass a y for every x"):
+        plots.lines({"a": ([1, 2], [3])}, "x", "y")
 
 
 def test_one_channel_bands_are_blue_below_zero_and_red_above():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from wddm import workbook
 from wddm.__main__ import main
 from wddm.workbook import kernel, provenance, records, runner, tables
 from wddm.workbook.experiments import load_experiments
+from wddm.workbook.pages import WIDGET
 from wddm.workbook.parameters import parse_parameters
 
 FIRST = """\
@@ -552,13 +554,23 @@ book.record(fwd=np.float32(0.5), parameters=7)
 book.record_timing(images_per_s=3.25)
 assert not plt.get_fignums()
 """
+EXPLORE = """\
+import ipywidgets
+def draw(level):
+    figure, axis = plt.subplots()
+    axis.plot(range(level + 2))
+    return figure
+slider = ipywidgets.IntSlider(1, 0, 3)
+book.explore(draw, "explorer", "Turn it.", level=slider)
+"""
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A workbook after a real `wddm run` that fails in its second notebook; and what the terminal showed."""
     root = tmp_path_factory.mktemp("workbook")
-    write_notebook(root / "notebooks/01_work.ipynb", SECOND, WORK, SHOW)
+    prose = "# Title\n\nWith $\\sqrt{a_t}$, $$z = \\frac{1}{2}$$ and $\\frac$."
+    write_notebook(root / "notebooks/01_work.ipynb", SECOND, WORK, SHOW, EXPLORE, prose=prose)
     write_notebook(
         root / "notebooks/02_fail.ipynb",
         SECOND,
@@ -636,6 +648,38 @@ def test_the_page_reads_without_a_network(finished):
     assert re.search(r'<tr class="changed"><td><code>level</code></td>\s*<td><code>2</code> <small>default 1', page)
     assert '<a href="02_fail.html"><i class="dot failed"></i>02_fail</a>' in page  # though it ran later
     assert 'href="../index.html"' in page and '<span class="badge ok">ok</span>' in page
+
+
+def test_formulas_of_a_page_are_mathml(finished):
+    page = (finished[0] / "reports/x/01_work.html").read_text()
+    assert re.search(r'<math display="inline"[^>]*><mrow><msqrt>.*<msub><mi>a</mi><mi>t</mi></msub>', page)
+    assert re.search(r'<math display="block"[^>]*>.*<mfrac>.*</math>', page)
+    assert "<code>\\frac</code>" in page  # what it cannot read stays as it was typed
+
+
+def test_a_page_shows_the_first_picture_of_a_figure_with_controls(finished):
+    page = (finished[0] / "reports/x/01_work.html").read_text()
+    assert re.search(r'<img alt="Turn it." [^>]*width="768"', page) and "widget-view" not in page
+    assert (finished[0] / "reports/x/figures/explorer.png").exists()
+
+
+def test_a_figure_follows_its_controls(root, monkeypatch):
+    from ipywidgets import IntSlider
+    from ipywidgets.widgets.widget import _instances
+
+    shown, drawn = [], []
+    monkeypatch.setattr("IPython.display.display", lambda data, **_: shown.append(data))
+    monkeypatch.setattr(workbook, "_pixels", lambda figure: b"picture %d" % figure.level)
+    figures = [SimpleNamespace(level=level, get_figwidth=lambda: 6.0) for level in range(4)]
+    slider = IntSlider(1, 0, 3)
+
+    workbook.open_run("r").explore(lambda level: drawn.append(level) or figures[level], "f", "c", level=slider)
+    assert drawn == [1] and (root / "reports/r/figures/f.png").read_bytes() == b"picture 1"
+    box = _instances[shown[0][WIDGET]["model_id"]]
+    assert box.children[-1].value == b"picture 1"
+    slider.value = 3
+    assert drawn == [1, 3] and box.children[-1].value == b"picture 3"
+    assert shown[1]["text/plain"] == "c" and "image/png" not in shown[1]  # the words, apart from the pixels
 
 
 def test_the_page_of_a_failure_says_what_went_wrong(finished):

@@ -58,6 +58,28 @@ def _palette(count: int) -> list:
     return [shade for hue in hues for shade in sns.light_palette(hue, shades + 2, reverse=True)[:shades]]
 
 
+def lines(
+    series: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    xlabel: str,
+    ylabel: str,
+    log: str = "",
+    dashed: Sequence[str] = (),
+    height: float = 2.6,
+) -> Figure:
+    """Curves by name, each (x, y), legend beside the panel; `log`: "x", "y" or "xy"; `dashed` ones are references."""
+    with panels(height) as (figure, (axes,)):
+        colors = iter(_palette(len(series)))
+        for name, (x, y) in series.items():
+            need(np.shape(x) == np.shape(y), f"{name} {np.shape(y)}", np.shape(x), "pass a y for every x")
+            style = {"color": REAL, "linestyle": "--"} if name in dashed else {"color": next(colors)}
+            axes.plot(x, y, label=name, **style)
+        for name in log:
+            log_axis(axes, name)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        figure.legend(loc="outside right center")
+    return figure
+
+
 def _over_time(times: ArrayLike, series: Mapping[str, ArrayLike], ylabel: str) -> Figure:
     """One line per band over diffusion time, logarithmic y, legend beside the panel."""
     with panels(2.6) as (figure, (axes,)):
