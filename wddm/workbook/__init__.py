@@ -102,7 +102,7 @@ class Run:
         write_rows(rows, self.report / f"{name}.csv", self.report / f"{name}.json")
         files = f"{name}.csv", f"{name}.json"
         links = ", ".join(f'<a href="{file}">{file}</a>' for file in files)
-        _display(f"<p>All of it: {links}</p>", f"All of it: {', '.join(files)}")
+        _display({"text/html": f"<p>All of it: {links}</p>", "text/plain": f"All of it: {', '.join(files)}"})
 
     def record(self, **numbers: float | None) -> None:
         """Merge results into metrics.json: only what is the same whenever the parameters are."""
