@@ -845,7 +845,7 @@ def test_tables_take_frames_and_rows():
     assert as_text == "Cap\na     b\n<x>   1\n–    22"
     shown = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workbook, "_display", lambda *forms: shown.append(forms[1]))
+        patch.setattr(workbook, "_display", lambda forms: shown.append(forms["text/plain"]))
         book = workbook.Run("r", Path(), None, Path(), Path())
         book.table(pd.DataFrame({"fwd": [0.5]}, index=["ours"]), "T")
         book.table(pd.DataFrame({"fwd": [0.5]}), "T")
