@@ -668,6 +668,7 @@ def test_a_figure_follows_its_controls(root, monkeypatch):
     from ipywidgets.widgets.widget import _instances
 
     shown, drawn = [], []
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # it closes real figures only
     monkeypatch.setattr("IPython.display.display", lambda data, **_: shown.append(data))
     monkeypatch.setattr(workbook, "_pixels", lambda figure: b"picture %d" % figure.level)
     figures = [SimpleNamespace(level=level, get_figwidth=lambda: 6.0) for level in range(4)]
