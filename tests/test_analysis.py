@@ -355,7 +355,7 @@ def test_sampling_dynamics_is_measured_once_and_written_down(root, tmp_path) -> 
         root / "runs/tiny/pipeline"
     )
     options = ["model_dir=runs/tiny/pipeline", "solvers=[ddim, heun]", "steps=[2, 4]", "band_steps=[2, 3]"]
-    options += ["reference_steps=6", "sets=2", "num_samples=40"]
+    options += ["reference_steps=6", "sets=2", "num_samples=40", "spacing_solvers=[ddim]"]
     command = ["run", "params/sampling-dynamics.yaml", *(word for option in options for word in ("-p", option))]
     wddm(root, *command)
     report, cells = root / "reports/sampling-dynamics", root / "runs/sampling-dynamics/cells.jsonl"
