@@ -371,7 +371,7 @@ def test_curves_points_and_fronts_are_where_they_were_measured():
 
 def test_heat_map_says_every_number_and_leaves_the_unknown_white():
     figure = FIGURES["heat_map"]()
-    assert texts(figure) == ["0.1", "2", "30"]
+    assert texts(figure) == ["0.10", "2.0", "30"]
     assert figure.axes[0].images[0].get_array().mask.tolist() == [[False, False], [True, False]]
 
 

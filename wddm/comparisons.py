@@ -114,12 +114,12 @@ def heat_map(
     seen = values[np.isfinite(values) & (values > 0)]
     need(bool(seen.size), "no positive numbers", "some", "give what was measured")
     norm = LogNorm(seen.min(), max(seen.max(), 1.01 * seen.min()))
-    with panels(1.0 + 0.3 * len(rows)) as (figure, (axes,)):
+    with panels(max(1.8, 1.0 + 0.3 * len(rows))) as (figure, (axes,)):
         image = axes.imshow(values, "crest", norm, aspect="auto", interpolation="nearest")
         for (y, x), value in np.ndenumerate(values if len(columns) <= 16 else np.empty((0, 0))):
             if np.isfinite(value):
                 ink = "white" if norm(value) > 0.4 else "0.15"
-                axes.text(x, y, f"{value:.2g}", size=6, color=ink, ha="center", va="center")
+                axes.text(x, y, f"{value:#.2g}".rstrip("."), size=6, color=ink, ha="center", va="center")
         axes.set_yticks(range(len(rows)), rows)
         axes.set_xticks(range(len(columns)), columns, rotation=90 * (max(map(len, columns)) > 4), size=6.5)
         axes.set(xlabel=xlabel, ylabel=ylabel)

@@ -140,10 +140,10 @@ def fewest_steps(
     return found
 
 
-def shown(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A pooled row for a table."""
+def shown(row: Mapping[str, Any], details: bool = False) -> dict[str, Any]:
+    """A pooled row for a table; with the steps of the detail bands, if they are to be seen."""
     found = {"solver": row["solver"], "steps": row["steps"]}
-    found |= {"detail steps": row["detail_steps"]} if row["detail_steps"] else {}
+    found |= {"detail steps": row["detail_steps"] or row["steps"]} if details else {}
     found |= {"network": row["evaluations"], "ms per image": 1000 * row["seconds_per_image"]}
     for key in (key for key in DISTANCES if key in row):
         found |= {key.upper(): row[key], f"90 % of {key.upper()}": "{1:.3g} to {2:.3g}".format(*interval(row, key))}

@@ -149,11 +149,11 @@ def spending(root: Path, runs: Sequence[Finished]) -> list[dict[str, Any]]:
     for name, members in grouped(runs).items():
         spent, first = [compute(root, run) for run in members], members[0]
         row = {"variant": name, "runs": len(members), "parameters": first.metrics["parameters"]}
-        row["GFLOP / image, forward"] = spent[0]["forward_flops"] / 1e9
-        row["images (thousands)"] = np.mean([each["train_images"] for each in spent]) / 1000
-        row["images / s"] = np.median([run.timings["train_images_per_s"] for run in members])
-        row["TFLOP, training"] = np.mean([each["train_flops"] for each in spent]) / 1e12
-        rows.append(row | {"relative": row["TFLOP, training"] / (rows or [row])[0]["TFLOP, training"]})
+        row["GFLOP/image"] = spent[0]["forward_flops"] / 1e9
+        row["kimg"] = np.mean([each["train_images"] for each in spent]) / 1000
+        row["images/s"] = np.median([run.timings["train_images_per_s"] for run in members])
+        row["TFLOP"] = np.mean([each["train_flops"] for each in spent]) / 1e12
+        rows.append(row | {"relative": row["TFLOP"] / (rows or [row])[0]["TFLOP"]})
     return rows
 
 

@@ -83,10 +83,12 @@ def _take_parameters(notebook: Any) -> list[dict[str, Any]]:
 
 
 def _fill_in(notebook: Any, parameters: list[dict[str, Any]]) -> None:
-    """Put values for the {parameters} of the paths that the first markdown cell declares."""
+    """Put values for the {parameters} of the paths that the first markdown cell declares; a list stands for itself."""
     first = next((cell for cell in notebook.cells if cell.cell_type == "markdown"), None)
     for row in parameters if first else ():
         value = ast.literal_eval(row["value"])
+        if isinstance(value, list):
+            continue
         first.source = first.source.replace(f"`{{{row['name']}}}`", "none" if value is None else f"`{value}`")
         first.source = first.source.replace(f"{{{row['name']}}}", str(value))
 
