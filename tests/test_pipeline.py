@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler
-from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -331,10 +330,3 @@ def test_bad_input_is_refused_with_a_remedy(tmp_path, make, message: str) -> Non
     UKANModel(16, 12, 12, (32,)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         make(tmp_path)
-
-
-def test_loading_is_silent_and_leaves_progress_bars_as_they_were(tmp_path, capfd) -> None:
-    tiny_pipeline().save_pretrained(tmp_path)
-    capfd.readouterr()
-    WaveletPipeline.from_pretrained(tmp_path)
-    assert capfd.readouterr() == ("", "") and logging.is_progress_bar_enabled()

@@ -11,12 +11,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import pytest
 import yaml
 
 from wddm import workbook
 from wddm.__main__ import main
-from wddm.workbook import kernel, provenance, records, runner, tables
+from wddm.workbook import kernel, pages, provenance, records, runner, tables
 from wddm.workbook.experiments import load_experiments
 from wddm.workbook.pages import WIDGET
 from wddm.workbook.parameters import parse_parameters
@@ -661,6 +662,15 @@ def test_a_page_shows_the_first_picture_of_a_figure_with_controls(finished):
     page = (finished[0] / "reports/x/01_work.html").read_text()
     assert re.search(r'<img alt="Turn it." [^>]*width="768"', page) and "widget-view" not in page
     assert (finished[0] / "reports/x/figures/explorer.png").exists()
+
+
+def test_a_widget_leaves_its_picture_in_a_page_and_else_nothing():
+    bar = {WIDGET: {"model_id": "a"}, "text/plain": "Loading: 0%| | 0/3 [00:00<?, ?it/s]"}  # tqdm's, in a notebook
+    figure = {WIDGET: {"model_id": "b"}, "text/plain": "[figure]", "image/png": "pixels"}
+    words = {"text/plain": "said"}
+    outputs = [nbformat.v4.new_output("display_data", data=data) for data in (bar, figure, words)]
+    cell = pages._tidy(nbformat.v4.new_code_cell("", outputs=outputs))
+    assert [output.data for output in cell.outputs] == [{"text/plain": "[figure]", "image/png": "pixels"}, words]
 
 
 def test_a_figure_follows_its_controls(root, monkeypatch):

@@ -5,8 +5,7 @@ errors. Only safetensors are read, nothing pickled.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from diffusers import ConfigMixin, ModelMixin
@@ -15,18 +14,6 @@ from huggingface_hub import HfApi, snapshot_download
 
 HUB_OPTIONS = ("cache_dir", "revision", "token", "local_files_only")  # where a Hub repository is looked for
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """No progress bars of diffusers for the length of a `with` block: over three parts of a pipeline they are noise."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def fetched(path: str | Path, options: dict) -> Path:

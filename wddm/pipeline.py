@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 from wddm.backbones import load_backbone
 from wddm.bandrate import Group, joined
 from wddm.cards import find_report, model_card
-from wddm.loading import fetched, load_strictly, quietly
+from wddm.loading import fetched, load_strictly
 from wddm.objective import NOISE
 from wddm.solvers import SOLVERS, build_solver, check_options
 from wddm.wavelets import WaveletCodec
@@ -169,8 +169,7 @@ class WaveletPipeline(DiffusionPipeline):
         if "codec" not in kwargs:
             kwargs["codec"] = load_strictly(WaveletCodec.from_pretrained, folder / "codec", **options)
         try:
-            with quietly():
-                return super().from_pretrained(folder, **kwargs)
+            return super().from_pretrained(folder, **kwargs)
         except OSError as error:
             raise ValueError(f"got {path}, which does not load: {str(error).strip().splitlines()[0]}") from error
 

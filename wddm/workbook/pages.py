@@ -123,14 +123,21 @@ def _mathml(formula: str, display: str) -> str:
 
 
 def _tidy(cell: Any) -> Any:
-    """Drop progress bars and carriage-return debris from a cell's streams, and widgets, which are dead in a page."""
-    for output in cell.get("outputs", []):
-        output.get("data", {}).pop(WIDGET, None)
+    """Drop progress bars and carriage-return debris from a cell's streams, and widgets, which are dead in a page.
+
+    A widget with a picture of itself leaves that; one with words alone (another library's progress bar) nothing.
+    """
+    if cell.cell_type != "code":
+        return cell
+    kept = []
+    for output in cell.outputs:
         if output.output_type == "stream":
             lines = [line.rstrip("\r").rpartition("\r")[2] for line in output.text.split("\n")]
             output.text = "\n".join(line for line in lines if not PROGRESS_LINE.search(line)).strip("\n")
-    if cell.cell_type == "code":
-        cell.outputs = [output for output in cell.outputs if output.get("text", "-").strip()]
+        was_widget = output.get("data", {}).pop(WIDGET, None) is not None
+        if output.get("text", "-").strip() and not (was_widget and output.data.keys() <= {"text/plain"}):
+            kept.append(output)
+    cell.outputs = kept
     return cell
 
 
