@@ -1,6 +1,7 @@
 """Shared fixtures: reference outputs and real images where they are at hand, else the tests that need them skip."""
 
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -28,6 +29,15 @@ def launcher() -> list[str]:
         port = str(probe.getsockname()[1])
     config = str(ROOT / "params" / "accelerate" / "cpu.yaml")
     return ["accelerate.commands.launch", "--config_file", config, "--main_process_port", port, "-m"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A workbook with nothing run in it."""
+    folder = tmp_path_factory.mktemp("workbook")
+    for name in ("notebooks", "params"):
+        shutil.copytree(ROOT / name, folder / name)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import csv
 import itertools
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
 from wddm import findings, study, sweeps, trajectories
 from wddm.backbones import build_backbone
@@ -317,15 +315,6 @@ TINY = {
     "sampling_steps": 3,
     "fwd_level": 2,
 }
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    """A workbook with nothing run in it."""
-    folder = tmp_path_factory.mktemp("workbook")
-    for name in ("notebooks", "params"):
-        shutil.copytree(ROOT / name, folder / name)
-    return folder
 
 
 def wddm(root: Path, *arguments: str) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,15 +18,6 @@ TINY = {
     "train_kimg": 0.64, "warmup_kimg": 0.1, "widths": "[8, 16]", "checkpoint_kimg": 0.2,
     "num_samples": 40, "sampling_steps": 3, "preview_kimg": 0.32,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    """A workbook with nothing run in it."""
-    folder = tmp_path_factory.mktemp("workbook")
-    for name in ("notebooks", "params"):
-        shutil.copytree(ROOT / name, folder / name)
-    return folder
 
 
 def wddm(root: Path, *arguments: str, **values) -> subprocess.CompletedProcess:
