@@ -1,0 +1,130 @@
+"""efficiency: networks at every wavelet level against networks on pixels, counted and measured side by side.
+
+found = efficiency.measure("unet", "cifar10", [0, 1, 2], batch_size=16)
+efficiency.costs(found)        a row per network: parameters, FLOPs, images a second, memory
+efficiency.speedups(found)     a row per wavelet network, pixel network and kind of work
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from wddm.backbones import PRESETS, build_backbone, resolve_widths
+from wddm.contenders import sampling, training
+from wddm.profiling import Measured, contest, forward_flops, speed, times_as_fast
+
+PRESET, SAME, MATCHED = "pixels, preset", "pixels, same network", "pixels, as many parameters"
+WAVELETS = "wavelets"
+
+
+@dataclass
+class Entry:
+    """A network, what it costs on paper, and what it took for every kind of work, in seconds per image."""
+
+    name: str
+    level: int
+    network: dict[str, Any]
+    parameters: int
+    flops: int  # of a forward pass, batch 1
+    measured: dict[str, Measured] = field(default_factory=dict)
+
+
+def entries(kind: str, dataset: str, levels: Sequence[int]) -> list[Entry]:
+    """The presets at those of the levels that have one, and for each above 0 its two equals on pixels.
+
+    "Same network": the same widths and attention, shown pixels; it differs in its first and last convolution alone.
+    "As many parameters": the pixel preset, its widths scaled by one factor.
+    """
+    networks = {}
+    for level in [level for level in levels if (dataset, level) in PRESETS]:
+        network = {"kind": kind, "dataset": dataset, "level": level}
+        if level == 0:
+            networks[PRESET, 0] = network
+            continue
+        widths, attention = resolve_widths(kind, dataset, level, None, None)
+        networks[WAVELETS, level] = network
+        networks[SAME, level] = network | {"level": 0, "widths": widths, "attention_levels": attention}
+        networks[MATCHED, level] = network | {"matched": True}
+    found = []
+    for (name, level), network in networks.items():
+        with torch.device("meta"):
+            model = build_backbone(**network)
+        found.append(Entry(name, level, network, model.num_parameters(), forward_flops(model)))
+    return found
+
+
+def measure(
+    kind: str,
+    dataset: str,
+    levels: Sequence[int],
+    *,
+    rate: float,
+    batch_size: int = 16,
+    sampling_steps: int = 10,
+    rounds: int = 5,
+    max_seconds: float = 10.0,
+    precision: str = "auto",
+    compile: bool = False,
+) -> list[Entry]:
+    """Train and sample with every network that fits, all of them in turn.
+
+    Args:
+        rate: FLOP/s that the machine reaches at most: what would take over `max_seconds` even then is not run.
+        max_seconds: the longest training step, or batch of samples, that is measured.
+    """
+    found = entries(kind, dataset, levels)
+    options = {"batch_size": batch_size, "precision": precision, "compile": compile}
+    works = {  # with the forward passes that an image takes; a backward pass counts as two
+        "training": (partial(training, **options), 3),
+        "sampling": (partial(sampling, sampling_steps=sampling_steps, **options), sampling_steps),
+    }
+    for work, (make, passes) in works.items():
+        measured = contest(
+            {str(k): partial(make, entry.network) for k, entry in enumerate(found)},
+            rounds=rounds,
+            max_seconds=max_seconds,
+            least={str(k): passes * entry.flops * batch_size / rate for k, entry in enumerate(found)},
+        )
+        for entry, one in zip(found, measured.values(), strict=True):
+            seconds = None if one.seconds is None else one.seconds / batch_size
+            entry.measured[work] = one._replace(seconds=seconds)
+    return found
+
+
+def costs(found: Sequence[Entry]) -> list[dict[str, Any]]:
+    """A row per network: what it is, counted and measured; None, and the reason, where it was not run."""
+    rows = []
+    for entry in found:
+        row = {name: entry.network[name] for name in ("dataset", "kind")}
+        row |= {"level": entry.level, "network": entry.name}
+        row |= {"parameters": entry.parameters, "forward_gflop": entry.flops / 1e9}
+        for work, one in entry.measured.items():
+            fast = None if one.seconds is None else speed(one.seconds)
+            row[f"{work}_images_per_s"] = fast and fast.value
+            row[f"{work}_images_per_s_q1"], row[f"{work}_images_per_s_q3"] = fast[1:] if fast else (None, None)
+            row[f"{work}_memory_gib"], row[f"{work}_not_run"] = one.memory_gib, one.reason
+        rows.append(row)
+    return rows
+
+
+def speedups(found: Sequence[Entry]) -> list[dict[str, Any]]:
+    """A row per wavelet network, pixel network that it is compared with, and kind of work, both measured.
+
+    The FLOP ratio is what the speed-up would be if every operation took as long.
+    """
+    rows = []
+    for entry in (entry for entry in found if entry.name == WAVELETS):
+        for other in (other for other in found if other.name == PRESET or other.level == entry.level):
+            if other is entry:
+                continue
+            for work, one in entry.measured.items():
+                row = {name: entry.network[name] for name in ("dataset", "kind", "level")}
+                row |= {"over": other.name, "work": work, "flop_ratio": other.flops / entry.flops}
+                row |= {"speedup": None, "low": None, "high": None}
+                if one.seconds is not None and (reference := other.measured[work].seconds) is not None:
+                    row["speedup"], row["low"], row["high"] = times_as_fast(one.seconds, reference)
+                rows.append(row)
+    return rows
