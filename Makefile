@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: report test test-fast lab lint clean
+.PHONY: report test test-fast lab bench clean
 
 report: $(READY)  ## run the quickstart (skips what is unchanged) and leave reports/index.html
 	$(BIN)/wddm run params/quickstart.yaml
@@ -18,6 +18,10 @@ test-fast: $(READY)  ## what needs no notebook and no training
 
 lab: $(READY)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/01_prepare.ipynb
+
+bench: $(READY)  ## ours against baselines, wavelets against pixels, on this machine; FULL=1 for a GPU, everything
+	$(BIN)/wddm run params/benchmarks$(if $(FULL),-full).yaml --force
+	@cat reports/benchmarks$(if $(FULL),-full)/benchmarks.txt
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("wddm: got Python %d.%d, wanted 3.11 or newer: run make PYTHON=/path/to/python3.11" % v[:2])'

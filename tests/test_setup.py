@@ -94,8 +94,8 @@ def test_modules_import_only_from_the_rows_above() -> None:
     order = """
         processes files wavelets decoding batches parquet sources streams contents data loading kan published ukan
         backbones objective solvers bandrate cards pipeline checkpoints steps mosaics monitor resume training
-        profiling intervals moments diagnostics metrics features inception scores evaluation verdicts plots sampling
-        workbook runs __main__
+        intervals profiling baselines contenders efficiency benchmarks moments diagnostics metrics features inception
+        scores evaluation verdicts speeds plots sampling workbook runs __main__
     """
     rows = order.split()
     files = {p.stem: p for p in (ROOT / "wddm").glob("*.py")} | {"workbook": ROOT / "wddm/workbook/__init__.py"}

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from wddm import baselines
 from wddm.backbones import IMAGES, build_backbone
+from wddm.batches import batches
 from wddm.kan import SplineLinear
 from wddm.pipeline import WaveletPipeline
 from wddm.solvers import build_solver
@@ -135,6 +137,16 @@ def spline_layer(*, width: int, tokens: int, recursion: bool = False, steps: int
             layer.zero_grad()
             x.grad = None
         yield
+
+
+def prepared_batches(images: np.ndarray, *, batch_size: int, steps: int = 1) -> Iterator[Tensor]:
+    """Our data path: so many batches a call of prepared images (N, H, W, C), in random order, mirrored at random."""
+    yield from islice(batches(images, batch_size, seed=0, flip=True), steps - 1, None, steps)
+
+
+def decoded_batches(images: np.ndarray, *, batch_size: int, steps: int = 1) -> Iterator[Tensor]:
+    """The same from PNG files, by a DataLoader that decodes them in this process."""
+    yield from islice(baselines.loader_batches(images, batch_size), steps - 1, None, steps)
 
 
 def commands(folder: Path) -> dict[str, Callable[[], object]]:

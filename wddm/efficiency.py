@@ -14,7 +14,7 @@ import torch
 
 from wddm.backbones import PRESETS, build_backbone, resolve_widths
 from wddm.contenders import sampling, training
-from wddm.profiling import Measured, contest, forward_flops, speed, times_as_fast
+from wddm.profiling import Measured, contest, forward_flops, speed, spread, times_as_fast
 
 PRESET, SAME, MATCHED = "pixels, preset", "pixels, same network", "pixels, as many parameters"
 WAVELETS = "wavelets"
@@ -103,8 +103,8 @@ def costs(found: Sequence[Entry]) -> list[dict[str, Any]]:
         row |= {"parameters": entry.parameters, "forward_gflop": entry.flops / 1e9}
         for work, one in entry.measured.items():
             fast = None if one.seconds is None else speed(one.seconds)
-            row[f"{work}_images_per_s"] = fast and fast.value
-            row[f"{work}_images_per_s_q1"], row[f"{work}_images_per_s_q3"] = fast[1:] if fast else (None, None)
+            names = (f"{work}_images_per_s", f"{work}_images_per_s_q1", f"{work}_images_per_s_q3")
+            row |= dict(zip(names, fast or (None,) * 3, strict=True))
             row[f"{work}_memory_gib"], row[f"{work}_not_run"] = one.memory_gib, one.reason
         rows.append(row)
     return rows
@@ -128,3 +128,40 @@ def speedups(found: Sequence[Entry]) -> list[dict[str, Any]]:
                     row["speedup"], row["low"], row["high"] = times_as_fast(one.seconds, reference)
                 rows.append(row)
     return rows
+
+
+def cost_table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of `costs`, as a report shows them."""
+
+    def cell(row: dict[str, Any], work: str) -> str:
+        if reason := row[f"{work}_not_run"]:
+            return f"not run: {reason}"
+        return spread(*(row[f"{work}_images_per_s{end}"] for end in ("", "_q1", "_q3")))
+
+    return [
+        {
+            "level": row["level"],
+            "network": row["network"],
+            "parameters (M)": row["parameters"] / 1e6,
+            "forward (GFLOP)": row["forward_gflop"],
+            "training (images/s)": cell(row, "training"),
+            "sampling (images/s)": cell(row, "sampling"),
+            "training memory (GiB)": row["training_memory_gib"],
+        }
+        for row in rows
+    ]
+
+
+def speedup_table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of `speedups` that were measured, as a report shows them."""
+    return [
+        {
+            "level": row["level"],
+            "over": row["over"],
+            "work": row["work"],
+            "FLOP ratio": row["flop_ratio"],
+            "times as fast (90 % interval)": spread(row["speedup"], row["low"], row["high"]),
+        }
+        for row in rows
+        if row["speedup"] is not None
+    ]

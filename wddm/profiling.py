@@ -82,23 +82,20 @@ def race(
     return {name: np.array(values) for name, values in seconds.items()}
 
 
-class Speed(NamedTuple):
-    """A median with its quartiles."""
-
-    value: float
-    low: float
-    high: float
+def speed(seconds: np.ndarray, units: float = 1.0) -> tuple[float, float, float]:
+    """Units a second, of the seconds (R,) that so many took in each round: the median and its quartiles."""
+    low, middle, high = np.quantile(units / seconds, [0.25, 0.5, 0.75]).tolist()
+    return middle, low, high
 
 
-def speed(seconds: np.ndarray, units: float = 1.0) -> Speed:
-    """Units a second, of the seconds (R,) that so many took in each round."""
-    low, middle, high = np.quantile(units / seconds, [0.25, 0.5, 0.75])
-    return Speed(float(middle), float(low), float(high))
-
-
-def times_as_fast(seconds: np.ndarray, reference: np.ndarray) -> Speed:
+def times_as_fast(seconds: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
     """How many times as fast as the reference: the median ratio of paired rounds (R,), with its 90 % interval."""
-    return Speed(*median(reference / seconds))
+    return median(reference / seconds)
+
+
+def spread(value: float | None, low: float | None = None, high: float | None = None) -> str:
+    """A number with its ends, for a table: 12.3 (11.9 to 12.8)."""
+    return "–" if value is None else f"{value:.3g} ({low:.3g} to {high:.3g})"
 
 
 class Measured(NamedTuple):

@@ -3,7 +3,8 @@
     book = workbook.open_run(run, dataset=dataset, resolution=resolution)
     book.data, book.folder, book.report             data/<dataset>-<resolution>, runs/<run>, reports/<run>
     book.show(figure, "samples", "64 samples.")     a captioned figure, kept in the report
-    book.table(rows, "Distances."); book.record(fwd=0.29); book.record_timing(train_images_per_s=812.0)
+    book.table(rows, "Distances."); book.keep(rows, "distances")
+    book.record(fwd=0.29); book.record_timing(train_images_per_s=812.0)
     for step in workbook.progress(steps): ...
 
 The root is the nearest folder upwards that holds notebooks/ and params/.
@@ -23,7 +24,7 @@ from typing import Any
 
 from wddm.workbook.experiments import check_run_name, load_experiments
 from wddm.workbook.index import write_index
-from wddm.workbook.records import collect, read_json, write_json
+from wddm.workbook.records import collect, read_json, write_json, write_text
 from wddm.workbook.runner import run
 from wddm.workbook.tables import format_table
 
@@ -70,6 +71,14 @@ class Run:
             counted = type(rows.index).__name__ == "RangeIndex"
             rows = (rows if counted else rows.reset_index()).to_dict("records")
         _display(*format_table(list(rows), caption))
+
+    def keep(self, rows: list[dict[str, Any]], name: str) -> None:
+        """Write rows to <name>.csv and <name>.json of the report, as they are, and to <name>.txt, to be read."""
+        import pandas as pd
+
+        write_text(self.report / f"{name}.csv", pd.DataFrame(rows).to_csv(index=False))
+        write_json(self.report / f"{name}.json", rows)
+        write_text(self.report / f"{name}.txt", format_table(rows, name)[1] + "\n")
 
     def record(self, **numbers: float | None) -> None:
         """Merge results into metrics.json: only what is the same whenever the parameters are."""
