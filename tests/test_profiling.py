@@ -73,9 +73,9 @@ def test_a_race_takes_turns_and_finds_the_ratio() -> None:
         return lambda: (calls.append(name), clock.wait(seconds))
 
     contenders = {"slow": runner("slow", 0.3), "fast": runner("fast", 0.1)}
-    seconds = race(contenders, rounds=6, least_seconds=0.2, clock=clock)
+    seconds = race(contenders, rounds=6, least_seconds=0.15, clock=clock)
     assert calls[:4] == ["slow", "slow", "fast", "fast"]  # warm-up, and one to find how long a call is
-    assert calls[4:10] == ["slow", "fast", "fast", "fast", "fast", "slow"]  # 0.2 s each, then backwards
+    assert calls[4:10] == ["slow", "fast", "fast", "fast", "fast", "slow"]  # 0.15 s and more each, then backwards
     np.testing.assert_allclose(seconds["slow"], [0.3] * 6)
     np.testing.assert_allclose(times_as_fast(seconds["fast"], seconds["slow"]), [3, 3, 3])
     np.testing.assert_allclose(speed(seconds["fast"], units=16), [160, 160, 160])

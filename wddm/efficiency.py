@@ -1,11 +1,11 @@
 """efficiency: networks at every wavelet level against networks on pixels, counted and measured side by side.
 
-found = efficiency.measure("unet", "cifar10", [0, 1, 2], batch_size=16)
+found = efficiency.measure("cifar10", "unet", [0, 1, 2], rate=matmul_rate())
 efficiency.costs(found)        a row per network: parameters, FLOPs, images a second, memory
 efficiency.speedups(found)     a row per wavelet network, pixel network and kind of work
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -57,8 +57,8 @@ def entries(kind: str, dataset: str, levels: Sequence[int]) -> list[Entry]:
 
 
 def measure(
-    kind: str,
     dataset: str,
+    kind: str,
     levels: Sequence[int],
     *,
     rate: float,
@@ -165,3 +165,34 @@ def speedup_table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for row in rows
         if row["speedup"] is not None
     ]
+
+
+def any_speed(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether any network of `costs` was measured."""
+    return any(row["training_images_per_s"] or row["sampling_images_per_s"] for row in rows)
+
+
+def claim_table(rows: Sequence[dict[str, Any]], level: int, wanted: float) -> list[dict[str, Any]]:
+    """Training speed-ups at a level over each pixel network, over all data sets and kinds that were measured.
+
+    "Reached": in how many of them what is wanted is not above the interval.
+    """
+    table = []
+    for over in (PRESET, SAME, MATCHED):
+        asked = [row for row in rows if (row["level"], row["over"], row["work"]) == (level, over, "training")]
+        found = [row for row in asked if row["speedup"] is not None]
+        table.append(
+            {
+                "over": over,
+                "presets measured": f"{len(found)} of {len(asked)}",
+                "times as fast": _range(row["speedup"] for row in found),
+                "FLOP ratios": _range(row["flop_ratio"] for row in found),
+                f"{wanted:g} reached": f"{sum(row['high'] >= wanted for row in found)} of {len(found)}",
+            }
+        )
+    return table
+
+
+def _range(values: Iterable[float]) -> str:
+    values = list(values)
+    return f"{min(values):.3g} to {max(values):.3g}" if values else "not run"

@@ -26,6 +26,7 @@ from diffusers import ModelMixin
 from torch.utils.flop_counter import FlopCounterMode
 
 from wddm.intervals import median
+from wddm.training import resolve_precision
 
 Maker = Callable[..., Iterator]  # a generator function: each `next` of what it returns is a call
 
@@ -192,30 +193,31 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def matmul_rate(bf16: bool = False, rounds: int = 5) -> float:
-    """Floating-point operations a second of a large square matrix product on this machine, at best of the rounds."""
-    gpu = torch.cuda.is_available()
-    device, side = ("cuda", 8192) if gpu else ("cpu", 1024)
-    a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    return 2 * side**3 / race({"matmul": lambda: a @ b}, rounds=rounds)["matmul"].min()
+def matmul_rate(precision: str = "no", rounds: int = 5) -> float:
+    """FLOP/s of a large square matrix product on this machine in that precision, at best of the rounds."""
+    device, side = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 1024)
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as in training
+    a, b = torch.randn(2, side, side, device=device, dtype=kinds[resolve_precision(precision)])
+    return float(2 * side**3 / race({"matmul": lambda: a @ b}, rounds=rounds)["matmul"].min())
 
 
-def machine() -> list[dict[str, object]]:
-    """What measured, in rows of property and value."""
+def machine(rate: float) -> list[dict[str, object]]:
+    """What measured, in rows of property and value; `rate` is its `matmul_rate`."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     rows = {
         "processor": names[0] if names else platform.processor() or platform.machine(),
         "cores, threads": f"{os.cpu_count()}, {torch.get_num_threads()}",
         "memory": f"{pages / 2**30:.0f} GiB",
-        "GPU": "none",
+        "GPU": f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" if gpu else "none",
+        "large matrix product": f"{rate / 1e9:,.0f} GFLOP/s",
+        "other load": f"{os.getloadavg()[0]:.1f} processes, mean of the last minute",
         "PyTorch": torch.__version__,
         "system": platform.platform(),
-        "load before": f"{os.getloadavg()[0]:.1f} processes (mean of the last minute)",
     }
-    if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_properties(0)
-        rows["GPU"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
     return [{"property": name, "value": value} for name, value in rows.items()]
