@@ -47,16 +47,18 @@ def test_a_model_with_recursion_is_the_same_model() -> None:
 
 
 def test_the_bare_loop_takes_the_steps_of_ours(tmp_path: Path) -> None:
-    """The same weights after two steps from the same noise, and a moving average between old and new ones."""
-    model = build_backbone(**DIGITS)
+    """The same weights after two steps from the same noise, in float64: Adam magnifies the rounding of gradients that
+    are zero. And a moving average between old and new ones."""
+    model = build_backbone(**DIGITS).double()
     images, twin = contenders.noise_images(DIGITS, 8), deepcopy(model)
     trainer = contenders.Unsaved(
         model=model, codec=WaveletCodec("haar", 1), images=images, folder=tmp_path, train_kimg=1, batch_size=8,
         schedule="constant_with_warmup", warmup_kimg=0, cpu=True, precision="no",
     )  # fmt: skip
     loop = baselines.BareLoop(twin.train(), level=1)
-    assert_close(loop.signal_power, noise_scheduler().alphas_cumprod, atol=1e-6, rtol=1e-4)
-    x = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    assert_close(loop.signal_power, noise_scheduler().alphas_cumprod, atol=1e-7, rtol=1e-5)
+    loop.signal_power = noise_scheduler().alphas_cumprod.double()
+    x = torch.from_numpy(images).double().permute(0, 3, 1, 2) / 127.5 - 1
     for _ in range(2):
         noise, t = trainer._draw(x)
         loss, *_ = trainer._optimise(x)
@@ -64,7 +66,7 @@ def test_the_bare_loop_takes_the_steps_of_ours(tmp_path: Path) -> None:
         trainer.step += 1
     before = [average.clone() for average in loop.average]
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        assert_close(theirs, ours, atol=1e-5, rtol=1e-4)
+        assert_close(theirs, ours)
     loop.step(x, noise, t)
     for old, average, p in zip(before, loop.average, loop.parameters, strict=True):
         assert_close(average, old + 1e-3 * (p - old))
@@ -89,8 +91,8 @@ def test_every_network_on_wavelets_has_its_three_equals_on_pixels() -> None:
     ends = 2 * 9 * (12 - 3) * 128 + (12 - 3)  # weights of the first and last convolution, biases of the last
     assert wavelets.parameters - same.parameters == ends
     assert 3.9 < same.flops / wavelets.flops < 4.1
-    assert abs(found[efficiency.MATCHED, 1].parameters / wavelets.parameters - 1) < 0.05
-    assert contenders.level_of(build_backbone(**found[efficiency.MATCHED, 1].network), wavelets.network) == 0
+    matched = found[efficiency.MATCHED, 1]
+    assert abs(matched.parameters / wavelets.parameters - 1) < 0.05 and matched.network["level"] == 0
 
 
 def entry(name: str, level: int, flops: int, seconds: list[float] | None) -> efficiency.Entry:
@@ -165,11 +167,10 @@ def wddm(root: Path, name: str, **values: object) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["efficiency", "efficiency-full"])
-def test_efficiency(root: Path, name: str) -> None:
-    """The same cells on a GPU as on two cores; what is too slow is counted and says so."""
+def test_efficiency(root: Path) -> None:
+    """What is too slow is counted all the same, and says why it was not run."""
     tiny = {"datasets": "[digits, celebahq]", "levels": "[0, 2]", "backbones": "[unet]", "rounds": 5, "batch_size": 2}
-    report = wddm(root, name, sampling_steps=1, max_step_seconds=4, compile=False, **tiny)
+    report = wddm(root, "efficiency", sampling_steps=1, max_step_seconds=4, **tiny)
     costs = pd.read_csv(report / "efficiency.csv")
     assert len(costs) == 8 and costs.parameters.min() > 0 and costs.forward_gflop.min() > 0
     digits = costs[costs.dataset == "digits"]
@@ -185,14 +186,13 @@ def test_efficiency(root: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["benchmarks", "benchmarks-full"])
-def test_benchmarks(root: Path, name: str) -> None:
-    full = name.endswith("full")
+def test_benchmarks(root: Path) -> None:
+    """The cells that a GPU runs, compilation and all, at tiny size."""
     tiny = {"datasets": "[digits]", "levels": "[1]", "backbones": "[ukan]", "rounds": 5, "batch_size": 2}
     small = {"dataset": "digits", "resolution": 16, "limit": 64, "capacity_dataset": "digits", "capacity_gib": 0.05}
-    report = wddm(root, name, sampling_steps=1, max_step_seconds=60, compiled=full, **tiny, **small)
+    report = wddm(root, "benchmarks-full", sampling_steps=1, max_step_seconds=60, **tiny, **small)
     loops = pd.read_csv(report / "loops.csv")
-    assert loops.compiled.tolist() == ([False, True] if full else [False]) and loops.times_as_fast.min() > 0.1
+    assert loops.compiled.tolist() == [False, True] and loops.times_as_fast.min() > 0.1
     assert 0 < loops.share_of_rate.max() < 1
     claims = json.loads((report / "benchmarks.json").read_text())
     assert len(claims) == 5 and all(row["met"] in ("yes", "no", "open") for row in claims)

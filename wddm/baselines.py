@@ -41,8 +41,9 @@ class BareLoop:
         self.device = self.parameters[0].device
         self.optimizer = torch.optim.AdamW(self.parameters, learning_rate, weight_decay=1e-2, fused=True)
         self.average = [p.detach().clone() for p in self.parameters]
-        power = torch.cos((torch.arange(1001) / 1000 + 0.008) / 1.008 * torch.pi / 2) ** 2  # Nichol & Dhariwal 2021
-        self.signal_power = (power[1:] / power[:-1]).clamp_min(1e-3).cumprod(0).to(self.device)  # a_t, (1000,)
+        power = torch.cos((torch.arange(1001).double() / 1000 + 0.008) / 1.008 * torch.pi / 2) ** 2
+        power = (power[1:] / power[:-1]).clamp_min(1e-3).cumprod(0)  # a_t, (1000,), of Nichol & Dhariwal 2021
+        self.signal_power = power.float().to(self.device)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
 
     def step(self, images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ class BareLoop:
         a = self.signal_power[t].view(-1, 1, 1, 1)
         with self.autocast:
             output = self.model(a.sqrt() * z + (1 - a).sqrt() * noise, t).sample
-        loss = F.mse_loss(output.float(), a.sqrt() * noise - (1 - a).sqrt() * z)
+        loss = (output - (a.sqrt() * noise - (1 - a).sqrt() * z)).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()

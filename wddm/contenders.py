@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from diffusers import ModelMixin
 from torch import Tensor
 
 from wddm import baselines
@@ -32,11 +31,6 @@ from wddm.wavelets import WaveletCodec
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def level_of(model: ModelMixin, network: Mapping) -> int:
-    """Wavelet level whose coefficients a network takes: 0 for one on pixels, whatever it is matched to."""
-    return round(np.log2(IMAGES[network["dataset"]][0] / model.config.sample_size))
 
 
 def noise_images(network: Mapping, count: int) -> np.ndarray:
@@ -59,7 +53,7 @@ def training(
     with TemporaryDirectory() as folder:
         trainer = Unsaved(
             model=model,
-            codec=WaveletCodec("haar", level_of(model, network)),
+            codec=WaveletCodec("haar", network["level"]),
             images=noise_images(network, 4 * batch_size),
             folder=Path(folder),
             train_kimg=1e6,
@@ -87,7 +81,7 @@ def bare_training(
     if device().type == "cuda":
         torch.set_float32_matmul_precision("high")
         model.to(memory_format=torch.channels_last)
-    level, bf16 = level_of(model, network), resolve_precision(precision) == "bf16"
+    level, bf16 = network["level"], resolve_precision(precision) == "bf16"
     loop = baselines.BareLoop(torch.compile(model) if compile else model, level, bf16=bf16)
     images = torch.from_numpy(noise_images(network, batch_size)).to(device()).permute(0, 3, 1, 2) / 127.5 - 1
     noise = torch.empty_like(baselines.haar(images, level))
@@ -113,7 +107,7 @@ def sampling(
     if device().type == "cuda":
         torch.set_float32_matmul_precision("high")
         model.to(memory_format=torch.channels_last)
-    codec = WaveletCodec("haar", level_of(model, network)).to(device())
+    codec = WaveletCodec("haar", network["level"]).to(device())
     if compile:
         model.compile()
     pipeline = WaveletPipeline(model, build_solver("ddim", "v_prediction", spacing="trailing"), codec)

@@ -47,7 +47,10 @@ def entries(kind: str, dataset: str, levels: Sequence[int]) -> list[Entry]:
         widths, attention = resolve_widths(kind, dataset, level, None, None)
         networks[WAVELETS, level] = network
         networks[SAME, level] = network | {"level": 0, "widths": widths, "attention_levels": attention}
-        networks[MATCHED, level] = network | {"matched": True}
+        with torch.device("meta"):
+            matched = build_backbone(**network, matched=True).config.block_out_channels
+        attention = resolve_widths(kind, dataset, 0, None, None)[1]
+        networks[MATCHED, level] = network | {"level": 0, "widths": matched, "attention_levels": attention}
     found = []
     for (name, level), network in networks.items():
         with torch.device("meta"):

@@ -5,6 +5,7 @@ down slows all of them alike; what is compared are ratios within a round. What i
 function, every `next` of which is a call, in a process of its own.
 """
 
+import gc
 import math
 import multiprocessing
 import os
@@ -170,9 +171,16 @@ def contest(
 
 @contextmanager
 def ready(makers: Mapping[str, Maker]) -> Iterator[dict[str, Callable[[], object]]]:
-    """A plain callable for every generator, for the length of a `with` block; the last is closed first: they nest."""
-    with ExitStack() as stack:
+    """A plain callable for every generator, for the length of a `with` block; the last is closed first: they nest.
+
+    Networks may each be compiled, where PyTorch gives up after 8 of a class; and what they held is free afterwards,
+    for processes beside this one.
+    """
+    with ExitStack() as stack, torch._dynamo.config.patch(recompile_limit=64):
         yield {name: partial(next, stack.enter_context(closing(make()))) for name, make in makers.items()}
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _anonymous_bytes(peak: bool = False) -> int:
