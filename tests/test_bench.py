@@ -196,7 +196,6 @@ def test_benchmarks(root: Path) -> None:
     assert 0 < loops.share_of_rate.max() < 1
     claims = json.loads((report / "benchmarks.json").read_text())
     assert len(claims) == 5 and all(row["met"] in ("yes", "no", "open") for row in claims)
-    assert "U-KAN step" in (report / "benchmarks.txt").read_text()
     fixed = pd.read_csv(report / "fixed.csv").set_index("what").seconds
     assert fixed["import wddm"] < fixed["wddm run, nothing to do"] < fixed["wddm run, an empty notebook"]
     assert json.loads((report / "timings.json").read_text())["loop_ratio"] > 0.1

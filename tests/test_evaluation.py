@@ -114,10 +114,10 @@ def test_what_depends_on_the_reference_is_kept_under_its_hash(digits, monkeypatc
     first = scores.wavelet(samples, digits, 2)
     name = digits.manifest["sha256"]["images"][:16]
     assert {path.name for path in (digits.folder / "statistics").glob("*fwd-level2*")} == {
-        f"{name}-fwd-level2.npz", f"{name}-fwd-level2-floor-100-0.npz",
+        f"{name}-fwd-level2.npz", f"{name}-fwd-level2-split-100-0-{scores.RESAMPLES}.npz",
     }  # fmt: skip
     monkeypatch.setattr(metrics, "packet_moments", lambda *a, **k: pytest.fail("measured the reference again"))
-    monkeypatch.setattr(metrics, "half_split_floor", lambda *a, **k: pytest.fail("measured the floor again"))
+    monkeypatch.setattr(metrics, "split_floor", lambda *a, **k: pytest.fail("measured the floor again"))
     again = scores.wavelet(samples, digits, 2)
     assert (again.record(), again.row()) == (first.record(), first.row())
     other = data.Dataset(digits.images, None, None, {"sha256": {"images": "f" * 64}}, digits.folder)
@@ -131,7 +131,12 @@ def test_scores_are_the_metrics_with_their_floor(digits) -> None:
     expected = metrics.frechet_wavelet_distance(digits.images, samples, 2, resamples=scores.RESAMPLES, seed=3)
     assert score.value == pytest.approx(expected.value, rel=1e-12)
     assert (score.low, score.high) == pytest.approx((expected.interval.low, expected.interval.high), rel=1e-9)
-    assert score.floor == metrics.half_split_floor(digits.images, 2, count=100, seed=3).value
+    floor = metrics.split_floor(digits.images, 2, count=100, resamples=scores.RESAMPLES, seed=3)
+    assert score.floor == pytest.approx((floor.value, floor.interval.low, floor.interval.high), rel=1e-12)
+    assert score.record() == {
+        "fwd": score.value, "fwd_low": score.low, "fwd_high": score.high,
+        "fwd_floor": score.floor[0], "fwd_floor_low": score.floor[1], "fwd_floor_high": score.floor[2],
+    }  # fmt: skip
     assert (score.count, score.count_real) == (100, 600) and "seed 3" in score.protocol
     assert scores.caveat(samples).startswith("Fewer than 10,000") and scores.caveat(range(10_000)) == ""
 
@@ -143,8 +148,10 @@ def test_copies_are_told_from_strangers(digits) -> None:
         nearest, copied, memorised = scores.copies(samples, digits)
         assert copied.value == memorised.value == share
         assert nearest.detail["distances"].shape == (50, 3) and nearest.detail["apart"].shape == (256, 2)
-        assert nearest.low <= nearest.value <= nearest.high and nearest.floor > 0
-    assert memorised.floor < 0.05 and copied.high > 0.04  # of none in fifty, the truth may be one in twenty
+        assert nearest.low <= nearest.value <= nearest.high and 0 < nearest.floor[1] < nearest.floor[0]
+    assert (
+        memorised.floor[0] < 0.05 and memorised.floor[2] > 0 and copied.high > 0.04
+    )  # of none in fifty, the truth may be one in twenty
 
 
 # ----------------------------------------------------------------------------------------------- command line

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from wddm import data, inception, scores
+from wddm import data, inception, metrics, scores
 from wddm.metrics import frechet_distance
 from wddm.sampling import write_images
 
@@ -62,7 +62,13 @@ def test_scores_are_those_of_torch_fidelitys_command_line(weights, reference, tm
         assert (found[key].count, found[key].count_real) == (20, 30)
     spread = 1.6449 * theirs["kernel_inception_distance_std"]
     assert found["kid"].high - found["kid"].value == pytest.approx(spread, rel=1e-6)
-    assert found["fid"].floor < found["fid"].value
+    assert found["fid"].floor[0] < found["fid"].value
+    chosen, others = metrics.split(30, 15)
+    half = inception.features(np.array(reference.images), inception.build(weights))
+    half = [{name: values[rows] for name, values in half.items()} for rows in (chosen, others)]
+    for key, ends in inception.scores(*half, resamples=scores.RESAMPLES).items():
+        assert found[key].floor == pytest.approx(ends, rel=1e-4), key
+        assert ends[1] <= ends[0] <= ends[2]
     with patch.object(inception, "build", wraps=inception.build), patch.object(inception, "features") as extract:
         extract.side_effect = lambda images, *a, **k: pytest.fail("again") if images is reference.images else {}
         with pytest.raises(KeyError):  # from the empty features of the samples: those of the reference were kept

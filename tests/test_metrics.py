@@ -177,23 +177,27 @@ def test_fwd_refuses_too_few_images_and_other_ranges(photographs):
         frechet_wavelet_distance(metrics.packet_moments(photographs, 2), photographs, level=3)
 
 
-def test_floor_is_the_distance_of_disjoint_halves(photographs):
-    floor = metrics.half_split_floor(photographs, 3, seed=1)
-    assert floor.value == pytest.approx(metrics.half_split_floor(photographs, 3, seed=1, batch_size=64).value, rel=1e-9)
+def test_floor_is_the_distance_of_some_to_all_others(photographs):
+    floor = metrics.split_floor(photographs, 3, seed=1)
+    assert floor.value == pytest.approx(metrics.split_floor(photographs, 3, seed=1, batch_size=64).value, rel=1e-9)
     assert (floor.count_real, floor.count_generated) == (300, 300)
-    assert floor.value != metrics.half_split_floor(photographs, 3, seed=2).value
-    assert 0 < floor.value < metrics.half_split_floor(photographs, 3, seed=1, count=100).value
+    assert floor.value != metrics.split_floor(photographs, 3, seed=2).value
+    fewer = metrics.split_floor(photographs, 3, seed=1, count=100)
+    assert (fewer.count_real, fewer.count_generated) == (500, 100) and 0 < floor.value < fewer.value
+    chosen, others = metrics.split(600, 100, 1)
+    expected = frechet_wavelet_distance(photographs[others], photographs[chosen]).value
+    assert fewer.value == pytest.approx(expected, rel=1e-9)
     pair = np.repeat(np.arange(2, dtype=np.uint8), 64).reshape(2, 8, 8, 1)
     many = np.concatenate([pair[:1]] * 40)  # equal images: any split is at distance 0, unless rows are lost
-    assert metrics.half_split_floor(many, 3).value == pytest.approx(0, abs=1e-20)
+    assert metrics.split_floor(many, 3).value == pytest.approx(0, abs=1e-20)
     with pytest.raises(ValueError, match="wanted 1 to 300"):
-        metrics.half_split_floor(photographs, 3, count=301)
+        metrics.split_floor(photographs, 3, count=301)
 
 
-def test_halves_are_disjoint_and_cover_the_set(monkeypatch, photographs):
+def test_a_split_is_disjoint_and_covers_the_set(monkeypatch, photographs):
     seen, original = [], metrics._moments
     monkeypatch.setattr(metrics, "_moments", lambda *a, rows, **k: seen.append(rows) or original(*a, rows=rows, **k))
-    metrics.half_split_floor(photographs, 3)
+    metrics.split_floor(photographs, 3, count=200)
     assert sorted(np.concatenate(seen)) == list(range(600))
 
 
@@ -212,6 +216,18 @@ def test_bootstrap_interval_is_as_wide_as_the_spread_of_repeated_draws():
     assert shorter.high - shorter.low < (interval.high - interval.low) / 2
 
 
+def test_a_perfect_generator_scores_as_far_below_the_floor_as_is_said():
+    rng = np.random.default_rng(6)
+
+    def draw(count: int) -> torch.Tensor:
+        return torch.from_numpy(rng.normal(0.5, 0.1, (count, 1, 8, 8)).clip(0, 1))
+
+    real, count = draw(800), 400
+    perfect = np.mean([frechet_wavelet_distance(real, draw(count), 1).value for _ in range(30)])
+    floor = np.mean([metrics.split_floor(real, 1, count=count, seed=seed).value for seed in range(30)])
+    assert perfect / floor == pytest.approx((1 / 400 + 1 / 800) / (1 / 400 + 1 / 400), rel=0.1)
+
+
 def test_bootstrap_interval_holds_the_value_and_is_seeded(photographs):
     def measured(seed: int) -> metrics.Frechet:
         return frechet_wavelet_distance(photographs[:300], photographs[300:], seed=seed, resamples=8)
@@ -222,7 +238,7 @@ def test_bootstrap_interval_holds_the_value_and_is_seeded(photographs):
     assert first.value == measured(2).value and first.interval.low != measured(2).interval.low
     low, high = first.interval.per_packet
     assert (low < first.per_packet).all() and (first.per_packet < high).all()
-    floor = metrics.half_split_floor(photographs, 3, resamples=8)
+    floor = metrics.split_floor(photographs, 3, resamples=8)
     assert 0 < floor.interval.low < floor.value < floor.interval.high
     with pytest.raises(ValueError, match="got resamples=1"):
         frechet_wavelet_distance(photographs, photographs, resamples=1)
@@ -278,10 +294,10 @@ def test_the_distance_of_features_is_that_of_gaussians_with_their_moments(photog
     found = metrics.frechet_feature_distance(real, generated, Means(), resamples=9)
     assert found.value == pytest.approx(expected, rel=1e-5)
     assert found.interval.low < found.value < found.interval.high
-    floor = metrics.half_split_floor(real, feature_extractor=Means(), seed=1)
-    one, other = metrics.halves(300, seed=1)
+    floor = metrics.split_floor(real, feature_extractor=Means(), seed=1)
+    chosen, others = metrics.split(300, seed=1)
     assert floor.value == pytest.approx(
-        metrics.frechet_feature_distance(real[one], real[other], Means()).value, rel=1e-9
+        metrics.frechet_feature_distance(real[others], real[chosen], Means()).value, rel=1e-9
     )
     with pytest.raises(ValueError, match="got 2 images for vectors of 3 values, wanted 3"):
         metrics.frechet_feature_distance(real, generated[:2], Means())
@@ -299,6 +315,13 @@ def test_intervals_cover_nine_times_of_ten():
     for (low, high), truth in ((means.T, 1.0), (medians.T, np.log(2)), (shares.T, 1 - np.exp(-1))):
         assert 0.83 < np.mean((low <= truth) & (truth <= high)) < 0.96
     assert intervals.median(draws[0])[0] == np.median(draws[0]) and intervals.share(3, 12)[0] == 0.25
+
+
+def test_the_band_of_a_curve_holds_all_of_it_nine_times_of_ten():
+    draws = np.sort(np.random.default_rng(0).uniform(size=(1000, 80)), axis=1)
+    above, below = np.arange(1, 81) / 80 - draws, draws - np.arange(80) / 80
+    assert 0.88 < np.mean(np.maximum(above, below).max(1) <= intervals.band(draws[0])) < 0.94
+    assert intervals.band(draws[0], 0.95) == pytest.approx(1.3581 / np.sqrt(80), rel=1e-4)  # Smirnov's table
 
 
 # ---------------------------------------------------------------------------------------------------- spectra

@@ -280,6 +280,17 @@ def test_callback_may_replace_the_latents() -> None:
     assert_close(images, torch.full((1, 1, 16, 16), 0.5))
 
 
+def test_noise_that_is_given_takes_the_place_of_what_would_be_drawn() -> None:
+    pipeline, options = tiny_pipeline(), {"batch_size": 2, "num_inference_steps": 4, "output_type": "pt"}
+    noise = torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (5, 6)])
+    drawn, given = pipeline(seed=5, **options).images, pipeline(latents=noise, **options).images
+    assert torch.equal(given, drawn)
+    a, b = (pipeline(latents=noise, eta=1.0, seed=seed, **options).images for seed in (0, 1))
+    assert not torch.equal(a, b)  # the generators draw what ddim adds
+    with pytest.raises(ValueError, match=r"got latents \(2, 4, 4, 4\), wanted \(2, 4, 8, 8\): give"):
+        pipeline(latents=noise[..., :4, :4], **options)
+
+
 def test_a_checkpoint_of_other_timesteps_is_refused(tmp_path) -> None:
     UKANModel(16, 12, 12, (32,), num_train_timesteps=50).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="got a checkpoint of 50 timesteps, wanted 1000"):

@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 
 from wddm import plots
+from wddm.wavelets import WaveletCodec
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
@@ -24,6 +25,7 @@ ROWS = [
     {"step": k, "images_seen": 500 * k, "loss": 1 / k, "lr": 1e-4 * k, "grad_norm": 2 + k % 3} for k in range(1, 201)
 ]
 SPANS = ([[-0.1, 1, 5, 30], [0.1, 3, 20, 60]], [[-2, 0, 2, 8], [0, 1, 4, 10]])
+CURVE = ([5, 10, 20], np.outer([0.4, 0.2, 0.1], [1, 0.8, 1.3]))
 RESPONSES = np.outer([2, 4, 8], [1, 0.5, 2])
 SHARES = (["cat", "dog", "ship"], [50, 30, 20], [0.3, 0.3, 0.4])
 FIGURES = {
@@ -37,7 +39,9 @@ FIGURES = {
     "spectra": lambda: plots.spectra([0.1, 0.2, 0.5], [9, 4, 1], [9, 5, 3]),
     "band_energy": lambda: plots.band_energy("AHVD", ENERGY, ENERGY * 2),
     "band_kurtosis": lambda: plots.band_kurtosis("AHVD", [0, 2, 9, 40], [-1, 0.2, 3, 9], *SPANS),
-    "score_chart": lambda: plots.score_chart({"FWD, level 2": (0.3, 0.2, 0.5, 0.1), "FID": (9, 8, 10, 1)}),
+    "score_chart": lambda: plots.score_chart(
+        {"FWD, level 2": (0.3, 0.2, 0.5, (0.1, 0.08, 0.13)), "FID": (9, 8, 10, (1, 0.5, 2))}
+    ),
     "nearest_distances": lambda: plots.nearest_distances([[1, 2], [2, 3]], [[0, 0], [1, 4], [2, 2]]),
     "responses": lambda: plots.responses(
         {"blur": ([0, 1, 2], {"FWD": np.outer([2, 4, 8], [1, 0.5, 2])})}, {"blur": "sigma (pixels)"}
@@ -46,8 +50,26 @@ FIGURES = {
     "neighbours": lambda: plots.neighbours(RGB[:2], RGB[2:6].reshape(2, 2, 8, 8, 3), [[1, 2], [3, 4]]),
     "stacked": lambda: plots.stacked({"10 images": RGB[0], "20 images": RGB[1]}),
     "variants": lambda: plots.variants({"published": [0.9, 1.0], "modern": [0.02, 0.03]}, "distance", 0.01),
+    "quality_curves": lambda: plots.quality_curves(
+        {"ddim": {"leading": CURVE, "trailing": CURVE}, "heun": {"leading": CURVE}},
+        "FWD",
+        "steps",
+        0.08,
+        ("ddpm", (0.15, 0.1, 0.2)),
+    ),
+    "trade_off": lambda: plots.trade_off(
+        {"ddim": ([[5, 0.1], [10, 0.2]], [0.4, 0.2]), "heun": ([[9, 0.15]], [0.5])},
+        {"evaluations": [[10, 0.2], [5, 0.4]], "seconds": [[0.1, 0.4], [0.2, 0.2]]},
+        "FWD",
+        0.08,
+    ),
+    "heat_map": lambda: plots.heat_map([[0.1, 2], [np.nan, 30]], ["5", "10"], ["5", "10"], "FWD", "coarse", "details"),
+    "learning_curves": lambda: plots.learning_curves(
+        {"modern": ([1000, 8000], [[0.5, 0.1], [0.7, 0.2]]), "published": ([2000], [[0.9]])}, "FWD", 0.05
+    ),
     "class_counts": lambda: plots.class_counts(*SHARES),
     "confidence": lambda: plots.confidence([0.5, 0.9, 1], [0.1, 0.2, 0.8, 0.9], 0.6),
+    "lines": lambda: plots.lines({"a": ([1, 2], [3, 4]), "b": ([1, 3], [1, 9])}, "steps", "error", "xy", ["b"]),
     "noise_schedule": lambda: plots.noise_schedule(TIMES, STD),
     "channel_histograms": lambda: plots.channel_histograms(RGB, RGB[:5]),
 }
@@ -92,7 +114,8 @@ def test_import_has_no_effects():
     code = (
         "import matplotlib; before = dict(matplotlib.rcParams); import wddm.plots, sys; "
         "assert dict(matplotlib.rcParams) == before; assert 'torch' not in sys.modules; "
-        "assert not [m for m in sys.modules if m.startswith('wddm.') and m[5:] not in ('plots', 'mosaics', 'verdicts')]"
+        "known = 'plots mosaics verdicts frequencies comparisons intervals'.split(); "
+        "assert not [m for m in sys.modules if m.startswith('wddm.') and m[5:] not in known]"
     )
     run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
@@ -225,6 +248,22 @@ def range_labels(count):
     return [f"b{k}" for k in range(1, count + 1)]
 
 
+def test_folded_bands_keep_the_number_of_their_cell():
+    names = WaveletCodec(level=2, transform="pyramid").bands()
+    titles = texts(plots.coefficient_bands(RNG.normal(size=(16, 4, 4)), names))
+    assert [title.split()[0] for title in titles] == names and "H1.0" in names
+
+
+def test_lines_are_the_values_given_and_references_dashed():
+    (axes,) = FIGURES["lines"]().axes
+    a, b = axes.lines
+    np.testing.assert_array_equal(a.get_xydata(), [[1, 3], [2, 4]])
+    np.testing.assert_array_equal(b.get_xydata(), [[1, 1], [3, 9]])
+    assert (a.get_linestyle(), b.get_linestyle(), axes.get_xscale(), axes.get_yscale()) == ("-", "--", "log", "log")
+    with pytest.raises(ValueError, match="pass a y for every x"):
+        plots.lines({"a": ([1, 2], [3])}, "x", "y")
+
+
 def test_one_channel_bands_are_blue_below_zero_and_red_above():
     tile = canvas(plots.coefficient_bands([[[-1.0, 1.0], [0.0, 0.5]]], ["A"]))
     h, w = np.array(tile.shape[:2]) // 4
@@ -293,8 +332,9 @@ def test_intervals_are_drawn_where_they_are():
     bars = np.concatenate([lines.get_segments() for lines in figure.axes[0].collections])
     np.testing.assert_allclose(bars[:4, :, 1].T, [ENERGY / 2, ENERGY * 2])
     np.testing.assert_allclose(bars[4:, :, 1].T, [ENERGY, ENERGY * 3])
+    # the ratio spans each interval at its worst: low over the real high, high over the real low
     power, ratio = plots.spectra([0.1, 0.5], [9, 4], [9, 3], [[8, 3], [10, 5]], [[7, 2], [11, 6]]).axes
-    for axes, area, low, high in ((power, 0, 3, 10), (power, 1, 2, 11), (ratio, 0, 2 / 4, 6 / 4)):
+    for axes, area, low, high in ((power, 0, 3, 10), (power, 1, 2, 11), (ratio, 0, 2 / 5, 6 / 3)):
         heights = axes.collections[area].get_paths()[0].vertices[:, 1]
         assert (heights.min(), heights.max()) == (low, high)
     axes = FIGURES["band_kurtosis"]().axes[0]
@@ -304,10 +344,11 @@ def test_intervals_are_drawn_where_they_are():
 
 def test_scores_and_responses_are_multiples_of_what_real_images_score():
     axes = FIGURES["score_chart"]().axes[0]
-    spans, values = axes.lines[0:4:2], axes.lines[1:4:2]
+    floors, spans, values = (axes.lines[k:6:3] for k in range(3))
+    np.testing.assert_allclose([line.get_xdata() for line in floors], [[0.8, 1.3], [0.5, 2]])
     np.testing.assert_allclose([line.get_xdata() for line in spans], [[2, 5], [8, 10]])
     np.testing.assert_allclose([line.get_xdata()[0] for line in values], [3, 9])
-    assert texts(axes.figure) == ["0.3", "9"]
+    assert texts(axes.figure) == ["0.3", "9"] and axes.get_xlim()[0] > 0
     (axes,) = FIGURES["responses"]().axes
     np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[0, 1], [1, 2], [2, 4]])
     heights = axes.collections[0].get_paths()[0].vertices[:, 1]
@@ -315,10 +356,59 @@ def test_scores_and_responses_are_multiples_of_what_real_images_score():
     assert (axes.get_title(), axes.get_xlabel()) == ("Blur", "sigma (pixels)")
 
 
+def test_curves_points_and_fronts_are_where_they_were_measured():
+    left, right = FIGURES["quality_curves"]().axes
+    lines = {line.get_label(): line for line in left.lines if len(line.get_xdata()) == 3}
+    np.testing.assert_allclose(lines["trailing"].get_xydata(), np.stack([CURVE[0], CURVE[1][:, 0]], 1))
+    np.testing.assert_allclose(left.collections[0].get_segments()[0], [[5, 0.32], [5, 0.52]])
+    assert (left.get_title(), right.get_title()) == ("ddim", "heun")
+    evaluations, seconds = FIGURES["trade_off"]().axes
+    marked = [line.get_xydata().tolist() for line in seconds.lines if line.get_linestyle() == "None"]
+    assert marked == [[[0.1, 0.4], [0.2, 0.2]], [[0.15, 0.5]]]
+    front = next(line for line in evaluations.lines if line.get_label() == "Pareto front")
+    assert front.get_xydata().tolist() == [[5, 0.4], [10, 0.2]]  # in order of cost
+
+
+def test_heat_map_says_every_number_and_leaves_the_unknown_white():
+    figure = FIGURES["heat_map"]()
+    assert texts(figure) == ["0.1", "2", "30"]
+    assert figure.axes[0].images[0].get_array().mask.tolist() == [[False, False], [True, False]]
+
+
+def test_learning_curves_are_mean_and_range_over_seeds():
+    (axes,) = FIGURES["learning_curves"]().axes
+    np.testing.assert_allclose(axes.lines[1].get_xydata(), [[1, 0.6], [8, 0.15]])
+    heights = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (0.1, 0.7)
+    assert axes.lines[1].get_label() == "modern (2)"
+
+
+def test_variants_have_a_dot_and_an_interval_per_seed():
+    figure = plots.variants({"a": [1.0, 3.0]}, "FWD", intervals={"a": [(0.5, 2), (2, 4)]})
+    axes = figure.axes[0]
+    assert axes.lines[0].get_xdata().tolist() == [1, 3] and axes.lines[1].get_xdata().tolist() == [2, 2]
+    segments = axes.collections[0].get_segments()
+    assert [segment[:, 0].tolist() for segment in segments] == [[0.5, 2], [2, 4]]
+    np.testing.assert_allclose([segment[0, 1] for segment in segments], axes.lines[0].get_ydata())
+
+
 def test_nearest_distances_are_cumulative_and_copies_have_ratio_zero():
     distance, ratio = FIGURES["nearest_distances"]().axes
     np.testing.assert_allclose(distance.lines[1].get_xydata()[1:], [[0, 1 / 3], [1, 2 / 3], [2, 1]])
     np.testing.assert_allclose(ratio.lines[1].get_xydata()[1:], [[0, 1 / 3], [0.25, 2 / 3], [1, 1]])
+
+
+def test_cumulative_curves_stand_in_a_band_of_their_size():
+    values = np.linspace(0.1, 0.9, 200)
+    pairs = np.stack([values, np.ones(200)], 1)
+    distance, ratio = plots.nearest_distances(pairs, pairs[:50]).axes
+    (sure,) = plots.confidence(values, values[:50], 0.5).axes
+    for axes in (distance, ratio, sure):
+        for line, band, count in zip(axes.lines[:2], axes.collections, (200, 50), strict=True):
+            corners = band.get_paths()[0].vertices
+            reach = np.sqrt(np.log(20) / 2 / count)  # 0.087 and 0.173
+            np.testing.assert_allclose(corners[:, 1].min(), line.get_ydata()[1] - reach)
+            np.testing.assert_allclose(corners[:, 1].max(), 1 + reach)
 
 
 def test_band_histograms_are_densities_with_their_spread():
@@ -371,6 +461,15 @@ def test_packet_map_places_oscillations_by_frequency(order):
             assert np.unravel_index(drawn.argmax(), (4, 4)) == place
 
 
+def test_packet_map_says_how_far_each_may_be_off():
+    values = np.arange(1.0, 17)
+    interval = values * np.linspace(0.01, 0.16, 16) * [[-1], [1]] + values
+    figure = plots.packet_map(values, 2, interval=interval)
+    assert sorted(texts(figure), key=lambda text: float(text.split()[0])) == [
+        f"{value:.2g}\n±{value:.0f}%" for value in values
+    ]
+
+
 def test_packet_map_axes_are_cycles_per_pixel_and_the_bar_is_named():
     axes, bar = plots.packet_map(np.arange(16), 2).axes
     assert tuple(axes.images[0].get_extent()) == (0, 0.5, 0.5, 0)
@@ -399,7 +498,7 @@ def test_class_counts_against_chance():
     expected = axes.lines[0].get_xdata()
     np.testing.assert_allclose(expected, [30, 30, 40])
     (bars,) = axes.collections[0].get_segments()[:1]
-    np.testing.assert_allclose(bars[:, 0], 30 + np.array([-2, 2]) * np.sqrt(100 * 0.3 * 0.7))
+    np.testing.assert_allclose(bars[:, 0], 30 + np.array([-1.645, 1.645]) * np.sqrt(100 * 0.3 * 0.7))
     assert axes.yaxis_inverted() and [label.get_text() for label in axes.get_yticklabels()] == SHARES[0]
 
 
@@ -447,6 +546,12 @@ def test_confidence_is_the_distribution_and_counts_below_the_threshold():
         lambda: plots.score_chart({}),
         lambda: plots.nearest_distances([1, 2], [[1, 2]]),
         lambda: plots.responses({"blur": ([0, 1, 2], {"FWD": [2, 4]})}, {"blur": "pixels"}),
+        lambda: plots.quality_curves({}, "FWD", "steps"),
+        lambda: plots.quality_curves({"": {"ddim": ([5], [1])}}, "FWD", "steps"),
+        lambda: plots.trade_off({"ddim": ([5], [1])}, {"seconds": [[5, 1]]}, "FWD"),
+        lambda: plots.heat_map([[1, 2]], ["a"], ["b"], "FWD"),
+        lambda: plots.heat_map([[np.nan]], ["a"], ["b"], "FWD"),
+        lambda: plots.learning_curves({"a": ([1000], [0.5])}, "FWD"),
         lambda: plots.class_counts(["a", "b"], [1, 2, 3], [0.5, 0.5]),
         lambda: plots.confidence([[0.5]], [0.5], 0.5),
         lambda: plots.confidence([0.5], [], 0.5),

@@ -21,7 +21,7 @@ from wddm.steps import VARYING, read_log
 TINY = {
     "dataset": "digits", "resolution": 8, "limit": 64, "widths": [8, 16], "dropout": 0.1, "train_kimg": 3.2,
     "batch_size": 16, "warmup_kimg": 0.1, "ema_half_life_kimg": 0.1, "checkpoint_kimg": 0.24, "flip": True,
-    "preview_kimg": 0, "validation_kimg": 0.8, "validation_images": 8,
+    "preview_kimg": 0, "validation_kimg": 0.8, "validation_images": 8, "fwd_kimg": 0.8, "fwd_images": 140,
 }  # fmt: skip
 ALONE = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {"OMP_NUM_THREADS": "1"}
 
@@ -109,7 +109,7 @@ def test_two_processes_lose_what_one_loses(root) -> None:
     assert done.stdout.count("is trained") == 1 and done.stdout.count("| 0/640") == 1
     one, two = (read_log(root / "runs" / name) for name in ("one", "two"))
     assert len(one) == len(two) > 1
-    for name in ("step", "loss", "grad_norm", "band_loss", "validation_loss"):
+    for name in ("step", "loss", "grad_norm", "band_loss", "validation_loss", "fwd"):
         for a, b in zip(one, two, strict=True):
             if a[name] is not None:
                 assert_close(b[name], a[name], atol=1e-5, rtol=1e-5) if name != "band_loss" else [

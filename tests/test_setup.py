@@ -93,9 +93,10 @@ def imported(text: str) -> set[str]:
 def test_modules_import_only_from_the_rows_above() -> None:
     order = """
         processes files wavelets decoding batches parquet sources streams contents data loading kan published ukan
-        backbones objective solvers bandrate cards pipeline checkpoints steps mosaics monitor resume training
-        intervals profiling baselines contenders efficiency benchmarks moments diagnostics metrics features inception
-        scores evaluation verdicts speeds plots sampling workbook runs __main__
+        backbones objective solvers bandrate cards pipeline checkpoints steps mosaics sampling intervals moments
+        diagnostics metrics monitor resume training profiling baselines contenders efficiency benchmarks features
+        inception scores evaluation study findings trajectories verdicts frequencies comparisons speeds plots workbook
+        sweeps runs __main__
     """
     rows = order.split()
     files = {p.stem: p for p in (ROOT / "wddm").glob("*.py")} | {"workbook": ROOT / "wddm/workbook/__init__.py"}

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from wddm import checkpoints
+from wddm import checkpoints, metrics, monitor
 from wddm.backbones import build_backbone
 from wddm.checkpoints import deferred_interrupt, difference
 from wddm.pipeline import WaveletPipeline
@@ -280,7 +280,7 @@ def test_held_out_loss_is_the_same_every_time_and_least_at_the_best(tmp_path) ->
     assert everything == {image.tobytes() for image in IMAGES}
     rows = [row for row in trainer.steps() if row.validation_loss is not None]
     assert [row.step for row in rows] == [10, 20, 30, 40, 50]
-    assert rows[-1].validation_loss == trainer._validate()  # with dropout it would differ
+    assert rows[-1].validation_loss == monitor.validate(trainer)  # with dropout it would differ
     assert len({row.validation_loss for row in rows}) == 5
     assert trainer.model.training
     best = json.loads((tmp_path / "checkpoints/best/state.json").read_text())
@@ -289,11 +289,21 @@ def test_held_out_loss_is_the_same_every_time_and_least_at_the_best(tmp_path) ->
 
 def test_watching_changes_nothing(tmp_path) -> None:
     list(make(tmp_path / "alone").steps())
-    list(make(tmp_path / "watched", preview_kimg=0.016, tensorboard=True).steps())
+    watches = {"preview_kimg": 0.016, "fwd_kimg": 0.016, "fwd_images": 8, "tensorboard": True}
+    list(make(tmp_path / "watched", **watches).steps())
     alone, watched = (bytes_below(tmp_path / name / "pipeline") for name in ("alone", "watched"))
     assert alone == watched
     assert len(list((tmp_path / "watched/previews").glob("*.png"))) == 4
     assert list((tmp_path / "watched/tensorboard").rglob("events*"))
+
+
+def test_distance_in_the_log_is_that_of_the_averaged_weights(tmp_path) -> None:
+    rows = list(make(tmp_path, fwd_kimg=0.032, fwd_images=12).steps())
+    assert [row.fwd is None for row in rows] == [True, False, True, False]
+    pipeline = WaveletPipeline.from_pretrained(tmp_path / "pipeline")
+    samples = pipeline(12, num_inference_steps=25, output_type="np").images
+    samples = (samples * 255).round().astype(np.uint8)
+    assert_close(rows[-1].fwd, metrics.frechet_wavelet_distance(IMAGES, samples, 2).value)
 
 
 @pytest.mark.parametrize("kind", ["unet", "ukan"])

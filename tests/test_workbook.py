@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from wddm import workbook
 from wddm.__main__ import main
 from wddm.workbook import kernel, provenance, records, runner, tables
 from wddm.workbook.experiments import load_experiments
+from wddm.workbook.pages import WIDGET
 from wddm.workbook.parameters import parse_parameters
 
 FIRST = """\
@@ -161,6 +163,15 @@ def test_values_are_converted(root, text, name, value):
         ("level: 1\nsweep: {level: [1]}", "sweep: level cannot be swept and fixed at once"),
         ("notebooks: [zzz]", "notebooks: there is no 'zzz'; known: 01_prepare, 02_train"),
         ("notebooks: [02_tran]", "notebooks: there is no '02_tran', did you mean '02_train'?"),
+        (
+            "sweep: {level: [1]}\nsummary: [02_tran]",
+            "summary: there is no '02_tran', did you mean '02_train'?",
+        ),
+        ("sweep: {level: [1]}\nsummary: 02_train", "summary: got '02_train', wanted a list, e.g. [analysis/compare]"),
+        (
+            "summary: [02_train]",
+            "summary: got one without a sweep, wanted both: it looks at the runs of the sweep",
+        ),
     ],
 )
 def test_bad_yaml_is_refused(root, text, message):
@@ -372,6 +383,97 @@ def test_one_failing_run_does_not_stop_the_others(root, launched):
     assert states(root, "x-level=1") == ["ok", "failed"]
 
 
+SUMMARY = 'run: str = "compare"\nruns: list[str] = ["quickstart"]\nmetric: str = "fwd"\nlevel: int = 1\n'
+
+
+@pytest.fixture
+def summed_up(root) -> Path:
+    """The workbook with a third notebook, which looks at runs, and a sweep that ends with it."""
+    prose = "# Compare\n\n**Inputs:** `reports/{runs}/metrics.json`"
+    write_notebook(root / "notebooks/analysis/compare.ipynb", SUMMARY, "3 + 3", prose=prose)
+    (root / "params/x.yaml").write_text("sweep: {level: [0, 1]}\nsummary: [analysis/compare]\nmetric: loss\n")
+    return root
+
+
+def test_a_summary_is_one_more_run_of_its_own_notebooks(summed_up):
+    text = (summed_up / "params/x.yaml").read_text()
+    *members, summary = load(summed_up, text, "seed=7")
+    assert [member.run for member in members] == ["x-level=0", "x-level=1"]
+    assert all("metric" not in member.parameters and member.parameters["seed"] == 7 for member in members)
+    runs = [member.run for member in members]
+    assert summary.parameters == {"run": "x", "runs": runs, "metric": "loss", "level": 1}
+    assert load(summed_up, text, "runs=[y-*]")[-1].parameters["runs"] == ["y-*"]
+    assert load(summed_up, text, "run=z")[-1].parameters["runs"] == ["z-level=0", "z-level=1"]
+    recipes = summed_up / "params/recipes"
+    recipes.mkdir()
+    (recipes / "modern.yaml").write_text("seed: 9\nmetric: none\n")
+    member, _, summary = load(summed_up, text, "recipe=modern")
+    assert (member.parameters["seed"], summary.parameters["metric"]) == (9, "loss")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("metrik=1", "-p: unknown parameter 'metrik', did you mean 'metric'?"),
+        ("metric=1", "-p: metric: got 1 (int), wanted str, e.g. metric: fwd"),
+        ("runs=x", "-p: runs: got 'x' (str), wanted list[str], e.g. runs: [\"quickstart\"]"),
+        ("sweep={metric: [a, b]}", "params/x.yaml: unknown parameter 'metric'; known: run, seed, count, learning_rate, "
+         "backbone, flip, levels, level, runs"),
+    ],
+)  # fmt: skip
+def test_a_key_must_be_known_to_the_sweep_or_its_summary(summed_up, override, message):
+    with pytest.raises(ValueError) as caught:
+        load(summed_up, "sweep: {level: [0, 1]}\nsummary: [analysis/compare]\n", override)
+    assert str(caught.value) == message
+
+
+def test_the_summary_runs_last_and_again_when_a_result_has_changed(summed_up, launched):
+    assert main(["run", "params/x.yaml"]) == 0
+    assert launched == ["01_prepare", "02_train"] * 2 + ["compare"]
+    assert main(["run", "params/x.yaml"]) == 0 and len(launched) == 5
+    assert yaml.safe_load((summed_up / "reports/x/params.yaml").read_text())["notebooks"] == ["analysis/compare"]
+    records.write_json(summed_up / "reports/x-level=1/metrics.json", {"fwd": 2})
+    assert main(["run", "params/x.yaml"]) == 0 and launched[5:] == ["compare"]
+
+
+def test_a_failed_member_stops_neither_the_others_nor_the_summary(summed_up, launched):
+    (summed_up / "fail-02_train").touch()
+    assert main(["run", "params/x.yaml"]) == 1
+    assert launched == ["01_prepare", "02_train"] * 2 + ["compare"]
+    assert states(summed_up, "x-level=0") == ["ok", "failed"] and states(summed_up) == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--only", "train"], ["02_train"] * 2),
+        (["--only", "compare"], ["compare"]),
+        (["--from", "train"], ["02_train", "02_train", "compare"]),
+        (["--from", "compare"], ["compare"]),
+    ],
+)
+def test_the_summary_comes_after_the_notebooks_of_the_sweep(summed_up, launched, options, expected):
+    assert main(["run", "params/x.yaml", *options]) == 0 and launched == expected
+
+
+def test_a_sweep_that_was_stopped_goes_on_where_it_stopped(summed_up, launched, monkeypatch):
+    execute = kernel.execute
+
+    def stopped(source, target, parameters, stop):
+        if parameters["run"] == "x-level=1" and source.stem == "02_train":
+            os.kill(os.getpid(), signal.SIGINT)
+            return "killed", "KeyboardInterrupt: stopped"
+        return execute(source, target, parameters, stop)
+
+    monkeypatch.setattr(kernel, "execute", stopped)
+    assert main(["run", "params/x.yaml"]) == 130
+    assert launched == ["01_prepare", "02_train", "01_prepare"]  # and no summary
+    assert states(summed_up, "x-level=1") == ["ok", "killed"] and not (summed_up / "reports/x").exists()
+    monkeypatch.setattr(kernel, "execute", execute)
+    launched.clear()
+    assert main(["run", "params/x.yaml"]) == 0 and launched == ["02_train", "compare"]
+
+
 def test_preflight_sees_what_is_going_to_run(root, launched):
     seen = []
     experiments = load(root, "level: 2")
@@ -404,9 +506,19 @@ def test_a_run_under_way_is_left_alone(root, launched, capsys):
 
 
 def test_inputs_that_are_none_are_left_out_and_others_must_be_parameters(root):
-    write_notebook(root / "notebooks/01_prepare.ipynb", FIRST, prose="**Inputs:** `a/{count}`, `b-{seed}`\n\n`c`")
+    write_notebook(
+        root / "notebooks/01_prepare.ipynb",
+        FIRST,
+        prose="**Inputs:** `a/{count}`,\n`b-{seed}`  \n**Outputs:** `d`\n\n`c`",
+    )
     experiment = load(root, "")[0]
     assert provenance.declared_paths(experiment, experiment.notebooks[0], "Inputs") == [root / "b-0"]
+    prose = "**Inputs:** `r/{levels}/{seed}`, `{levels}-*`"
+    write_notebook(root / "notebooks/01_prepare.ipynb", FIRST, prose=prose)
+    for name in ("2-b", "2-a", "3-a"):
+        (root / name).touch()
+    found = provenance.declared_paths(experiment, experiment.notebooks[0], "Inputs")
+    assert found == [root / name for name in ("r/1/0", "r/2/0", "2-a", "2-b")]
     write_notebook(root / "notebooks/01_prepare.ipynb", FIRST, prose="**Inputs:** `{sead}`")
     with pytest.raises(ValueError, match=r"^01_prepare.ipynb: Inputs: `\{sead\}` names 'sead'"):
         provenance.declared_paths(experiment, experiment.notebooks[0], "Inputs")
@@ -442,13 +554,23 @@ book.record(fwd=np.float32(0.5), parameters=7)
 book.record_timing(images_per_s=3.25)
 assert not plt.get_fignums()
 """
+EXPLORE = """\
+import ipywidgets
+def draw(level):
+    figure, axis = plt.subplots()
+    axis.plot(range(level + 2))
+    return figure
+slider = ipywidgets.IntSlider(1, 0, 3)
+book.explore(draw, "explorer", "Turn it.", level=slider)
+"""
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A workbook after a real `wddm run` that fails in its second notebook; and what the terminal showed."""
     root = tmp_path_factory.mktemp("workbook")
-    write_notebook(root / "notebooks/01_work.ipynb", SECOND, WORK, SHOW)
+    prose = "# Title\n\nWith $\\sqrt{a_t}$, $$z = \\frac{1}{2}$$ and $\\frac$."
+    write_notebook(root / "notebooks/01_work.ipynb", SECOND, WORK, SHOW, EXPLORE, prose=prose)
     write_notebook(
         root / "notebooks/02_fail.ipynb",
         SECOND,
@@ -528,6 +650,39 @@ def test_the_page_reads_without_a_network(finished):
     assert 'href="../index.html"' in page and '<span class="badge ok">ok</span>' in page
 
 
+def test_formulas_of_a_page_are_mathml(finished):
+    page = (finished[0] / "reports/x/01_work.html").read_text()
+    assert re.search(r'<math display="inline"[^>]*><mrow><msqrt>.*<msub><mi>a</mi><mi>t</mi></msub>', page)
+    assert re.search(r'<math display="block"[^>]*>.*<mfrac>.*</math>', page)
+    assert "<code>\\frac</code>" in page  # what it cannot read stays as it was typed
+
+
+def test_a_page_shows_the_first_picture_of_a_figure_with_controls(finished):
+    page = (finished[0] / "reports/x/01_work.html").read_text()
+    assert re.search(r'<img alt="Turn it." [^>]*width="768"', page) and "widget-view" not in page
+    assert (finished[0] / "reports/x/figures/explorer.png").exists()
+
+
+def test_a_figure_follows_its_controls(root, monkeypatch):
+    from ipywidgets import IntSlider
+    from ipywidgets.widgets.widget import _instances
+
+    shown, drawn = [], []
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # it closes real figures only
+    monkeypatch.setattr("IPython.display.display", lambda data, **_: shown.append(data))
+    monkeypatch.setattr(workbook, "_pixels", lambda figure: b"picture %d" % figure.level)
+    figures = [SimpleNamespace(level=level, get_figwidth=lambda: 6.0) for level in range(4)]
+    slider = IntSlider(1, 0, 3)
+
+    workbook.open_run("r").explore(lambda level: drawn.append(level) or figures[level], "f", "c", level=slider)
+    assert drawn == [1] and (root / "reports/r/figures/f.png").read_bytes() == b"picture 1"
+    box = _instances[shown[0][WIDGET]["model_id"]]
+    assert box.children[-1].value == b"picture 1"
+    slider.value = 3
+    assert drawn == [1, 3] and box.children[-1].value == b"picture 3"
+    assert shown[1]["text/plain"] == "c" and "image/png" not in shown[1]  # the words, apart from the pixels
+
+
 def test_the_page_of_a_failure_says_what_went_wrong(finished):
     page = (finished[0] / "reports/x/02_fail.html").read_text()
     assert '<span class="badge failed">failed</span>' in page
@@ -598,9 +753,12 @@ def test_a_kernel_that_dies_is_told_apart(root, capsys):
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_beside_itself(root):
-    write_notebook(root / "notebooks/01_prepare.ipynb", SECOND, "if level == 2: raise ValueError('two')")
-    (root / "params/x.yaml").write_text("sweep: {level: [2, 1]}\nnotebooks: [01_prepare]\n")
+def test_a_sweep_runs_beside_itself_and_is_summed_up(summed_up):
+    write_notebook(summed_up / "notebooks/01_prepare.ipynb", SECOND, "if level == 2: raise ValueError('two')")
+    write_notebook(summed_up / "notebooks/analysis/compare.ipynb", SUMMARY, "print(runs)")
+    (summed_up / "params/x.yaml").write_text(
+        "sweep: {level: [2, 1]}\nnotebooks: [01_prepare]\nsummary: [analysis/compare]"
+    )
     done = subprocess.run(
         [sys.executable, "-m", "wddm", "run", "params/x.yaml", "--jobs", "2"],
         text=True,
@@ -608,8 +766,9 @@ def test_a_sweep_runs_beside_itself(root):
         check=False,
     )
     assert done.returncode == 1
-    assert states(root, "x-level=2") == ["failed"] and states(root, "x-level=1") == ["ok"]
+    assert states(summed_up, "x-level=2") == ["failed"] and states(summed_up, "x-level=1") == ["ok"]
     assert "x-level=2 | 01_prepare failed: ValueError: two" in done.stdout
+    assert re.search(r"\['x-level=2', 'x-level=1'\]\nok in", done.stdout) and states(summed_up) == ["ok"]
 
 
 def wait_for(condition, *, seconds: float) -> None:
@@ -687,7 +846,7 @@ def test_tables_take_frames_and_rows():
     assert as_text == "Cap\na     b\n<x>   1\n–    22"
     shown = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workbook, "_display", lambda *forms: shown.append(forms[1]))
+        patch.setattr(workbook, "_display", lambda forms: shown.append(forms["text/plain"]))
         book = workbook.Run("r", Path(), None, Path(), Path())
         book.table(pd.DataFrame({"fwd": [0.5]}, index=["ours"]), "T")
         book.table(pd.DataFrame({"fwd": [0.5]}), "T")

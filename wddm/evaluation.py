@@ -110,14 +110,15 @@ def responses(
 
     By kind: amounts (K,), and by distance its values and the ends of their 90 % intervals (K, 3).
 
-    Half of the reference, `most` images at most, is compared with the other half. Missing classes leave fewer images:
+    Half of the reference, `most` images at most, is compared with as many others. Missing classes leave fewer images:
     as many are taken for every amount, so that their number tells nothing. A kind that leaves too few is left out.
 
     Args:
         level: of the FWD.
         network: classifier of the reference whose features give another distance.
     """
-    one, other = metrics.halves(len(reference.images), min(len(reference.images) // 2, most), seed)
+    count, shuffled = min(len(reference.images) // 2, most), np.random.default_rng(seed).permutation
+    one, other = np.sort(shuffled(len(reference.images))[: 2 * count].reshape(2, count))
     labels, found = None if reference.labels is None else reference.labels[other], {}
     with suppress(ValueError):  # too few images for this level
         real = metrics.packet_moments(reference.images, level, rows=one, **how)

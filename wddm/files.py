@@ -1,11 +1,13 @@
-"""files: written whole or not at all, durably where it matters, and told apart by their content."""
+"""files: written whole or not at all, durably where it matters, and told apart by their content; rows of JSON."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def sha256(path: Path) -> str:
@@ -52,3 +54,18 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """A JSON object a line; a last line cut short by a crash is left out, and there may be no file."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def append_row(file: Path, row: dict[str, Any]) -> None:
+    """Add a line to what `read_rows` reads, in the place of one that was cut short."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab+") as rows:
+        rows.seek(0)
+        rows.truncate(rows.read().rfind(b"\n") + 1)
+        rows.write((json.dumps(row) + "\n").encode())

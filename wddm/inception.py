@@ -78,11 +78,14 @@ def features(
     return {name: np.concatenate([outputs[i] for _, outputs in found]) for i, name in enumerate(LAYERS)}
 
 
-def scores(generated: Features, real: Features) -> dict[str, tuple[float, float | None, float | None]]:
-    """fid, kid, inception_score, precision and recall, each with the ends of a 90 % interval; fid's is `fid_interval`.
+def scores(
+    generated: Features, real: Features, *, resamples: int = 20, seed: int = 0
+) -> dict[str, tuple[float, float, float]]:
+    """fid, kid, inception_score, precision and recall, each with the ends of a 90 % interval.
 
-    KID: where 90 % of the subsets lie. IS: the standard error over its parts. Precision and recall, of `generated`
-    and `real` images in the other set's balls of 3 neighbours: binomial (Wilson), the balls held fixed.
+    FID: `fid_interval`. KID: where 90 % of the subsets lie. IS: the standard error over its parts. Precision and
+    recall, of `generated` and `real` images in the other set's balls of 3 neighbours: binomial (Wilson), the balls
+    held fixed.
     """
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
@@ -102,7 +105,7 @@ def scores(generated: Features, real: Features) -> dict[str, tuple[float, float 
     }
     for name, pool in zip(("precision", "recall"), pools, strict=True):
         found[name] = (covered[name], *share(round(covered[name] * len(pool)), len(pool))[1:])
-    return {"fid": (fid, None, None), **found}
+    return {"fid": (fid, *fid_interval(fid, generated, real, resamples=resamples, seed=seed)), **found}
 
 
 def fid_interval(

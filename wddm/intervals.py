@@ -59,6 +59,14 @@ def share(hits: int, count: int) -> tuple[float, float, float]:
     return hits / count, float(interval.low), float(interval.high)
 
 
+def band(values: np.ndarray, confidence: float = 0.9) -> float:
+    """How far the share of values (N,) under any limit may be from that of endless values, all limits at once.
+
+    Dvoretzky, Kiefer and Wolfowitz 1956, with the constant of Massart 1990: of any distribution.
+    """
+    return float(np.sqrt(np.log(2 / (1 - confidence)) / (2 * len(values))))
+
+
 def median(values: np.ndarray) -> tuple[float, float, float]:
     """The median (N,) and its interval, between two order statistics: of any distribution.
 

@@ -45,7 +45,7 @@ def frechet_wavelet_distance(
     """Mean over the 4^L Haar packets of the Frechet distance of real and generated values (arXiv 2312.15289).
 
     The distance is biased upwards, about as 1 / images: compare only numbers with equal counts, and see
-    `half_split_floor`. Time grows with d^3, d = C H W / 4^L: images of 256 x 256 want level 5.
+    `split_floor`. Time grows with d^3, d = C H W / 4^L: images of 256 x 256 want level 5.
 
     Args:
         real, generated: images, or their `packet_moments` of that level.
@@ -86,7 +86,7 @@ def feature_moments(images: Images, feature_extractor: Callable[[Tensor], Tensor
     return _moments(images, _features(feature_extractor), **how)[0]
 
 
-def half_split_floor(
+def split_floor(
     real: Images,
     level: int = 3,
     *,
@@ -96,24 +96,25 @@ def half_split_floor(
     seed: int = 0,
     **how,
 ) -> Frechet:
-    """What perfection scores: the distance between disjoint random sets of `count` real images, by default halves.
+    """The distance of `count` real images chosen at random, by default half of them, to all the others.
 
-    FWD of that level, or the distance of features.
+    FWD of that level, or the distance of features. The others are fewer than all real images, so that a perfect
+    generator, compared with all, scores lower: by about (1/n + 1/N) / (1/n + 1/(N - n)) for n = `count` of N.
     """
-    one, other = halves(len(real), count, seed)
+    chosen, others = split(len(real), count, seed)
     vectors = _features(feature_extractor) if feature_extractor else haar_packets(level)
     populations = 1 if feature_extractor else 4**level
-    options = {"real_rows": one, "rows": other, "resamples": resamples, "seed": seed}
+    options = {"real_rows": others, "rows": chosen, "resamples": resamples, "seed": seed}
     return _frechet(real, real, vectors, populations, **options, **how)
 
 
-def halves(size: int, count: int | None = None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Two disjoint random choices of `count` rows of `size`, sorted; by default half of them each."""
+def split(size: int, count: int | None = None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A random choice of `count` rows of `size`, by default half of them, and all the others; both sorted."""
     count = size // 2 if count is None else count
     if not 1 <= count <= size // 2:
         raise ValueError(f"got count={count} of {size} images, wanted 1 to {size // 2}: change count")
     shuffled = np.random.default_rng(seed).permutation(size)
-    return np.sort(shuffled[:count]), np.sort(shuffled[count : 2 * count])
+    return np.sort(shuffled[:count]), np.sort(shuffled[count:])
 
 
 def _features(extractor: Callable[[Tensor], Tensor]) -> Vectors:
@@ -211,9 +212,7 @@ def _groups(
 ) -> list[slice]:
     """Parts of the populations whose moments fit in GROUP_BYTES."""
     given = [side for side in (real, generated) if not isinstance(side, Moments)]
-    values = (
-        vectors(next(unit_batches(given[0], 1, device=how.get("device", "cpu"))), slice(1)).shape[-1] if given else 1
-    )
+    values = _length(given[0], vectors, how) if given else 1
     size = max(1, GROUP_BYTES // (8 * values**2 * (2 + resamples)))
     return [slice(start, start + size) for start in range(0, populations, size)]
 

@@ -1,25 +1,33 @@
-"""What is looked at while training goes on, with the averaged weights in eval mode: held-out loss, previews.
+"""What is looked at while training goes on, with the averaged weights in eval mode: held-out loss, samples.
 
 Nothing here draws from the training's own randomness, so a run that is watched ends with the same bytes.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor
 
+from wddm.metrics import frechet_wavelet_distance
 from wddm.mosaics import compose
 from wddm.objective import diffusion_loss
 from wddm.pipeline import WaveletPipeline
+from wddm.sampling import sample_images
+from wddm.solvers import build_solver
 from wddm.wavelets import WaveletCodec
 
-PREVIEW = {"batch_size": 32, "num_inference_steps": 25, "eta": 0.0}  # how previews are drawn, with DDIM
+if TYPE_CHECKING:
+    from wddm.training import Trainer
+
+SOLVER = {"num_inference_steps": 25, "eta": 0.0}  # how samples are drawn, with DDIM; of the same seeds at all times
+PREVIEWED = 32  # samples in a picture
 
 
 class Rows:
@@ -65,6 +73,21 @@ def averaged(model: ModelMixin, ema: EMAModel) -> Iterator[ModelMixin]:
         model.train()
 
 
+def validate(trainer: "Trainer") -> float:
+    """Loss of the averaged weights on the held-out images; the least so far is kept as checkpoints/best."""
+    share = {"rank": trainer.accelerator.process_index, "world_size": trainer.accelerator.num_processes}
+    options = {"weighting": trainer.weighting, "reconstruction": trainer.reconstruction}
+    with averaged(trainer.model, trainer.ema) as model:
+        sums = validation_loss(
+            model, trainer.codec, trainer.noise, trainer.held_out, batch_size=trainer.batch_size, **share, **options
+        )
+    total, count = trainer.accelerator.reduce(sums, "sum").tolist()
+    if trainer.best is None or total / count < trainer.best:
+        trainer.best = total / count
+        trainer.save("best")
+    return total / count
+
+
 @torch.no_grad()
 def validation_loss(
     model: ModelMixin,
@@ -95,11 +118,37 @@ def validation_loss(
     return torch.tensor([total, len(share)], dtype=torch.float64, device=device)
 
 
-def preview(pipeline: WaveletPipeline, folder: Path, images_seen: int) -> np.ndarray:
-    """Draw <folder>/<images_seen>.png and return it, uint8 (H, W, C): the same seeds at all times."""
-    pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(output_type="np", **PREVIEW).images
+def measure(trainer: "Trainer") -> float:
+    """FWD of samples, of which every process draws its share, to the training images."""
+    processes = trainer.accelerator
+    share = {"rank": processes.process_index, "world_size": processes.num_processes}
+    with sampler(trainer) as pipeline:
+        samples = list(sample_images(pipeline, trainer.fwd_images, **share, **SOLVER))
+    if processes.num_processes > 1:
+        samples = gather_object(samples)
+    return frechet_wavelet_distance(trainer.real, np.concatenate(samples), trainer.fwd_level).value
+
+
+def preview(trainer: "Trainer") -> None:
+    """Draw previews/<images seen>.png, by the main process."""
+    if not trainer.accelerator.is_main_process:
+        return
+    with sampler(trainer) as pipeline:
+        images = pipeline(PREVIEWED, output_type="np", **SOLVER).images
     mosaic = compose((images * 255).round().astype(np.uint8), 16)
+    folder = trainer.folder / "previews"
     folder.mkdir(exist_ok=True)
-    Image.fromarray(mosaic).save(folder / f"{images_seen:09d}.png")
-    return mosaic
+    Image.fromarray(mosaic).save(folder / f"{trainer.images_seen:09d}.png")
+    if trainer.tensorboard:
+        tracker = trainer.accelerator.get_tracker("tensorboard")
+        tracker.log_images({"samples": mosaic[None]}, step=trainer.images_seen, dataformats="NHWC")
+
+
+@contextmanager
+def sampler(trainer: "Trainer") -> Iterator[WaveletPipeline]:
+    """A silent pipeline of the averaged weights, for the length of a `with` block."""
+    solver = build_solver("ddim", trainer.prediction_type, spacing="trailing", clip=trainer.codec.limit.item())
+    with averaged(trainer.model, trainer.ema) as model:
+        pipeline = WaveletPipeline(model, solver, trainer.codec)
+        pipeline.set_progress_bar_config(disable=True)
+        yield pipeline

@@ -132,7 +132,7 @@ def coefficient_bands(coefficients: ArrayLike, labels: Sequence[str], channels: 
     fits = coefficients.ndim == 3 and not rest and bands and len(labels) in (bands, bands * channels)
     wanted = f"(bands * {channels}, h, w)"
     need(fits, f"{coefficients.shape}, {len(labels)} labels", wanted, "pass one image and a label per band")
-    names = [label.removesuffix("0") for label in labels[:: len(labels) // bands]]
+    names = labels if len(labels) == bands else [label.removesuffix("0") for label in labels[::channels]]
     grouped = coefficients.reshape(bands, channels, *coefficients.shape[1:])
     texts = [f"{name}  std {band.std():#.2g}" for name, band in zip(names, grouped, strict=True)]
     return _mosaic([_band_tile(band) for band in grouped], 4 if bands <= 4 else 8, texts)

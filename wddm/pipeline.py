@@ -53,6 +53,7 @@ class WaveletPipeline(DiffusionPipeline):
         return_dict: bool = True,
         seed: int = 0,
         detail_steps: int | None = None,
+        latents: Tensor | None = None,
         callback_on_step_end: Callable | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Draw images.
@@ -64,21 +65,20 @@ class WaveletPipeline(DiffusionPipeline):
             num_inference_steps: solver steps.
             eta: 0 deterministic DDIM, 1 as random as DDPM; only for solvers that know it.
             detail_steps: solver steps of the detail bands, if others than those of the coarse band (see bandrate.py).
+            latents: unit noise (B, 4^L C, h, w) to start from; the generators then only draw what the solver adds.
             output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), the last two float in [0, 1].
             callback_on_step_end: called `(pipeline, i, t, {"latents": ..., "denoised": ...})` after each step;
-                "denoised" is the solver's estimate of the clean coefficients, or None; the "latents" of the
-                dictionary it returns are gone on with.
+                "denoised" estimates the clean coefficients, or is None; the "latents" it returns are gone on with.
 
         Raises:
-            ValueError: unknown output type, a wrong number of generators or steps, eta or detail_steps for a solver
-                that cannot honour them, coefficients that are not finite in the end.
+            ValueError: unknown output type, latents of another shape, a wrong number of generators or steps, eta or
+                detail_steps for a solver that cannot honour them, coefficients that are not finite in the end.
         """
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"got output_type={output_type!r}, wanted pil, np or pt: choose one of them")
         if generator is None:
             generator = image_generators(range(seed, seed + batch_size))
-        shape = (batch_size, self.backbone.config.in_channels, *[self.backbone.config.sample_size] * 2)
-        noise = randn_tensor(shape, generator=generator, device=self.device, dtype=self.backbone.dtype)
+        noise = self._noise(latents, batch_size, generator)
         groups = self._groups(noise, generator, eta, num_inference_steps, detail_steps)
         times = {visit: t for group in groups for visit, t in group.times.items()}
         for i, visit in enumerate(self.progress_bar(sorted(times))):
@@ -97,6 +97,15 @@ class WaveletPipeline(DiffusionPipeline):
         images = self._images(latents, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def _noise(self, latents: Tensor | None, batch_size: int, generator: Generator | list[Generator]) -> Tensor:
+        """What sampling starts from (B, 4^L C, h, w): the latents given, or drawn."""
+        shape = (batch_size, self.backbone.config.in_channels, *[self.backbone.config.sample_size] * 2)
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=self.device, dtype=self.backbone.dtype)
+        if latents.shape != shape:
+            raise ValueError(f"got latents {tuple(latents.shape)}, wanted {shape}: give noise of that shape")
+        return latents.to(self.device, self.backbone.dtype)
+
     def _call_back(self, callback: Callable, i: int, t: Tensor, groups: list[Group]) -> None:
         """Show the caller the state of step i, and go on with the latents it returns."""
         estimates = [group.denoised for group in groups]
@@ -109,11 +118,10 @@ class WaveletPipeline(DiffusionPipeline):
     def _images(self, latents: Tensor, output_type: str) -> Tensor | np.ndarray | list[Image]:
         """Coefficients as images of that type."""
         images = self.decode(latents)
-        if output_type != "pt":
-            images = images.permute(0, 2, 3, 1).float().cpu().numpy()
-        if output_type == "pil":
-            images = self.numpy_to_pil(images)
-        return images
+        if output_type == "pt":
+            return images
+        images = images.permute(0, 2, 3, 1).float().cpu().numpy()
+        return self.numpy_to_pil(images) if output_type == "pil" else images
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1] of coefficients (B, 4^L C, h, w)."""

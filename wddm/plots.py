@@ -1,7 +1,8 @@
 """Figures of the reports: arrays in, a matplotlib `Figure` out; nothing shown, nothing saved, no state left.
 
-Here are the charts, 900 pixels wide (6 inches at 150 dpi); those made of images are in `mosaics`. Bands: A
-(approximation), H, V, D (horizontal, vertical, diagonal detail). Grey is real data, blue generated.
+Here are the charts, 900 pixels wide (6 inches at 150 dpi); those made of images are in `mosaics`, those of scores in
+`verdicts`, those that set side by side in `comparisons`. Bands: A (approximation), H, V, D (horizontal, vertical,
+diagonal detail). Grey is real data, blue generated.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,19 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from wddm.comparisons import (  # noqa: F401  (and those that set side by side)
+    heat_map,
+    learning_curves,
+    quality_curves,
+    trade_off,
+    variants,
+)
+from wddm.frequencies import (  # noqa: F401  (those of spectra and bands)
+    band_energy,
+    band_kurtosis,
+    packet_map,
+    spectra,
+)
 from wddm.mosaics import (  # noqa: F401  (the figures made of images are plots too)
     checked,
     coefficient_bands,
@@ -28,16 +42,12 @@ from wddm.verdicts import (  # noqa: F401  (and those of scores)
     ACCENT,
     GENERATED,
     REAL,
-    band_energy,
-    band_kurtosis,
     class_counts,
     confidence,
     log_axis,
     nearest_distances,
-    packet_map,
     responses,
     score_chart,
-    spectra,
 )
 
 
@@ -47,6 +57,28 @@ def _palette(count: int) -> list:
         return sns.color_palette("colorblind" if count <= 10 else "husl", count)
     hues, shades = sns.color_palette("colorblind", 4), count // 4
     return [shade for hue in hues for shade in sns.light_palette(hue, shades + 2, reverse=True)[:shades]]
+
+
+def lines(
+    series: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    xlabel: str,
+    ylabel: str,
+    log: str = "",
+    dashed: Sequence[str] = (),
+    height: float = 2.6,
+) -> Figure:
+    """Curves by name, each (x, y), legend beside the panel; `log`: "x", "y" or "xy"; `dashed` ones are references."""
+    with panels(height) as (figure, (axes,)):
+        colors = iter(_palette(len(series)))
+        for name, (x, y) in series.items():
+            need(np.shape(x) == np.shape(y), f"{name} {np.shape(y)}", np.shape(x), "pass a y for every x")
+            style = {"color": REAL, "linestyle": "--"} if name in dashed else {"color": next(colors)}
+            axes.plot(x, y, label=name, **style)
+        for name in log:
+            log_axis(axes, name)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        figure.legend(loc="outside right center")
+    return figure
 
 
 def _over_time(times: ArrayLike, series: Mapping[str, ArrayLike], ylabel: str) -> Figure:
@@ -135,20 +167,4 @@ def channel_histograms(images: ArrayLike, generated: ArrayLike | None = None) ->
         axs[0].set(ylabel="pixels (%)")
         if len(both) == 2:
             figure.legend(*axs[0].get_legend_handles_labels(), loc="outside right center")
-    return figure
-
-
-def variants(values: Mapping[str, Sequence[float]], quantity: str, floor: float | None = None) -> Figure:
-    """A row per variant with a dot per seed and a line at their mean, logarithmic; dashed where the floor is."""
-    need(bool(values), "no variants", "one or more", "give the values of each")
-    with panels(0.8 + 0.25 * len(values)) as (figure, (axes,)):
-        for row, seeds in enumerate(values.values()):
-            axes.plot(seeds, [row] * len(seeds), "o", color=GENERATED, markersize=4, alpha=0.7)
-            axes.plot([np.mean(seeds)] * 2, [row - 0.3, row + 0.3], color=GENERATED)
-        if floor is not None:
-            axes.axvline(floor, color=REAL, linestyle="--", linewidth=0.8, label="floor: two halves of the real set")
-            figure.legend(loc="outside upper right")
-        axes.set_yticks(range(len(values)), list(values))
-        axes.invert_yaxis()
-        axes.set(xlabel=quantity, xscale="log")
     return figure

@@ -30,8 +30,9 @@ INCEPTION = {  # key of metrics.json -> name, whether more is better
 class Score:
     """One number of a report: `value` None where it was not computed, and `protocol` then says why.
 
-    `low` and `high` are the ends of a 90 % interval; `floor` is what real images score in the place of generated
-    ones; `count` and `count_real` how many images were compared.
+    `low` and `high` are the ends of a 90 % interval. `floor` is what real images score in the place of generated
+    ones, as many as there are, but at most half of the set, against all the others; (value, low, high), computed as
+    the score is. `count` and `count_real`: how many images were compared.
     """
 
     key: str
@@ -39,7 +40,7 @@ class Score:
     value: float | None
     low: float | None
     high: float | None
-    floor: float | None
+    floor: tuple[float, float, float] | None
     count: int
     count_real: int
     protocol: str
@@ -48,14 +49,16 @@ class Score:
     def row(self) -> dict[str, Any]:
         """For a table."""
         interval = "" if self.low is None else f"{self.low:.3g} to {self.high:.3g}"
+        floor = "{:.3g} ({:.3g} to {:.3g})".format(*self.floor) if self.floor else ""
         return {
-            "metric": self.name, "value": self.value, "90 % interval": interval, "floor": self.floor,
+            "metric": self.name, "value": self.value, "90 % interval": interval, "floor": floor,
             "images": self.count, "real": self.count_real, "how": self.protocol,
         }  # fmt: skip
 
     def record(self) -> dict[str, float | None]:
         """For metrics.json: nothing where nothing was computed."""
-        parts = {"": self.value, "_low": self.low, "_high": self.high, "_floor": self.floor}
+        parts = {"": self.value, "_low": self.low, "_high": self.high}
+        parts |= dict(zip(("_floor", "_floor_low", "_floor_high"), self.floor or (), strict=False))
         return {self.key + part: value for part, value in parts.items() if value is not None}
 
 
@@ -63,6 +66,18 @@ def caveat(samples: Sequence) -> str:
     """What must be said beside numbers of so many images."""
     few = "Fewer than 10,000 images: compares only within this workbook, and only at this number. "
     return few * (len(samples) < 10_000)
+
+
+def fairness(samples: Sequence, reference: Dataset) -> str:
+    """How many images scores and floors compare, and what a perfect model would score by the bias of distances."""
+    n, total = len(samples), len(reference.images)
+    half = min(n, total // 2)
+    expected = (1 / n + 1 / total) / (1 / half + 1 / (total - half))
+    return (
+        f"Scores: {n:,} samples against {total:,} real images; floors: {half:,} real images against the "
+        f"{total - half:,} others, so that FWD and FD of a perfect model would be about {expected:.2f} times their "
+        "floor."
+    )
 
 
 def kept(reference: Dataset, name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -122,18 +137,20 @@ def by_inception(
     if path is None:
         names = "FID, KID, IS, precision, recall"
         return [_none("fid", names, samples, reference, "no Inception weights")]
-    network, options = inception.build(path, device), {"processes": processes, "progress": progress}
-    extract = lambda images: inception.features(images, network, **options)  # noqa: E731
-    real = kept(reference, f"inception-{network.key[:16]}", lambda: extract(reference.images))
-    generated = extract(samples)
-    found = inception.scores(generated, real)
-    fid = found["fid"][0]
-    found["fid"] = (fid, *inception.fid_interval(fid, generated, real, resamples=RESAMPLES, seed=seed))
-    rows = metrics.halves(len(real["2048"]), min(len(real["2048"]) // 2, len(samples)), seed)
-    floor = inception.scores(*({layer: side[layer][one] for layer in side} for side, one in ((real, r) for r in rows)))
+    network, bootstrap = inception.build(path, device), {"resamples": RESAMPLES, "seed": seed}
+    stem = f"inception-{network.key[:16]}"
+    extract = lambda images: inception.features(images, network, processes=processes, progress=progress)  # noqa: E731
+    real, generated = kept(reference, stem, lambda: extract(reference.images)), extract(samples)
+    found = inception.scores(generated, real, **bootstrap)
+
+    def apart(count: int) -> dict[str, tuple]:
+        parts = metrics.split(len(reference.images), count, seed)
+        return inception.scores(*({name: real[name][rows] for name in real} for rows in parts), **bootstrap)
+
+    floor = _floor(reference, stem, len(samples), seed, apart)
     how = f"torch-fidelity, weights {network.key[:8]}, {RESAMPLES} resamples, seed {seed}"
     counts = (len(samples), len(reference.images))
-    return [Score(key, INCEPTION[key], *found[key], floor[key][0], *counts, how) for key in INCEPTION]
+    return [Score(key, INCEPTION[key], *found[key], floor.get(key), *counts, how) for key in INCEPTION]
 
 
 def copies(samples: np.ndarray, reference: Dataset, *, seed: int = 0, most: int = 256, **_: Any) -> list[Score]:
@@ -150,13 +167,13 @@ def copies(samples: np.ndarray, reference: Dataset, *, seed: int = 0, most: int 
     counts, how = (len(distances), len(real)), f"seed {seed}"
     detail = {"rows": rows, "distances": distances, "apart": apart}
     middle, name = median(distances[:, 0]), "median distance to the nearest real image"
-    found = [Score("nearest_distance", name, *middle, float(np.median(apart[:, 0])), *counts, how, detail)]
+    found = [Score("nearest_distance", name, *middle, median(apart[:, 0]), *counts, how, detail)]
     for key, name, of_samples, of_real in (
         ("copies_share", "share nearer to one than 99 % of those are", distances[:, 0] < limit, apart[:, 0] < limit),
         ("memorised_share", "share memorised", diagnostics.memorised(distances), diagnostics.memorised(apart)),
     ):
-        values = (*share(of_samples.sum(), len(of_samples)), float(of_real.mean()))
-        found.append(Score(key, name, *values, *counts, how))
+        values, floor = (share(hits.sum(), len(hits)) for hits in (of_samples, of_real))
+        found.append(Score(key, name, *values, floor, *counts, how))
     return found
 
 
@@ -180,21 +197,29 @@ def _network(reference: Dataset, seed: int, processes: Any) -> features.FeatureN
 def _frechet_score(
     key: str, name: str, found: metrics.Frechet, reference: Dataset, stem: str, options: dict, **of: Any
 ) -> Score:
-    """The score of a Frechet distance, with its floor from halves of the reference."""
-    count, seed = min(len(reference.images) // 2, found.count_generated), options["seed"]
-    plain = {**options, "resamples": 0}
+    """The score of a Frechet distance, with its floor from a split of the reference."""
+
+    def apart(count: int) -> dict[str, tuple]:
+        half = metrics.split_floor(reference.images, count=count, **of, **options)
+        return {"distance": (half.value, half.interval.low, half.interval.high)}
+
+    floor = _floor(reference, stem, found.count_generated, options["seed"], apart)
+    ends, how = (found.interval.low, found.interval.high), f"{RESAMPLES} resamples, seed {options['seed']}"
+    counts = found.count_generated, found.count_real
+    return Score(key, name, found.value, *ends, floor.get("distance"), *counts, how, found)
+
+
+def _floor(
+    reference: Dataset, stem: str, count: int, seed: int, apart: Callable[[int], dict[str, tuple]]
+) -> dict[str, tuple[float, float, float]]:
+    """What `apart` finds, with ends, between `count` real images, half of them at most, and the others; kept."""
+    count = min(len(reference.images) // 2, count)
+    name = f"{stem}-split-{count}-{seed}-{RESAMPLES}"
     try:
-        half = kept(
-            reference,
-            f"{stem}-floor-{count}-{seed}",
-            lambda: {"value": np.array(metrics.half_split_floor(reference.images, count=count, **of, **plain).value)},
-        )
-        floor = float(half["value"])
-    except ValueError:  # too few images for halves
-        floor = None
-    how = f"{found.interval.resamples} resamples, seed {seed}"
-    ends = found.interval.low, found.interval.high
-    return Score(key, name, found.value, *ends, floor, found.count_generated, found.count_real, how, found)
+        found = kept(reference, name, lambda: {key: np.array(ends) for key, ends in apart(count).items()})
+    except ValueError:  # too few images to be split
+        return {}
+    return {key: tuple(ends.tolist()) for key, ends in found.items()}
 
 
 def _none(key: str, name: str, samples: np.ndarray, reference: Dataset, why: str) -> Score:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wddm.files import whole
+from wddm.files import append_row, read_rows, whole
 from wddm.objective import Loss
 
 VARYING = ("images_per_s", "memory_gb")  # of a Step; all else is the same whenever the settings are
@@ -29,6 +29,7 @@ class Step:
     memory_gb: float  # peak, of the GPU, or of the process where there is none
     band_loss: dict[str, float]  # squared error of the prediction in each band, unweighted
     validation_loss: float | None = None  # on held-out images, where it was measured at this step
+    fwd: float | None = None  # of samples against the training images, where it was measured at this step
 
     def curves(self) -> dict[str, float]:
         """What is drawn over `images_seen`, by name, as TensorBoard takes it."""
@@ -94,8 +95,7 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def append_log(folder: Path, row: Step) -> None:
-    with open(Path(folder) / "log.jsonl", "a") as log:
-        log.write(json.dumps(asdict(row)) + "\n")
+    append_row(Path(folder) / "log.jsonl", asdict(row))
 
 
 def cut_log(folder: Path, last_step: int) -> None:
@@ -107,6 +107,4 @@ def cut_log(folder: Path, last_step: int) -> None:
 
 def read_log(folder: Path) -> list[dict]:
     """Rows of a run's log.jsonl, one per `Step`; a last line cut short by a crash is left out."""
-    file = Path(folder) / "log.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return read_rows(Path(folder) / "log.jsonl")

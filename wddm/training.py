@@ -18,12 +18,10 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from wddm import checkpoints, resume
+from wddm import checkpoints, monitor, resume
 from wddm.batches import batches
-from wddm.monitor import averaged, hold_out, preview, validation_loss
+from wddm.metrics import packet_moments
 from wddm.objective import Loss, diffusion_loss, noise_scheduler
-from wddm.pipeline import WaveletPipeline
-from wddm.solvers import build_solver
 from wddm.steps import Meter, Step, append_log, peak_memory_gb
 from wddm.wavelets import WaveletCodec
 
@@ -50,6 +48,8 @@ class Trainer:
         validation_kimg: thousand images between two losses on `validation_images` held-out ones, with the averaged
             weights; 0 never. The checkpoint where it was least is kept as checkpoints/best.
         preview_kimg: thousand images between two pictures of samples in previews/; 0 never.
+        fwd_kimg: thousand images between two Frechet wavelet distances, of `fwd_images` samples of the averaged
+            weights to the training images, at `fwd_level`; 0 never.
         tensorboard: write the log and previews to folder/tensorboard too.
         extend: go on with an earlier run of the same settings but for a smaller train_kimg.
         restart: set the checkpoints of a finished run with other settings aside, and start anew.
@@ -84,6 +84,9 @@ class Trainer:
     validation_kimg: float = 0.0
     validation_images: int = 256
     preview_kimg: float = 0.0
+    fwd_kimg: float = 0.0
+    fwd_images: int = 512
+    fwd_level: int = 2
     tensorboard: bool = False
     extend: bool = False
     restart: bool = False
@@ -107,7 +110,9 @@ class Trainer:
             self.model.enable_gradient_checkpointing()
         self.codec.to(device)
         self.noise = noise_scheduler(self.prediction_type)
-        self.trained, self.held_out = hold_out(self.images, self.validation_images if self.validation_kimg else 0)
+        held_out = self.validation_images if self.validation_kimg else 0
+        self.trained, self.held_out = monitor.hold_out(self.images, held_out)
+        self.real = packet_moments(self.trained, self.fwd_level) if self.fwd_kimg else None
         self.model.train()
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
@@ -150,15 +155,20 @@ class Trainer:
                 done = self.step == self.total_steps
                 logging = self.step % self.log_every == 0 or done
                 stopping = done or self._agreed(interrupted.is_set(), logging)
-                validating, previewing = self._due(self.validation_kimg), self._due(self.preview_kimg)
-                saving = self._due(self.checkpoint_kimg) or stopping
-                if logging or saving or validating or previewing:
+                validating, measuring = self._due(self.validation_kimg), self._due(self.fwd_kimg)
+                previewing, saving = self._due(self.preview_kimg), self._due(self.checkpoint_kimg) or stopping
+                if logging or saving or validating or measuring or previewing:
                     self._check()
-                row = self._log(self._validate() if validating else None) if logging or validating else None
+                row = None
+                if logging or validating or measuring:
+                    rate = self.meter.rate()
+                    found = {"validation_loss": monitor.validate(self)} if validating else {}
+                    found |= {"fwd": monitor.measure(self)} if measuring else {}
+                    row = self._log(rate, **found)
                 if saving:
                     self.save()
                 if previewing:
-                    self._preview()
+                    monitor.preview(self)
                 if row:
                     try:
                         yield row
@@ -235,33 +245,8 @@ class Trainer:
                 f"(now {self.learning_rate:g}); the last good checkpoint is kept"
             )
 
-    def _validate(self) -> float:
-        """Loss of the averaged weights on the held-out images; the least so far is remembered."""
-        share = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
-        options = {"weighting": self.weighting, "reconstruction": self.reconstruction}
-        with averaged(self.model, self.ema) as model:
-            sums = validation_loss(
-                model, self.codec, self.noise, self.held_out, batch_size=self.batch_size, **share, **options
-            )
-        total, count = self.accelerator.reduce(sums, "sum").tolist()
-        if self.best is None or total / count < self.best:
-            self.best = total / count
-            self.save("best")
-        return total / count
-
-    def _preview(self) -> None:
-        """Pictures of samples of the averaged weights, always from the same noise."""
-        if not self.accelerator.is_main_process:
-            return
-        solver = build_solver("ddim", self.prediction_type, spacing="trailing", clip=self.codec.limit.item())
-        with averaged(self.model, self.ema) as model:
-            mosaic = preview(WaveletPipeline(model, solver, self.codec), self.folder / "previews", self.images_seen)
-        if self.tensorboard:
-            tracker = self.accelerator.get_tracker("tensorboard")
-            tracker.log_images({"samples": mosaic[None]}, step=self.images_seen, dataformats="NHWC")
-
-    def _log(self, validation: float | None) -> Step:
-        """Read the meter (all processes) and begin a new one; append to log.jsonl."""
+    def _log(self, steps_per_s: float, **measured: float) -> Step:
+        """Read the meter (all processes) and begin a new one; append to log.jsonl, with what else was measured."""
         loss, band_loss, norm = (self.accelerator.reduce(value, "mean") for value in self.meter.means())
         names = self.codec.bands()
         row = Step(
@@ -270,10 +255,10 @@ class Trainer:
             loss=loss.item(),
             lr=self.lr.get_last_lr()[0],
             grad_norm=norm.item(),
-            images_per_s=self.meter.rate() * self.batch_size,
+            images_per_s=steps_per_s * self.batch_size,
             memory_gb=peak_memory_gb(self.accelerator.device),
             band_loss=dict(zip(names, band_loss.view(len(names), -1).mean(1).tolist(), strict=True)),
-            validation_loss=validation,
+            **measured,
         )
         self.meter = Meter()
         if self.accelerator.is_main_process:

@@ -3,8 +3,9 @@
     book = workbook.open_run(run, dataset=dataset, resolution=resolution)
     book.data, book.folder, book.report             data/<dataset>-<resolution>, runs/<run>, reports/<run>
     book.show(figure, "samples", "64 samples.")     a captioned figure, kept in the report
-    book.table(rows, "Distances."); book.keep(rows, "distances")
-    book.record(fwd=0.29); book.record_timing(train_images_per_s=812.0)
+    book.explore(draw, "bands", "Bands.", level=widgets.IntSlider(1, 0, 3))   one that follows its controls
+    book.table(rows, "Distances."); book.record(fwd=0.29); book.record_timing(train_images_per_s=812.0)
+    book.keep(rows, "distances")                    the same as CSV and JSON, with every digit
     for step in workbook.progress(steps): ...
 
 The root is the nearest folder upwards that holds notebooks/ and params/.
@@ -24,9 +25,10 @@ from typing import Any
 
 from wddm.workbook.experiments import check_run_name, load_experiments
 from wddm.workbook.index import write_index
-from wddm.workbook.records import collect, read_json, write_json, write_text
+from wddm.workbook.pages import WIDGET
+from wddm.workbook.records import collect, read_json, write_json
 from wddm.workbook.runner import run
-from wddm.workbook.tables import format_table
+from wddm.workbook.tables import format_table, write_rows
 
 __all__ = ["Run", "collect", "find_root", "live", "load_experiments", "open_run", "progress", "run", "write_index"]
 
@@ -51,17 +53,38 @@ class Run:
     report: Path  # <root>/reports/<run>
 
     def show(self, figure: Any, name: str, caption: str) -> None:
-        """Save a matplotlib figure as figures/<name>.png of the report and display it with its caption."""
+        """Save a matplotlib figure as figures/<name>.png of the report and display it, its caption beneath."""
+        self._show(figure, name, caption)
+
+    def explore(self, draw: Callable[..., Any], name: str, caption: str, **controls: Any) -> None:
+        """Show the figure draw(**values) of the controls' values, drawn anew whenever one of these widgets moves.
+
+        Where no widget can live (a report, a notebook that was only opened) there is the first figure.
+        """
+        from ipywidgets import HBox, Image, VBox
+
+        picture = Image()
+
+        def redraw(change: Any = None) -> Any:
+            figure = draw(**{key: control.value for key, control in controls.items()})
+            picture.value, picture.width = _pixels(figure), _width(figure)
+            return figure
+
+        for control in controls.values():
+            control.observe(redraw, "value")
+        figure, box = redraw(), VBox([HBox(list(controls.values())), picture])
+        self._show(figure, name, caption, {WIDGET: {"model_id": box.model_id, "version_major": 2, "version_minor": 0}})
+
+    def _show(self, figure: Any, name: str, caption: str, alive: dict[str, Any] | None = None) -> None:
+        """Pixels and caption are two outputs, so that strict comparisons of notebooks see the words alone."""
         path = self.report / "figures" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        path.write_bytes(_pixels(figure))
         pixels = base64.b64encode(path.read_bytes()).decode()
-        text = html.escape(caption)
-        _display(
-            f'<figure><img alt="{text}" width="{round(120 * figure.get_figwidth())}" '
-            f'src="data:image/png;base64,{pixels}"><figcaption>{text}</figcaption></figure>',
-            f"[{path.relative_to(self.root)}] {caption}",
-        )
+        where = f"[{path.relative_to(self.root)}]"
+        _display({"image/png": pixels, "text/plain": where, **(alive or {})},
+                 {"image/png": {"width": _width(figure), "alt": caption}})  # fmt: skip
+        _display({"text/html": f"<figcaption>{html.escape(caption)}</figcaption>", "text/plain": caption})
         if pyplot := sys.modules.get("matplotlib.pyplot"):
             pyplot.close(figure)
 
@@ -70,15 +93,16 @@ class Run:
         if hasattr(rows, "to_dict"):
             counted = type(rows.index).__name__ == "RangeIndex"
             rows = (rows if counted else rows.reset_index()).to_dict("records")
-        _display(*format_table(list(rows), caption))
+        as_html, as_text = format_table(list(rows), caption)
+        _display({"text/html": as_html, "text/plain": as_text})
 
-    def keep(self, rows: list[dict[str, Any]], name: str) -> None:
-        """Write rows to <name>.csv and <name>.json of the report, as they are, and to <name>.txt, to be read."""
-        import pandas as pd
-
-        write_text(self.report / f"{name}.csv", pd.DataFrame(rows).to_csv(index=False))
-        write_json(self.report / f"{name}.json", rows)
-        write_text(self.report / f"{name}.txt", format_table(rows, name)[1] + "\n")
+    def keep(self, rows: Any, name: str) -> None:
+        """Keep a DataFrame, or a list of dicts, as <name>.csv and <name>.json of the report, and link them."""
+        rows = rows.to_dict("records") if hasattr(rows, "to_dict") else list(rows)
+        write_rows(rows, self.report / f"{name}.csv", self.report / f"{name}.json")
+        files = f"{name}.csv", f"{name}.json"
+        links = ", ".join(f'<a href="{file}">{file}</a>' for file in files)
+        _display({"text/html": f"<p>All of it: {links}</p>", "text/plain": f"All of it: {', '.join(files)}"})
 
     def record(self, **numbers: float | None) -> None:
         """Merge results into metrics.json: only what is the same whenever the parameters are."""
@@ -155,7 +179,17 @@ def _number(key: str, value: Any) -> float | int | None:
     return value
 
 
-def _display(as_html: str, as_text: str) -> None:
+def _pixels(figure: Any) -> bytes:
+    figure.savefig(pixels := io.BytesIO(), dpi=150, format="png")
+    return pixels.getvalue()
+
+
+def _width(figure: Any) -> int:
+    """Screen pixels, at 120 an inch."""
+    return round(120 * figure.get_figwidth())
+
+
+def _display(data: dict[str, Any], metadata: dict[str, Any] | None = None) -> None:
     from IPython.display import display
 
-    display({"text/html": as_html, "text/plain": as_text}, raw=True)
+    display(data, metadata=metadata, raw=True)

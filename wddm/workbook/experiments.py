@@ -1,13 +1,15 @@
 """Experiments: what a YAML asks for, checked against what the notebooks declare before anything runs.
 
 An experiment is one flat YAML of parameters, plus `notebooks:` (which to run; the numbered ones when absent),
-`recipe:` (a file of params/recipes/ whose values hold where the experiment names none) and `sweep:` (lists of values,
-one run for every combination, or a list of such). Every mistake is reported, one line each.
+`recipe:` (a file of params/recipes/ whose values hold where the experiment names none), `sweep:` (lists of values,
+one run for every combination, or a list of such) and `summary:` (notebooks that look at the runs of the sweep, as one
+more run after them). Every mistake is reported, one line each.
 """
 
 import difflib
 import itertools
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 from wddm.workbook.parameters import Parameter, merge_schemas
 
 RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+-]*")
-SETTINGS = ("notebooks", "sweep")  # keys of a YAML that are not parameters
+SETTINGS = ("notebooks", "sweep", "summary")  # keys of a YAML that are not parameters
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Experiment:
     notebooks: tuple[Path, ...]
     parameters: dict[str, Any]
     swept: dict[str, Any]  # the part of `parameters` that the sweep chose
+    is_summary: bool = False  # it runs after the others of its YAML, and looks at them
 
 
 def pipeline_notebooks(root: Path) -> tuple[Path, ...]:
@@ -36,7 +39,7 @@ def pipeline_notebooks(root: Path) -> tuple[Path, ...]:
 
 
 def load_experiments(path: Path, root: Path, overrides: list[str] = ()) -> list[Experiment]:
-    """Read and check one YAML: an Experiment, or one per combination of its sweep.
+    """Read and check one YAML: an Experiment, or one per combination of its sweep and, last, its summary.
 
     `overrides` are `key=value` texts whose values are read as YAML, as if they stood in the file.
     ValueError holds one line for every mistake.
@@ -47,22 +50,36 @@ def load_experiments(path: Path, root: Path, overrides: list[str] = ()) -> list[
         for key, value in source.items()
     }
     settings = {key: values.pop(key)[1] for key in SETTINGS if key in values}
-    notebooks = _find_notebooks(settings.get("notebooks"), root, path)
-    schema = merge_schemas(notebooks)
-    schema.setdefault("run", Parameter("run", "str", path.stem))
+    if "summary" in settings and not settings.get("sweep"):
+        raise ValueError(f"{path}: summary: got one without a sweep, wanted both: it looks at the runs of the sweep")
+    values = {"run": (str(path), path.stem)} | values
+    notebooks = _find_notebooks("notebooks", settings, root, path) or pipeline_notebooks(root)
+    summary = _find_notebooks("summary", settings, root, path)
+    schema, of_summary = _schema(notebooks), _schema(summary)
     problems, experiments = {}, []
     for swept in _combinations(settings.get("sweep"), values, path):
-        wanted = {"run": (str(path), path.stem), **values, **{key: (str(path), swept[key]) for key in swept}}
+        wanted = values | {key: (str(path), value) for key, value in swept.items()}
         if "recipe" in wanted:
             wanted = _recipe(*wanted.pop("recipe"), root, schema) | wanted
-        parameters, mistakes = _resolve(schema, wanted)
+        known = schema | {name: one for name, one in of_summary.items() if name not in swept}
+        parameters, mistakes = _resolve(schema, wanted, known)
         problems.update(dict.fromkeys(mistakes))
-        if not mistakes:
-            parameters["run"] = _run_name(parameters["run"], swept)
-            experiments.append(Experiment(parameters["run"], path, root, notebooks, parameters, swept))
+        run = _run_name(str(parameters["run"]), swept)
+        experiments.append(Experiment(run, path, root, notebooks, parameters | {"run": run}, swept))
+    if summary:
+        runs = {"runs": (str(path), [experiment.run for experiment in experiments])}
+        wanted = {name: value for name, value in (runs | values).items() if name != "recipe"}
+        parameters, mistakes = _resolve(of_summary, wanted, schema | of_summary | {"runs": None})
+        problems.update(dict.fromkeys(mistakes))
+        experiments.append(Experiment(parameters["run"], path, root, summary, parameters, {}, is_summary=True))
     if problems:
         raise ValueError("\n".join(problems))
     return experiments
+
+
+def _schema(notebooks: tuple[Path, ...]) -> dict[str, Parameter]:
+    """name -> Parameter of notebooks that run together, and `run`, which every run has."""
+    return {"run": Parameter("run", "str", "")} | merge_schemas(notebooks)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -102,16 +119,17 @@ def _read_override(text: str) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"-p {text}: the value is not valid YAML") from None
 
 
-def _find_notebooks(names: Any, root: Path, where: Path) -> tuple[Path, ...]:
-    """Paths of the notebooks that a YAML's `notebooks:` names (without .ipynb, below notebooks/)."""
+def _find_notebooks(key: str, settings: dict[str, Any], root: Path, where: Path) -> tuple[Path, ...]:
+    """Paths of the notebooks that a YAML names under `key` (without .ipynb, below notebooks/), or none."""
+    names = settings.get(key)
     if names is None:
-        return pipeline_notebooks(root)
+        return ()
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{where}: notebooks: got {names!r}, wanted a list, e.g. [analysis/efficiency]")
+        raise ValueError(f"{where}: {key}: got {names!r}, wanted a list, e.g. [analysis/compare]")
     folder = root / "notebooks"
     known = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.ipynb"))}
     missing = [
-        f"{where}: notebooks: there is no {name!r}{_suggest(name, known)}"
+        f"{where}: {key}: there is no {name!r}{_suggest(name, known)}"
         for name in names
         if name.removesuffix(".ipynb") not in known
     ]
@@ -133,12 +151,18 @@ def _combinations(sweep: Any, fixed: dict, where: Path) -> list[dict[str, Any]]:
     return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
 
 
-def _resolve(schema: dict[str, Parameter], wanted: dict[str, tuple[str, Any]]) -> tuple[dict, list[str]]:
-    """Defaults overlaid with `wanted` {name: (where, value)}, and one line for every mistake."""
+def _resolve(
+    schema: dict[str, Parameter], wanted: dict[str, tuple[str, Any]], known: Iterable[str]
+) -> tuple[dict, list[str]]:
+    """Defaults overlaid with what `wanted` {name: (where, value)} has of the schema, and one line for every mistake.
+
+    What is not of the schema must be `known`: another notebook's.
+    """
     parameters, mistakes = {name: parameter.default for name, parameter in schema.items()}, []
     for name, (where, value) in wanted.items():
+        if name not in known:
+            mistakes.append(f"{where}: unknown parameter {name!r}{_suggest(name, known)}")
         if name not in schema:
-            mistakes.append(f"{where}: unknown parameter {name!r}{_suggest(name, schema)}")
             continue
         try:
             parameters[name] = schema[name].convert(value)
@@ -164,6 +188,6 @@ def _run_name(run: str, swept: dict[str, Any]) -> str:
     return re.sub(r"[^A-Za-z0-9._=+-]+", "_", "-".join(parts))
 
 
-def _suggest(name: str, known: dict[str, Any]) -> str:
+def _suggest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

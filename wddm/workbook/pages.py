@@ -1,6 +1,7 @@
 """An executed notebook as an HTML page that needs nothing but itself: no script, no font, no address outside."""
 
 import ast
+import html
 import re
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ from wddm.workbook.tables import format_number, format_seconds
 
 TEMPLATES = Path(__file__).parent / "templates"
 PROGRESS_LINE = re.compile(r"\[(\d+:)?\d\d:\d\d[<,]")  # tqdm's [elapsed<remaining, rate]
+WIDGET = "application/vnd.jupyter.widget-view+json"  # what lives in JupyterLab alone, beside a picture of itself
 HEADER = re.compile(r"<header>.*?</header>", re.DOTALL)
 
 
 def render(folder: Path, name: str) -> Path:
     """reports/<run>/<name>.ipynb -> .html, and new headers for the run's other pages."""
     import nbformat
-    from nbconvert import HTMLExporter
     from pygments.formatters import HtmlFormatter
 
     notebook = nbformat.read(folder / f"{name}.ipynb", as_version=4)
@@ -34,7 +35,7 @@ def render(folder: Path, name: str) -> Path:
     notebook.cells = [
         _tidy(cell) for cell in notebook.cells if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])
     ]
-    exporter = HTMLExporter(template_name="report", extra_template_basedirs=[str(TEMPLATES)])
+    exporter = _exporter()(template_name="report", extra_template_basedirs=[str(TEMPLATES)])
     page = folder / f"{name}.html"
     write_text(page, exporter.from_notebook_node(notebook, resources)[0])
     for other in read_status(folder):
@@ -90,9 +91,39 @@ def _fill_in(notebook: Any, parameters: list[dict[str, Any]]) -> None:
         first.source = first.source.replace(f"{{{row['name']}}}", str(value))
 
 
+def _exporter() -> type:
+    """nbconvert's exporter to HTML, with formulas as MathML, which browsers draw without a script."""
+    from nbconvert import HTMLExporter
+    from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+
+    class Renderer(IPythonRenderer):
+        def inline_math(self, body):
+            return _mathml(body, "inline")
+
+        def block_math(self, body):
+            return _mathml(body, "block")
+
+    class Exporter(HTMLExporter):
+        def markdown2html(self, source):
+            return MarkdownWithMath(renderer=Renderer(escape=False, exclude_anchor_links=True)).render(source)
+
+    return Exporter
+
+
+def _mathml(formula: str, display: str) -> str:
+    """A formula in LaTeX as MathML; one that cannot be read stays as it was typed."""
+    from latex2mathml.converter import convert
+
+    try:
+        return convert(formula, display=display)
+    except Exception:  # its errors have no common name
+        return f"<code>{html.escape(formula)}</code>"
+
+
 def _tidy(cell: Any) -> Any:
-    """Drop progress bars and carriage-return debris from the streams of a cell."""
+    """Drop progress bars and carriage-return debris from a cell's streams, and widgets, which are dead in a page."""
     for output in cell.get("outputs", []):
+        output.get("data", {}).pop(WIDGET, None)
         if output.output_type == "stream":
             lines = [line.rstrip("\r").rpartition("\r")[2] for line in output.text.split("\n")]
             output.text = "\n".join(line for line in lines if not PROGRESS_LINE.search(line)).strip("\n")

@@ -136,13 +136,16 @@ def _parse_line(statement: ast.stmt, help: str, where: str) -> Parameter:
 
 
 def merge_schemas(notebooks: tuple[Path, ...]) -> dict[str, Parameter]:
-    """The schemas of several notebooks as one; the same name must mean the same in all of them."""
+    """The schemas of several notebooks as one; the same name must mean the same in all of them.
+
+    But for `run`, whose default an experiment never takes.
+    """
     merged, owner = {}, {}
     for path in notebooks:
         for name, parameter in read_schema(path).items():
             first = merged.setdefault(name, parameter)
             owner.setdefault(name, path.name)
-            if (first.type, first.default) != (parameter.type, parameter.default):
+            if name != "run" and (first.type, first.default) != (parameter.type, parameter.default):
                 raise ValueError(
                     f"{name} is `{first.type} = {first.default!r}` in {owner[name]} but "
                     f"`{parameter.type} = {parameter.default!r}` in {path.name}; make them one"

@@ -1,19 +1,23 @@
 """Where a result comes from: the fingerprint of all that a notebook depends on, and the machine it ran on.
 
-A notebook's first markdown cell declares what it reads and writes, relative to the root, in two lines:
+A notebook's first markdown cell declares what it reads and writes, relative to the root, up to the next bold word:
 
     **Inputs:** `data/{dataset}-{resolution}/manifest.json`, `{dataset_path}`
     **Outputs:** `runs/{run}/pipeline/`
+
+A list stands for each of its items, and `*` for all that is there: `reports/{runs}/metrics.json`.
 """
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import platform
 import re
 import shutil
 import subprocess
+from glob import glob
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -57,15 +61,22 @@ def declared_paths(experiment: Experiment, notebook: Path, kind: str) -> list[Pa
     """The "Inputs" or "Outputs" that a notebook declares; one whose parameter is None is left out."""
     cells = read_notebook(notebook)["cells"]
     first = next((cell["source"] for cell in cells if cell["cell_type"] == "markdown"), "")
-    line = re.search(rf"\*\*{kind}:\*\*(.*)", first)
+    line = re.search(rf"\*\*{kind}:\*\*(.*?)(?=\n\n|\*\*|\Z)", first, re.DOTALL)
     paths = []
     for template in re.findall(r"`([^`]+)`", line[1] if line else ""):
-        names = re.findall(r"{(\w+)}", template)
+        names = list(dict.fromkeys(re.findall(r"{(\w+)}", template)))
         if unknown := [name for name in names if name not in experiment.parameters]:
             raise ValueError(f"{notebook.name}: {kind}: `{template}` names {unknown[0]!r}, no parameter")
-        if all(experiment.parameters[name] is not None for name in names):
-            paths.append(experiment.root / template.format(**experiment.parameters))
+        values = [experiment.parameters[name] for name in names]
+        for chosen in itertools.product(*(each if isinstance(each, list) else [each] for each in values)):
+            if None not in chosen:
+                paths += _matching(str(experiment.root / template.format(**dict(zip(names, chosen, strict=True)))))
     return paths
+
+
+def _matching(path: str) -> list[Path]:
+    """The path or, of one with a `*`, all that are there."""
+    return [Path(found) for found in sorted(glob(path))] if "*" in path else [Path(path)]
 
 
 def environment(root: Path, seed: int | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +29,53 @@ def read_json(path: Path) -> dict:
         return {}
 
 
-def collect(root: Path, pattern: str) -> list[dict]:
-    """A row per run of reports/<pattern>: metrics, timings, what a sweep chose (from the name), and its `variant`.
+@dataclass(frozen=True)
+class Finished:
+    """A run that ended ok: its resolved parameters and its numbers.
 
-    The variant is what a sweep chose but for the seed.
+    Runs of one `variant` differ in their seeds alone; it is named by what a sweep chose, or by the run.
     """
+
+    name: str
+    variant: str
+    parameters: dict[str, Any]
+    metrics: dict[str, float | None]
+    timings: dict[str, float | None]
+
+
+def collect(root: Path, runs: list[str]) -> tuple[list[Finished], list[str]]:
+    """The finished runs of reports/, given by names or patterns with `*`, in that order; and names of none.
+
+    ValueError if there are no finished ones.
+    """
+    import yaml
+
+    found, absent = {}, []
+    for pattern in runs:
+        folders = [path for path in sorted((root / "reports").glob(pattern)) if _is_finished(path)]
+        found |= {path.name: path for path in folders}
+        absent += [pattern] * (not folders)
+    if not found:
+        raise ValueError(f"got no finished runs like {', '.join(runs)} in reports/, wanted some: run the sweep first")
+    bases = {name.split("=")[0].rpartition("-")[0] for name in found if "=" in name}
     rows = []
-    for folder in sorted((root / "reports").glob(pattern)):
-        if metrics := read_json(folder / "metrics.json"):
-            chosen = dict(re.findall(r"(?<=-)(\w+)=(.*?)(?=-\w+=|$)", folder.name))
-            variant = ", ".join(f"{key} {value}" for key, value in chosen.items() if key != "seed") or folder.name
-            found = metrics | read_json(folder / "timings.json")
-            rows.append({"run": folder.name, "variant": variant, **chosen, **found})
-    if not rows:
-        raise ValueError(f"got no finished runs like reports/{pattern}, wanted some: run the sweep first")
-    return rows
+    for name, folder in found.items():
+        parameters = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
+        numbers = (read_json(folder / f"{kind}.json") for kind in ("metrics", "timings"))
+        rows.append(Finished(name, _variant(name, several=len(bases) > 1), parameters, *numbers))
+    return rows, absent
+
+
+def _is_finished(folder: Path) -> bool:
+    states = {entry["state"] for entry in read_status(folder).values()}
+    return states <= {"ok"} and (folder / "metrics.json").exists() and (folder / "params.yaml").exists()
+
+
+def _variant(name: str, several: bool) -> str:
+    """x-level=2-seed=0 -> level 2; with the x if there are `several`."""
+    base, *chosen = re.split(r"-(?=\w+=)", name)
+    kept = [one.replace("=", " ", 1) for one in chosen if not one.startswith("seed=")]
+    return ", ".join([base] * (several or not kept) + kept)
 
 
 def read_status(folder: Path) -> dict[str, dict]:

@@ -38,25 +38,29 @@ def run(
     jobs: int = 1,
     preflight: Callable[[dict[str, Any]], None] | None = None,
 ) -> int:
-    """Run every experiment, `jobs` at a time; one that fails does not stop the others.
+    """Run every experiment, `jobs` at a time, and then the summaries; one that fails does not stop the others.
 
-    `only` and `start` choose notebooks by name, with or without the number. `preflight(parameters)` may
-    refuse, by ValueError, an experiment of which something is going to run; nothing has run then.
-    Returns 0 ok, 1 a notebook failed, 130 interrupted.
+    `only` and `start` choose notebooks by name, with or without the number; the summary's come after those of the
+    sweep. `preflight(parameters)` may refuse, by ValueError, an experiment of which something is going to run; nothing
+    has run then. Returns 0 ok, 1 a notebook failed, 130 interrupted.
     """
-    tasks = [Task(experiment, only, start, force) for experiment in experiments]
     names = [experiment.run for experiment in experiments]
     if twins := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"run: two experiments are called {twins[0]!r}; give each its own name")
+    chosen = _choose(experiments, only, start)
+    tasks = [Task(one, chosen[one.source], only, start, force) for one in experiments]
+    tasks = [task for task in tasks if task.chosen]
+    members, summaries = ([task for task in tasks if task.experiment.is_summary is kind] for kind in (False, True))
     problems = dict.fromkeys(line for task in tasks for line in task.problems(preflight))
     if problems:
         raise ValueError("\n".join(problems))
     with kernel.stop_on_signals() as stop:
-        if jobs > 1 and len(tasks) > 1:
+        if jobs > 1 and len(members) > 1:
             with ThreadPoolExecutor(jobs) as pool:
-                codes = list(pool.map(lambda task: _run_as_process(task, stop), tasks))
+                codes = list(pool.map(lambda task: _run_as_process(task, stop), members))
         else:
-            codes = [task.run(stop) for task in tasks if not stop.requested]
+            codes = [task.run(stop) for task in members if not stop.requested]
+        codes += [task.run(stop) for task in summaries if not stop.requested]
         write_index(experiments[0].root)
     return 130 if stop.requested else max(codes)
 
@@ -64,10 +68,12 @@ def run(
 class Task:
     """One experiment with the notebooks chosen from it, and the record of its run."""
 
-    def __init__(self, experiment: Experiment, only: str | None, start: str | None, force: bool) -> None:
+    def __init__(
+        self, experiment: Experiment, chosen: list[Path], only: str | None, start: str | None, force: bool
+    ) -> None:
         self.experiment, self.only, self.start, self.force = experiment, only, start, force
         self.root, self.folder = experiment.root, experiment.root / "reports" / experiment.run
-        self.chosen = _choose(experiment.notebooks, only, start)
+        self.chosen = [notebook for notebook in experiment.notebooks if notebook in chosen]
         self.status = read_status(self.folder)
 
     def problems(self, preflight: Callable[[dict[str, Any]], None] | None) -> list[str]:
@@ -197,15 +203,20 @@ def write_parameters(experiment: Experiment, path: Path) -> None:
     write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
-def _choose(notebooks: tuple[Path, ...], only: str | None, start: str | None) -> list[Path]:
-    """The notebooks that --only and --from leave, given as 02_train or train."""
-    chosen = list(notebooks)
-    for name in filter(None, (only, start)):
-        found = [notebook for notebook in notebooks if name in (notebook.stem, re.sub(r"^\d+_", "", notebook.stem))]
-        if not found:
-            known = ", ".join(notebook.stem for notebook in notebooks)
-            raise ValueError(f"there is no notebook {name!r} in this run; known: {known}")
-        chosen = found if name is only else chosen[chosen.index(found[0]) :] if found[0] in chosen else []
+def _choose(experiments: list[Experiment], only: str | None, start: str | None) -> dict[Path, list[Path]]:
+    """Of every YAML the notebooks that --only and --from leave, given as 02_train or train."""
+    chosen = {}
+    for experiment in experiments:  # a summary comes last
+        known = chosen.setdefault(experiment.source, [])
+        known += [notebook for notebook in experiment.notebooks if notebook not in known]
+    for source, notebooks in chosen.items():
+        for name in filter(None, (only, start)):
+            found = [notebook for notebook in notebooks if name in (notebook.stem, re.sub(r"^\d+_", "", notebook.stem))]
+            if not found:
+                known = ", ".join(notebook.stem for notebook in notebooks)
+                raise ValueError(f"there is no notebook {name!r} in this run; known: {known}")
+            left = chosen[source]
+            chosen[source] = found if name is only else left[left.index(found[0]) :] if found[0] in left else []
     return chosen
 
 

@@ -1,9 +1,14 @@
-"""Numbers and tables, as a report prints them."""
+"""Numbers and tables, as a report prints them and as files keep them."""
 
+import csv
 import html
+import io
 import math
 from numbers import Number
+from pathlib import Path
 from typing import Any
+
+from wddm.workbook.records import write_json, write_text
 
 
 def format_number(value: Any) -> str:
@@ -58,6 +63,24 @@ def format_table(rows: list[dict[str, Any]], caption: str) -> tuple[str, str]:
         for texts in (titles, *cells)
     ]
     return as_html, "\n".join((caption, *as_text))
+
+
+def write_rows(rows: list[dict[str, Any]], as_csv: Path, as_json: Path) -> None:
+    """Rows as CSV, a column per key, and as JSON; what is absent, or not a finite number, is empty and null."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    rows = [{column: _plain(row.get(column)) for column in columns} for row in rows]
+    with io.StringIO(newline="") as text:
+        table = csv.DictWriter(text, columns, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+        write_text(as_csv, text.getvalue())
+    write_json(as_json, rows)
+
+
+def _plain(value: Any) -> Any:
+    """For JSON: NumPy's scalars and arrays as Python's, and None for what is no finite number."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_number(value: Any) -> bool:

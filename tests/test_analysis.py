@@ -1,0 +1,433 @@
+"""Studies of settings and of runs: their arithmetic in closed form, the analysis notebooks as users run them."""
+
+import csv
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from wddm import findings, study, sweeps, trajectories
+from wddm.backbones import build_backbone
+from wddm.files import append_row, read_rows
+from wddm.objective import noise_scheduler, signal_power
+from wddm.pipeline import WaveletPipeline
+from wddm.solvers import build_solver
+from wddm.wavelets import WaveletCodec
+from wddm.workbook import collect, records
+from wddm.workbook.records import Finished
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (24, 8, 8, 1), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> WaveletPipeline:
+    """Untrained, for images of 8 x 8."""
+    torch.manual_seed(0)
+    backbone = build_backbone("unet", image_size=8, image_channels=1, level=1, widths=(32, 32), layers_per_block=1)
+    made = WaveletPipeline(backbone.eval(), build_solver("ddim", "v_prediction"), WaveletCodec("haar", 1))
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+# --------------------------------------------------------------------------------------------------- settings
+
+
+def test_settings_are_all_combinations_with_eta_for_ddim_alone() -> None:
+    found = study.settings(["ddim", "heun"], [5, 10], etas=[0.0, 1.0])
+    assert [(row["scheduler"], row["eta"], row["steps"]) for row in found] == [
+        ("ddim", 0.0, 5), ("ddim", 0.0, 10), ("ddim", 1.0, 5), ("ddim", 1.0, 10), ("heun", 0.0, 5), ("heun", 0.0, 10),
+    ]  # fmt: skip
+    pairs = study.settings(["ddim"], [5, 10], detail_steps=[5, 10])
+    assert [row["detail_steps"] for row in pairs] == [None, 10, 5, None]  # equal steps are the plain sampler
+
+
+def test_cells_are_taken_in_turn_once_each_and_on_images_of_their_own() -> None:
+    settings = study.settings(["ddim"], [5, 10])
+    found = study.cells([*settings, *settings], sets=2, count=7, seed=3)
+    assert [(cell["steps"], cell["first"], cell["count"]) for cell in found] == [(5, 3, 7), (10, 3, 7), (5, 10, 7), (10, 10, 7)]  # fmt: skip  # noqa: E501
+
+
+def test_a_grid_goes_on_where_it_was_stopped(tmp_path) -> None:
+    file, asked = tmp_path / "runs/x/cells.jsonl", []
+
+    def measure(steps: int) -> dict:
+        if steps == 3 and len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(steps)
+        return {"fwd": steps / 10}
+
+    cells = [{"steps": steps} for steps in (1, 2, 3, 4)]
+    with pytest.raises(KeyboardInterrupt):
+        list(study.measured(file, cells, {"checkpoint": "a"}, measure))
+    assert asked == [1, 2] and len(read_rows(file)) == 2
+    file.write_text(file.read_text() + '{"about": {"chec')  # the machine went down in the middle of a line
+    asked.append("again")
+    rows = list(study.measured(file, cells, {"checkpoint": "a"}, measure))
+    assert asked == [1, 2, "again", 3, 4]
+    assert rows == [{"steps": steps, "fwd": steps / 10} for steps in (1, 2, 3, 4)]
+    assert list(study.measured(file, cells, {"checkpoint": "a"}, measure)) == rows and len(asked) == 5
+    list(study.measured(file, cells[:1], {"checkpoint": "b"}, measure))  # another one's numbers are not taken
+    assert asked[5:] == [1] and len(read_rows(file)) == 5
+
+
+def test_rows_are_whole_lines(tmp_path) -> None:
+    file = tmp_path / "rows"
+    assert read_rows(file) == []
+    file.write_text('{"a": 1}\n{"a"')
+    append_row(file, {"a": "ü"})
+    assert read_rows(file) == [{"a": 1}, {"a": "ü"}] and file.read_bytes().count(b"\n") == 2
+
+
+def test_a_checkpoint_is_known_by_weights_and_configuration(pipeline) -> None:
+    known = study.checkpoint_hash(pipeline)
+    assert study.checkpoint_hash(study.with_solver(pipeline, "heun", "trailing")) == known
+    codec = WaveletPipeline(pipeline.backbone, pipeline.scheduler, WaveletCodec("haar", 1, scaling="none"))
+    assert study.checkpoint_hash(codec) != known
+    weight = next(pipeline.backbone.parameters())
+    with torch.no_grad():
+        weight.view(-1)[0] += 1e-3
+        assert study.checkpoint_hash(pipeline) != known
+        weight.view(-1)[0] -= 1e-3
+
+
+@pytest.mark.parametrize(("scheduler", "evaluations"), [("ddim", 4), ("heun", 7), ("dpmsolver++", 4)])
+def test_evaluations_of_the_network_are_counted(pipeline, scheduler, evaluations) -> None:
+    solver = study.with_solver(pipeline, scheduler, "trailing")
+    samples, cost = study.draw(solver, 150, num_inference_steps=4)  # on the CPU drawn in batches of 128
+    assert samples.shape == (150, 8, 8, 1) and cost["evaluations"] == evaluations
+    assert 0 < cost["seconds_per_image"] < 1 and not pipeline.backbone._forward_pre_hooks
+
+
+def test_what_a_solver_cannot_do_is_a_row_with_its_error(pipeline) -> None:
+    cell = {"steps": 2000, "eta": 0.0, "spacing": "trailing", "detail_steps": None, "first": 0, "count": 4}
+    found = study.quality(pipeline, None, scheduler="ddim", level=1, batch_size=4, **cell)
+    assert found["error"].startswith("got 2000 steps")
+    rows = [cell | {"scheduler": "ddim"} | found]
+    assert findings.pooled(rows) == [] and findings.failures(rows)[0]["error"] == found["error"]
+
+
+# --------------------------------------------------------------------------------------------------- findings
+
+
+def test_the_errors_of_independent_estimates_add_up_in_squares() -> None:
+    assert findings.mean_interval([1, 3], [0, -1], [4, 7]) == (2, 2 - np.sqrt(1 + 16) / 2, 2 + np.sqrt(9 + 16) / 2)
+    value, low, high = findings.mean_interval([5] * 4, [3] * 4, [9] * 4)  # four times the images, half the error
+    assert (value, low, high) == (5, 4, 7)
+
+
+def test_rows_of_a_setting_are_pooled_over_sets() -> None:
+    setting = dict(zip(study.SETTING, ("ddim", 5, 1.0, "trailing", None), strict=True))
+    distance = {"fwd": 1.0, "fwd_low": 0.0, "fwd_high": 2.0, "fwd_floor": 0.1}
+    rows = [
+        setting | {"first": 0, "count": 8, "evaluations": 5, "seconds_per_image": s} | distance | {"fwd": value}
+        for s, value in ((1.0, 1.0), (9.0, 1.5), (2.0, 0.5))
+    ]
+    (row,) = findings.pooled(rows)
+    assert (row["solver"], row["sets"], row["seconds_per_image"], row["fwd"]) == ("ddim, eta 1", 3, 2.0, 1.0)
+    assert row["fwd_floor"] == 0.1 and "fd" not in row
+    assert findings.picked([row], [setting, setting | {"steps": 6}]) == [row]
+    (name, (steps, values)), *_ = findings.lines([row], "fwd").items()
+    assert (name, steps) == ("ddim, eta 1", [5]) and values.tolist() == [list(findings.interval(row, "fwd"))]
+    assert np.isnan(findings.grid([row], [setting, setting | {"steps": 6}], "fwd", 2)[0]).tolist() == [False, True]
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    assert findings.pareto_front([1, 2, 3, 2], [9, 5, 5, 7]).tolist() == [True, True, False, False]
+    assert findings.pareto_front([1, 1], [1, 1]).tolist() == [True, True]  # equals do not beat each other
+    cost, value = RNG.integers(0, 6, (2, 40))
+    on_front = findings.pareto_front(cost, value)
+    for i in range(40):
+        beaten = any(
+            cost[j] <= cost[i] and value[j] <= value[i] and (cost[j], value[j]) != (cost[i], value[i])
+            for j in range(40)
+        )
+        assert on_front[i] == (not beaten)
+
+
+@pytest.mark.parametrize(
+    ("low", "fewest"),
+    [
+        ([3.0, 0.5, 0.4, 0.3], 10),
+        ([0.5, 0.5, 0.4, 1.0], 5),  # an end that just touches is within
+        ([0.5, 3.0, 0.4, 0.3], 20),  # a lucky number at few steps does not count
+        ([0.1, 0.1, 0.1, 1.1], None),
+    ],
+)
+def test_within_noise_is_from_there_on(low, fewest) -> None:
+    assert findings.fewest_within([5, 10, 20, 40], low, 1.0) == fewest
+    assert findings.fewest_within([40, 20, 10, 5], low[::-1], 1.0) == fewest
+
+
+def test_what_fewer_steps_save_is_counted_against_the_reference() -> None:
+    rows = [
+        {"solver": "ddim", "steps": n, "fwd_low": low, "evaluations": n, "seconds_per_image": 2.0 * n}
+        for n, low in ((5, 9.0), (10, 1.0))
+    ]
+    reference = {"fwd_high": 2.0, "evaluations": 100, "seconds_per_image": 100.0}
+    (row,) = findings.fewest_steps(rows, reference, ["fwd"])
+    assert (row["fewest steps"], row["evaluations saved"], row["time saved"]) == (10, "10-fold", "5-fold")
+    (row,) = findings.fewest_steps(rows[:1], reference, ["fwd"])
+    assert (row["fewest steps"], row["time saved"]) == (None, "–")
+
+
+# ----------------------------------------------------------------------------------------------- trajectories
+
+
+def answering(pipeline, monkeypatch, answer) -> WaveletPipeline:
+    sampler = WaveletPipeline(pipeline.backbone, build_solver("ddim", "sample", spacing="trailing"), pipeline.codec)
+    sampler.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(pipeline.backbone, "forward", lambda noisy, t: SimpleNamespace(sample=answer(noisy, t)))
+    return sampler
+
+
+def test_a_network_that_knows_the_answer_decides_every_band_at_once(pipeline, monkeypatch) -> None:
+    clean = 0.1 * torch.tensor([4.0, 3.0, 2.0, 1.0]).view(1, 4, 1, 1).expand(2, 4, 4, 4)
+    found = trajectories.along_trajectory(
+        answering(pipeline, monkeypatch, lambda noisy, t: clean), 2, num_inference_steps=5
+    )
+    assert found["times"].tolist() == [999, 799, 599, 399, 199]
+    a = signal_power(noise_scheduler(), torch.tensor(found["times"])).flatten().sqrt().numpy()
+    np.testing.assert_allclose(found["signal"], np.outer(a, [0.4, 0.3, 0.2, 0.1]), rtol=1e-5)
+    np.testing.assert_allclose(found["change"], 0)
+    np.testing.assert_allclose((found["noise"] ** 2).mean(1), 1 - a**2, rtol=0.2)  # of 128 draws of unit noise
+
+
+def test_the_error_of_an_estimate_is_relative_to_the_spread(pipeline, monkeypatch) -> None:
+    codec = pipeline.codec
+    z = codec.encode(torch.from_numpy(IMAGES).permute(0, 3, 1, 2) / 127.5 - 1)
+    means, spread = z.mean(0), (z - z.mean(0)).square().mean((0, 2, 3)).sqrt().numpy()
+    sampler = answering(pipeline, monkeypatch, lambda noisy, t: means.expand_as(noisy))
+    np.testing.assert_allclose(trajectories.denoising_error(sampler, IMAGES, [10, 900]), 1, rtol=1e-5)
+    sampler = answering(pipeline, monkeypatch, lambda noisy, t: noisy)  # takes all noise for signal
+    found = trajectories.denoising_error(sampler, IMAGES, [999])
+    wanted = np.sqrt(1 + np.square(z.numpy()).mean((0, 2, 3))) / spread  # a_999 is next to 0
+    np.testing.assert_allclose(found[0], wanted, rtol=0.15)
+
+
+# ------------------------------------------------------------------------------------------------------ sweeps
+
+
+def finished_run(root: Path, name: str, state: str = "ok", parameters: str = "level: 1\n", **metrics) -> None:
+    folder = root / "reports" / name
+    records.write_json(folder / "metrics.json", metrics)
+    records.write_json(folder / "status.json", {"04_evaluate": {"state": state}})
+    (folder / "params.yaml").write_text(parameters)
+
+
+def test_runs_that_ended_are_collected_and_the_others_named(tmp_path) -> None:
+    for level, seed in itertools.product((1, 2), (0, 1)):
+        finished_run(tmp_path, f"a-level={level}-seed={seed}", parameters=f"level: {level}\nseed: {seed}\n", fwd=level)
+    finished_run(tmp_path, "a-level=3", state="failed", fwd=0)
+    found, absent = collect(tmp_path, ["a-level=2*", "a-*", "a-level=3", "b"])
+    assert [run.name for run in found][:2] == ["a-level=2-seed=0", "a-level=2-seed=1"] and len(found) == 4
+    assert absent == ["a-level=3", "b"]
+    assert {run.variant for run in found} == {"level 1", "level 2"}
+    assert sweeps.differences(found) == [
+        {"variant": "level 2", "runs": 2, "level": 2},
+        {"variant": "level 1", "runs": 2, "level": 1},
+    ]
+    finished_run(tmp_path, "b-level=1")
+    found, _ = collect(tmp_path, ["*"])
+    assert {run.variant for run in found} == {"a, level 1", "a, level 2", "b, level 1"}
+    finished_run(tmp_path, "plain")
+    assert [run.variant for run in collect(tmp_path, ["plain"])[0]] == ["plain"]
+    with pytest.raises(ValueError, match="got no finished runs like a-level=3, c"):
+        collect(tmp_path, ["a-level=3", "c"])
+
+
+def runs_of(values: dict[str, list[float]], **more) -> list[Finished]:
+    return [
+        Finished(f"{name}-{k}", name, {"seed": k}, {"fwd": value, "fwd_floor": 0.5, **more}, {})
+        for name, each in values.items()
+        for k, value in enumerate(each)
+    ]
+
+
+def test_variants_are_summed_up_over_seeds_least_first() -> None:
+    runs = runs_of({"worse": [2.0, 4.0], "better": [1.0]})
+    first, second = sweeps.summary(runs, "fwd")
+    assert (first["variant"], first["mean"], first["over the floor"]) == ("better", 1.0, 2.0)
+    assert (second["mean"], second["least"], second["most"], second["over the best"]) == (3.0, 2.0, 4.0, 3.0)
+    assert sweeps.values(runs, "fwd") == ({"worse": [2.0, 4.0], "better": [1.0]}, None)
+    found, intervals = sweeps.values(runs_of({"a": [2.0]}, fwd_low=1.0, fwd_high=3.0), "fwd")
+    assert found == {"a": [2.0]} and intervals == {"a": [(1.0, 3.0)]}
+    with pytest.raises(ValueError, match="got 3 runs without 'fid'"):
+        sweeps.values(runs, "fid")
+
+
+def test_curves_are_means_over_equal_parts_of_log_images() -> None:
+    logs = [[{"images_seen": n, "loss": 10 * n + k} for n in (1, 2, 10, 20, 100)] for k in (0, 1)]
+    seen, values = sweeps.curve(logs, "loss", points=2)  # 1 to 101: parts end at 10.05
+    np.testing.assert_allclose(seen, [13 / 3, 60])
+    np.testing.assert_allclose(values, [[130 / 3, 600], [130 / 3 + 1, 601]])
+    logs[1] = [row for row in logs[1] if row["images_seen"] < 20]
+    assert sweeps.curve(logs, "loss", points=2)[0].tolist() == [13 / 3]  # nothing where a run has nothing
+    assert sweeps.curve(logs, "fwd")[0].size == 0
+    logs[0][0]["fwd"] = None
+    assert sweeps.curve(logs, "fwd")[0].size == 0
+
+
+def test_a_variant_has_reached_another_once_all_its_seeds_are_as_near() -> None:
+    seen = np.array([1000, 2000, 4000])
+    curves = {
+        "slow": (seen, np.array([[9, 6, 3], [9, 6, 5]])),  # 4 in the end
+        "fast": (seen, np.array([[5, 3, 1], [4, 4, 2]])),
+        "never": (seen, np.array([[9, 9, 3], [9, 9, 5]])),
+    }
+    rows = sweeps.reaching(curves, "slow")
+    assert [row["images to reach it (thousands)"] for row in rows] == [4, 2, None]
+    assert [row["share of the images"] for row in rows] == [1, 0.5, None]
+    assert [row["in the end"] for row in rows] == [4, 1.5, 4]
+    with pytest.raises(ValueError, match="got reference='other', wanted one of slow, fast, never"):
+        sweeps.reaching(curves, "other")
+
+
+@pytest.mark.parametrize(
+    ("level", "wavelet", "transform", "scaling", "name"),
+    [
+        (0, "db2", "pyramid", "band", "pixels"),
+        (0, "haar", "packet", "dyadic", "pixels, dyadic"),
+        (1, "haar", "pyramid", "band", "level 1"),
+        (2, "db2", "pyramid", "dyadic", "level 2, db2, pyramid, dyadic"),
+    ],
+)
+def test_a_codec_is_named_as_far_as_it_matters(level, wavelet, transform, scaling, name) -> None:
+    parameters = {"level": level, "wavelet": wavelet, "transform": transform, "scaling": scaling}
+    assert sweeps.codec_name(parameters) == name
+
+
+# --------------------------------------------------------------------------------------------------- notebooks
+
+TINY = {
+    "train_kimg": 0.32,
+    "warmup_kimg": 0.1,
+    "batch_size": 32,
+    "num_samples": 40,
+    "sampling_steps": 3,
+    "fwd_level": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A workbook with nothing run in it."""
+    folder = tmp_path_factory.mktemp("workbook")
+    for name in ("notebooks", "params"):
+        shutil.copytree(ROOT / name, folder / name)
+    return folder
+
+
+def wddm(root: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "wddm", *arguments]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def saved(report: Path, name: str) -> list[dict]:
+    """Rows of <name>.json, which are those of <name>.csv."""
+    rows = json.loads((report / f"{name}.json").read_text())
+    with (report / f"{name}.csv").open(newline="") as file:
+        in_csv = list(csv.DictReader(file))
+    assert in_csv == [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
+    return rows
+
+
+def is_clean(page: Path) -> bool:
+    text = page.read_text()
+    return "Traceback (most" not in text and "Warning" not in text and "it/s]" not in text
+
+
+@pytest.mark.slow
+def test_sampling_dynamics_is_measured_once_and_written_down(root, tmp_path) -> None:
+    torch.manual_seed(0)
+    backbone = build_backbone("unet", dataset="digits", level=1, widths=(32,))
+    WaveletPipeline(backbone, build_solver("ddim", "v_prediction"), WaveletCodec("haar", 1)).save_pretrained(
+        root / "runs/tiny/pipeline"
+    )
+    options = ["model_dir=runs/tiny/pipeline", "solvers=[ddim, heun]", "steps=[2, 4]", "band_steps=[2, 3]"]
+    options += ["reference_steps=6", "sets=2", "num_samples=40"]
+    command = ["run", "params/sampling-dynamics.yaml", *(word for option in options for word in ("-p", option))]
+    wddm(root, *command)
+    report, cells = root / "reports/sampling-dynamics", root / "runs/sampling-dynamics/cells.jsonl"
+    rows, measured = saved(report, "settings"), read_rows(cells)
+    # ddim with eta 0 and 1 and heun, at 2 and 4 steps; two spacings more; a pair of bands each way and the 3; ddpm
+    assert len(rows) == 6 + 4 + 3 + 1 and len(measured) == 2 * len(rows)
+    for row in rows:
+        both = [one["found"] for one in measured if study.setting_of(one["cell"]) == study.setting_of(row)]
+        assert row["fwd"] == pytest.approx(np.mean([found["fwd"] for found in both]))
+        assert row["fwd_low"] < row["fwd"] < row["fwd_high"] and row["fd_floor"] > 0
+    evaluations = {(row["solver"], row["steps"]): row["evaluations"] for row in rows if not row["detail_steps"]}
+    assert (evaluations["heun", 4], evaluations["ddim", 4], evaluations["ddpm", 6]) == (7, 4, 6)
+    metrics = json.loads((report / "metrics.json").read_text())
+    assert metrics["settings"] == len(rows) and metrics["reference_fwd"] in [row["fwd"] for row in rows]
+    assert len(saved(report, "trajectory")) == 4 * 4 and len(saved(report, "denoising")) == 19 * 4
+    figures = {path.stem for path in (report / "figures").glob("*.png")}
+    assert figures >= {"solvers-fwd", "solvers-fd", "pareto-fwd", "spacing-fwd", "band-rate-fwd", "change", "denoising"}
+    assert is_clean(report / "sampling_dynamics.html")
+    before = cells.read_bytes()
+    wddm(root, *command, "--force", "--only", "sampling_dynamics")
+    assert cells.read_bytes() == before and saved(report, "settings") == rows  # timings too: nothing was measured anew
+
+
+@pytest.fixture(scope="module")
+def swept(root) -> Path:
+    """The workbook after a tiny sweep over levels with its summary."""
+    (root / "params/depth.yaml").write_text(
+        "summary: [analysis/wavelet_depth]\n"
+        + "".join(f"{key}: {value}\n" for key, value in TINY.items() if key != "train_kimg")
+        + "widths: [32]\npreview_kimg: 0\n"
+        "sweep:\n"
+        "  - {level: [0], train_kimg: [0.32], seed: [0]}\n"
+        "  - {level: [1], train_kimg: [1.28], seed: [0, 1]}\n"
+    )
+    wddm(root, "run", "params/depth.yaml", "--jobs", "2")
+    return root
+
+
+@pytest.mark.slow
+def test_wavelet_depth_says_what_was_spent_and_where_it_falls_short(swept) -> None:
+    report = swept / "reports/depth"
+    rows = {row["run"]: row for row in saved(report, "depth")}
+    assert len(rows) == 3 and {row["variant"] for row in rows.values()} == {"pixels", "level 1"}
+    for name, row in rows.items():
+        metrics = json.loads((swept / "reports" / name / "metrics.json").read_text())
+        assert row["fwd"] == metrics["fwd"] and row["train_flops"] == 3 * row["forward_flops"] * row["train_images"]
+    pixels, wavelets = (rows[f"depth-{name}-seed=0"] for name in ("level=0-train_kimg=0.32", "level=1-train_kimg=1.28"))
+    assert pixels["forward_flops"] / wavelets["forward_flops"] == pytest.approx(4, rel=0.1)
+    packets = saved(report, "packets")
+    assert len(packets) == 2 * 16
+    of_pixels = [row["distance"] for row in packets if row["variant"] == "pixels"]
+    assert np.mean(of_pixels) == pytest.approx(pixels["fwd"])  # the FWD is their mean
+    assert json.loads((report / "metrics.json").read_text())["fwd_best"] > 0
+    assert {"depth", "packets", "samples"} <= {path.stem for path in (report / "figures").glob("*.png")}
+    assert is_clean(report / "wavelet_depth.html")
+    assert wddm(swept, "run", "params/depth.yaml").count("unchanged, skipped") == 3 * 4 + 1
+
+
+@pytest.mark.slow
+def test_compare_sets_any_runs_side_by_side(swept) -> None:
+    (swept / "params/side.yaml").write_text("notebooks: [analysis/compare]\nruns: [depth-level=*, nothing]\n")
+    log = swept / "runs/depth-level=0-train_kimg=0.32-seed=0/log.jsonl"
+    logged = read_rows(log)
+    log.write_text("".join(json.dumps(row | {"fwd": 1 / row["images_seen"]}) + "\n" for row in logged))
+    wddm(swept, "run", "params/side.yaml")
+    report = swept / "reports/side"
+    rows = saved(report, "runs")
+    assert [row["level"] for row in rows] == [0, 1, 1] and [row["seed"] for row in rows] == [0, 0, 1]
+    assert all(row["fwd_low"] < row["fwd"] < row["fwd_high"] for row in rows)
+    means = {np.mean([row["fwd"] for row in rows if row["level"] == level]) for level in (0, 1)}
+    assert json.loads((report / "metrics.json").read_text())["fwd_best"] == pytest.approx(min(means))
+    figures = {path.stem for path in (report / "figures").glob("*.png")}
+    assert figures >= {"loss", "learning", "variants", "samples"}
+    page = (report / "compare.html").read_text()
+    assert "no finished runs: nothing" in page and is_clean(report / "compare.html")
