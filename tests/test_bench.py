@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from wddm import baselines, benchmarks, contenders, efficiency, plots
 from wddm.backbones import build_backbone
 from wddm.kan import SplineLinear, spline_basis
 from wddm.objective import noise_scheduler
-from wddm.profiling import Measured
+from wddm.profiling import Measured, ready
 from wddm.wavelets import WaveletCodec
 
 DIGITS = {"kind": "ukan", "dataset": "digits", "level": 1}
@@ -70,6 +71,19 @@ def test_the_bare_loop_takes_the_steps_of_ours(tmp_path: Path) -> None:
     loop.step(x, noise, t)
     for old, average, p in zip(before, loop.average, loop.parameters, strict=True):
         assert_close(average, old + 1e-3 * (p - old))
+
+
+def test_networks_are_compiled_where_that_is_asked_for(monkeypatch) -> None:
+    """By a backend that compiles nothing: what the others make of it is PyTorch's business."""
+    compiled, compile = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: (compiled.append(model), compile(model, backend="eager"))[1])
+    makers = {m.__name__: partial(m, DIGITS, batch_size=2) for m in (contenders.training, contenders.bare_training)}
+    makers["sampling"] = partial(contenders.sampling, DIGITS, batch_size=2, sampling_steps=1)
+    for compile_it in (False, True):
+        with ready({name: partial(make, compile=compile_it) for name, make in makers.items()}) as calls:
+            for call in calls.values():
+                call()
+        assert len(compiled) == 3 * compile_it
 
 
 def test_both_data_paths_give_the_images() -> None:
@@ -177,7 +191,7 @@ def test_efficiency(root: Path) -> None:
     assert digits.training_images_per_s.min() > 0 and digits.training_memory_gib.min() > 0
     slow = costs[(costs.dataset == "celebahq") & (costs.level == 0)]
     if not torch.cuda.is_available():
-        assert slow.training_images_per_s.isna().all() and slow.training_not_run.str.startswith("a step takes").all()
+        assert slow.training_images_per_s.isna().all() and slow.training_not_run.str.endswith("s a step").all()
     speedups = json.loads((report / "speedups.json").read_text())
     assert {row["over"] for row in speedups} == {efficiency.PRESET, efficiency.SAME, efficiency.MATCHED}
     page = (report / "efficiency.html").read_text()
@@ -187,12 +201,12 @@ def test_efficiency(root: Path) -> None:
 
 @pytest.mark.slow
 def test_benchmarks(root: Path) -> None:
-    """The cells that a GPU runs, compilation and all, at tiny size."""
+    """The cells that a GPU runs, at tiny size; but for compilation, which takes minutes on a CPU."""
     tiny = {"datasets": "[digits]", "levels": "[1]", "backbones": "[ukan]", "rounds": 5, "batch_size": 2}
     small = {"dataset": "digits", "resolution": 16, "limit": 64, "capacity_dataset": "digits", "capacity_gib": 0.05}
-    report = wddm(root, "benchmarks-full", sampling_steps=1, max_step_seconds=60, **tiny, **small)
+    report = wddm(root, "benchmarks-full", sampling_steps=1, max_step_seconds=60, compiled=False, **tiny, **small)
     loops = pd.read_csv(report / "loops.csv")
-    assert loops.compiled.tolist() == [False, True] and loops.times_as_fast.min() > 0.1
+    assert len(loops) == 1 and loops.times_as_fast.min() > 0.1
     assert 0 < loops.share_of_rate.max() < 1
     claims = json.loads((report / "benchmarks.json").read_text())
     assert len(claims) == 5 and all(row["met"] in ("yes", "no", "open") for row in claims)

@@ -4,7 +4,7 @@ A row of a duel holds speeds in units a second with quartiles, the median ratio 
 interval, and the peak memory of each contender in a process of its own; or why there are none.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import count, product
 from pathlib import Path
@@ -46,7 +46,7 @@ def duel(
 
 
 def loops(
-    networks: Sequence[Row], *, rate: float, batch_size: int, precision: str, compiled: bool = False, **limits: float
+    networks: Iterable[Row], *, rate: float, batch_size: int, precision: str, compiled: bool = False, **limits: float
 ) -> list[Row]:
     """Our training loop against the same network in a bare one; with `compiled`, a second time, both compiled.
 
@@ -54,7 +54,7 @@ def loops(
     as two forward ones.
     """
     rows = []
-    for network, compile in product(networks, (False, True) if compiled else (False,)):
+    for network, compile in ((network, c) for network in networks for c in (False, True)[: 1 + compiled]):
         options = {"batch_size": batch_size, "precision": precision, "compile": compile}
         makers = (partial(maker, network, **options) for maker in (training, bare_training))
         flops = 3 * _flops(network)
@@ -64,7 +64,7 @@ def loops(
     return rows
 
 
-def splines(networks: Sequence[Row], *, rate: float, batch_size: int, precision: str, **limits: float) -> list[Row]:
+def splines(networks: Iterable[Row], *, rate: float, batch_size: int, precision: str, **limits: float) -> list[Row]:
     """The first spline layer of every U-KAN that has one, alone, and a training step of it, against recursion."""
     rows = []
     for network in (network for network in networks if network["kind"] == "ukan"):

@@ -16,7 +16,7 @@ from wddm.backbones import PRESETS, build_backbone, resolve_widths
 from wddm.contenders import sampling, training
 from wddm.profiling import Measured, contest, forward_flops, speed, spread, times_as_fast
 
-PRESET, SAME, MATCHED = "pixels, preset", "pixels, same network", "pixels, as many parameters"
+PRESET, SAME, MATCHED = "pixels, preset", "pixels, same network", "pixels, equal parameters"
 WAVELETS = "wavelets"
 
 
@@ -36,7 +36,7 @@ def entries(kind: str, dataset: str, levels: Sequence[int]) -> list[Entry]:
     """The presets at those of the levels that have one, and for each above 0 its two equals on pixels.
 
     "Same network": the same widths and attention, shown pixels; it differs in its first and last convolution alone.
-    "As many parameters": the pixel preset, its widths scaled by one factor.
+    "Equal parameters": the pixel preset, its widths scaled by one factor.
     """
     networks = {}
     for level in [level for level in levels if (dataset, level) in PRESETS]:
@@ -145,11 +145,11 @@ def cost_table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "level": row["level"],
             "network": row["network"],
-            "parameters (M)": row["parameters"] / 1e6,
-            "forward (GFLOP)": row["forward_gflop"],
+            "params (M)": row["parameters"] / 1e6,
+            "GFLOP": row["forward_gflop"],
             "training (images/s)": cell(row, "training"),
             "sampling (images/s)": cell(row, "sampling"),
-            "training memory (GiB)": row["training_memory_gib"],
+            "GiB": row["training_memory_gib"],
         }
         for row in rows
     ]

@@ -155,11 +155,11 @@ def contest(
     found, racers, steps = {}, {}, {}
     for name, make in makers.items():
         if least.get(name, 0) > max_seconds:
-            found[name] = Measured(reason=f"a step takes over {least[name]:.2g} s")
+            found[name] = Measured(reason=f"over {least[name]:.3g} s a step")
             continue
         found[name] = alone(make)
         if found[name].reason is None and found[name].seconds[-1] > max_seconds:
-            found[name] = found[name]._replace(reason=f"a step takes {found[name].seconds[-1]:.2g} s", seconds=None)
+            found[name] = found[name]._replace(reason=f"{found[name].seconds[-1]:.3g} s a step", seconds=None)
         elif found[name].reason is None:
             steps[name] = int(np.clip(1 / found[name].seconds[-1], 1, 20))
             racers[name] = partial(make, steps=steps[name])
