@@ -36,6 +36,13 @@ def test_layer_is_the_sum_over_edges() -> None:
     assert_close(layer(x), wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_the_basis_keeps_x_alone_for_its_backward_pass() -> None:
+    x, kept = torch.randn(7, 5, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: (kept.append(saved), saved)[1], lambda saved: saved):
+        spline_basis(x)
+    assert [saved.shape for saved in kept] == [x.shape]
+
+
 def test_gradient_reaches_every_edge() -> None:
     layer = SplineLinear(4, 3).double()
     x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)

@@ -94,8 +94,9 @@ def test_modules_import_only_from_the_rows_above() -> None:
     order = """
         processes files wavelets decoding batches parquet sources streams contents data loading kan published ukan
         backbones objective solvers bandrate cards pipeline checkpoints steps mosaics sampling intervals moments
-        diagnostics metrics monitor resume training profiling features inception scores evaluation study findings
-        trajectories verdicts frequencies comparisons plots workbook sweeps runs __main__
+        diagnostics metrics monitor resume training profiling baselines contenders efficiency benchmarks features
+        inception scores evaluation study findings trajectories verdicts frequencies comparisons speeds plots workbook
+        sweeps runs __main__
     """
     rows = order.split()
     files = {p.stem: p for p in (ROOT / "wddm").glob("*.py")} | {"workbook": ROOT / "wddm/workbook/__init__.py"}

@@ -68,8 +68,11 @@ def band(values: np.ndarray, confidence: float = 0.9) -> float:
 
 
 def median(values: np.ndarray) -> tuple[float, float, float]:
-    """The median (N,) and its interval, between two order statistics: of any distribution."""
+    """The median (N,) and its interval, between two order statistics: of any distribution.
+
+    Of fewer than 8 values it is their range, whose confidence is 1 - 2^(1 - N): under 90 % for fewer than 5.
+    """
     from scipy.stats import binom
 
-    ends = binom.ppf([0.05, 0.95], len(values), 0.5).astype(int).clip(0, len(values) - 1)
+    ends = (binom.ppf([0.05, 0.95], len(values), 0.5).astype(int) - [1, 0]).clip(0, len(values) - 1)
     return float(np.median(values)), *np.sort(values)[ends].tolist()

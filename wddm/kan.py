@@ -8,6 +8,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 INTERVALS, ORDER = 5, 3
@@ -21,14 +22,45 @@ def knots() -> Tensor:
 
 
 def spline_basis(x: Tensor) -> Tensor:
-    """Values of the 8 cubic B-splines at x: (...,) -> (..., 8).
+    """Values of the 8 cubic B-splines at x: (...,) -> (..., 8). Differentiable once.
 
     On a uniform grid every basis is the same piecewise cubic of the distance d to its centre, in knots:
     B(d) = ((2 - d)_+^3 - 4 (1 - d)_+^3) / 6, so no recursion over orders and no tensor of 11 intervals.
     """
+    return _Basis.apply(x)
+
+
+class _Basis(torch.autograd.Function):
+    """Keeps x for the backward pass, an eighth of one basis, in the place of every step between; works in place."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        outer, inner = _ramps(_offsets(x).abs_())
+        outer.mul_(outer.square())
+        inner.mul_(inner.square())
+        return outer.sub_(inner, alpha=4).div_(6)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+        """B'(d) = -((2 - d)_+^2 - 4 (1 - d)_+^2) / 2, and d' = sign / SPACING."""
+        offsets = _offsets(*ctx.saved_tensors)
+        outer, inner = _ramps(offsets.abs())
+        slope = outer.square_().sub_(inner.square_(), alpha=4).mul_(offsets.sign_())
+        return slope.mul_(gradient).sum(-1).mul_(-0.5 / SPACING)
+
+
+def _offsets(x: Tensor) -> Tensor:
+    """Signed distances to the 8 centres, in knots, (..., 8)."""
     centres = (torch.arange(BASES, device=x.device, dtype=x.dtype) - 1) * SPACING - 1
-    distance = ((x.unsqueeze(-1) - centres) / SPACING).abs()
-    return ((2 - distance).relu().pow(3) - 4 * (1 - distance).relu().pow(3)) / 6
+    return (x.unsqueeze(-1) - centres).div_(SPACING)
+
+
+def _ramps(distance: Tensor) -> tuple[Tensor, Tensor]:
+    """(2 - d)_+, which takes the place of d, and (1 - d)_+."""
+    inner = (1 - distance).relu_()
+    return distance.neg_().add_(2).relu_(), inner
 
 
 class SplineLinear(nn.Module):

@@ -37,6 +37,7 @@ from wddm.mosaics import (  # noqa: F401  (the figures made of images are plots 
     stacked,
     trajectory,
 )
+from wddm.speeds import rates_by_level, speedup_against_flops  # noqa: F401  (and those of speed)
 from wddm.verdicts import (  # noqa: F401  (and those of scores)
     ACCENT,
     GENERATED,

@@ -129,7 +129,8 @@ class Trainer:
         )
         half_life_steps = self.ema_half_life_kimg * 1000 / self.batch_size
         decay = 0.5 ** (1 / half_life_steps) if half_life_steps else 0.0
-        self.ema = EMAModel(self.model.parameters(), decay=decay, foreach=True)
+        self.weights = list(self.model.parameters())  # once: to walk through the modules takes as long as the average
+        self.ema = EMAModel(self.weights, decay=decay, foreach=True)
         self.step, self.meter, self.best = 0, Meter(), None
         resume.take_up(self)
         if self.tensorboard:
@@ -197,7 +198,7 @@ class Trainer:
     def _optimise(self, images: Tensor) -> tuple[Loss, Tensor, Tensor]:
         """One optimiser step on this process's share of the batch; loss and gradient norms, left on the device."""
         noise, t = self._draw(images)
-        torch.manual_seed(derived_seed(self.seed, self.step, 1 + self.accelerator.process_index))  # dropout
+        self._seed_dropout(derived_seed(self.seed, self.step, 1 + self.accelerator.process_index))
         losses = []
         for part in zip(*(x.chunk(self.accumulation) for x in (images, noise, t)), strict=True):
             with self.accelerator.accumulate(self.network):
@@ -212,8 +213,15 @@ class Trainer:
                 self.optimizer.zero_grad()
             losses.append(loss)
         self.lr.step()
-        self.ema.step(self.model.parameters())
+        self.ema.step(self.weights)
         return Loss(*(torch.stack(values).mean(0).detach() for values in zip(*losses, strict=True))), norm, norms
+
+    def _seed_dropout(self, seed: int) -> None:
+        """Of this device alone: `torch.manual_seed` asks after every kind of device there is, in milliseconds."""
+        if self.accelerator.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.get_device_module(self.accelerator.device).manual_seed(seed)
 
     def _clip(self) -> tuple[Tensor, Tensor]:
         """Scale the gradients down to norm 1; their norm before, all together and of every parameter (P,)."""

@@ -1,0 +1,217 @@
+"""What is measured against what: the baselines compute what ours does, and the two notebooks measure it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from torch.testing import assert_close
+
+from wddm import baselines, benchmarks, contenders, efficiency, plots
+from wddm.backbones import build_backbone
+from wddm.kan import SplineLinear, spline_basis
+from wddm.objective import noise_scheduler
+from wddm.profiling import Measured, ready
+from wddm.wavelets import WaveletCodec
+
+DIGITS = {"kind": "ukan", "dataset": "digits", "level": 1}
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_the_plain_haar_transform_is_the_codecs(level: int) -> None:
+    images = torch.rand(2, 3, 16, 8) * 2 - 1
+    assert_close(baselines.haar(images, level), WaveletCodec("haar", level).encode(images))
+
+
+def test_recursion_gives_the_bases_of_the_closed_form() -> None:
+    x = torch.linspace(-3, 3, 1201, dtype=torch.float64)
+    assert_close(baselines.recursive_basis(x), spline_basis(x), atol=1e-6, rtol=0)
+
+
+def test_a_model_with_recursion_is_the_same_model() -> None:
+    model = build_backbone(**DIGITS).eval()
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
+    wanted = model(x, t).sample
+    parameters = {name: id(p) for name, p in model.named_parameters()}
+    baselines.with_recursion(model)
+    assert not any(type(module) is SplineLinear for module in model.modules())
+    assert {name: id(p) for name, p in model.named_parameters()} == parameters
+    assert_close(model(x, t).sample, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_the_bare_loop_takes_the_steps_of_ours(tmp_path: Path) -> None:
+    """The same weights after two steps from the same noise, in float64: Adam magnifies the rounding of gradients that
+    are zero. And a moving average between old and new ones."""
+    model = build_backbone(**DIGITS).double()
+    images, twin = contenders.noise_images(DIGITS, 8), deepcopy(model)
+    trainer = contenders.Unsaved(
+        model=model, codec=WaveletCodec("haar", 1), images=images, folder=tmp_path, train_kimg=1, batch_size=8,
+        schedule="constant_with_warmup", warmup_kimg=0, cpu=True, precision="no",
+    )  # fmt: skip
+    loop = baselines.BareLoop(twin.train(), level=1)
+    assert_close(loop.signal_power, noise_scheduler().alphas_cumprod, atol=1e-7, rtol=1e-5)
+    loop.signal_power = noise_scheduler().alphas_cumprod.double()
+    x = torch.from_numpy(images).double().permute(0, 3, 1, 2) / 127.5 - 1
+    for _ in range(2):
+        noise, t = trainer._draw(x)
+        loss, *_ = trainer._optimise(x)
+        assert_close(loop.step(x, noise, t), loss.total)
+        trainer.step += 1
+    before = [average.clone() for average in loop.average]
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_close(theirs, ours)
+    loop.step(x, noise, t)
+    for old, average, p in zip(before, loop.average, loop.parameters, strict=True):
+        assert_close(average, old + 1e-3 * (p - old))
+
+
+def test_networks_are_compiled_where_that_is_asked_for(monkeypatch) -> None:
+    """By a backend that compiles nothing: what the others make of it is PyTorch's business."""
+    compiled, compile = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: (compiled.append(model), compile(model, backend="eager"))[1])
+    makers = {m.__name__: partial(m, DIGITS, batch_size=2) for m in (contenders.training, contenders.bare_training)}
+    makers["sampling"] = partial(contenders.sampling, DIGITS, batch_size=2, sampling_steps=1)
+    for compile_it in (False, True):
+        with ready({name: partial(make, compile=compile_it) for name, make in makers.items()}) as calls:
+            for call in calls.values():
+                call()
+        assert len(compiled) == 3 * compile_it
+
+
+def test_both_data_paths_give_the_images() -> None:
+    images = contenders.noise_images({"dataset": "digits"}, 12)
+    for maker in (contenders.prepared_batches, contenders.decoded_batches):
+        batch = next(maker(images, batch_size=4, steps=2))
+        known = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+        known = torch.cat([known, known.flip(-1)])
+        assert batch.shape == (4, 1, 16, 16)
+        assert (batch[:, None] - known).abs().amax((2, 3, 4)).amin(1).max() < 1e-6
+
+
+def test_every_network_on_wavelets_has_its_three_equals_on_pixels() -> None:
+    found = {(entry.name, entry.level): entry for entry in efficiency.entries("ukan", "cifar10", [0, 1, 7])}
+    wavelets, same = found[efficiency.WAVELETS, 1], found[efficiency.SAME, 1]
+    assert set(found) == {(efficiency.PRESET, 0)} | {
+        (n, 1) for n in (efficiency.WAVELETS, efficiency.SAME, efficiency.MATCHED)
+    }
+    ends = 2 * 9 * (12 - 3) * 128 + (12 - 3)  # weights of the first and last convolution, biases of the last
+    assert wavelets.parameters - same.parameters == ends
+    assert 3.9 < same.flops / wavelets.flops < 4.1
+    matched = found[efficiency.MATCHED, 1]
+    assert abs(matched.parameters / wavelets.parameters - 1) < 0.05 and matched.network["level"] == 0
+
+
+def entry(name: str, level: int, flops: int, seconds: list[float] | None) -> efficiency.Entry:
+    network = {"dataset": "digits", "kind": "unet", "level": level}
+    one = Measured(reason="slow") if seconds is None else Measured(np.array(seconds), 0.5)
+    return efficiency.Entry(name, level, network, 1000, flops, {"training": one, "sampling": one})
+
+
+def test_speedups_are_paired_and_stand_beside_the_ratio_of_flops() -> None:
+    found = [
+        entry(efficiency.PRESET, 0, 400, [3.0, 6, 9, 3, 3]),
+        entry(efficiency.WAVELETS, 1, 100, [1.0, 2, 3, 1, 1]),
+        entry(efficiency.SAME, 1, 500, None),
+        entry(efficiency.SAME, 2, 500, [1.0] * 5),
+    ]
+    rows = efficiency.speedups(found)
+    assert [(row["over"], row["work"]) for row in rows] == [
+        (over, work) for over in (efficiency.PRESET, efficiency.SAME) for work in ("training", "sampling")
+    ]
+    assert rows[0]["flop_ratio"] == 4 and (rows[0]["speedup"], rows[0]["low"], rows[0]["high"]) == (3, 3, 3)
+    assert rows[2]["flop_ratio"] == 5 and rows[2]["speedup"] is None
+    costs = efficiency.costs(found)
+    assert costs[1]["training_images_per_s"] == 1 and costs[2]["training_not_run"] == "slow"
+    assert efficiency.cost_table(costs)[2]["training (images/s)"] == "not run: slow"
+    claimed = efficiency.claim_table(rows, 1, 3.0)
+    assert claimed[0]["3 reached"] == "1 of 1" and claimed[1]["times as fast"] == "not run"
+    figures = plots.speedup_against_flops(rows[:2]), plots.rates_by_level(costs)
+    assert [len(figure.axes) for figure in figures] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "wanted", "met"),
+    [
+        ([(6.0, 5.5, 7.0), (9.0, 8.0, 9.5)], 5, "yes"),
+        ([(9.0, 8.0, 9.5), (3.0, 2.5, 4.0)], 5, "no"),
+        ([(6.0, 4.5, 7.0)], 5, "open"),
+        ([(None, None, None)], 5, "not run"),
+    ],
+)
+def test_a_claim_is_judged_by_the_interval_of_the_least(ratios: list, wanted: float, met: str) -> None:
+    names = ("times_as_fast", "low", "high")
+    rows = [dict(zip(names, ratio, strict=True)) for ratio in ratios]
+    assert benchmarks.claim("fast", rows, wanted)["met"] == met
+
+
+def test_the_largest_batch_is_the_last_that_fits(monkeypatch) -> None:
+    monkeypatch.setattr(benchmarks, "alone", lambda make: Measured(np.ones(1), 0.1 * make.keywords["batch_size"]))
+    found = benchmarks.largest_batch(DIGITS, limit_gib=1.0)
+    assert (found["largest batch"], found["memory (GiB)"]) == (8, pytest.approx(0.8))
+    assert benchmarks.largest_batch(DIGITS, limit_gib=0.05)["largest batch"] == 0
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no capacity_gib and no GPU"):
+            benchmarks.largest_batch(DIGITS, limit_gib=None)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A workbook with the two notebooks."""
+    folder = tmp_path_factory.mktemp("workbook")
+    for name in ("notebooks", "params"):
+        shutil.copytree(ROOT / name, folder / name)
+    return folder
+
+
+def wddm(root: Path, name: str, **values: object) -> Path:
+    """reports/<name> of a run of params/<name>.yaml."""
+    options = [word for key, value in values.items() for word in ("-p", f"{key}={value}")]
+    command = [sys.executable, "-m", "wddm", "run", f"params/{name}.yaml", *options]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root / "reports" / name
+
+
+@pytest.mark.slow
+def test_efficiency(root: Path) -> None:
+    """What is too slow is counted all the same, and says why it was not run."""
+    tiny = {"datasets": "[digits, celebahq]", "levels": "[0, 2]", "backbones": "[unet]", "rounds": 5, "batch_size": 2}
+    report = wddm(root, "efficiency", sampling_steps=1, max_step_seconds=4, **tiny)
+    costs = pd.read_csv(report / "efficiency.csv")
+    assert len(costs) == 8 and costs.parameters.min() > 0 and costs.forward_gflop.min() > 0
+    digits = costs[costs.dataset == "digits"]
+    assert digits.training_images_per_s.min() > 0 and digits.training_memory_gib.min() > 0
+    slow = costs[(costs.dataset == "celebahq") & (costs.level == 0)]
+    if not torch.cuda.is_available():
+        assert slow.training_images_per_s.isna().all() and slow.training_not_run.str.endswith("s a step").all()
+    speedups = json.loads((report / "speedups.json").read_text())
+    assert {row["over"] for row in speedups} == {efficiency.PRESET, efficiency.SAME, efficiency.MATCHED}
+    page = (report / "efficiency.html").read_text()
+    assert "Traceback (most" not in page and "Warning:" not in page and "it/s]" not in page
+    assert {p.stem for p in (report / "figures").glob("*.png")} == {"rates", "speedups"}
+
+
+@pytest.mark.slow
+def test_benchmarks(root: Path) -> None:
+    """The cells that a GPU runs, at tiny size; but for compilation, which takes minutes on a CPU."""
+    tiny = {"datasets": "[digits]", "levels": "[1]", "backbones": "[ukan]", "rounds": 5, "batch_size": 2}
+    small = {"dataset": "digits", "resolution": 16, "limit": 64, "capacity_dataset": "digits", "capacity_gib": 0.05}
+    report = wddm(root, "benchmarks-full", sampling_steps=1, max_step_seconds=60, compiled=False, **tiny, **small)
+    loops = pd.read_csv(report / "loops.csv")
+    assert len(loops) == 1 and loops.times_as_fast.min() > 0.1
+    assert 0 < loops.share_of_rate.max() < 1
+    claims = json.loads((report / "benchmarks.json").read_text())
+    assert len(claims) == 5 and all(row["met"] in ("yes", "no", "open") for row in claims)
+    fixed = pd.read_csv(report / "fixed.csv").set_index("what").seconds
+    assert fixed["import wddm"] < fixed["wddm run, nothing to do"] < fixed["wddm run, an empty notebook"]
+    assert json.loads((report / "timings.json").read_text())["loop_ratio"] > 0.1
+    page = (report / "benchmarks.html").read_text()
+    assert "Traceback (most" not in page and "Warning:" not in page
