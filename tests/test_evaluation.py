@@ -139,6 +139,9 @@ def test_scores_are_the_metrics_with_their_floor(digits) -> None:
     }  # fmt: skip
     assert (score.count, score.count_real) == (100, 600) and "seed 3" in score.protocol
     assert scores.caveat(samples).startswith("Fewer than 10,000") and scores.caveat(range(10_000)) == ""
+    said = "100 samples against 600 real images; floors: 100 real images against the 500 others"  # (6/600) / (6/500)
+    assert said in scores.fairness(samples, digits) and "about 0.97 times" in scores.fairness(samples, digits)
+    assert "300 real images against the 300 others" in scores.fairness(range(900), digits)
 
 
 def test_copies_are_told_from_strangers(digits) -> None:

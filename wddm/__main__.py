@@ -152,7 +152,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
         ),
     )
     if state.is_main_process:
-        caption = f"{arguments.images} against {reference.folder}. {evaluation.scores.caveat(samples)}"
+        said = evaluation.scores.caveat(samples) + evaluation.scores.fairness(samples, reference)
+        caption = f"{arguments.images} against {reference.folder}. {said}"
         print(format_table([score.row() for score in found], caption)[1])
         if any(score.value is None and score.key == "fid" for score in found):
             print(evaluation.inception.remedy())

@@ -9,7 +9,7 @@ features of any torch module. Options of all, called `how` below:
     processes: an accelerate.PartialState; each process then takes its share of the same images, and all get the result.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,8 @@ from wddm.moments import frechet_distance as frechet_distance
 Vectors = Callable[
     [Tensor, slice], Tensor
 ]  # float64 images (B, C, H, W) -> a slice of populations of vectors (P, B, d)
-GROUP_BYTES = 2**28  # of covariances held at a time
+GROUP_BYTES = 2**29  # of covariances held at a time
+TOGETHER = 128  # vectors that are added to them at a time: each time they are read and written whole
 
 
 @dataclass(frozen=True)
@@ -149,12 +150,23 @@ def _moments(
     share = batch % size == rank  # whole batches: features round differently in others
     rows, weights = rows[share], weights[:, share]
     sums, start = [Moments() for _ in weights], 0
-    for batch in unit_batches(images, rows=rows, **how):
-        found = vectors(batch, part)  # (P, B, d)
+    for found in _many(vectors(batch, part) for batch in unit_batches(images, rows=rows, **how)):  # (P, B, d)
         for moments, weight in zip(sums, weights, strict=True):
-            moments.update(found, weight[start : start + len(batch)])
-        start += len(batch)
+            moments.update(found, weight[start : start + found.shape[1]])
+        start += found.shape[1]
     return _together(sums) if size > 1 else sums
+
+
+def _many(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Batches (P, B, d), small ones joined to TOGETHER vectors or more, or all there are."""
+    held, count = [], 0
+    for batch in batches:
+        held, count = [*held, batch], count + batch.shape[1]
+        if count >= TOGETHER:
+            joined, held, count = torch.cat(held, 1) if len(held) > 1 else batch, [], 0
+            yield joined
+    if held:
+        yield torch.cat(held, 1)
 
 
 def _together(sums: list[Moments]) -> list[Moments]:

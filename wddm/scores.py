@@ -72,11 +72,10 @@ def fairness(samples: Sequence, reference: Dataset) -> str:
     """How many images scores and floors compare, and what a perfect model would score by the bias of distances."""
     n, total = len(samples), len(reference.images)
     half = min(n, total // 2)
-    expected = (1 / n + 1 / total) / (1 / half + 1 / (total - half))
+    expected, others = (1 / n + 1 / total) / (1 / half + 1 / (total - half)), total - half
     return (
-        f"Scores: {n:,} samples against {total:,} real images; floors: {half:,} real images against the "
-        f"{total - half:,} others, so that FWD and FD of a perfect model would be about {expected:.2f} times their "
-        "floor."
+        f"Scores: {n:,} samples against {total:,} real images; floors: {half:,} real images against the {others:,} others, "
+        f"so that FWD and FD of a perfect model would be about {expected:.2f} times their floor."
     )
 
 
