@@ -2,6 +2,7 @@
 
 import sys
 from functools import cache
+from itertools import product
 from subprocess import run
 
 import matplotlib
@@ -71,6 +72,19 @@ FIGURES = {
     "confidence": lambda: plots.confidence([0.5, 0.9, 1], [0.1, 0.2, 0.8, 0.9], 0.6),
     "lines": lambda: plots.lines({"a": ([1, 2], [3, 4]), "b": ([1, 3], [1, 9])}, "steps", "error", "xy", ["b"]),
     "noise_schedule": lambda: plots.noise_schedule(TIMES, STD),
+    "speedup_against_flops": lambda: plots.speedup_against_flops(
+        [
+            {"dataset": d, "kind": k, "over": o, "work": w, "flop_ratio": 4, "speedup": 3, "low": 2, "high": 5}
+            for d, k, o, w in product(["digits", "stl10"], ["unet", "ukan"], ["pixels"], ["training", "sampling"])
+        ]
+    ),
+    "rates_by_level": lambda: plots.rates_by_level(
+        [
+            {"dataset": "digits", "kind": kind, "level": level, "network": "wavelets" if level else "pixels, preset"}
+            | {f"{w}_images_per_s{e}": 9 for w in ("training", "sampling") for e in ("", "_q1", "_q3")}
+            for kind, level in product(["unet", "ukan"], range(3))
+        ]
+    ),
     "channel_histograms": lambda: plots.channel_histograms(RGB, RGB[:5]),
 }
 
@@ -114,7 +128,7 @@ def test_import_has_no_effects():
     code = (
         "import matplotlib; before = dict(matplotlib.rcParams); import wddm.plots, sys; "
         "assert dict(matplotlib.rcParams) == before; assert 'torch' not in sys.modules; "
-        "known = 'plots mosaics verdicts frequencies comparisons intervals'.split(); "
+        "known = 'plots mosaics verdicts frequencies comparisons speeds intervals'.split(); "
         "assert not [m for m in sys.modules if m.startswith('wddm.') and m[5:] not in known]"
     )
     run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -74,8 +74,8 @@ def fairness(samples: Sequence, reference: Dataset) -> str:
     half = min(n, total // 2)
     expected, others = (1 / n + 1 / total) / (1 / half + 1 / (total - half)), total - half
     return (
-        f"Scores: {n:,} samples against {total:,} real images; floors: {half:,} real images against the {others:,} others, "
-        f"so that FWD and FD of a perfect model would be about {expected:.2f} times their floor."
+        f"Scores: {n:,} samples against {total:,} real images; floors: {half:,} real images against the {others:,} "
+        f"others, so that FWD and FD of a perfect model would be about {expected:.2f} times their floor."
     )
 
 
