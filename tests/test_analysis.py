@@ -276,6 +276,19 @@ def test_curves_are_means_over_equal_parts_of_log_images() -> None:
     assert sweeps.curve(logs, "fwd")[0].size == 0
 
 
+def test_curves_over_seconds_follow_the_logs(tmp_path) -> None:
+    runs = runs_of({"a": [1.0, 1.0]})
+    for run, rate in zip(runs, (10, 30), strict=True):
+        folder = tmp_path / "runs" / run.name
+        folder.mkdir(parents=True)
+        rows = ({"images_seen": n, "images_per_s": rate} for n in (300, 600))  # 30, 60 s and 10, 20 s
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curve = (np.array([450, 600]), np.ones((2, 2)))
+    found = sweeps.in_seconds(tmp_path, runs, {"a": curve})["a"]
+    np.testing.assert_allclose(found[0], [(45 + 15) / 2, (60 + 20) / 2])
+    assert found[1] is curve[1]
+
+
 def test_a_variant_has_reached_another_once_all_its_seeds_are_as_near() -> None:
     seen = np.array([1000, 2000, 4000])
     curves = {
@@ -284,9 +297,10 @@ def test_a_variant_has_reached_another_once_all_its_seeds_are_as_near() -> None:
         "never": (seen, np.array([[9, 9, 3], [9, 9, 5]])),
     }
     rows = sweeps.reaching(curves, "slow")
-    assert [row["images to reach it (thousands)"] for row in rows] == [4, 2, None]
+    assert [row["thousand images to reach it"] for row in rows] == [4, 2, None]
     assert [row["share of the images"] for row in rows] == [1, 0.5, None]
     assert [row["in the end"] for row in rows] == [4, 1.5, 4]
+    assert sweeps.reaching(curves, "slow", "seconds")[1]["seconds to reach it"] == 2000
     with pytest.raises(ValueError, match="got reference='other', wanted one of slow, fast, never"):
         sweeps.reaching(curves, "other")
 
@@ -419,6 +433,6 @@ def test_compare_sets_any_runs_side_by_side(swept) -> None:
     means = {np.mean([row["fwd"] for row in rows if row["level"] == level]) for level in (0, 1)}
     assert json.loads((report / "metrics.json").read_text())["fwd_best"] == pytest.approx(min(means))
     figures = {path.stem for path in (report / "figures").glob("*.png")}
-    assert figures >= {"loss", "learning", "variants", "samples"}
+    assert figures >= {"loss", "learning", "learning-seconds", "variants", "samples"}
     page = (report / "compare.html").read_text()
     assert "no finished runs: nothing" in page and is_clean(report / "compare.html")

@@ -129,22 +129,24 @@ def heat_map(
     return figure
 
 
-def learning_curves(curves: Mapping[str, Curve], quantity: str, floor: float | None = None) -> Figure:
+def learning_curves(
+    curves: Mapping[str, Curve], quantity: str, floor: float | None = None, *, seconds: bool = False
+) -> Figure:
     """A quantity over images seen, a line per variant at the mean over its seeds, shaded from least to most.
 
-    `curves`: by variant, images seen (K,) and values (S, K), one row per seed; both axes logarithmic.
+    `curves`: by variant, images seen (K,), or seconds, and values (S, K), one row per seed; both axes logarithmic.
     """
     style = _style(list(curves))
     with panels(3.4) as (figure, (axes,)):
         _levels(axes, floor, None)
         for name, (seen, values) in curves.items():
-            values, kimg = np.asarray(values, float), np.asarray(seen) / 1000
-            fits = values.ndim == 2 and values.shape[1] == len(kimg)
-            need(fits, f"{name} {values.shape}", f"(seeds, {len(kimg)})", "pass a row per seed")
+            values, x = np.asarray(values, float), np.asarray(seen) / (1 if seconds else 1000)
+            fits = values.ndim == 2 and values.shape[1] == len(x)
+            need(fits, f"{name} {values.shape}", f"(seeds, {len(x)})", "pass a row per seed")
             color, label = style[name]["color"], f"{name} ({len(values)})"
-            axes.plot(kimg, values.mean(0), ".-", color=color, linewidth=1, markersize=3, label=label)
-            axes.fill_between(kimg, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
-        axes.set(xlabel="images seen (thousands)", ylabel=quantity)
+            axes.plot(x, values.mean(0), ".-", color=color, linewidth=1, markersize=3, label=label)
+            axes.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
+        axes.set(xlabel="seconds of training" if seconds else "images seen (thousands)", ylabel=quantity)
         log_axis(axes, "x"), log_axis(axes)
         figure.legend(loc="outside lower center", ncols=2)
     return figure

@@ -95,11 +95,31 @@ def learning(root: Path, runs: Sequence[Finished], key: str) -> dict[str, tuple[
     return {name: each for name, each in found.items() if len(each[0])}
 
 
-def reaching(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], reference: str) -> list[dict[str, Any]]:
+def in_seconds(
+    root: Path, runs: Sequence[Finished], curves: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The same curves over seconds of training instead of images: mean over a variant's runs of what their logs say.
+
+    Without the time that validation, samples and checkpoints take, and compilation before the first step.
+    """
+    found = {}
+    for name, members in grouped(runs).items():
+        if name in curves:
+            clocks = []
+            for log in filter(None, (read_log(root / "runs" / run.name) for run in members)):
+                seen, rates = (np.array([row[key] for row in log]) for key in ("images_seen", "images_per_s"))
+                clocks.append(np.interp(curves[name][0], seen, np.cumsum(np.diff(seen, prepend=0) / rates)))
+            found[name] = np.mean(clocks, 0), curves[name][1]
+    return found
+
+
+def reaching(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]], reference: str, unit: str = "thousand images"
+) -> list[dict[str, Any]]:
     """A row per variant: the images after which all its seeds are as near as the reference is in the end, on average.
 
-    `curves`: by variant, images seen (K,) and distances (S, K). An upper bound: between two measurements nothing is
-    known.
+    `curves`: by variant, images seen (K,) and distances (S, K); or seconds, which is then the `unit`. An upper bound:
+    between two measurements nothing is known.
     """
     if reference not in curves:
         raise ValueError(f"got reference={reference!r}, wanted one of {', '.join(curves)}: choose one that has a curve")
@@ -108,8 +128,8 @@ def reaching(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], reference: str
     for name, (seen, distances) in curves.items():
         there = seen[(distances <= wanted).all(0)] if name != reference else seen[-1:]
         row = {"variant": name, "in the end": distances[:, -1].mean(), "seeds": len(distances)}
-        row["images to reach it (thousands)"] = there[0] / 1000 if len(there) else None
-        rows.append(row | {"share of the images": there[0] / in_all if len(there) else None})
+        row[f"{unit} to reach it"] = there[0] / (1 if unit == "seconds" else 1000) if len(there) else None
+        rows.append(row | {f"share of the {unit.split()[-1]}": there[0] / in_all if len(there) else None})
     return rows
 
 
