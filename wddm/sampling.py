@@ -19,7 +19,7 @@ from wddm.checkpoints import public
 from wddm.loading import fetched, read_config
 from wddm.mosaics import compose
 from wddm.pipeline import WaveletPipeline, image_generators
-from wddm.solvers import build_solver
+from wddm.solvers import build_solver, default_spacing
 from wddm.ukan import UKANModel
 
 GRID = 64  # images in the grid picture
@@ -40,7 +40,7 @@ def open_pipeline(
     Args:
         model_type, level, resolution, prediction_type: what the checkpoint is expected to be. A published one does not
             store its prediction type: as `from_published` has it unless given.
-        spacing: of the solver's steps; "trailing" for ours, "leading" for published ones unless given.
+        spacing: of the solver's steps; unless given `default_spacing` for ours, "leading" for published ones.
 
     Raises:
         ValueError: an expectation that the checkpoint contradicts.
@@ -50,7 +50,7 @@ def open_pipeline(
         pipeline = WaveletPipeline.from_pretrained(folder)
         stored = pipeline.scheduler.config.prediction_type
         prediction_type = expect("prediction_type", prediction_type, stored, path)
-        limit, spacing = pipeline.codec.limit.item(), spacing or "trailing"
+        limit, spacing = pipeline.codec.limit.item(), spacing or default_spacing(scheduler)
         pipeline.scheduler = build_solver(scheduler, prediction_type, spacing=spacing, clip=limit)
     else:
         channels = read_config(UKANModel, folder).get("in_channels", 3)

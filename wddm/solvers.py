@@ -27,6 +27,15 @@ NOT_OF_SAMPLE = ("pndm", "euler_a")  # diffusers' classes do not know prediction
 SINGLE_STEP = ("ddpm", "ddim", "euler", "euler_a", "heun")  # they keep nothing from the steps before the last
 
 
+def default_spacing(name: str) -> str:
+    """ "trailing", which starts at pure noise; but "leading" for heun.
+
+    From pure noise (sigma near 20,000 on our schedule) its correction takes a derivative from far below over all of the
+    first step: the network's error grows a hundredfold, and no image comes of it.
+    """
+    return "leading" if name == "heun" else "trailing"
+
+
 def build_solver(
     name: str, prediction_type: str = "epsilon", *, spacing: str = "leading", clip: float = 1.0
 ) -> SchedulerMixin:

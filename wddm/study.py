@@ -22,7 +22,7 @@ from wddm.data import Dataset
 from wddm.files import append_row, read_rows
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
-from wddm.solvers import build_solver, check_options
+from wddm.solvers import build_solver, check_options, default_spacing
 
 SETTING = ("scheduler", "steps", "eta", "spacing", "detail_steps")
 
@@ -32,12 +32,15 @@ def settings(
     steps: Sequence[int],
     *,
     etas: Sequence[float] = (0.0,),
-    spacings: Sequence[str] = ("trailing",),
+    spacings: Sequence[str | None] = (None,),
     detail_steps: Sequence[int | None] = (None,),
 ) -> list[dict[str, Any]]:
-    """Every combination; etas are ddim's alone, and detail steps that equal the steps are none of their own."""
+    """Every combination; etas are ddim's alone, and detail steps that equal the steps are none of their own.
+
+    A spacing of None is the solver's default.
+    """
     found = [
-        (name, count, eta, spacing, None if details == count else details)
+        (name, count, eta, spacing or default_spacing(name), None if details == count else details)
         for name in schedulers
         for spacing in spacings
         for eta in (etas if name == "ddim" else (0.0,))
