@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from wddm import findings, study, sweeps, trajectories
 from wddm.backbones import build_backbone
 from wddm.files import append_row, read_rows
 from wddm.objective import noise_scheduler, signal_power
 from wddm.pipeline import WaveletPipeline
 from wddm.solvers import build_solver
+from wddm.studies import findings, study, sweeps, trajectories
 from wddm.wavelets import WaveletCodec
 from wddm.workbook import collect, records
 from wddm.workbook.records import Finished

@@ -15,11 +15,12 @@ import torch
 from conftest import ROOT
 from torch.testing import assert_close
 
-from wddm import baselines, benchmarks, contenders, efficiency, plots
+from wddm import plots
 from wddm.backbones import build_backbone
 from wddm.kan import SplineLinear, spline_basis
 from wddm.objective import noise_scheduler
 from wddm.profiling import Measured, ready
+from wddm.studies import baselines, benchmarks, contenders, efficiency
 from wddm.wavelets import WaveletCodec
 
 DIGITS = {"kind": "ukan", "dataset": "digits", "level": 1}

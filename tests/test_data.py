@@ -106,7 +106,7 @@ def test_kill_9_at_20_moments_then_a_clean_run(tmp_path):
         receiver, sender = processes.Pipe(duplex=False)
         process = processes.Process(target=prepare_until, args=(folder, source, event, number, sender))
         process.start()
-        process.join(60)
+        process.join(300)
         assert process.exitcode in (0, -signal.SIGKILL)
         return None if process.exitcode else receiver.recv()
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import launcher
 
-from wddm import data, diagnostics, evaluation, features, metrics, scores
+from wddm import data, metrics
 from wddm.__main__ import main
+from wddm.metrics import diagnostics, evaluation, features, scores
 from wddm.sampling import write_images
 
 

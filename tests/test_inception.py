@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from wddm import data, inception, metrics, scores
-from wddm.metrics import frechet_distance
+from wddm import data, metrics
+from wddm.metrics import frechet_distance, inception, scores
 from wddm.sampling import write_images
 
 

@@ -9,8 +9,8 @@ import scipy.stats
 import torch
 from PIL import Image
 
-from wddm import data, diagnostics, intervals, metrics
-from wddm.metrics import Moments, frechet_distance, frechet_wavelet_distance
+from wddm import data, intervals, metrics
+from wddm.metrics import Moments, diagnostics, frechet_distance, frechet_wavelet_distance
 from wddm.wavelets import WaveletCodec
 
 CIFAR_TEST = Path(__file__).parents[2] / "shared/data/cifar10/plain_text/test-00000-of-00001.parquet"

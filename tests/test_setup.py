@@ -62,7 +62,7 @@ def test_starting_needs_no_torch_and_no_time() -> None:
 
 
 def test_imports_have_no_effects() -> None:
-    modules = ", ".join(f"wddm.{path.stem}" for path in sorted((ROOT / "wddm").glob("[!_]*.py")))
+    modules = ", ".join(f"wddm.{name}" for name in sorted(MODULES) if not name.startswith("_"))
     code = (
         "import torch, random; state = lambda: (torch.get_default_dtype(), torch.get_default_device(), "
         f"torch.get_rng_state().tolist(), random.getstate()); before = state(); import {modules}; "
@@ -80,27 +80,37 @@ class WithoutTypes(ast.NodeTransformer):
 
 
 def imported(text: str) -> set[str]:
-    """Modules of wddm that a source imports."""
+    """Modules of wddm that a source imports, those of packages as `plots.mosaics`."""
     found = set()
     for node in ast.walk(WithoutTypes().visit(ast.parse(text))):
-        if isinstance(node, ast.ImportFrom) and node.module == "wddm":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("wddm."):
-            found.add(node.module.split(".")[1])
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "wddm":
+            inside = node.module.removeprefix("wddm").lstrip(".")
+            names = [f"{inside}.{alias.name}".lstrip(".") for alias in node.names]
+            found |= {name if name in MODULES else inside for name in names}
     return found
+
+
+MODULES = {
+    ".".join(path.relative_to(ROOT / "wddm").with_suffix("").parts).removesuffix(".__init__"): path
+    for path in (ROOT / "wddm").rglob("*.py")
+}
 
 
 def test_modules_import_only_from_the_rows_above() -> None:
     order = """
         processes files wavelets decoding batches parquet sources streams contents data loading kan published ukan
-        backbones objective solvers bandrate cards pipeline checkpoints steps mosaics sampling intervals moments
-        diagnostics metrics monitor resume training profiling baselines contenders efficiency benchmarks features
-        inception scores evaluation study findings trajectories verdicts frequencies comparisons speeds plots workbook
-        sweeps runs __main__
+        backbones objective solvers bandrate cards pipeline checkpoints steps intervals plots.mosaics plots.verdicts
+        plots.frequencies plots.comparisons plots.speeds plots sampling metrics.moments metrics.diagnostics metrics
+        monitor resume training profiling metrics.features metrics.inception metrics.scores metrics.evaluation
+        workbook studies studies.study studies.findings studies.trajectories studies.sweeps studies.baselines
+        studies.contenders studies.efficiency studies.benchmarks runs __main__
     """
     rows = order.split()
-    files = {p.stem: p for p in (ROOT / "wddm").glob("*.py")} | {"workbook": ROOT / "wddm/workbook/__init__.py"}
+    files = {name: path for name, path in MODULES.items() if not name.startswith("workbook.")}
     assert sorted(files.keys() - {"__init__"}) == sorted(rows)
     for name in rows:
-        above = set(rows[: rows.index(name)]) | ({"workbook"} if name == "workbook" else set())
-        assert imported(files[name].read_text()) <= above, name
+        found = {
+            module.split(".")[0] if module.startswith("workbook.") else module
+            for module in imported(files[name].read_text())
+        }
+        assert found <= set(rows[: rows.index(name)]) | ({"workbook"} if name == "workbook" else set()), name

@@ -129,7 +129,8 @@ def sample(arguments: argparse.Namespace) -> int:
 def evaluate(arguments: argparse.Namespace) -> int:
     state = processes.join(arguments.device)
 
-    from wddm import evaluation, workbook
+    from wddm import workbook
+    from wddm.metrics import evaluation
     from wddm.workbook.records import write_json
     from wddm.workbook.tables import format_table
 

@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from wddm.metrics import frechet_wavelet_distance
-from wddm.mosaics import compose
 from wddm.objective import diffusion_loss
 from wddm.pipeline import WaveletPipeline
+from wddm.plots.mosaics import compose
 from wddm.sampling import sample_images
 from wddm.solvers import build_solver
 from wddm.wavelets import WaveletCodec

@@ -17,8 +17,8 @@ from PIL import Image
 
 from wddm.checkpoints import public
 from wddm.loading import fetched, read_config
-from wddm.mosaics import compose
 from wddm.pipeline import WaveletPipeline, image_generators
+from wddm.plots.mosaics import compose
 from wddm.solvers import build_solver, default_spacing
 from wddm.ukan import UKANModel
 

@@ -7,8 +7,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from wddm.mosaics import need, panels
-from wddm.verdicts import GENERATED, REAL, log_axis, ticks
+from wddm.plots.mosaics import need, panels
+from wddm.plots.verdicts import GENERATED, REAL, log_axis, ticks
 
 
 def spectra(

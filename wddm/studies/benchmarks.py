@@ -16,8 +16,8 @@ import torch
 
 from wddm import data
 from wddm.backbones import PRESETS, build_backbone
-from wddm.contenders import bare_training, commands, decoded_batches, prepared_batches, spline_layer, training
 from wddm.profiling import Maker, alone, contest, forward_flops, race, speed, spread, times_as_fast
+from wddm.studies.contenders import bare_training, commands, decoded_batches, prepared_batches, spline_layer, training
 
 Row = dict[str, Any]
 

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from wddm import diagnostics, features, inception, metrics
+from wddm import metrics
 from wddm.data import Dataset
 from wddm.files import sha256, whole
 from wddm.intervals import median, share
-from wddm.moments import Moments
+from wddm.metrics import diagnostics, features, inception
+from wddm.metrics.moments import Moments
 
 RESAMPLES = 20
 INCEPTION = {  # key of metrics.json -> name, whether more is better

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from wddm.study import SETTING, setting_of
+from wddm.studies.study import SETTING, setting_of
 
 DISTANCES, ENDS = ("fwd", "fd"), ("", "_low", "_high")
 

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from wddm.diagnostics import unit_batches
 from wddm.files import whole
+from wddm.metrics.diagnostics import unit_batches
 
 VALUES, MOST, SIDE = 32, 20_000, 64  # features of an image; images to train on; larger ones are averaged to this
 STEPS, BATCH = 500, 64

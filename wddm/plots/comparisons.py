@@ -12,8 +12,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from wddm.mosaics import need, panels
-from wddm.verdicts import GENERATED, REAL, log_axis, ticks
+from wddm.plots.mosaics import need, panels
+from wddm.plots.verdicts import GENERATED, REAL, log_axis, ticks
 
 MARKERS = "osD^vP*Xdph"
 Curve = tuple[ArrayLike, ArrayLike]  # x (K,), and y (K, 3): value, low, high

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from wddm import metrics, scores
+from wddm import metrics
 from wddm.backbones import load_backbone
 from wddm.data import Dataset
+from wddm.metrics import scores
 from wddm.profiling import forward_flops
 from wddm.steps import read_log
 from wddm.workbook.records import Finished

@@ -13,7 +13,7 @@ import torch
 
 from wddm.files import sha256
 from wddm.intervals import about, draws, share
-from wddm.moments import factor
+from wddm.metrics.moments import factor
 
 LAYERS = ("2048", "logits_unbiased")
 BATCH = 64  # torch-fidelity's own: features round differently in batches of another size

@@ -8,10 +8,11 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from wddm import inception, metrics, scores
+from wddm import metrics
 from wddm.data import Dataset, load
-from wddm.features import FeatureNet
-from wddm.scores import Score
+from wddm.metrics import inception, scores
+from wddm.metrics.features import FeatureNet
+from wddm.metrics.scores import Score
 
 LEFT_OUT = ("grid.png",)  # `wddm sample` puts it beside the images
 BLUR, NOISE, MISSING = (0, 0.5, 1, 1.5, 2), (0, 0.02, 0.05, 0.1, 0.2), (0, 0.2, 0.4, 0.6, 0.8)

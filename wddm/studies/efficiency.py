@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from wddm.backbones import PRESETS, build_backbone, resolve_widths
-from wddm.contenders import sampling, training
 from wddm.profiling import Measured, contest, forward_flops, speed, spread, times_as_fast
+from wddm.studies.contenders import sampling, training
 
 PRESET, SAME, MATCHED = "pixels, preset", "pixels, same network", "pixels, equal parameters"
 WAVELETS = "wavelets"

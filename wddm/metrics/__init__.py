@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wddm.diagnostics import Images, fitting, haar_packets, unit_batches
 from wddm.intervals import Interval, about, draws
-from wddm.moments import Moments
-from wddm.moments import frechet_distance as frechet_distance
+from wddm.metrics.diagnostics import Images, fitting, haar_packets, unit_batches
+from wddm.metrics.moments import Moments
+from wddm.metrics.moments import frechet_distance as frechet_distance
 
 Vectors = Callable[
     [Tensor, slice], Tensor

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullFormatter
 
-from wddm.mosaics import need, panels
-from wddm.verdicts import REAL, log_axis
+from wddm.plots.mosaics import need, panels
+from wddm.plots.verdicts import REAL, log_axis
 
 Rows = Sequence[Mapping[str, Any]]
 MARKERS = "osD^v"

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from wddm import scores
 from wddm.checkpoints import public
 from wddm.data import Dataset
 from wddm.files import append_row, read_rows
+from wddm.metrics import scores
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
 from wddm.solvers import build_solver, check_options, default_spacing

@@ -12,20 +12,20 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from wddm.comparisons import (  # noqa: F401  (and those that set side by side)
+from wddm.plots.comparisons import (  # noqa: F401  (and those that set side by side)
     heat_map,
     learning_curves,
     quality_curves,
     trade_off,
     variants,
 )
-from wddm.frequencies import (  # noqa: F401  (those of spectra and bands)
+from wddm.plots.frequencies import (  # noqa: F401  (those of spectra and bands)
     band_energy,
     band_kurtosis,
     packet_map,
     spectra,
 )
-from wddm.mosaics import (  # noqa: F401  (the figures made of images are plots too)
+from wddm.plots.mosaics import (  # noqa: F401  (the figures made of images are plots too)
     checked,
     coefficient_bands,
     compare_grids,
@@ -37,8 +37,8 @@ from wddm.mosaics import (  # noqa: F401  (the figures made of images are plots 
     stacked,
     trajectory,
 )
-from wddm.speeds import rates_by_level, speedup_against_flops  # noqa: F401  (and those of speed)
-from wddm.verdicts import (  # noqa: F401  (and those of scores)
+from wddm.plots.speeds import rates_by_level, speedup_against_flops  # noqa: F401  (and those of speed)
+from wddm.plots.verdicts import (  # noqa: F401  (and those of scores)
     ACCENT,
     GENERATED,
     REAL,

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wddm import baselines
 from wddm.backbones import IMAGES, build_backbone
 from wddm.batches import batches
 from wddm.kan import SplineLinear
 from wddm.pipeline import WaveletPipeline
 from wddm.solvers import build_solver
 from wddm.steps import Step
+from wddm.studies import baselines
 from wddm.training import Trainer, resolve_precision
 from wddm.wavelets import WaveletCodec
 
