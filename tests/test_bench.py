@@ -204,8 +204,17 @@ def test_efficiency(root: Path) -> None:
 def test_benchmarks(root: Path) -> None:
     """The cells that a GPU runs, at tiny size; but for compilation, which takes minutes on a CPU."""
     tiny = {"datasets": "[digits]", "levels": "[1]", "backbones": "[ukan]", "rounds": 5, "batch_size": 2}
-    small = {"dataset": "digits", "resolution": 16, "limit": 64, "capacity_dataset": "digits", "capacity_gib": 0.05}
-    report = wddm(root, "benchmarks-full", sampling_steps=1, max_step_seconds=60, compiled=False, **tiny, **small)
+    small = {
+        "images_per_step": 2,
+        "dataset": "digits",
+        "resolution": 16,
+        "limit": 64,
+        "capacity_dataset": "digits",
+        "capacity_gib": 0.05,
+    }
+    report = wddm(
+        root, "benchmarks-full", sampling_steps=1, max_step_seconds=60, compiled=False, compile=False, **tiny, **small
+    )
     loops = pd.read_csv(report / "loops.csv")
     assert len(loops) == 1 and loops.times_as_fast.min() > 0.1
     assert 0 < loops.share_of_rate.max() < 1
