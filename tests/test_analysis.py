@@ -298,10 +298,10 @@ def test_a_variant_has_reached_another_once_all_its_seeds_are_as_near() -> None:
         "never": (seen, np.array([[9, 9, 3], [9, 9, 5]])),
     }
     rows = sweeps.reaching(curves, "slow")
-    assert [row["thousand images to reach it"] for row in rows] == [4, 2, None]
-    assert [row["share of the images"] for row in rows] == [1, 0.5, None]
+    assert [row["thousand images"] for row in rows] == [4, 2, None]
+    assert [row["share of images"] for row in rows] == [1, 0.5, None]
     assert [row["in the end"] for row in rows] == [4, 1.5, 4]
-    assert sweeps.reaching(curves, "slow", "seconds")[1]["seconds to reach it"] == 2000
+    assert sweeps.reaching(curves, "slow", "seconds")[1]["seconds"] == 2000
     with pytest.raises(ValueError, match="got reference='other', wanted one of slow, fast, never"):
         sweeps.reaching(curves, "other")
 

@@ -129,8 +129,8 @@ def reaching(
     for name, (seen, distances) in curves.items():
         there = seen[(distances <= wanted).all(0)] if name != reference else seen[-1:]
         row = {"variant": name, "in the end": distances[:, -1].mean(), "seeds": len(distances)}
-        row[f"{unit} to reach it"] = there[0] / (1 if unit == "seconds" else 1000) if len(there) else None
-        rows.append(row | {f"share of the {unit.split()[-1]}": there[0] / in_all if len(there) else None})
+        row[unit] = there[0] / (1 if unit == "seconds" else 1000) if len(there) else None
+        rows.append(row | {f"share of {unit.split()[-1]}": there[0] / in_all if len(there) else None})
     return rows
 
 
