@@ -79,6 +79,9 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path):
 
 def prepare_until(folder: Path, source: Path, event: str | None, number: int, counted) -> None:
     """Prepare, but die of kill -9 at the event of that number (a file opened or renamed, a pickle read ...)."""
+    import datasets  # noqa: F401  (imports are no moments of this; the server that forks may be another test's)
+    import pyarrow.parquet  # noqa: F401
+
     data.IMAGES_PER_PROCESS, seen = 1, 0
     data.tqdm.set_lock(threading.RLock())  # its own is a semaphore, which who is killed leaves behind
 
