@@ -79,7 +79,7 @@ def confidence(real: ArrayLike, generated: ArrayLike, threshold: float) -> Figur
             _shares(axes, values, color, f"{name}, {np.mean(np.less(values, threshold)):.1%} below {threshold:g}")
         axes.axvline(threshold, color=ACCENT, linestyle="--", linewidth=0.8)
         axes.set(xlabel="top-class probability", ylabel="share of images below", xlim=(0, 1), ylim=(0, 1))
-        axes.legend(loc="upper left")
+        figure.legend(loc="outside upper right", ncols=2)
     return figure
 
 
