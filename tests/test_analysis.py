@@ -422,7 +422,9 @@ def test_wavelet_depth_says_what_was_spent_and_where_it_falls_short(swept) -> No
 
 @pytest.mark.slow
 def test_compare_sets_any_runs_side_by_side(swept) -> None:
-    (swept / "params/side.yaml").write_text("notebooks: [analysis/compare]\nruns: [depth-level=*, nothing]\n")
+    (swept / "params/side.yaml").write_text(
+        "notebooks: [analysis/compare]\nruns: [depth-level=*, nothing]\nclock: true\n"
+    )
     log = swept / "runs/depth-level=0-train_kimg=0.32-seed=0/log.jsonl"
     logged = read_rows(log)
     log.write_text("".join(json.dumps(row | {"fwd": 1 / row["images_seen"]}) + "\n" for row in logged))
