@@ -3,6 +3,8 @@
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -29,6 +31,13 @@ def launcher() -> list[str]:
         port = str(probe.getsockname()[1])
     config = str(ROOT / "params" / "accelerate" / "cpu.yaml")
     return ["accelerate.commands.launch", "--config_file", config, "--main_process_port", port, "-m"]
+
+
+def wddm(root: Path, *arguments: str, **parameters: object) -> subprocess.CompletedProcess:
+    """`wddm` in a workbook, parameters given with -p."""
+    options = [word for name, value in parameters.items() for word in ("-p", f"{name}={value}")]
+    command = [sys.executable, "-m", "wddm", *arguments, *options]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")

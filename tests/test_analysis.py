@@ -3,14 +3,13 @@
 import csv
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import wddm
 
 from wddm.backbones import build_backbone
 from wddm.files import append_row, read_rows
@@ -332,9 +331,8 @@ TINY = {
 }
 
 
-def wddm(root: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "wddm", *arguments]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
+def run(root: Path, *arguments: str) -> str:
+    done = wddm(root, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -363,7 +361,7 @@ def test_sampling_dynamics_is_measured_once_and_written_down(root, tmp_path) -> 
     options = ["model_dir=runs/tiny/pipeline", "solvers=[ddim, heun]", "steps=[2, 4]", "band_steps=[2, 3]"]
     options += ["reference_steps=6", "sets=2", "num_samples=40", "spacing_solvers=[ddim]"]
     command = ["run", "params/sampling-dynamics.yaml", *(word for option in options for word in ("-p", option))]
-    wddm(root, *command)
+    run(root, *command)
     report, cells = root / "reports/sampling-dynamics", root / "runs/sampling-dynamics/cells.jsonl"
     rows, measured = saved(report, "settings"), read_rows(cells)
     # ddim with eta 0 and 1 and heun, at 2 and 4 steps; two spacings more; a pair of bands each way and the 3; ddpm
@@ -381,7 +379,7 @@ def test_sampling_dynamics_is_measured_once_and_written_down(root, tmp_path) -> 
     assert figures >= {"solvers-fwd", "solvers-fd", "pareto-fwd", "spacing-fwd", "band-rate-fwd", "change", "denoising"}
     assert is_clean(report / "sampling_dynamics.html")
     before = cells.read_bytes()
-    wddm(root, *command, "--force", "--only", "sampling_dynamics")
+    run(root, *command, "--force", "--only", "sampling_dynamics")
     assert cells.read_bytes() == before and saved(report, "settings") == rows  # timings too: nothing was measured anew
 
 
@@ -396,7 +394,7 @@ def swept(root) -> Path:
         "  - {level: [0], train_kimg: [0.32], seed: [0]}\n"
         "  - {level: [1], train_kimg: [1.28], seed: [0, 1]}\n"
     )
-    wddm(root, "run", "params/depth.yaml", "--jobs", "2")
+    run(root, "run", "params/depth.yaml", "--jobs", "2")
     return root
 
 
@@ -417,7 +415,7 @@ def test_wavelet_depth_says_what_was_spent_and_where_it_falls_short(swept) -> No
     assert json.loads((report / "metrics.json").read_text())["fwd_best"] > 0
     assert {"depth", "packets", "samples"} <= {path.stem for path in (report / "figures").glob("*.png")}
     assert is_clean(report / "wavelet_depth.html")
-    assert wddm(swept, "run", "params/depth.yaml").count("unchanged, skipped") == 3 * 4 + 1
+    assert run(swept, "run", "params/depth.yaml").count("unchanged, skipped") == 3 * 4 + 1
 
 
 @pytest.mark.slow
@@ -428,7 +426,7 @@ def test_compare_sets_any_runs_side_by_side(swept) -> None:
     log = swept / "runs/depth-level=0-train_kimg=0.32-seed=0/log.jsonl"
     logged = read_rows(log)
     log.write_text("".join(json.dumps(row | {"fwd": 1 / row["images_seen"]}) + "\n" for row in logged))
-    wddm(swept, "run", "params/side.yaml")
+    run(swept, "run", "params/side.yaml")
     report = swept / "reports/side"
     rows = saved(report, "runs")
     assert [row["level"] for row in rows] == [0, 1, 1] and [row["seed"] for row in rows] == [0, 0, 1]

@@ -1,9 +1,6 @@
 """What is measured against what: the baselines compute what ours does, and the two notebooks measure it."""
 
 import json
-import shutil
-import subprocess
-import sys
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -12,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import wddm
 from torch.testing import assert_close
 
-from wddm import plots
+from wddm import plots, update
 from wddm.backbones import build_backbone
 from wddm.kan import SplineLinear, spline_basis
 from wddm.objective import noise_scheduler
@@ -62,8 +59,8 @@ def test_the_bare_loop_takes_the_steps_of_ours(tmp_path: Path) -> None:
     loop.signal_power = noise_scheduler().alphas_cumprod.double()
     x = torch.from_numpy(images).double().permute(0, 3, 1, 2) / 127.5 - 1
     for _ in range(2):
-        noise, t = trainer._draw(x)
-        loss, *_ = trainer._optimise(x)
+        noise, t = update.draw(trainer, x)
+        loss, *_ = update.optimise(trainer, x)
         assert_close(loop.step(x, noise, t), loss.total)
         trainer.step += 1
     before = [average.clone() for average in loop.average]
@@ -163,20 +160,9 @@ def test_the_largest_batch_is_the_last_that_fits(monkeypatch) -> None:
             benchmarks.largest_batch(DIGITS, limit_gib=None)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    """A workbook with the two notebooks."""
-    folder = tmp_path_factory.mktemp("workbook")
-    for name in ("notebooks", "params"):
-        shutil.copytree(ROOT / name, folder / name)
-    return folder
-
-
-def wddm(root: Path, name: str, **values: object) -> Path:
+def report_of(root: Path, name: str, **values: object) -> Path:
     """reports/<name> of a run of params/<name>.yaml."""
-    options = [word for key, value in values.items() for word in ("-p", f"{key}={value}")]
-    command = [sys.executable, "-m", "wddm", "run", f"params/{name}.yaml", *options]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=900)
+    done = wddm(root, "run", f"params/{name}.yaml", **values)
     assert done.returncode == 0, done.stdout + done.stderr
     return root / "reports" / name
 
@@ -185,7 +171,7 @@ def wddm(root: Path, name: str, **values: object) -> Path:
 def test_efficiency(root: Path) -> None:
     """What is too slow is counted all the same, and says why it was not run."""
     tiny = {"datasets": "[digits, celebahq]", "levels": "[0, 2]", "backbones": "[unet]", "rounds": 5, "batch_size": 2}
-    report = wddm(root, "efficiency", sampling_steps=1, max_step_seconds=4, **tiny)
+    report = report_of(root, "efficiency", sampling_steps=1, max_step_seconds=4, **tiny)
     costs = pd.read_csv(report / "efficiency.csv")
     assert len(costs) == 8 and costs.parameters.min() > 0 and costs.forward_gflop.min() > 0
     digits = costs[costs.dataset == "digits"]

@@ -11,19 +11,13 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, wddm
 
 NAMES = ("01_prepare", "02_train", "03_sample", "04_evaluate")
 TINY = {
     "train_kimg": 0.64, "warmup_kimg": 0.1, "widths": "[8, 16]", "checkpoint_kimg": 0.2,
     "num_samples": 40, "sampling_steps": 3, "preview_kimg": 0.32,
 }  # fmt: skip
-
-
-def wddm(root: Path, *arguments: str, **values) -> subprocess.CompletedProcess:
-    options = [word for name, value in values.items() for word in ("-p", f"{name}={value}")]
-    command = [sys.executable, "-m", "wddm", *arguments, *options]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
 
 
 def status(folder: Path) -> dict:

@@ -1,4 +1,4 @@
-"""plots.py: what is drawn is what was given, at its place, and nothing global changes."""
+"""plots: what is drawn is what was given, at its place, and nothing global changes."""
 
 import sys
 from functools import cache
