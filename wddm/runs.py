@@ -13,7 +13,7 @@ from diffusers import ModelMixin
 
 from wddm import data
 from wddm.backbones import IMAGES, build_backbone
-from wddm.solvers import build_solver, check_options, default_spacing
+from wddm.solvers import build_solver, check_options
 from wddm.steps import Step
 from wddm.training import Trainer
 from wddm.wavelets import WaveletCodec
@@ -67,10 +67,8 @@ def check(parameters: dict[str, Any]) -> None:
         if has({"backbone", "dataset", "resolution"}):
             make_network(parameters)
     if has({"scheduler"}):
-        name = parameters["scheduler"]
-        spacing = parameters.get("spacing") or default_spacing(name)
-        build_solver(name, spacing=spacing, **given(parameters, ("prediction_type",)))
-        check_options(name, **given(parameters, ("eta", "detail_steps")))
+        build_solver(parameters["scheduler"], **given(parameters, ("prediction_type", "spacing")))
+        check_options(parameters["scheduler"], **given(parameters, ("eta", "detail_steps")))
 
 
 def train(

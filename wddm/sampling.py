@@ -19,7 +19,7 @@ from wddm.checkpoints import public
 from wddm.loading import fetched, read_config
 from wddm.pipeline import WaveletPipeline, image_generators
 from wddm.plots.mosaics import compose
-from wddm.solvers import build_solver, default_spacing
+from wddm.solvers import build_solver
 from wddm.ukan import UKANModel
 
 GRID = 64  # images in the grid picture
@@ -50,7 +50,7 @@ def open_pipeline(
         pipeline = WaveletPipeline.from_pretrained(folder)
         stored = pipeline.scheduler.config.prediction_type
         prediction_type = expect("prediction_type", prediction_type, stored, path)
-        limit, spacing = pipeline.codec.limit.item(), spacing or default_spacing(scheduler)
+        limit = pipeline.codec.limit.item()
         pipeline.scheduler = build_solver(scheduler, prediction_type, spacing=spacing, clip=limit)
     else:
         channels = read_config(UKANModel, folder).get("in_channels", 3)

@@ -37,16 +37,17 @@ def default_spacing(name: str) -> str:
 
 
 def build_solver(
-    name: str, prediction_type: str = "epsilon", *, spacing: str = "leading", clip: float = 1.0
+    name: str, prediction_type: str = "epsilon", *, spacing: str | None = "leading", clip: float = 1.0
 ) -> SchedulerMixin:
     """A solver by name, on our noise schedule.
 
     Args:
         name: a key of `SOLVERS`.
         prediction_type: what the network predicts.
-        spacing: how the steps are spread over the 1000: "leading", "trailing" or "linspace".
+        spacing: how the steps are spread over the 1000: "leading", "trailing", "linspace", or None: `default_spacing`.
         clip: solvers that clip the clean estimate do so at this absolute value (the codec's `limit`).
     """
+    spacing = spacing or default_spacing(name)
     for what, got, wanted in (
         ("solver", name, tuple(SOLVERS)),
         ("prediction_type", prediction_type, PREDICTION_TYPES),
