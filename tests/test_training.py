@@ -18,10 +18,12 @@ from torch.testing import assert_close
 from wddm import checkpoints, metrics, monitor
 from wddm.backbones import build_backbone
 from wddm.checkpoints import deferred_interrupt, difference
+from wddm.devices import resolve_precision
 from wddm.pipeline import WaveletPipeline
 from wddm.resume import settings
 from wddm.steps import VARYING, read_log
-from wddm.training import Trainer, derived_seed, resolve_precision
+from wddm.training import Trainer
+from wddm.update import derived_seed
 from wddm.wavelets import WaveletCodec
 
 RAMPS = np.linspace(0, 255, 8)[None, :] * np.random.default_rng(0).uniform(0.2, 1, (40, 1))  # (40, 8)

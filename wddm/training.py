@@ -16,12 +16,12 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import Tensor
 
-from wddm import checkpoints, monitor, resume
+from wddm import checkpoints, monitor, resume, update
 from wddm.batches import batches
+from wddm.devices import resolve_precision, tune
 from wddm.metrics import packet_moments
-from wddm.objective import Loss, diffusion_loss, noise_scheduler
+from wddm.objective import noise_scheduler
 from wddm.steps import Meter, Step, append_log, peak_memory_gb
 from wddm.wavelets import WaveletCodec
 
@@ -103,9 +103,7 @@ class Trainer:
             cpu=self.cpu or not torch.accelerator.is_available(),
         )
         device = self.accelerator.device
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32
-            self.model.to(memory_format=torch.channels_last)
+        tune(self.model, device)
         if self.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self.codec.to(device)
@@ -129,7 +127,7 @@ class Trainer:
         )
         half_life_steps = self.ema_half_life_kimg * 1000 / self.batch_size
         decay = 0.5 ** (1 / half_life_steps) if half_life_steps else 0.0
-        self.weights = list(self.model.parameters())  # once: to walk through the modules takes as long as the average
+        self.weights = list(self.model.parameters())  # once: small networks feel a walk through them
         self.ema = EMAModel(self.weights, decay=decay, foreach=True)
         self.step, self.meter, self.best = 0, Meter(), None
         resume.take_up(self)
@@ -151,7 +149,7 @@ class Trainer:
         )  # fmt: skip
         with checkpoints.deferred_interrupt() as interrupted:
             while self.step < self.total_steps:
-                self.meter.add(self.step + 1, *self._optimise(next(stream)))
+                self.meter.add(self.step + 1, *update.optimise(self, next(stream)))
                 self.step += 1
                 done = self.step == self.total_steps
                 logging = self.step % self.log_every == 0 or done
@@ -162,10 +160,7 @@ class Trainer:
                     self._check()
                 row = None
                 if logging or validating or measuring:
-                    rate = self.meter.rate()
-                    found = {"validation_loss": monitor.validate(self)} if validating else {}
-                    found |= {"fwd": monitor.measure(self)} if measuring else {}
-                    row = self._log(rate, **found)
+                    row = self._log(validating, measuring)
                 if saving:
                     self.save()
                 if previewing:
@@ -195,54 +190,6 @@ class Trainer:
         told = torch.tensor(float(interrupted), device=self.accelerator.device)
         return asking and bool(self.accelerator.reduce(told, "sum"))
 
-    def _optimise(self, images: Tensor) -> tuple[Loss, Tensor, Tensor]:
-        """One optimiser step on this process's share of the batch; loss and gradient norms, left on the device."""
-        noise, t = self._draw(images)
-        self._seed_dropout(derived_seed(self.seed, self.step, 1 + self.accelerator.process_index))
-        losses = []
-        for part in zip(*(x.chunk(self.accumulation) for x in (images, noise, t)), strict=True):
-            with self.accelerator.accumulate(self.network):
-                loss = diffusion_loss(
-                    self.network, self.codec, self.noise, *part,
-                    weighting=self.weighting, reconstruction=self.reconstruction,
-                )  # fmt: skip
-                self.accelerator.backward(loss.total)
-                if self.accelerator.sync_gradients:
-                    norm, norms = self._clip()
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            losses.append(loss)
-        self.lr.step()
-        self.ema.step(self.weights)
-        return Loss(*(torch.stack(values).mean(0).detach() for values in zip(*losses, strict=True))), norm, norms
-
-    def _seed_dropout(self, seed: int) -> None:
-        """Of this device alone: `torch.manual_seed` asks after every kind of device there is, in milliseconds."""
-        if self.accelerator.device.type == "cpu":
-            torch.default_generator.manual_seed(seed)
-        else:
-            torch.get_device_module(self.accelerator.device).manual_seed(seed)
-
-    def _clip(self) -> tuple[Tensor, Tensor]:
-        """Scale the gradients down to norm 1; their norm before, all together and of every parameter (P,)."""
-        self.accelerator.unscale_gradients()
-        gradients = [p.grad for p in self.parameters.values()]
-        norms = torch.stack(torch._foreach_norm(gradients))
-        norm = torch.linalg.vector_norm(norms)
-        torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), 1.0, norm)
-        if self.accelerator.scaler is not None:  # fp16: a step whose gradients overflow is left out, not wrong
-            norm, norms = norm.nan_to_num(0, 0, 0), norms.nan_to_num(0, 0, 0)
-        return norm, norms
-
-    def _draw(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Noise (b, 4^L C, h, w) and timesteps (b,) of this process's share, cut from those of the whole batch."""
-        device = self.accelerator.device
-        generator = torch.Generator(device).manual_seed(derived_seed(self.seed, self.step))
-        noise = torch.randn(self.batch_size, *self.codec.shape(*images.shape[1:]), generator=generator, device=device)
-        t = torch.randint(len(self.noise.alphas_cumprod), (self.batch_size,), generator=generator, device=device)
-        first = self.accelerator.process_index * len(images)
-        return noise[first : first + len(images)], t[first : first + len(images)]
-
     def _check(self) -> None:
         """Raise FloatingPointError if a loss or gradient was not finite since the last reading."""
         if bad := self.meter.first_bad():
@@ -253,8 +200,11 @@ class Trainer:
                 f"(now {self.learning_rate:g}); the last good checkpoint is kept"
             )
 
-    def _log(self, steps_per_s: float, **measured: float) -> Step:
-        """Read the meter (all processes) and begin a new one; append to log.jsonl, with what else was measured."""
+    def _log(self, validating: bool, measuring: bool) -> Step:
+        """Read the meter (all processes) and begin a new one; append to log.jsonl, with what else is due."""
+        steps_per_s = self.meter.rate()  # before what is no training
+        measured = {"validation_loss": monitor.validate(self)} if validating else {}
+        measured |= {"fwd": monitor.measure(self)} if measuring else {}
         loss, band_loss, norm = (self.accelerator.reduce(value, "mean") for value in self.meter.means())
         names = self.codec.bands()
         row = Step(
@@ -287,18 +237,3 @@ class Trainer:
     @property
     def images_seen(self) -> int:
         return self.step * self.batch_size
-
-
-def resolve_precision(precision: str, cpu: bool = False) -> str:
-    """accelerate's name of the precision; "auto" is bf16 where a GPU has it, else "no"."""
-    wanted = ("auto", "no", "fp16", "bf16")
-    if precision not in wanted:
-        raise ValueError(f"got precision={precision!r}, wanted one of {', '.join(wanted)}: choose one of them")
-    if precision != "auto":
-        return precision
-    return "bf16" if not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
-
-
-def derived_seed(*key: int) -> int:
-    """An independent seed for every key, such as (seed, step)."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0])

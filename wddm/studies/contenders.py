@@ -20,12 +20,13 @@ from torch import Tensor
 
 from wddm.backbones import IMAGES, build_backbone
 from wddm.batches import batches
+from wddm.devices import resolve_precision, tune
 from wddm.kan import SplineLinear
 from wddm.pipeline import WaveletPipeline
 from wddm.solvers import build_solver
 from wddm.steps import Step
 from wddm.studies import baselines
-from wddm.training import Trainer, resolve_precision
+from wddm.training import Trainer
 from wddm.wavelets import WaveletCodec
 
 
@@ -78,9 +79,7 @@ def bare_training(
     model = build_backbone(**network).to(device()).train()
     if recursion:
         baselines.with_recursion(model)
-    if device().type == "cuda":
-        torch.set_float32_matmul_precision("high")
-        model.to(memory_format=torch.channels_last)
+    tune(model, device())
     level, bf16 = network["level"], resolve_precision(precision) == "bf16"
     loop = baselines.BareLoop(torch.compile(model) if compile else model, level, bf16=bf16)
     images = torch.from_numpy(noise_images(network, batch_size)).to(device()).permute(0, 3, 1, 2) / 127.5 - 1
@@ -104,9 +103,7 @@ def sampling(
     """WaveletPipeline with DDIM of so many steps; here a step of the contest is a batch of images."""
     model = build_backbone(**network).to(device()).eval()
     bf16 = resolve_precision(precision) == "bf16"
-    if device().type == "cuda":
-        torch.set_float32_matmul_precision("high")
-        model.to(memory_format=torch.channels_last)
+    tune(model, device())
     codec = WaveletCodec("haar", network["level"]).to(device())
     if compile:
         model.compile()
