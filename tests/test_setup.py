@@ -102,8 +102,8 @@ def test_modules_import_only_from_the_rows_above() -> None:
         backbones objective solvers bandrate cards pipeline checkpoints steps intervals plots.mosaics plots.verdicts
         plots.frequencies plots.comparisons plots.speeds plots sampling metrics.moments metrics.diagnostics metrics
         monitor resume devices update training profiling metrics.features metrics.inception metrics.scores
-        metrics.evaluation workbook studies studies.study studies.findings studies.trajectories studies.sweeps studies.baselines
-        studies.contenders studies.efficiency studies.benchmarks runs __main__
+        metrics.evaluation workbook studies studies.study studies.findings studies.trajectories studies.sweeps
+        studies.baselines studies.contenders studies.efficiency studies.benchmarks runs __main__
     """
     rows = order.split()
     files = {name: path for name, path in MODULES.items() if not name.startswith("workbook.")}

@@ -101,7 +101,7 @@ def in_seconds(
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The same curves over seconds of training instead of images: mean over a variant's runs of what their logs say.
 
-    Without the time that validation, samples and checkpoints take, and compilation before the first step.
+    Without the time that held-out losses and distances take.
     """
     found = {}
     for name, members in grouped(runs).items():
