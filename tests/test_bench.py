@@ -198,7 +198,7 @@ def test_benchmarks(root: Path) -> None:
         "capacity_dataset": "digits",
         "capacity_gib": 0.05,
     }
-    report = wddm(
+    report = report_of(
         root, "benchmarks-full", sampling_steps=1, max_step_seconds=60, compiled=False, compile=False, **tiny, **small
     )
     loops = pd.read_csv(report / "loops.csv")
