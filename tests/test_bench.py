@@ -160,9 +160,9 @@ def test_the_largest_batch_is_the_last_that_fits(monkeypatch) -> None:
             benchmarks.largest_batch(DIGITS, limit_gib=None)
 
 
-def report_of(root: Path, name: str, **values: object) -> Path:
+def report_of(root: Path, name: str, *options: str, **values: object) -> Path:
     """reports/<name> of a run of params/<name>.yaml."""
-    done = wddm(root, "run", f"params/{name}.yaml", **values)
+    done = wddm(root, "run", f"params/{name}.yaml", *options, **values)
     assert done.returncode == 0, done.stdout + done.stderr
     return root / "reports" / name
 
@@ -199,7 +199,7 @@ def test_benchmarks(root: Path) -> None:
         "capacity_gib": 0.05,
     }
     report = report_of(
-        root, "benchmarks-full", sampling_steps=1, max_step_seconds=60, compiled=False, compile=False, **tiny, **small
+        root, "benchmarks-full", "--only", "benchmarks", max_step_seconds=60, compiled=False, **tiny, **small
     )
     loops = pd.read_csv(report / "loops.csv")
     assert len(loops) == 1 and loops.times_as_fast.min() > 0.1

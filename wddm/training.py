@@ -116,9 +116,10 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             self.parameters.values(), self.learning_rate, weight_decay=self.weight_decay, fused=True
         )
-        self.network, self.optimizer = self.accelerator.prepare(
+        self.network, prepared = self.accelerator.prepare(
             torch.compile(self.model) if self.compile else self.model, optimizer
         )
+        self.optimizer = prepared if self.accelerator.scaler else optimizer  # accelerate's step is for fp16, and slower
         self.lr = get_scheduler(
             self.schedule,
             optimizer,

@@ -32,8 +32,8 @@ def optimise(trainer: "Trainer", images: Tensor) -> tuple[Loss, Tensor, Tensor]:
             trainer.accelerator.backward(loss.total)
             if trainer.accelerator.sync_gradients:
                 norm, norms = clip(trainer)
-            trainer.optimizer.step()
-            trainer.optimizer.zero_grad()
+                trainer.optimizer.step()
+                trainer.optimizer.zero_grad()
         losses.append(loss)
     trainer.lr.step()
     trainer.ema.step(trainer.weights)
