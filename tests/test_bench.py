@@ -199,7 +199,15 @@ def test_benchmarks(root: Path) -> None:
         "capacity_gib": 0.05,
     }
     report = report_of(
-        root, "benchmarks-full", "--only", "benchmarks", max_step_seconds=60, compiled=False, **tiny, **small
+        root,
+        "benchmarks-full",
+        "--only",
+        "benchmarks",
+        max_step_seconds=60,
+        race_seconds=0,
+        compiled=False,
+        **tiny,
+        **small,
     )
     loops = pd.read_csv(report / "loops.csv")
     assert len(loops) == 1 and loops.times_as_fast.min() > 0.1

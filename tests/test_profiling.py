@@ -90,6 +90,12 @@ def test_what_slows_the_machine_down_does_not_change_the_ratio() -> None:
     assert low < 1 < high and abs(ratio - 1) < 0.1
 
 
+def test_a_race_goes_on_for_as_long_as_it_is_told() -> None:
+    clock = Clock()
+    taken = race(dict.fromkeys("ab", lambda: clock.wait(0.5)), seconds=20, clock=clock)
+    assert {name: len(seconds) for name, seconds in taken.items()} == {"a": 20, "b": 20}
+
+
 def test_the_first_call_is_not_timed_and_few_rounds_are_refused() -> None:
     clock, first = Clock(), [5.0]
     seconds = race({"compiles": lambda: clock.wait(first.pop() if first else 0.5)}, clock=clock)

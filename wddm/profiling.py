@@ -53,13 +53,15 @@ def race(
     contenders: Mapping[str, Callable[[], object]],
     *,
     rounds: int = 5,
+    seconds: float = 0.0,
     least_seconds: float = 0.2,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, np.ndarray]:
     """Seconds that a call of each contender takes, (rounds,), the contenders run in turn.
 
-    Each is warmed up by one call and its length found by another. A round is, for each, as many calls as last
-    `least_seconds`; every other round goes through them backwards, so that none always follows the same one.
+    There are `rounds` of them, or more, until the race has lasted so many `seconds`. Each contender is warmed up by one
+    call and its length found by another. A round is, for each, as many calls as last `least_seconds`; every other round
+    goes through them backwards, so that none always follows the same one.
     """
 
     def timed(contender: Callable[[], object], calls: int) -> float:
@@ -76,12 +78,12 @@ def race(
     for name, contender in contenders.items():
         contender()
         calls[name] = max(1, math.ceil(least_seconds / max(timed(contender, 1), 1e-9)))
-    order, seconds = list(contenders), {name: [] for name in contenders}
-    for _ in range(rounds):
+    order, taken, began = list(contenders), {name: [] for name in contenders}, clock()
+    while order and (len(taken[order[0]]) < rounds or clock() - began < seconds):
         for name in order:
-            seconds[name].append(timed(contenders[name], calls[name]))
+            taken[name].append(timed(contenders[name], calls[name]))
         order.reverse()
-    return {name: np.array(values) for name, values in seconds.items()}
+    return {name: np.array(values) for name, values in taken.items()}
 
 
 def speed(seconds: np.ndarray, units: float = 1.0) -> tuple[float, float, float]:
@@ -143,12 +145,19 @@ def _weigh(make: Maker, calls: int) -> Measured:
 
 
 def contest(
-    makers: Mapping[str, Maker], *, rounds: int = 5, max_seconds: float = math.inf, least: Mapping[str, float] = {}
+    makers: Mapping[str, Maker],
+    *,
+    rounds: int = 5,
+    seconds: float = 0.0,
+    max_seconds: float = math.inf,
+    least: Mapping[str, float] = {},
 ) -> dict[str, Measured]:
     """Weigh every contender alone, then race those that fit.
 
     Args:
-        makers: generator functions that take `steps`, how many of them a call is; as many as last a second, 20 at most.
+        makers: generator functions that take `steps`, how many of them a call is; as many as last
+            a quarter of a second, 20 at most.
+        rounds, seconds: how many, or how long, as for `race`.
         max_seconds: the longest step that is raced.
         least: seconds below which a step cannot be; where that is over `max_seconds` it is not run at all.
     """
@@ -161,11 +170,11 @@ def contest(
         if found[name].reason is None and found[name].seconds[-1] > max_seconds:
             found[name] = found[name]._replace(reason=f"{found[name].seconds[-1]:.3g} s a step", seconds=None)
         elif found[name].reason is None:
-            steps[name] = int(np.clip(1 / found[name].seconds[-1], 1, 20))
+            steps[name] = int(np.clip(0.25 / found[name].seconds[-1], 1, 20))
             racers[name] = partial(make, steps=steps[name])
     with ready(racers) as calls:
-        for name, seconds in race(calls, rounds=rounds).items():
-            found[name] = found[name]._replace(seconds=seconds / steps[name])
+        for name, taken in race(calls, rounds=rounds, seconds=seconds).items():
+            found[name] = found[name]._replace(seconds=taken / steps[name])
     return found
 
 

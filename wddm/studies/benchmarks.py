@@ -28,12 +28,10 @@ def presets(datasets: Sequence[str], levels: Sequence[int], kinds: Sequence[str]
     return [{"kind": k, "dataset": d, "level": level} for d, level, k in wanted if (d, level) in PRESETS]
 
 
-def duel(
-    ours: Maker, theirs: Maker, *, units: float = 1, rounds: int = 5, max_seconds: float = np.inf, least: float = 0.0
-) -> Row:
+def duel(ours: Maker, theirs: Maker, *, units: float = 1, least: float = 0.0, **limits: float) -> Row:
     """Two contenders in one race; a step of theirs, as of ours, is so many units. Limits as for `contest`."""
     makers = {"ours": ours, "theirs": theirs}
-    found = contest(makers, rounds=rounds, max_seconds=max_seconds, least=dict.fromkeys(makers, least))
+    found = contest(makers, least=dict.fromkeys(makers, least), **limits)
     row: Row = {}
     for name, one in found.items():
         fast = (None,) * 3 if one.seconds is None else speed(one.seconds, units)
@@ -84,7 +82,7 @@ def splines(networks: Iterable[Row], *, rate: float, batch_size: int, precision:
     return rows
 
 
-def data_path(size: int, batch_size: int, rounds: int) -> list[Row]:
+def data_path(size: int, batch_size: int, **limits: float) -> list[Row]:
     """Batches of prepared images in colour, against those of a DataLoader that decodes PNGs, in images a second.
 
     The images are crops of photographs, of which a PNG takes as long to decode as of others.
@@ -93,7 +91,7 @@ def data_path(size: int, batch_size: int, rounds: int) -> list[Row]:
         images = np.array(data.prepare("patches", size, Path(folder) / "patches", limit=1000, progress=False).images)
     makers = (partial(maker, images, batch_size=batch_size) for maker in (prepared_batches, decoded_batches))
     of = f"{size} x {size}, {batch_size} at a time"
-    return [{"what": "batches", "of": of} | duel(*makers, units=batch_size, rounds=rounds)]
+    return [{"what": "batches", "of": of} | duel(*makers, units=batch_size, **limits)]
 
 
 def fixed_costs(dataset: str, resolution: int, dataset_path: str | None, limit: int | None, rounds: int) -> list[Row]:
