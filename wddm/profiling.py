@@ -77,7 +77,7 @@ def race(
     calls = {}
     for name, contender in contenders.items():
         contender()
-        calls[name] = max(1, math.ceil(least_seconds / max(timed(contender, 1), 1e-9)))
+        calls[name] = max(1, math.ceil(least_seconds / max(timed(contender, 1), 1e-9))) if least_seconds else 1
     order, taken, began = list(contenders), {name: [] for name in contenders}, clock()
     while order and (len(taken[order[0]]) < rounds or clock() - began < seconds):
         for name in order:
