@@ -10,6 +10,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from numpy.typing import ArrayLike
 
 from wddm.plots.mosaics import need, panels
@@ -119,7 +120,8 @@ def heat_map(
         for (y, x), value in np.ndenumerate(values if len(columns) <= 16 else np.empty((0, 0))):
             if np.isfinite(value):
                 ink = "white" if norm(value) > 0.4 else "0.15"
-                axes.text(x, y, f"{value:#.2g}".rstrip("."), size=6, color=ink, ha="center", va="center")
+                short = f"{value:#.2g}".rstrip(".") if value < 99.5 else EngFormatter(places=0, sep="")(value)  # 8k
+                axes.text(x, y, short, size=6, color=ink, ha="center", va="center")
         axes.set_yticks(range(len(rows)), rows)
         axes.set_xticks(range(len(columns)), columns, rotation=90 * (max(map(len, columns)) > 4), size=6.5)
         axes.set(xlabel=xlabel, ylabel=ylabel)
