@@ -424,8 +424,8 @@ def test_compare_sets_any_runs_side_by_side(swept) -> None:
         "notebooks: [analysis/compare]\nruns: [depth-level=*, nothing]\nclock: true\n"
     )
     log = swept / "runs/depth-level=0-train_kimg=0.32-seed=0/log.jsonl"
-    logged = read_rows(log)
-    log.write_text("".join(json.dumps(row | {"fwd": 1 / row["images_seen"]}) + "\n" for row in logged))
+    seen = [row | {"images_seen": row["images_seen"] // k} for row in read_rows(log) for k in (2, 1)]
+    log.write_text("".join(json.dumps(row | {"fwd": 1 / row["images_seen"]}) + "\n" for row in seen))
     run(swept, "run", "params/side.yaml")
     report = swept / "reports/side"
     rows = saved(report, "runs")
