@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 # what may change from one start of a run to the next: no weight depends on it
 FREE = {"cpu", "extend", "restart", "checkpoint_kimg", "preview_kimg", "tensorboard", "gradient_checkpointing"}
 FREE |= {"fwd_kimg", "fwd_images", "fwd_level"}
-CODE = ("wavelets", "kan", "ukan", "objective", "batches", "update", "training")  # modules that decide what is learned
+# modules that decide what is learned
+CODE = ("wavelets", "kan", "ukan", "objective", "batches", "devices", "update", "training")
 
 
 def save(trainer: "Trainer", name: str | None = None) -> None:

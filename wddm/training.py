@@ -119,7 +119,7 @@ class Trainer:
         self.network, prepared = self.accelerator.prepare(
             torch.compile(self.model) if self.compile else self.model, optimizer
         )
-        self.optimizer = prepared if self.accelerator.scaler else optimizer  # accelerate's step is for fp16, and slower
+        self.optimizer = prepared if self.accelerator.scaler is not None else optimizer  # fp16 alone needs accelerate's
         self.lr = get_scheduler(
             self.schedule,
             optimizer,
