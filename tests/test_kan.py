@@ -5,7 +5,7 @@ import torch
 from scipy.interpolate import BSpline
 from torch.testing import assert_close
 
-from wddm.kan import BASES, ORDER, KANBlock, SplineLinear, knots, spline_basis
+from wddm.kan import BASES, ORDER, KANBlock, SplineLinear, SplineSum, knots, spline_basis
 
 
 def scipy_basis(x: np.ndarray) -> np.ndarray:
@@ -36,11 +36,29 @@ def test_layer_is_the_sum_over_edges() -> None:
     assert_close(layer(x), wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_the_basis_keeps_x_alone_for_its_backward_pass() -> None:
-    x, kept = torch.randn(7, 5, requires_grad=True), []
+def test_the_sum_keeps_no_bases_for_its_backward_pass() -> None:
+    x, weight, kept = torch.randn(7, 5, requires_grad=True), torch.randn(3, 8, 5, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: (kept.append(saved), saved)[1], lambda saved: saved):
-        spline_basis(x)
-    assert [saved.shape for saved in kept] == [x.shape]
+        SplineSum.apply(x, weight)
+    assert [saved.shape for saved in kept] == [x.shape, weight.shape]
+
+
+def test_the_sum_is_that_of_the_bases_however_many_rows_there_are() -> None:
+    x, weight = torch.randn(2**13 + 1, 64, requires_grad=True), torch.randn(3, 8, 64, requires_grad=True)  # two parts
+    wanted = torch.einsum("nik,oki->no", spline_basis(x), weight)
+    assert_close(SplineSum.apply(x, weight), wanted, atol=1e-4, rtol=1e-4)
+    gradient = torch.randn_like(wanted)
+    wanted = torch.autograd.grad(wanted, (x, weight), gradient)
+    assert_close(torch.autograd.grad(SplineSum.apply(x, weight), (x, weight), gradient), wanted, atol=1e-3, rtol=1e-4)
+
+
+def test_under_autocast_the_products_are_of_its_type_and_gradients_of_the_weights() -> None:
+    x, weight = torch.randn(7, 5, requires_grad=True), torch.randn(3, 8, 5, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = SplineSum.apply(x, weight)
+    low.float().sum().backward()
+    assert low.dtype == torch.bfloat16 and weight.grad.dtype == x.grad.dtype == torch.float32
+    assert_close(low.float(), SplineSum.apply(x, weight), atol=0.1, rtol=0.05)
 
 
 def test_gradient_reaches_every_edge() -> None:

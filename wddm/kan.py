@@ -22,45 +22,64 @@ def knots() -> Tensor:
 
 
 def spline_basis(x: Tensor) -> Tensor:
-    """Values of the 8 cubic B-splines at x: (...,) -> (..., 8). Differentiable once.
+    """Values of the 8 cubic B-splines at x: (...,) -> (..., 8).
 
     On a uniform grid every basis is the same piecewise cubic of the distance d to its centre, in knots:
     B(d) = ((2 - d)_+^3 - 4 (1 - d)_+^3) / 6, so no recursion over orders and no tensor of 11 intervals.
     """
-    return _Basis.apply(x)
+    return _basis(*_ramps(_offsets(x.unsqueeze(-1)))).squeeze(-1)
 
 
-class _Basis(torch.autograd.Function):
-    """Keeps x for the backward pass, an eighth of one basis, in the place of every step between; works in place."""
+class SplineSum(torch.autograd.Function):
+    """y_o = sum_ik W_oki B_k(x_i): (n, in), (out, 8, in) -> (n, out), some rows at a time. Differentiable once.
+
+    The bases take 8 times the memory of x, and what is done to them waits for memory: those of some rows stay in the
+    cache. None is kept; the backward pass makes them again. Under autocast the products are of its type.
+    """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        outer, inner = _ramps(_offsets(x).abs_())
-        outer.mul_(outer.square())
-        inner.mul_(inner.square())
-        return outer.sub_(inner, alpha=4).div_(6)
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        bases = (_basis(*_ramps(_offsets(part))) for part in x.split(_rows(x)))
+        y = torch.cat([F.linear(basis.flatten(1), weight.flatten(1)) for basis in bases])
+        ctx.dtype = y.dtype
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """B'(d) = -((2 - d)_+^2 - 4 (1 - d)_+^2) / 2, and d' = sign / SPACING."""
-        offsets = _offsets(*ctx.saved_tensors)
-        outer, inner = _ramps(offsets.abs())
-        slope = outer.square_().sub_(inner.square_(), alpha=4).mul_(offsets.sign_())
-        return slope.mul_(gradient).sum(-1).mul_(-0.5 / SPACING)
+        x, weight = ctx.saved_tensors
+        rows, low = _rows(x), weight.flatten(1).to(ctx.dtype)
+        of_x, of_weight = torch.empty_like(x), torch.zeros_like(weight)
+        for part, of_y, out in zip(x.split(rows), gradient.split(rows), of_x.split(rows), strict=True):
+            offsets = _offsets(part)
+            outer, inner = _ramps(offsets)
+            of_weight += (of_y.T @ _basis(outer, inner).flatten(1).to(ctx.dtype)).view_as(weight)
+            slope = outer.square_().sub_(inner.square_(), alpha=4).mul_(offsets.sign_())
+            out.copy_(slope.mul_((of_y @ low).view_as(slope)).sum(1))
+        return of_x.mul_(-0.5 / SPACING), of_weight
+
+
+def _rows(x: Tensor) -> int:
+    """How many rows of x (n, in) at a time: as many as have 8 MiB of bases, which a cache holds, or 1 GiB on a GPU."""
+    return max(1, (2**21 if x.device.type == "cpu" else 2**28) // (BASES * x.shape[1]))
 
 
 def _offsets(x: Tensor) -> Tensor:
-    """Signed distances to the 8 centres, in knots, (..., 8)."""
-    centres = (torch.arange(BASES, device=x.device, dtype=x.dtype) - 1) * SPACING - 1
-    return (x.unsqueeze(-1) - centres).div_(SPACING)
+    """Signed distances of x (..., in) to the 8 centres, in knots, (..., 8, in)."""
+    centres = torch.arange(BASES, device=x.device, dtype=x.dtype) - (1 + 1 / SPACING)
+    return (x / SPACING).unsqueeze(-2) - centres.unsqueeze(-1)
 
 
-def _ramps(distance: Tensor) -> tuple[Tensor, Tensor]:
-    """(2 - d)_+, which takes the place of d, and (1 - d)_+."""
-    inner = (1 - distance).relu_()
-    return distance.neg_().add_(2).relu_(), inner
+def _ramps(offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """(2 - d)_+ and (1 - d)_+ of the distances d."""
+    distance = offsets.abs()
+    return (2 - distance).relu_(), (1 - distance).relu_()
+
+
+def _basis(outer: Tensor, inner: Tensor) -> Tensor:
+    return outer.pow(3).sub_(inner.pow(3), alpha=4).div_(6)
 
 
 class SplineLinear(nn.Module):
@@ -76,8 +95,9 @@ class SplineLinear(nn.Module):
         nn.init.uniform_(self.spline_weight, -0.05 / INTERVALS, 0.05 / INTERVALS)
 
     def forward(self, x: Tensor) -> Tensor:
-        spline_weight = (self.spline_weight * self.spline_scaler.unsqueeze(-1)).flatten(1)  # (out, in * 8)
-        return F.linear(F.silu(x), self.base_weight) + F.linear(spline_basis(x).flatten(-2), spline_weight)
+        weight = self.spline_weight.transpose(1, 2).contiguous() * self.spline_scaler.unsqueeze(1)  # (out, 8, in)
+        splines = SplineSum.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+        return F.linear(F.silu(x), self.base_weight) + splines
 
 
 class KANBlock(nn.Module):
