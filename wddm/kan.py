@@ -62,8 +62,8 @@ class SplineSum(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> int:
-    """How many rows of x (n, in) at a time: as many as have 8 MiB of bases, which a cache holds, or 1 GiB on a GPU."""
-    return max(1, (2**21 if x.device.type == "cpu" else 2**28) // (BASES * x.shape[1]))
+    """How many rows of x (n, in) at a time: as many as have 8 MiB of bases, which a cache holds, or 256 MiB on a GPU."""
+    return max(1, (2**21 if x.device.type == "cpu" else 2**26) // (BASES * x.shape[1]))
 
 
 def _offsets(x: Tensor) -> Tensor:
