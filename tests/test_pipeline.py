@@ -1,5 +1,7 @@
 """Oracles: diffusers' own pipeline bit for bit, the published runs, the exact denoiser of a Gaussian."""
 
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +17,8 @@ from wddm.sampling import sample_images
 from wddm.solvers import NOT_OF_SAMPLE, SINGLE_STEP, SOLVERS, build_solver
 from wddm.ukan import UKANModel
 from wddm.wavelets import WaveletCodec
+
+MODELS = sorted(path.parent for path in Path(__file__).parents[1].glob("notebooks/models/*/model_index.json"))
 
 
 def tiny_pipeline(level: int = 1, solver: str = "ddim", prediction_type: str = "epsilon") -> WaveletPipeline:
@@ -305,6 +309,18 @@ def test_every_solver_draws(solver: str) -> None:
 
 def test_clip_of_a_solver_is_the_codecs_limit() -> None:
     assert build_solver("ddim", clip=7.5).config.clip_sample_range == 7.5
+
+
+@pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)
+def test_the_models_that_ship_are_small_and_draw_pictures_soon(folder: Path) -> None:
+    assert sum(path.stat().st_size for path in folder.rglob("*")) < 12e6 and (folder / "README.md").is_file()
+    began = time.perf_counter()
+    pipeline = WaveletPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(16, num_inference_steps=20, seed=0, output_type="np").images
+    assert time.perf_counter() - began < 20
+    beside, apart = (np.abs(images - np.roll(images, shift, (0, 2))).mean() for shift in ((0, 1), (1, 0)))
+    assert beside < 0.8 * apart  # neighbours are more alike than pixels of two images: in noise they are not
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ class SplineSum(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> int:
-    """How many rows of x (n, in) at a time: as many as have 8 MiB of bases, which a cache holds, or 256 MiB on a GPU."""
+    """How many rows of x (n, in) at a time: as many as have 8 MiB of bases, which a cache holds, 256 on a GPU."""
     return max(1, (2**21 if x.device.type == "cpu" else 2**26) // (BASES * x.shape[1]))
 
 
