@@ -42,7 +42,8 @@ def find_weights(path: str | Path | None = None) -> Path | None:
 
 def remedy() -> str:
     """The one command that gets the weights."""
-    return f"curl -L --create-dirs -o {_own()} {_url()}"
+    place = str(_own()).replace(str(Path.home()), "~", 1)
+    return f"curl -L --create-dirs -o {place} {_url()}"
 
 
 def build(weights: Path, device: str | torch.device = "cpu") -> torch.nn.Module:
