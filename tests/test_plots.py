@@ -388,6 +388,14 @@ def test_heat_map_says_every_number_and_leaves_the_unknown_white():
     assert figure.axes[0].images[0].get_array().mask.tolist() == [[False, False], [True, False]]
 
 
+def test_a_legend_of_long_names_stays_within_the_figure():
+    names = [f"level 1, train_kimg 104, backbone unet, recipe modern, seed {k}" for k in range(5)]
+    figure = plots.learning_curves({name: ([1000, 2000], [[0.5, 0.4]]) for name in names}, "FWD", 0.1)
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x0 >= 0 and legend.x1 <= figure.bbox.x1 and legend.y1 < figure.axes[0].get_window_extent().y0
+
+
 def test_learning_curves_are_mean_and_range_over_seeds():
     (axes,) = FIGURES["learning_curves"]().axes
     np.testing.assert_allclose(axes.lines[1].get_xydata(), [[1, 0.6], [8, 0.15]])

@@ -138,8 +138,8 @@ def learning_curves(
 
     `curves`: by variant, images seen (K,), or seconds, and values (S, K), one row per seed; both axes logarithmic.
     """
-    style = _style(list(curves))
-    with panels(3.4) as (figure, (axes,)):
+    style, columns = _style(list(curves)), 1 if max(map(len, curves)) > 40 else 2
+    with panels(3.4 + 0.2 * len(curves) * (columns == 1)) as (figure, (axes,)):
         _levels(axes, floor, None)
         for name, (seen, values) in curves.items():
             values, x = np.asarray(values, float), np.asarray(seen) / (1 if seconds else 1000)
@@ -150,7 +150,7 @@ def learning_curves(
             axes.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
         axes.set(xlabel="seconds of training" if seconds else "images seen (thousands)", ylabel=quantity)
         log_axis(axes, "x"), log_axis(axes)
-        figure.legend(loc="outside lower center", ncols=2)
+        figure.legend(loc="outside lower center", ncols=columns)
     return figure
 
 
