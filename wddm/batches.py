@@ -69,20 +69,13 @@ def fits(nbytes: int, device: torch.device) -> bool:
 
 def to_batch(pixels: np.ndarray, mirrored: np.ndarray, device: torch.device) -> Tensor:
     """float32 (B, C, H, W) in [-1, 1] on the device of uint8 (B, H, W, C), some of them mirrored left to right."""
-    if device.type == "cpu":  # in numpy, in cache, and without threads that would compete with training
+    if device.type == "cpu":  # in numpy, image by image: in cache, and without threads that would compete with training
         count, height, width, channels = pixels.shape
         batch = np.empty((count, channels, height, width), np.float32)
-        several = max(1, 4096 // pixels[0].size)
-        for first in range(0, count, several):
-            some = slice(first, first + several)
-            images, mirror = pixels[some], mirrored[some]
-            if mirror.all():
-                images = images[:, :, ::-1]
-            elif mirror.any():
-                images = np.where(mirror[:, None, None, None], images[:, :, ::-1], images)
-            batch[some] = images.transpose(0, 3, 1, 2)
-            batch[some] /= np.float32(127.5)
-            batch[some] -= np.float32(1)
+        for out, image, mirror in zip(batch, pixels, mirrored, strict=True):
+            out[:] = (image[:, ::-1] if mirror else image).transpose(2, 0, 1)
+            out /= np.float32(127.5)
+            out -= np.float32(1)
         return torch.from_numpy(batch)
     x = torch.from_numpy(pixels)
     x = (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)

@@ -43,10 +43,7 @@ def target(scheduler: SchedulerMixin, z: Tensor, noise: Tensor, t: Tensor) -> Te
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
         return noise
-    if kind == "sample":
-        return z
-    signal, spread = amplitudes(scheduler, t, z)
-    return signal * noise - spread * z
+    return z if kind == "sample" else scheduler.get_velocity(z, noise, t)
 
 
 def clean_estimate(scheduler: SchedulerMixin, noisy: Tensor, output: Tensor, t: Tensor) -> Tensor:
@@ -63,12 +60,6 @@ def clean_estimate(scheduler: SchedulerMixin, noisy: Tensor, output: Tensor, t: 
 def signal_power(scheduler: SchedulerMixin, t: Tensor) -> Tensor:
     """a_t for each sample, (B, 1, 1, 1)."""
     return scheduler.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
-
-
-def amplitudes(scheduler: SchedulerMixin, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """sqrt(a_t) and sqrt(1 - a_t), of coefficients and of noise in z_t, (B, 1, 1, 1) of z's type."""
-    a = signal_power(scheduler, t).to(z.dtype)
-    return a.sqrt(), (1 - a).sqrt()
 
 
 def loss_weights(scheduler: SchedulerMixin, t: Tensor, weighting: str, gamma: float = 5.0) -> Tensor:
@@ -104,8 +95,7 @@ def diffusion_loss(
     that the estimates at large t, where 1/sqrt(a_t) blows up any error of the noise, do not drown the others.
     """
     z = codec.encode(images)
-    signal, spread = amplitudes(scheduler, t, z)
-    noisy = signal * z + spread * noise
+    noisy = scheduler.add_noise(z, noise, t)
     output = model(noisy, t).sample
     squared_error = (output - target(scheduler, z, noise, t)).square()
     total = (loss_weights(scheduler, t, weighting) * squared_error).mean()
