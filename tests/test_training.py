@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -23,7 +24,7 @@ from wddm.pipeline import WaveletPipeline
 from wddm.resume import settings
 from wddm.steps import VARYING, read_log
 from wddm.training import Trainer
-from wddm.update import derived_seed
+from wddm.update import average, derived_seed
 from wddm.wavelets import WaveletCodec
 
 RAMPS = np.linspace(0, 255, 8)[None, :] * np.random.default_rng(0).uniform(0.2, 1, (40, 1))  # (40, 8)
@@ -92,6 +93,16 @@ def test_average_has_its_half_life(tmp_path) -> None:
         wanted = decay * wanted + (1 - decay) * trainer.model.get_parameter(name).detach()
     saved = load_file(tmp_path / "pipeline" / "backbone" / "diffusion_pytorch_model.safetensors")
     assert_close(saved[name], wanted, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_average_is_diffusers_own_up_to_rounding(decay: float) -> None:
+    weights = [torch.nn.Parameter(torch.randn(5, 3)), torch.nn.Parameter(torch.randn(4), requires_grad=False)]
+    ours, theirs = (EMAModel(weights, decay=decay, foreach=True) for _ in range(2))
+    for _ in range(20):
+        weights[0].data.normal_()
+        average(ours, weights), theirs.step(weights)
+        assert_close(ours.shadow_params, theirs.shadow_params)
 
 
 def test_loss_goes_down(tmp_path) -> None:
