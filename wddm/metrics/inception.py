@@ -42,7 +42,8 @@ def find_weights(path: str | Path | None = None) -> Path | None:
 
 def remedy() -> str:
     """The one command that gets the weights."""
-    place = str(_own()).replace(str(Path.home()), "~", 1)
+    place, home = _own(), Path.home()
+    place = "~" / place.relative_to(home) if place.is_relative_to(home) else place
     return f"curl -L --create-dirs -o {place} {_url()}"
 
 
