@@ -23,5 +23,6 @@ def join(device: str | None = None) -> "PartialState":
     on_cpu = device == "cpu" or not torch.accelerator.is_available()
     processes = PartialState(cpu=on_cpu)
     if processes.num_processes > 1 and on_cpu:
-        torch.set_num_threads(os.cpu_count() or 1)  # as alone, where launchers say 1: on it depends how sums round
+        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+        torch.set_num_threads(len(allowed))  # as alone, where launchers say 1: on it depends how sums round
     return processes
