@@ -30,7 +30,7 @@ def test_layer_is_the_sum_over_edges() -> None:
     wanted = torch.zeros(5, 2)
     for o in range(2):
         for i in range(3):
-            spline = (basis[:, i] * layer.spline_weight[o, i]).sum(-1)
+            spline = (basis[:, i] * layer.spline_weight[o, :, i]).sum(-1)
             base = layer.base_weight[o, i] * x[:, i] * torch.sigmoid(x[:, i])
             wanted[:, o] += base + layer.spline_scaler[o, i] * spline
     assert_close(layer(x), wanted, atol=1e-5, rtol=1e-5)

@@ -1,6 +1,7 @@
 """The published U-KAN checkpoint format: its config, its tensor names, and what is checked before one is used.
 
-`NAMES` is the whole difference between their tensors and ours. Only safetensors are read, nothing pickled.
+Their tensors differ from ours in their `NAMES`, in the order of a spline weight's axes, and by the grid. Only
+safetensors are read, nothing pickled.
 """
 
 import re
@@ -92,7 +93,9 @@ def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         for pattern, replacement in NAMES:
             key = re.sub(pattern, replacement, key)
-        if not key.endswith(".spline.grid"):
+        if key.endswith(".spline_weight"):
+            ours[key] = tensor.transpose(1, 2)  # (out, in, 8) -> (out, 8, in)
+        elif not key.endswith(".spline.grid"):
             ours[key] = tensor
         elif not torch.allclose(tensor, knots().expand_as(tensor), atol=1e-4):
             raise ValueError(f"got another grid than 5 uniform intervals over [-1, 1] in {key}: cannot be loaded")

@@ -85,10 +85,11 @@ def recursive_basis(x: Tensor) -> Tensor:
 
 
 def with_recursion(model: nn.Module) -> nn.Module:
-    """The model, its spline layers replaced by recursive ones of the same parameters."""
+    """The model, its spline layers replaced by recursive ones of the same parameters, (out, in, 8) as theirs lie."""
     for module in model.modules():
         if type(module) is SplineLinear:
             module.__class__ = RecursiveSplineLinear
+            module.spline_weight.data = module.spline_weight.data.transpose(1, 2).contiguous()
     return model
 
 
