@@ -156,7 +156,7 @@ def contest(
 
     Args:
         makers: generator functions that take `steps`, how many of them a call is; as many as last
-            a quarter of a second, 20 at most.
+            half a second, 20 at most.
         rounds, seconds: how many, or how long, as for `race`.
         max_seconds: the longest step that is raced.
         least: seconds below which a step cannot be; where that is over `max_seconds` it is not run at all.
@@ -170,7 +170,7 @@ def contest(
         if found[name].reason is None and found[name].seconds[-1] > max_seconds:
             found[name] = found[name]._replace(reason=f"{found[name].seconds[-1]:.3g} s a step", seconds=None)
         elif found[name].reason is None:
-            steps[name] = int(np.clip(0.25 / found[name].seconds[-1], 1, 20))
+            steps[name] = int(np.clip(0.5 / found[name].seconds[-1], 1, 20))
             racers[name] = partial(make, steps=steps[name])
     with ready(racers) as calls:
         for name, taken in race(calls, rounds=rounds, seconds=seconds).items():

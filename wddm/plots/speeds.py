@@ -82,12 +82,14 @@ def _colors(rows: Rows) -> dict[tuple[str, str], Any]:
 
 def _square(axs: Sequence[Axes]) -> None:
     """Both axes logarithmic, from the same low to the same high end, with the diagonal."""
+    for axes in axs:
+        axes.set(xscale="log", yscale="log")  # first: linear limits may lie below zero
     low = min(1, *axs[0].get_xlim(), *axs[0].get_ylim()) * 0.9
     high = max(2, *axs[0].get_xlim(), *axs[0].get_ylim()) * 1.1
     at = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= tick <= high]
     for axes in axs:
         axes.plot([low, high], [low, high], color=REAL, linestyle="--", linewidth=0.8, zorder=0)
-        axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), aspect="equal")
+        axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(FixedLocator(at))
             axis.set_major_formatter("{x:g}")

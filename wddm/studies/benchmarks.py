@@ -144,11 +144,13 @@ def claim(text: str, rows: Sequence[Row], wanted: float, *, what: str | None = N
 def duel_table(rows: Sequence[Row]) -> list[Row]:
     """Duels, as a report shows them."""
     return [
-        {name: row[name] for name in ("dataset", "level", "what", "of") if name in row}
+        ({"preset": "{dataset} {level}".format(**row)} if "dataset" in row else {})
         | {
+            "what": row["what"],
+            "of": row["of"],
             "ours (1/s)": row["ours_per_s"],
             "theirs (1/s)": row["theirs_per_s"],
-            "times as fast (90 % interval)": _outcome(row),
+            "times as fast": _outcome(row),
             "ours (GiB)": row["ours_gib"],
             "theirs (GiB)": row["theirs_gib"],
         }
