@@ -130,6 +130,16 @@ class UKANModel(ModelMixin, ConfigMixin):
         published.fill(model, folder)
         return model.eval().to(kwargs.get("torch_dtype"))
 
+    def _fix_state_dict_keys_on_load(self, state_dict: dict[str, Tensor]) -> None:
+        """Turn spline weights that were saved as (out, in, 8), as they once lay."""
+        super()._fix_state_dict_keys_on_load(state_dict)
+        shapes = {name: parameter.shape for name, parameter in self.named_parameters()}
+        for name, tensor in state_dict.items():
+            if name.endswith(".spline_weight") and tensor.ndim == 3:
+                turned = tensor.transpose(1, 2)
+                if tensor.shape != shapes.get(name) == turned.shape:
+                    state_dict[name] = turned.contiguous()
+
 
 class TimeEmbedding(nn.Module):
     """Table of sinusoids (one row per timestep, sin and cos interleaved) -> linear -> SiLU -> linear."""
