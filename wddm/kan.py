@@ -14,6 +14,8 @@ from torch.nn import functional as F
 INTERVALS, ORDER = 5, 3
 BASES = INTERVALS + ORDER
 SPACING = 2 / INTERVALS
+HELD = 2**21  # bases in memory for a matrix product: 8 MiB
+AT_ONCE = 2**17  # bases made at once: half a MiB, in a core's own cache
 
 
 def knots() -> Tensor:
@@ -40,53 +42,42 @@ class SplineSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        y = torch.cat([F.linear(_bases(part).flatten(1), weight.flatten(1)) for part in x.split(_rows(x))])
+        y = torch.cat([F.linear(_bases(part).flatten(1), weight.flatten(1)) for part in x.split(_rows(x, HELD))])
         ctx.dtype = y.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """B'(d) = -((2 - d)_+^2 - 4 (1 - d)_+^2) / 2, and d' = sign / SPACING."""
         x, weight = ctx.saved_tensors
         low = weight.flatten(1).to(ctx.dtype)
-        of_x, of_weight = torch.empty_like(x), None
-        for part, of_y, out in zip(*(t.split(_rows(x)) for t in (x, gradient, of_x)), strict=True):
-            bases = part.new_empty(len(part), BASES, part.shape[1])
-            of_bases = (of_y @ low).view_as(bases)
-            for piece, *rows in zip(*(t.split(_rows_at_once(x)) for t in (part, bases, of_bases, out)), strict=True):
-                _bases_and_gradient(piece, *rows)
-            product = (of_y.T @ bases.flatten(1).to(ctx.dtype)).to(weight.dtype)
-            of_weight = product if of_weight is None else of_weight.add_(product)
-        return of_x, of_weight.view_as(weight)
+        of_x, of_weight = torch.empty_like(x), torch.zeros_like(weight)
+        for part, of_y, of_part in zip(*(t.split(_rows(x, HELD)) for t in (x, gradient, of_x)), strict=True):
+            bases = _bases(part, (of_y @ low).unflatten(1, (BASES, -1)), of_part)
+            of_weight += (of_y.T @ bases.flatten(1).to(ctx.dtype)).view_as(weight)
+        return of_x, of_weight
 
 
-def _bases(x: Tensor) -> Tensor:
-    """(n, in) -> (n, 8, in)."""
-    bases = x.new_empty(len(x), BASES, x.shape[1])
-    for piece, out in zip(x.split(_rows_at_once(x)), bases.split(_rows_at_once(x)), strict=True):
-        _basis(*_ramps(_offsets(piece)), out)
+def _bases(x: Tensor, of_bases: Tensor | None = None, of_x: Tensor | None = None) -> Tensor:
+    """Bases (n, 8, in) of x (n, in); of their gradient, where it is given, that of x is written to `of_x`.
+
+    B'(d) = -((2 - d)_+^2 - 4 (1 - d)_+^2) / 2, and d' = sign / SPACING.
+    """
+    bases, rows = x.new_empty(len(x), BASES, x.shape[1]), _rows(x, AT_ONCE)
+    for k in range(0, len(x), rows):
+        some = slice(k, k + rows)
+        offsets = _offsets(x[some])
+        outer, inner = _ramps(offsets)
+        _basis(outer, inner, bases[some])
+        if of_x is not None:
+            slope = outer.square_().sub_(inner.square_(), alpha=4).mul_(offsets.sign_())
+            torch.sum(slope.mul_(of_bases[some]), 1, out=of_x[some]).mul_(-0.5 / SPACING)
     return bases
 
 
-def _bases_and_gradient(x: Tensor, bases: Tensor, of_bases: Tensor, of_x: Tensor) -> None:
-    """Of x (n, in), write its bases (n, 8, in) and, of the gradient of these, that of x."""
-    offsets = _offsets(x)
-    outer, inner = _ramps(offsets)
-    _basis(outer, inner, bases)
-    slope = outer.square_().sub_(inner.square_(), alpha=4).mul_(offsets.sign_())
-    torch.sum(slope.mul_(of_bases), 1, out=of_x)
-    of_x.mul_(-0.5 / SPACING)
-
-
-def _rows(x: Tensor) -> int:
-    """Rows of x (n, in) whose bases, in 8 MiB or 256 on a GPU, are held for a matrix product."""
-    return max(1, (2**21 if x.device.type == "cpu" else 2**26) // (BASES * x.shape[1]))
-
-
-def _rows_at_once(x: Tensor) -> int:
-    """Rows whose bases, in half a MiB, stay in a core's own cache while they are made; on a GPU, all of them."""
-    return max(1, 2**17 // (BASES * x.shape[1])) if x.device.type == "cpu" else _rows(x)
+def _rows(x: Tensor, most: int) -> int:
+    """How many rows of x (n, in) have so many bases; on a GPU always 2^26, 256 MiB."""
+    return max(1, (most if x.device.type == "cpu" else 2**26) // (BASES * x.shape[1]))
 
 
 def _offsets(x: Tensor) -> Tensor:
