@@ -18,7 +18,6 @@ from torch import Tensor
 from wddm.metrics import frechet_wavelet_distance
 from wddm.objective import diffusion_loss
 from wddm.pipeline import WaveletPipeline
-from wddm.plots.mosaics import compose
 from wddm.sampling import sample_images
 from wddm.solvers import build_solver
 from wddm.wavelets import WaveletCodec
@@ -131,6 +130,8 @@ def measure(trainer: "Trainer") -> float:
 
 def preview(trainer: "Trainer") -> None:
     """Draw previews/<images seen>.png, by the main process."""
+    from wddm.plots.mosaics import compose  # and seaborn, seconds that the command line can do without
+
     if not trainer.accelerator.is_main_process:
         return
     with sampler(trainer) as pipeline:
