@@ -396,6 +396,13 @@ def test_a_legend_of_long_names_stays_within_the_figure():
     assert legend.x0 >= 0 and legend.x1 <= figure.bbox.x1 and legend.y1 < figure.axes[0].get_window_extent().y0
 
 
+def test_speedups_far_apart_stand_on_positive_axes():
+    row = {"dataset": "cifar10", "kind": "unet", "over": "pixels", "work": "training"}
+    rows = [row | {"flop_ratio": r, "speedup": r / 4, "low": r / 5, "high": r / 3} for r in (2, 60)]
+    (axes,) = plots.speedup_against_flops(rows).axes
+    assert axes.get_xlim() == axes.get_ylim() and 0 < axes.get_xlim()[0] < 0.4 and axes.get_xlim()[1] > 60
+
+
 def test_learning_curves_are_mean_and_range_over_seeds():
     (axes,) = FIGURES["learning_curves"]().axes
     np.testing.assert_allclose(axes.lines[1].get_xydata(), [[1, 0.6], [8, 0.15]])
