@@ -21,7 +21,7 @@ from wddm.workbook import progress
 
 DATA = ("dataset", "resolution", "dataset_path", "limit", "seed", "on_error")
 CODEC = ("wavelet", "level", "transform", "scaling")
-NETWORK = ("dataset", "level", "widths", "attention_levels", "layers_per_block", "dropout")
+NETWORK = ("dataset", "level", "widths", "attention_levels", "layers_per_block", "attention_head_dim", "dropout")
 TRAINING = tuple(option.name for option in fields(Trainer) if option.init)
 
 
