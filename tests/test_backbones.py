@@ -43,9 +43,21 @@ def test_every_preset_runs(kind: str, dataset: str, level: int) -> None:
     assert model.config.dropout == (0.1 if dataset == "cifar10" else 0.0)
 
 
-def test_published_unet_heads_are_8_wide() -> None:
+@pytest.mark.parametrize(("options", "wanted"), [({}, 8), ({"attention_head_dim": 64}, 64)])
+def test_attention_heads_are_8_wide_as_published_or_as_asked_for(options: dict, wanted: int) -> None:
     with torch.device("meta"):
-        assert build_backbone("unet", dataset="cifar10").config.attention_head_dim == 8
+        model = build_backbone("unet", dataset="cifar10", **options)
+        assert model.mid_block.attentions[0].heads == 256 // wanted
+        assert model.num_parameters() == build_backbone("unet", dataset="cifar10").num_parameters()
+
+
+@pytest.mark.parametrize("kind", ["unet", "ukan"])
+def test_heads_are_as_wide_as_every_width_allows(kind: str) -> None:
+    options = {"dataset": "digits", "level": 1, "widths": (24, 96), "attention_levels": (0, 1)}
+    model = build_backbone(kind, **options, attention_head_dim=64)
+    attentions = {m.to_q.out_features: m.heads for m in model.modules() if hasattr(m, "to_q")}
+    assert attentions == {24: 3, 96: 12}
+    assert model(torch.randn(1, 4, 8, 8), 3).sample.shape == (1, 4, 8, 8)
 
 
 @pytest.mark.parametrize("kind", ["unet", "ukan"])
@@ -75,6 +87,7 @@ def test_a_folder_of_ones_own_needs_its_sizes() -> None:
             "maps of side 8 for 5 widths",
         ),
         ({"kind": "ukan", "dataset": "digits", "widths": (30,)}, "wanted multiples of 8"),
+        ({"kind": "unet", "dataset": "digits", "attention_head_dim": 0}, "got attention_head_dim 0"),
     ],
 )
 def test_bad_input_is_refused_with_a_remedy(options: dict, message: str) -> None:

@@ -189,7 +189,7 @@ def test_efficiency(root: Path) -> None:
 @pytest.mark.slow
 def test_benchmarks(root: Path) -> None:
     """The cells that a GPU runs, at tiny size; but for compilation, which takes minutes on a CPU."""
-    tiny = {"datasets": "[digits]", "levels": "[1]", "backbones": "[ukan]", "rounds": 5, "batch_size": 2}
+    tiny = {"datasets": "[digits]", "levels": "[1]", "backbones": "[unet, ukan]", "rounds": 5, "batch_size": 2}
     small = {
         "images_per_step": 2,
         "dataset": "digits",
@@ -210,10 +210,12 @@ def test_benchmarks(root: Path) -> None:
         **small,
     )
     loops = pd.read_csv(report / "loops.csv")
-    assert len(loops) == 1 and loops.times_as_fast.min() > 0.1
+    assert len(loops) == 2 and loops.times_as_fast.min() > 0.1
     assert 0 < loops.share_of_rate.max() < 1
+    heads = pd.read_csv(report / "heads.csv")
+    assert heads.times_as_fast.tolist() == [pytest.approx(1, rel=0.9)] and heads.of.tolist() == ["2 images"]
     claims = json.loads((report / "benchmarks.json").read_text())
-    assert len(claims) == 5 and all(row["met"] in ("yes", "no", "open") for row in claims)
+    assert len(claims) == 6 and all(row["met"] in ("yes", "no", "open") for row in claims)
     fixed = pd.read_csv(report / "fixed.csv").set_index("what").seconds
     assert fixed["import wddm"] < fixed["wddm run, nothing to do"] < fixed["wddm run, an empty notebook"]
     assert json.loads((report / "timings.json").read_text())["loop_ratio"] > 0.1

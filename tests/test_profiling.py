@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DModel
 
 from wddm.backbones import build_backbone
-from wddm.profiling import alone, contest, forward_flops, race, speed, times_as_fast
+from wddm.profiling import alone, contest, fitting_batch, forward_flops, race, speed, times_as_fast
 
 GFLOP = {  # published, to the digits given
     ("unet", "cifar10", 1): "3.18",
@@ -51,6 +51,11 @@ def test_counting_needs_no_memory_and_leaves_the_network_alone() -> None:
     backbone = build_backbone("ukan", dataset="digits", level=1).train()
     forward_flops(backbone)
     assert backbone.training and {p.device.type for p in backbone.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize(("max_seconds", "wanted"), [(100.0, 16), (4.0, 8), (3.9, 4), (1e-9, 1)])
+def test_batches_are_halved_until_they_fit(max_seconds: float, wanted: int) -> None:
+    assert fitting_batch(1e9, rate=4e9, batch_size=16, max_seconds=max_seconds) == wanted
 
 
 class Clock:

@@ -111,6 +111,16 @@ class Measured(NamedTuple):
     reason: str | None = None
 
 
+def fitting_batch(flops: float, rate: float, batch_size: int, max_seconds: float) -> int:
+    """The first of `batch_size`, half of it, half of that, ... whose step should take at most `max_seconds`; or 1.
+
+    `flops` are those of a step of one image, `rate` the FLOP/s of a large matrix product, half of which networks reach.
+    """
+    while batch_size > 1 and flops * batch_size > rate / 2 * max_seconds:
+        batch_size //= 2
+    return batch_size
+
+
 def alone(make: Maker, calls: int = 2) -> Measured:
     """Make a contender in a fresh process, there call it a few times, and weigh it; the time is of the last call.
 

@@ -16,16 +16,17 @@ import torch
 
 from wddm import data
 from wddm.backbones import PRESETS, build_backbone
-from wddm.profiling import Maker, alone, contest, forward_flops, race, speed, spread, times_as_fast
+from wddm.profiling import Maker, alone, contest, fitting_batch, forward_flops, race, speed, spread, times_as_fast
 from wddm.studies.contenders import bare_training, commands, decoded_batches, prepared_batches, spline_layer, training
 
 Row = dict[str, Any]
 
 
-def presets(datasets: Sequence[str], levels: Sequence[int], kinds: Sequence[str]) -> list[Row]:
+def presets(datasets: Sequence[str], levels: Sequence[int], kinds: Sequence[str], attention_head_dim: int) -> list[Row]:
     """What `build_backbone` takes, for those that there are."""
     wanted = product(datasets, levels, kinds)
-    return [{"kind": k, "dataset": d, "level": level} for d, level, k in wanted if (d, level) in PRESETS]
+    found = [{"kind": k, "dataset": d, "level": level} for d, level, k in wanted if (d, level) in PRESETS]
+    return [network | {"attention_head_dim": attention_head_dim} for network in found]
 
 
 def duel(ours: Maker, theirs: Maker, *, units: float = 1, least: float = 0.0, **limits: float) -> Row:
@@ -79,6 +80,24 @@ def splines(networks: Iterable[Row], *, rate: float, batch_size: int, precision:
             row = duel(maker, partial(maker, recursion=True), least=least if what == "step" else 0, **limits)
             of = "{width} wide, {tokens} tokens".format(**layer) if what == "layer" else f"{batch_size} images"
             rows.append({"dataset": network["dataset"], "level": network["level"], "what": what, "of": of} | row)
+    return rows
+
+
+def heads(networks: Iterable[Row], *, rate: float, batch_size: int, precision: str, **limits: float) -> list[Row]:
+    """A training step of every UNet with its attention heads, against one with heads of 8 channels, as published."""
+    rows = []
+    for network in (network for network in networks if network["kind"] == "unet"):
+        flops = 3 * _flops(network)
+        images = fitting_batch(
+            flops, rate, batch_size, limits["max_seconds"] / 2
+        )  # narrow heads may take twice as long
+        makers = (
+            partial(training, one, batch_size=images, precision=precision)
+            for one in (network, network | {"attention_head_dim": 8})
+        )
+        row = duel(*makers, units=images, least=flops * images / rate, **limits)
+        of = f"{images} images"
+        rows.append({"dataset": network["dataset"], "level": network["level"], "what": "step", "of": of} | row)
     return rows
 
 

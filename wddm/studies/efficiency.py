@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from wddm.backbones import PRESETS, build_backbone, resolve_widths
-from wddm.profiling import Measured, contest, forward_flops, speed, spread, times_as_fast
+from wddm.profiling import Measured, contest, fitting_batch, forward_flops, speed, spread, times_as_fast
 from wddm.studies.contenders import sampling, training
 
 PRESET, SAME, MATCHED = "pixels, preset", "pixels, same network", "pixels, equal parameters"
@@ -22,7 +22,7 @@ WAVELETS = "wavelets"
 
 @dataclass
 class Entry:
-    """A network, what it costs on paper, and what it took for every kind of work, in seconds per image."""
+    """A network, what it costs on paper, and what it took for every kind of work, in seconds per image of a batch."""
 
     name: str
     level: int
@@ -30,9 +30,10 @@ class Entry:
     parameters: int
     flops: int  # of a forward pass, batch 1
     measured: dict[str, Measured] = field(default_factory=dict)
+    batch_size: int | None = None
 
 
-def entries(kind: str, dataset: str, levels: Sequence[int]) -> list[Entry]:
+def entries(kind: str, dataset: str, levels: Sequence[int], attention_head_dim: int = 64) -> list[Entry]:
     """The presets at those of the levels that have one, and for each above 0 its two equals on pixels.
 
     "Same network": the same widths and attention, shown pixels; it differs in its first and last convolution alone.
@@ -40,7 +41,7 @@ def entries(kind: str, dataset: str, levels: Sequence[int]) -> list[Entry]:
     """
     networks = {}
     for level in [level for level in levels if (dataset, level) in PRESETS]:
-        network = {"kind": kind, "dataset": dataset, "level": level}
+        network = {"kind": kind, "dataset": dataset, "level": level, "attention_head_dim": attention_head_dim}
         if level == 0:
             networks[PRESET, 0] = network
             continue
@@ -65,6 +66,7 @@ def measure(
     levels: Sequence[int],
     *,
     rate: float,
+    attention_head_dim: int = 64,
     batch_size: int = 16,
     sampling_steps: int = 10,
     rounds: int = 5,
@@ -76,9 +78,12 @@ def measure(
 
     Args:
         rate: FLOP/s that the machine reaches at most: what would take over `max_seconds` even then is not run.
+        batch_size: images a step; fewer, the same for all of them, where a step would take over `max_seconds`.
         max_seconds: the longest training step, or batch of samples, that is measured.
     """
-    found = entries(kind, dataset, levels)
+    found = entries(kind, dataset, levels, attention_head_dim)
+    heaviest = max((entry.flops for entry in found), default=0)
+    batch_size = fitting_batch(3 * heaviest, rate, batch_size, max_seconds)
     options = {"batch_size": batch_size, "precision": precision, "compile": compile}
     works = {  # with the forward passes that an image takes; a backward pass counts as two
         "training": (partial(training, **options), 3),
@@ -93,7 +98,7 @@ def measure(
         )
         for entry, one in zip(found, measured.values(), strict=True):
             seconds = None if one.seconds is None else one.seconds / batch_size
-            entry.measured[work] = one._replace(seconds=seconds)
+            entry.measured[work], entry.batch_size = one._replace(seconds=seconds), batch_size
     return found
 
 
@@ -102,7 +107,7 @@ def costs(found: Sequence[Entry]) -> list[dict[str, Any]]:
     rows = []
     for entry in found:
         row = {name: entry.network[name] for name in ("dataset", "kind")}
-        row |= {"level": entry.level, "network": entry.name}
+        row |= {"level": entry.level, "network": entry.name, "batch_size": entry.batch_size}
         row |= {"parameters": entry.parameters, "forward_gflop": entry.flops / 1e9}
         for work, one in entry.measured.items():
             fast = None if one.seconds is None else speed(one.seconds)
