@@ -51,11 +51,12 @@ class SplineSum(torch.autograd.Function):
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         low = weight.flatten(1).to(ctx.dtype)
-        of_x, of_weight = torch.empty_like(x), torch.zeros_like(weight)
+        of_x, of_weight = torch.empty_like(x), None
         for part, of_y, of_part in zip(*(t.split(_rows(x, HELD)) for t in (x, gradient, of_x)), strict=True):
             bases = _bases(part, (of_y @ low).unflatten(1, (BASES, -1)), of_part)
-            of_weight += (of_y.T @ bases.flatten(1).to(ctx.dtype)).view_as(weight)
-        return of_x, of_weight
+            product = (of_y.T @ bases.flatten(1).to(ctx.dtype)).to(weight.dtype)
+            of_weight = product if of_weight is None else of_weight.add_(product)
+        return of_x, of_weight.view_as(weight)
 
 
 def _bases(x: Tensor, of_bases: Tensor | None = None, of_x: Tensor | None = None) -> Tensor:
