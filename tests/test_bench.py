@@ -1,6 +1,7 @@
 """What is measured against what: the baselines compute what ours does, and the two notebooks measure it."""
 
 import json
+from collections.abc import Iterator
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from conftest import wddm
 from torch.testing import assert_close
 
-from wddm import plots, update
+from wddm import plots, profiling, update
 from wddm.backbones import build_backbone
 from wddm.kan import SplineLinear, spline_basis
 from wddm.objective import noise_scheduler
@@ -107,6 +108,19 @@ def test_every_network_on_wavelets_has_its_three_equals_on_pixels() -> None:
     assert abs(matched.parameters / wavelets.parameters - 1) < 0.05 and matched.network["level"] == 0
 
 
+def test_all_networks_get_the_batch_that_the_heaviest_has_memory_for(monkeypatch) -> None:
+    tried = []
+
+    def alone(make) -> Measured:
+        tried.append((make.args[0]["level"], make.keywords["batch_size"]))
+        return Measured(reason="out of memory") if make.keywords["batch_size"] > 2 else Measured(np.ones(1), 0.1)
+
+    monkeypatch.setattr(efficiency, "alone", alone)
+    found = [entry(efficiency.PRESET, 0, 400, None), entry(efficiency.WAVELETS, 1, 100, None)]
+    assert efficiency.common_batch(found, rate=2400.0, batch_size=64, max_seconds=8.0) == 2
+    assert tried == [(0, 8), (0, 4), (0, 2)]
+
+
 def entry(name: str, level: int, flops: int, seconds: list[float] | None) -> efficiency.Entry:
     network = {"dataset": "digits", "kind": "unet", "level": level}
     one = Measured(reason="slow") if seconds is None else Measured(np.array(seconds), 0.5)
@@ -148,6 +162,22 @@ def test_a_claim_is_judged_by_the_interval_of_the_least(ratios: list, wanted: fl
     names = ("times_as_fast", "low", "high")
     rows = [dict(zip(names, ratio, strict=True)) for ratio in ratios]
     assert benchmarks.claim("fast", rows, wanted)["met"] == met
+
+
+def test_a_duel_is_of_as_many_images_as_both_have_memory_for(monkeypatch) -> None:
+    def alone(make) -> Measured:
+        return Measured(reason="out of memory") if make.keywords["batch_size"] > 4 else Measured(np.ones(1), 0.1)
+
+    monkeypatch.setattr(profiling, "alone", alone)
+    row = benchmarks.training_duel(forever, forever, flops=1, rate=1e9, batch_size=16, max_seconds=9)
+    assert row["of"] == "4 images" and row["not_run"] is None and row["times_as_fast"] > 0
+    row = benchmarks.training_duel(forever, forever, flops=1e12, rate=1e9, batch_size=16, max_seconds=9)
+    assert row["of"] == "16 images" and row["not_run"] == "over 1.6e+04 s a step"
+
+
+def forever(*, batch_size: int, steps: int) -> Iterator[int]:
+    while True:
+        yield sum(range(1000))
 
 
 def test_the_largest_batch_is_the_last_that_fits(monkeypatch) -> None:

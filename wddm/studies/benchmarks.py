@@ -44,6 +44,19 @@ def duel(ours: Maker, theirs: Maker, *, units: float = 1, least: float = 0.0, **
     return row | {"not_run": next((one.reason for one in found.values() if one.reason), None)}
 
 
+def training_duel(ours: Maker, theirs: Maker, *, flops: float, rate: float, batch_size: int, **limits: float) -> Row:
+    """A duel of training steps of so many images, or half of that, ..., as both have memory for; units are images.
+
+    `flops` are those of an image, `rate` the FLOP/s that the machine reaches at most.
+    """
+    while True:
+        makers = (partial(make, batch_size=batch_size) for make in (ours, theirs))
+        row = duel(*makers, units=batch_size, least=flops * batch_size / rate, **limits)
+        if batch_size == 1 or "memory" not in str(row["not_run"]):
+            return {"of": f"{batch_size} images"} | row
+        batch_size //= 2
+
+
 def loops(
     networks: Iterable[Row], *, rate: float, batch_size: int, precision: str, compiled: bool = False, **limits: float
 ) -> list[Row]:
@@ -54,10 +67,9 @@ def loops(
     """
     rows = []
     for network, compile in ((network, c) for network in networks for c in (False, True)[: 1 + compiled]):
-        options = {"batch_size": batch_size, "precision": precision, "compile": compile}
-        makers = (partial(maker, network, **options) for maker in (training, bare_training))
+        makers = (partial(make, network, precision=precision, compile=compile) for make in (training, bare_training))
         flops = 3 * _flops(network)
-        row = duel(*makers, units=batch_size, least=flops * batch_size / rate, **limits)
+        row = training_duel(*makers, flops=flops, rate=rate, batch_size=batch_size, **limits)
         share = row["ours_per_s"] and flops * row["ours_per_s"] / rate
         rows.append(network | {"compiled": compile} | row | {"share_of_rate": share})
     return rows
@@ -88,16 +100,10 @@ def heads(networks: Iterable[Row], *, rate: float, batch_size: int, precision: s
     rows = []
     for network in (network for network in networks if network["kind"] == "unet"):
         flops = 3 * _flops(network)
-        images = fitting_batch(
-            flops, rate, batch_size, limits["max_seconds"] / 2
-        )  # narrow heads may take twice as long
-        makers = (
-            partial(training, one, batch_size=images, precision=precision)
-            for one in (network, network | {"attention_head_dim": 8})
-        )
-        row = duel(*makers, units=images, least=flops * images / rate, **limits)
-        of = f"{images} images"
-        rows.append({"dataset": network["dataset"], "level": network["level"], "what": "step", "of": of} | row)
+        images = fitting_batch(2 * flops, rate, batch_size, limits["max_seconds"])  # narrow heads take twice as long
+        makers = (partial(training, one, precision=precision) for one in (network, network | {"attention_head_dim": 8}))
+        row = training_duel(*makers, flops=flops, rate=rate, batch_size=images, **limits)
+        rows.append({"dataset": network["dataset"], "level": network["level"], "what": "step"} | row)
     return rows
 
 
@@ -183,7 +189,8 @@ def loop_table(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         percent = [100 * (1 / row[end] - 1) for end in ("times_as_fast", "high", "low") if row[end] is not None]
         name = "{dataset} {level} {kind}".format(**row) + " compiled" * row["compiled"]
-        columns = {"preset": name, "ours (images/s)": row["ours_per_s"], "bare (images/s)": row["theirs_per_s"]}
+        columns = {"preset": name, "of": row["of"]}
+        columns |= {"ours (images/s)": row["ours_per_s"], "bare (images/s)": row["theirs_per_s"]}
         columns["cost (%)"] = f"not run: {row['not_run']}" if row["not_run"] else spread(*percent)
         columns["share (%)"] = row["share_of_rate"] and 100 * row["share_of_rate"]
         shown.append(columns | {"ours (GiB)": row["ours_gib"], "bare (GiB)": row["theirs_gib"]})

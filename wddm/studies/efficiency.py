@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from wddm.backbones import PRESETS, build_backbone, resolve_widths
-from wddm.profiling import Measured, contest, fitting_batch, forward_flops, speed, spread, times_as_fast
+from wddm.profiling import Measured, alone, contest, fitting_batch, forward_flops, speed, spread, times_as_fast
 from wddm.studies.contenders import sampling, training
 
 PRESET, SAME, MATCHED = "pixels, preset", "pixels, same network", "pixels, equal parameters"
@@ -78,13 +78,13 @@ def measure(
 
     Args:
         rate: FLOP/s that the machine reaches at most: what would take over `max_seconds` even then is not run.
-        batch_size: images a step; fewer, the same for all of them, where a step would take over `max_seconds`.
+        batch_size: images a step; fewer, the same for all of them, where that takes too long or too much memory.
         max_seconds: the longest training step, or batch of samples, that is measured.
     """
     found = entries(kind, dataset, levels, attention_head_dim)
-    heaviest = max((entry.flops for entry in found), default=0)
-    batch_size = fitting_batch(3 * heaviest, rate, batch_size, max_seconds)
-    options = {"batch_size": batch_size, "precision": precision, "compile": compile}
+    how = {"precision": precision, "compile": compile}
+    batch_size = common_batch(found, rate=rate, batch_size=batch_size, max_seconds=max_seconds, **how)
+    options = {"batch_size": batch_size, **how}
     works = {  # with the forward passes that an image takes; a backward pass counts as two
         "training": (partial(training, **options), 3),
         "sampling": (partial(sampling, sampling_steps=sampling_steps, **options), sampling_steps),
@@ -100,6 +100,17 @@ def measure(
             seconds = None if one.seconds is None else one.seconds / batch_size
             entry.measured[work], entry.batch_size = one._replace(seconds=seconds), batch_size
     return found
+
+
+def common_batch(found: Sequence[Entry], *, rate: float, batch_size: int, max_seconds: float, **options: Any) -> int:
+    """`batch_size`, or half of it, ..., of which the heaviest network's step fits into time and memory; or 1."""
+    if not found:
+        return batch_size
+    heaviest = max(found, key=lambda entry: entry.flops)
+    batch_size = fitting_batch(3 * heaviest.flops, rate, batch_size, max_seconds)
+    while batch_size > 1 and alone(partial(training, heaviest.network, batch_size=batch_size, **options)).reason:
+        batch_size //= 2
+    return batch_size
 
 
 def costs(found: Sequence[Entry]) -> list[dict[str, Any]]:
