@@ -96,7 +96,7 @@ def test_both_data_paths_give_the_images() -> None:
 
 
 def test_every_network_on_wavelets_has_its_three_equals_on_pixels() -> None:
-    found = {(entry.name, entry.level): entry for entry in efficiency.entries("ukan", "cifar10", [0, 1, 7])}
+    found = {(entry.name, entry.level): entry for entry in efficiency.entries("ukan", "cifar10", [0, 1, 7], 64)}
     wavelets, same = found[efficiency.WAVELETS, 1], found[efficiency.SAME, 1]
     assert set(found) == {(efficiency.PRESET, 0)} | {
         (n, 1) for n in (efficiency.WAVELETS, efficiency.SAME, efficiency.MATCHED)
@@ -109,16 +109,26 @@ def test_every_network_on_wavelets_has_its_three_equals_on_pixels() -> None:
 
 
 def test_all_networks_get_the_batch_that_the_heaviest_has_memory_for(monkeypatch) -> None:
-    tried = []
+    """A race is only run where the batch has been found; what is too large for it here is a network on pixels."""
+    tried, raced = [], []
 
     def alone(make) -> Measured:
-        tried.append((make.args[0]["level"], make.keywords["batch_size"]))
-        return Measured(reason="out of memory") if make.keywords["batch_size"] > 2 else Measured(np.ones(1), 0.1)
+        level, images = make.args[0]["level"], make.keywords["batch_size"]
+        tried.append((level, images))
+        return Measured(reason="out of memory") if level == 0 and images > 2 else Measured(np.ones(1), 0.1)
 
-    monkeypatch.setattr(efficiency, "alone", alone)
-    found = [entry(efficiency.PRESET, 0, 400, None), entry(efficiency.WAVELETS, 1, 100, None)]
-    assert efficiency.common_batch(found, rate=2400.0, batch_size=64, max_seconds=8.0) == 2
-    assert tried == [(0, 8), (0, 4), (0, 2)]
+    def race(calls, **limits) -> dict[str, np.ndarray]:
+        raced.append(len(calls))
+        return {name: np.full(5, 8.0) for name in calls}
+
+    monkeypatch.setattr(profiling, "alone", alone)
+    monkeypatch.setattr(profiling, "race", race)
+    found = efficiency.measure("digits", "unet", [0, 1], rate=1e12, batch_size=8, max_seconds=1e3)
+    assert tried[:12] == [(level, images) for images in (8, 4, 2) for level in (0, 1, 0, 0)]
+    assert {work: {one.batch_size[work] for one in found} for work in ("training", "sampling")} == {
+        "training": {2}, "sampling": {2}
+    }  # fmt: skip
+    assert raced == [4, 4] and efficiency.costs(found)[1]["training_images_per_s"] == 2 / 8
 
 
 def entry(name: str, level: int, flops: int, seconds: list[float] | None) -> efficiency.Entry:

@@ -114,7 +114,7 @@ class Measured(NamedTuple):
 def fitting_batch(flops: float, rate: float, batch_size: int, max_seconds: float) -> int:
     """The first of `batch_size`, half of it, half of that, ... whose step should take at most `max_seconds`; or 1.
 
-    `flops` are those of a step of one image, `rate` the FLOP/s of a large matrix product, half of which networks reach.
+    `flops` are those of a step of one image, `rate` the FLOP/s of a large matrix product, of which half is expected.
     """
     while batch_size > 1 and flops * batch_size > rate / 2 * max_seconds:
         batch_size //= 2
@@ -171,7 +171,33 @@ def contest(
         max_seconds: the longest step that is raced.
         least: seconds below which a step cannot be; where that is over `max_seconds` it is not run at all.
     """
-    found, racers, steps = {}, {}, {}
+    return _raced(makers, _weighed(makers, max_seconds, least), rounds, seconds)
+
+
+def batch_contest(
+    makers: Mapping[str, Maker],
+    *,
+    batch_size: int,
+    least: Mapping[str, float],
+    rounds: int = 5,
+    seconds: float = 0.0,
+    max_seconds: float = math.inf,
+) -> tuple[int, dict[str, Measured]]:
+    """`contest` of makers that take `batch_size`, too; and that is halved as long as one of them runs out of memory.
+
+    `least` is of an image; all else is of a step.
+    """
+    while True:
+        sized = {name: partial(make, batch_size=batch_size) for name, make in makers.items()}
+        found = _weighed(sized, max_seconds, {name: batch_size * least[name] for name in makers})
+        if batch_size == 1 or not any("memory" in str(one.reason) for one in found.values()):
+            return batch_size, _raced(sized, found, rounds, seconds)
+        batch_size //= 2
+
+
+def _weighed(makers: Mapping[str, Maker], max_seconds: float, least: Mapping[str, float]) -> dict[str, Measured]:
+    """What each takes alone, in seconds of one step; or the reason why it is not to be raced."""
+    found = {}
     for name, make in makers.items():
         if least.get(name, 0) > max_seconds:
             found[name] = Measured(reason=f"over {least[name]:.3g} s a step")
@@ -179,10 +205,16 @@ def contest(
         found[name] = alone(make)
         if found[name].reason is None and found[name].seconds[-1] > max_seconds:
             found[name] = found[name]._replace(reason=f"{found[name].seconds[-1]:.3g} s a step", seconds=None)
-        elif found[name].reason is None:
-            steps[name] = int(np.clip(0.5 / found[name].seconds[-1], 1, 20))
-            racers[name] = partial(make, steps=steps[name])
-    with ready(racers) as calls:
+    return found
+
+
+def _raced(
+    makers: Mapping[str, Maker], weighed: Mapping[str, Measured], rounds: int, seconds: float
+) -> dict[str, Measured]:
+    """What was weighed, with seconds of all rounds of those that have no reason not to be raced."""
+    found = dict(weighed)
+    steps = {name: int(np.clip(0.5 / one.seconds[-1], 1, 20)) for name, one in found.items() if one.reason is None}
+    with ready({name: partial(makers[name], steps=count) for name, count in steps.items()}) as calls:
         for name, taken in race(calls, rounds=rounds, seconds=seconds).items():
             found[name] = found[name]._replace(seconds=taken / steps[name])
     return found

@@ -16,7 +16,19 @@ import torch
 
 from wddm import data
 from wddm.backbones import PRESETS, build_backbone
-from wddm.profiling import Maker, alone, contest, fitting_batch, forward_flops, race, speed, spread, times_as_fast
+from wddm.profiling import (
+    Maker,
+    Measured,
+    alone,
+    batch_contest,
+    contest,
+    fitting_batch,
+    forward_flops,
+    race,
+    speed,
+    spread,
+    times_as_fast,
+)
 from wddm.studies.contenders import bare_training, commands, decoded_batches, prepared_batches, spline_layer, training
 
 Row = dict[str, Any]
@@ -24,15 +36,31 @@ Row = dict[str, Any]
 
 def presets(datasets: Sequence[str], levels: Sequence[int], kinds: Sequence[str], attention_head_dim: int) -> list[Row]:
     """What `build_backbone` takes, for those that there are."""
-    wanted = product(datasets, levels, kinds)
-    found = [{"kind": k, "dataset": d, "level": level} for d, level, k in wanted if (d, level) in PRESETS]
-    return [network | {"attention_head_dim": attention_head_dim} for network in found]
+    return [
+        {"kind": kind, "dataset": dataset, "level": level, "attention_head_dim": attention_head_dim}
+        for dataset, level, kind in product(datasets, levels, kinds)
+        if (dataset, level) in PRESETS
+    ]
 
 
-def duel(ours: Maker, theirs: Maker, *, units: float = 1, least: float = 0.0, **limits: float) -> Row:
+def duel(ours: Maker, theirs: Maker, *, units: float = 1, **limits: float) -> Row:
     """Two contenders in one race; a step of theirs, as of ours, is so many units. Limits as for `contest`."""
+    return _outcome(contest({"ours": ours, "theirs": theirs}, **limits), units)
+
+
+def training_duel(ours: Maker, theirs: Maker, *, flops: float, rate: float, batch_size: int, **limits: float) -> Row:
+    """A duel of training steps of so many images, or half of that, ..., as both have memory for; units are images.
+
+    `flops` are those of an image, `rate` the FLOP/s that the machine reaches at most.
+    """
     makers = {"ours": ours, "theirs": theirs}
-    found = contest(makers, least=dict.fromkeys(makers, least), **limits)
+    least = dict.fromkeys(makers, flops / rate)
+    batch_size, found = batch_contest(makers, batch_size=batch_size, least=least, **limits)
+    return {"of": f"{batch_size} images"} | _outcome(found, batch_size)
+
+
+def _outcome(found: Mapping[str, Measured], units: float) -> Row:
+    """The row of a duel."""
     row: Row = {}
     for name, one in found.items():
         fast = (None,) * 3 if one.seconds is None else speed(one.seconds, units)
@@ -42,19 +70,6 @@ def duel(ours: Maker, theirs: Maker, *, units: float = 1, least: float = 0.0, **
     ratio = times_as_fast(*both) if len(both) == 2 else (None,) * 3
     row |= dict(zip(("times_as_fast", "low", "high"), ratio, strict=True))
     return row | {"not_run": next((one.reason for one in found.values() if one.reason), None)}
-
-
-def training_duel(ours: Maker, theirs: Maker, *, flops: float, rate: float, batch_size: int, **limits: float) -> Row:
-    """A duel of training steps of so many images, or half of that, ..., as both have memory for; units are images.
-
-    `flops` are those of an image, `rate` the FLOP/s that the machine reaches at most.
-    """
-    while True:
-        makers = (partial(make, batch_size=batch_size) for make in (ours, theirs))
-        row = duel(*makers, units=batch_size, least=flops * batch_size / rate, **limits)
-        if batch_size == 1 or "memory" not in str(row["not_run"]):
-            return {"of": f"{batch_size} images"} | row
-        batch_size //= 2
 
 
 def loops(
@@ -85,13 +100,14 @@ def splines(networks: Iterable[Row], *, rate: float, batch_size: int, precision:
             continue
         side = model.config.sample_size // 2 ** len(model.config.block_out_channels)
         layer = {"width": model.bottleneck.kan1.norm.normalized_shape[0], "tokens": batch_size * side**2}
-        step = {"batch_size": batch_size, "precision": precision}
-        least = 3 * _flops(network) * batch_size / rate
-        makers = {"layer": partial(spline_layer, **layer), "step": partial(bare_training, network, **step)}
-        for what, maker in makers.items():
-            row = duel(maker, partial(maker, recursion=True), least=least if what == "step" else 0, **limits)
-            of = "{width} wide, {tokens} tokens".format(**layer) if what == "layer" else f"{batch_size} images"
-            rows.append({"dataset": network["dataset"], "level": network["level"], "what": what, "of": of} | row)
+        of = {"dataset": network["dataset"], "level": network["level"]}
+        maker = partial(spline_layer, **layer)
+        row = duel(maker, partial(maker, recursion=True), **limits)
+        rows.append(of | {"what": "layer", "of": "{width} wide, {tokens} tokens".format(**layer)} | row)
+        maker = partial(bare_training, network, precision=precision)
+        cost = {"flops": 3 * _flops(network), "rate": rate, "batch_size": batch_size}
+        row = training_duel(maker, partial(maker, recursion=True), **cost, **limits)
+        rows.append(of | {"what": "step"} | row)
     return rows
 
 
@@ -175,7 +191,7 @@ def duel_table(rows: Sequence[Row]) -> list[Row]:
             "of": row["of"],
             "ours (1/s)": row["ours_per_s"],
             "theirs (1/s)": row["theirs_per_s"],
-            "times as fast": _outcome(row),
+            "times as fast": _times_as_fast(row),
             "ours (GiB)": row["ours_gib"],
             "theirs (GiB)": row["theirs_gib"],
         }
@@ -197,7 +213,7 @@ def loop_table(rows: Sequence[Row]) -> list[Row]:
     return shown
 
 
-def _outcome(row: Row) -> str:
+def _times_as_fast(row: Row) -> str:
     if row["not_run"]:
         return f"not run: {row['not_run']}"
     return spread(row["times_as_fast"], row["low"], row["high"])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from wddm.backbones import PRESETS, build_backbone, resolve_widths
-from wddm.profiling import Measured, alone, contest, fitting_batch, forward_flops, speed, spread, times_as_fast
+from wddm.profiling import Measured, batch_contest, fitting_batch, forward_flops, speed, spread, times_as_fast
 from wddm.studies.contenders import sampling, training
 
 PRESET, SAME, MATCHED = "pixels, preset", "pixels, same network", "pixels, equal parameters"
@@ -22,7 +22,7 @@ WAVELETS = "wavelets"
 
 @dataclass
 class Entry:
-    """A network, what it costs on paper, and what it took for every kind of work, in seconds per image of a batch."""
+    """A network, what it costs on paper, and what it took for every kind of work, in seconds per image."""
 
     name: str
     level: int
@@ -30,10 +30,10 @@ class Entry:
     parameters: int
     flops: int  # of a forward pass, batch 1
     measured: dict[str, Measured] = field(default_factory=dict)
-    batch_size: int | None = None
+    batch_size: dict[str, int] = field(default_factory=dict)
 
 
-def entries(kind: str, dataset: str, levels: Sequence[int], attention_head_dim: int = 64) -> list[Entry]:
+def entries(kind: str, dataset: str, levels: Sequence[int], attention_head_dim: int) -> list[Entry]:
     """The presets at those of the levels that have one, and for each above 0 its two equals on pixels.
 
     "Same network": the same widths and attention, shown pixels; it differs in its first and last convolution alone.
@@ -82,35 +82,25 @@ def measure(
         max_seconds: the longest training step, or batch of samples, that is measured.
     """
     found = entries(kind, dataset, levels, attention_head_dim)
-    how = {"precision": precision, "compile": compile}
-    batch_size = common_batch(found, rate=rate, batch_size=batch_size, max_seconds=max_seconds, **how)
-    options = {"batch_size": batch_size, **how}
+    heaviest = max((entry.flops for entry in found), default=0)
+    batch_size = fitting_batch(3 * heaviest, rate, batch_size, max_seconds)
+    options = {"precision": precision, "compile": compile}
     works = {  # with the forward passes that an image takes; a backward pass counts as two
         "training": (partial(training, **options), 3),
         "sampling": (partial(sampling, sampling_steps=sampling_steps, **options), sampling_steps),
     }
     for work, (make, passes) in works.items():
-        measured = contest(
+        batch_size, measured = batch_contest(
             {str(k): partial(make, entry.network) for k, entry in enumerate(found)},
+            batch_size=batch_size,
             rounds=rounds,
             max_seconds=max_seconds,
-            least={str(k): passes * entry.flops * batch_size / rate for k, entry in enumerate(found)},
+            least={str(k): passes * entry.flops / rate for k, entry in enumerate(found)},
         )
         for entry, one in zip(found, measured.values(), strict=True):
             seconds = None if one.seconds is None else one.seconds / batch_size
-            entry.measured[work], entry.batch_size = one._replace(seconds=seconds), batch_size
+            entry.measured[work], entry.batch_size[work] = one._replace(seconds=seconds), batch_size
     return found
-
-
-def common_batch(found: Sequence[Entry], *, rate: float, batch_size: int, max_seconds: float, **options: Any) -> int:
-    """`batch_size`, or half of it, ..., of which the heaviest network's step fits into time and memory; or 1."""
-    if not found:
-        return batch_size
-    heaviest = max(found, key=lambda entry: entry.flops)
-    batch_size = fitting_batch(3 * heaviest.flops, rate, batch_size, max_seconds)
-    while batch_size > 1 and alone(partial(training, heaviest.network, batch_size=batch_size, **options)).reason:
-        batch_size //= 2
-    return batch_size
 
 
 def costs(found: Sequence[Entry]) -> list[dict[str, Any]]:
@@ -118,13 +108,14 @@ def costs(found: Sequence[Entry]) -> list[dict[str, Any]]:
     rows = []
     for entry in found:
         row = {name: entry.network[name] for name in ("dataset", "kind")}
-        row |= {"level": entry.level, "network": entry.name, "batch_size": entry.batch_size}
+        row |= {"level": entry.level, "network": entry.name}
         row |= {"parameters": entry.parameters, "forward_gflop": entry.flops / 1e9}
         for work, one in entry.measured.items():
             fast = None if one.seconds is None else speed(one.seconds)
             names = (f"{work}_images_per_s", f"{work}_images_per_s_q1", f"{work}_images_per_s_q3")
             row |= dict(zip(names, fast or (None,) * 3, strict=True))
             row[f"{work}_memory_gib"], row[f"{work}_not_run"] = one.memory_gib, one.reason
+            row[f"{work}_batch_size"] = entry.batch_size.get(work)
         rows.append(row)
     return rows
 
