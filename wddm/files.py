@@ -4,20 +4,70 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+SETTLED = 2.0  # seconds after a change until a file's times tell the next change from it
+
 
 def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class Digests:
+    """sha256 of files by content, remembered in a JSON file for as long as size, times and inode stay the same.
+
+    So that a large file is read once, and one that was replaced by another of the same name and size is noticed. To
+    lose the file costs reading everything again, nothing else.
+    """
+
+    def __init__(self, memory: Path) -> None:
+        self.memory, self._changed = memory, False
+        try:
+            self._known: dict[str, list] = json.loads(memory.read_text())
+        except (OSError, ValueError):
+            self._known = {}
+
+    def of(self, path: Path) -> str:
+        """Of a file, or of all files below a folder with their names; "absent" where there is nothing."""
+        if path.is_dir():
+            return self.of_files(path, sorted(file for file in path.rglob("*") if file.is_file()))
+        return self._of_file(path) if path.exists() else "absent"
+
+    def of_files(self, root: Path, files: Iterable[Path]) -> str:
+        """Of these files below a folder, with their names."""
+        lines = (f"{self._of_file(file)} {file.relative_to(root)}\n" for file in files)
+        return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+    def save(self) -> None:
+        """Keep what was found, where that is allowed."""
+        if self._changed:
+            with suppress(OSError), whole(self.memory) as aside:
+                aside.write_text(json.dumps(self._known))
+
+    def _of_file(self, path: Path) -> str:
+        stat, name = path.stat(), str(path.absolute())
+        now = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        *before, digest = self._known.get(name, [None])
+        if before != now:
+            digest = sha256(path)
+            if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED:
+                self._known[name], self._changed = [*now, digest], True
+        return digest
+
+
 @contextmanager
 def whole(final: Path) -> Iterator[Path]:
-    """A file to write to, which takes the place of `final` in one step: a reader never sees half of it."""
+    """A file to write to, which takes the place of `final` in one step: a reader never sees half of it.
+
+    Of a link, the file that it leads to is replaced.
+    """
+    final = Path(os.path.realpath(final))
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = final.with_name(f".{os.getpid()}.{final.name}")
     try:
@@ -29,7 +79,11 @@ def whole(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def written_aside(final: Path, suffix: str = "partial") -> Iterator[Path]:
-    """A new folder to write to, which takes the place of `final` once it is whole, on the disk too."""
+    """A new folder to write to, which takes the place of `final` once it is whole, on the disk too.
+
+    Of a link (to a bigger disk, say), the folder that it leads to is replaced; the link stays.
+    """
+    final = Path(os.path.realpath(final))
     aside, old = (final.with_name(f".{final.name}.{end}") for end in (suffix, "old"))
     shutil.rmtree(aside, ignore_errors=True)  # of an earlier attempt that died
     aside.mkdir(parents=True)
