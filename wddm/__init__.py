@@ -1,3 +1,25 @@
-"""wddm: wavelet-domain denoising diffusion, as a workbook. Import the modules: `from wddm import wavelets`."""
+"""wddm: wavelet-domain denoising diffusion, as a workbook. These names, and the modules: `from wddm import wavelets`."""
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+
+NAMES = {
+    "WaveletCodec": "wavelets",
+    "UKANModel": "ukan",
+    "build_backbone": "backbones",
+    "Trainer": "training",
+    "WaveletPipeline": "pipeline",
+    "prepare": "data",
+    "load": "data",
+    "open_run": "workbook",
+}
+__all__ = list(NAMES)  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    """One of the names above, whose module is imported when it is asked for: `import wddm` alone needs no torch."""
+    if name not in NAMES:
+        raise AttributeError(f"module 'wddm' has no attribute {name!r}")
+    return getattr(import_module(f"wddm.{NAMES[name]}"), name)

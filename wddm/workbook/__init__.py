@@ -1,7 +1,9 @@
 """The workbook, as notebooks see it: `run` executes experiments, `open_run` gives one its place.
 
-    book = workbook.open_run(run, dataset=dataset, resolution=resolution)
-    book.data, book.folder, book.report             data/<dataset>-<resolution>, runs/<run>, reports/<run>
+    book = workbook.open_run(run, "02_train", globals())
+    book.parameters, book.folder, book.report       those of this notebook, checked; runs/<run>, reports/<run>
+    prepared = data.load(book.data_folder())        what 01_prepare of this run made, or a line that says to run it
+    book.begin("pipeline"); book.made("pipeline", book.folder / "pipeline")
     book.show(figure, "samples", "64 samples.")     a captioned figure, kept in the report
     book.explore(draw, "bands", "Bands.", level=widgets.IntSlider(1, 0, 3))   one that follows its controls
     book.table(rows, "Distances."); book.record(fwd=0.29); book.record_timing(train_images_per_s=812.0)
@@ -18,19 +20,32 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from wddm.workbook.experiments import check_run_name, load_experiments
+from wddm.workbook.finished import collect, run_data_folder
 from wddm.workbook.index import write_index
 from wddm.workbook.pages import WIDGET
-from wddm.workbook.records import collect, read_json, write_json
+from wddm.workbook.parameters import checked
+from wddm.workbook.records import digests, read_json, taken, write_entry, write_json
 from wddm.workbook.runner import run
 from wddm.workbook.tables import format_table, write_rows
 
-__all__ = ["Run", "collect", "find_root", "live", "load_experiments", "open_run", "progress", "run", "write_index"]
+__all__ = [
+    "Run",
+    "collect",
+    "find_root",
+    "live",
+    "load_experiments",
+    "open_run",
+    "progress",
+    "run",
+    "run_data_folder",
+    "write_index",
+]
 
 
 def find_root(start: Path | None = None) -> Path:
@@ -44,13 +59,47 @@ def find_root(start: Path | None = None) -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """The place of one run, and what a notebook adds to its report."""
+    """The place of one run, its record, and what a notebook adds to its report."""
 
     name: str
     root: Path
-    data: Path | None  # <root>/data/<dataset>-<resolution>
     folder: Path  # <root>/runs/<run>
     report: Path  # <root>/reports/<run>
+    notebook: str = ""  # which works on it: "02_train"
+    parameters: dict[str, Any] = field(default_factory=dict)  # of that notebook
+    sources: dict[str, str] = field(default_factory=dict, repr=False)  # name -> sha256 of what it took
+
+    def take(self, name: str) -> Path:
+        """Where something is that an earlier notebook of this run made: "data", "pipeline" or "samples".
+
+        Raises:
+            ValueError: it is not there, not finished, not what was left there, or made from what has changed since.
+        """
+        known = digests(self.root)
+        entry = taken(self.root, self.name, name, known)
+        known.save()
+        self.sources[name] = entry["sha256"]
+        return self.root / entry["path"]
+
+    def data_folder(self) -> Path:
+        """The prepared set of this run; ValueError as of `take`."""
+        return self.take("data").parent
+
+    def begin(self, name: str) -> None:
+        """Record that this notebook begins to make something: what was there before is not to be taken for it."""
+        write_entry(self.root, self.name, name, {"by": self.notebook, "parameters": self.parameters, "from": self.sources})
+
+    def made(self, name: str, path: Path, *, shared: bool = False, **facts: Any) -> None:
+        """Record what this notebook has made, by its content, from what it took and with which parameters.
+
+        `shared`: others write into that file too, so its content is not held to.
+        """
+        known = digests(self.root)
+        entry = {"by": self.notebook, "parameters": self.parameters, "from": self.sources, **facts}
+        place = path.relative_to(self.root) if path.is_relative_to(self.root) else path
+        digest = None if shared else known.of(path)
+        write_entry(self.root, self.name, name, entry | {"path": str(place), "sha256": digest})
+        known.save()
 
     def show(self, figure: Any, name: str, caption: str) -> None:
         """Save a matplotlib figure as figures/<name>.png of the report and display it, its caption beneath."""
@@ -117,18 +166,26 @@ class Run:
         write_json(path, read_json(path) | {key: _number(key, numbers[key]) for key in numbers})
 
 
-def open_run(run: str, *, dataset: str | None = None, resolution: int | None = None) -> Run:
-    """The run called `run` of the workbook around the current folder; runs/<run>/ exists afterwards."""
+def open_run(run: str, notebook: str = "", namespace: Mapping[str, Any] | None = None) -> Run:
+    """The run called `run` of the workbook around the current folder; runs/<run>/ exists afterwards.
+
+    Args:
+        run: its name, as in runs/<run> and reports/<run>.
+        notebook: which notebook works on it, below notebooks/ and without .ipynb: "02_train", "analysis/compare".
+        namespace: `globals()` of that notebook, for the values of its parameters. The current folder becomes the
+            workbook's root, where relative paths in parameters start.
+
+    Raises:
+        ValueError: a name that no folder can have, a parameter of a wrong type.
+    """
     root = find_root()
-    book = Run(
-        name=check_run_name(run),
-        root=root,
-        folder=root / "runs" / run,
-        report=root / "reports" / run,
-        data=root / "data" / f"{dataset}-{resolution}" if dataset else None,
-    )
-    book.folder.mkdir(parents=True, exist_ok=True)
-    return book
+    parameters = {}
+    if notebook and namespace is not None:
+        parameters = checked(root / "notebooks" / f"{notebook}.ipynb", namespace)
+        os.chdir(root)
+    folder = root / "runs" / check_run_name(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Run(run, root, folder, root / "reports" / run, Path(notebook).name, parameters)
 
 
 def progress(

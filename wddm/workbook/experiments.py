@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wddm.workbook.parameters import Parameter, merge_schemas
+from wddm.workbook.parameters import Parameter, merge_schemas, read_schema
 
 RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+-]*")
 SETTINGS = ("notebooks", "sweep", "summary")  # keys of a YAML that are not parameters
@@ -31,6 +31,10 @@ class Experiment:
     parameters: dict[str, Any]
     swept: dict[str, Any]  # the part of `parameters` that the sweep chose
     is_summary: bool = False  # it runs after the others of its YAML, and looks at them
+
+    def values(self, notebook: Path) -> dict[str, Any]:
+        """The value of every parameter that one of its notebooks declares."""
+        return {name: self.parameters[name] for name in read_schema(notebook)}
 
 
 def pipeline_notebooks(root: Path) -> tuple[Path, ...]:

@@ -2,10 +2,11 @@
 
 A notebook's first markdown cell declares what it reads and writes, relative to the root, up to the next bold word:
 
-    **Inputs:** `data/{dataset}-{resolution}/manifest.json`, `{dataset_path}`
+    **Inputs:** `{data}/manifest.json`, `{dataset_path}`
     **Outputs:** `runs/{run}/pipeline/`
 
-A list stands for each of its items, and `*` for all that is there: `reports/{runs}/metrics.json`.
+A list stands for each of its items, `*` for all that is there (`reports/{runs}/metrics.json`), and `{data}` for the
+prepared set of this run. What a notebook opens without declaring it is noted by its kernel (`watch`) and counts too.
 """
 
 import functools
@@ -17,14 +18,16 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from glob import glob
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from wddm.files import sha256
+from wddm.files import Digests
 from wddm.workbook.experiments import Experiment
-from wddm.workbook.parameters import read_notebook, read_schema
+from wddm.workbook.parameters import read_notebook
+from wddm.workbook.records import read_record
 
 PACKAGES = (
     "wddm",
@@ -38,23 +41,34 @@ PACKAGES = (
     "scipy",
     "papermill",
 )
-HASHED_WHOLE = 64 * 2**20  # bytes; a larger input is told from another by its size and time
+SHARED = ("metrics.json", "timings.json")  # several notebooks of a run write into them
 
 
-def fingerprint(experiment: Experiment, notebook: Path) -> str:
-    """sha256 of the notebook's code, the parameters that it names, the package's source and its inputs."""
+def fingerprint(experiment: Experiment, notebook: Path, known: Digests) -> str:
+    """sha256 of the notebook's code, its parameters, the package's source and the inputs that it declares."""
     cells = read_notebook(notebook)["cells"]
     return _sha256(
         json.dumps(
             {
                 "code": [cell["source"] for cell in cells if cell["cell_type"] == "code"],
-                "parameters": {name: experiment.parameters[name] for name in read_schema(notebook)},
+                "parameters": experiment.values(notebook),
                 "source": _source_hash(),
-                "inputs": {str(path): _hash_path(path) for path in declared_paths(experiment, notebook, "Inputs")},
+                "inputs": hashes(experiment.root, declared_paths(experiment, notebook, "Inputs"), known),
             },
             sort_keys=True,
         ).encode()
     )
+
+
+def outputs(experiment: Experiment, notebook: Path, known: Digests) -> dict[str, str]:
+    """Content of what a notebook declares to write; of what others write into as well, only that it is there."""
+    found = hashes(experiment.root, declared_paths(experiment, notebook, "Outputs"), known)
+    return {path: "there" if digest != "absent" and Path(path).name in SHARED else digest for path, digest in found.items()}
+
+
+def hashes(root: Path, paths: list[Path], known: Digests) -> dict[str, str]:
+    """path, relative to the root if below it -> hash of its content."""
+    return {str(path.relative_to(root) if path.is_relative_to(root) else path): known.of(path) for path in paths}
 
 
 def declared_paths(experiment: Experiment, notebook: Path, kind: str) -> list[Path]:
@@ -62,21 +76,56 @@ def declared_paths(experiment: Experiment, notebook: Path, kind: str) -> list[Pa
     cells = read_notebook(notebook)["cells"]
     first = next((cell["source"] for cell in cells if cell["cell_type"] == "markdown"), "")
     line = re.search(rf"\*\*{kind}:\*\*(.*?)(?=\n\n|\*\*|\Z)", first, re.DOTALL)
+    known = {"data": data_folder(experiment.root, experiment.run)} | experiment.parameters
     paths = []
     for template in re.findall(r"`([^`]+)`", line[1] if line else ""):
         names = list(dict.fromkeys(re.findall(r"{(\w+)}", template)))
-        if unknown := [name for name in names if name not in experiment.parameters]:
+        if unknown := [name for name in names if name not in known]:
             raise ValueError(f"{notebook.name}: {kind}: `{template}` names {unknown[0]!r}, no parameter")
-        values = [experiment.parameters[name] for name in names]
+        values = [known[name] for name in names]
         for chosen in itertools.product(*(each if isinstance(each, list) else [each] for each in values)):
             if None not in chosen:
                 paths += _matching(str(experiment.root / template.format(**dict(zip(names, chosen, strict=True)))))
     return paths
 
 
+def data_folder(root: Path, run: str) -> str | None:
+    """The prepared set of a run, relative to the root, or None where none is recorded."""
+    entry = read_record(root, run).get("data")
+    return str(Path(entry["path"]).parent) if entry else None
+
+
 def _matching(path: str) -> list[Path]:
     """The path or, of one with a `*`, all that are there."""
     return [Path(found) for found in sorted(glob(path))] if "*" in path else [Path(path)]
+
+
+def watch(log: str, root: str, run: str) -> None:
+    """In a notebook's kernel: write to `log`, a line each, the files below the root that are opened for reading.
+
+    But for what this run writes itself, and what is no data: notebooks, code, environments.
+    """
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    own = tuple(os.path.join(root, *parts, "") for parts in (("runs", run), ("reports", run), ("notebooks",)))
+    packages, seen = tuple({sys.prefix, os.path.dirname(os.path.dirname(__file__))}), set()
+
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
+        if event != "open" or not isinstance(arguments[0], str) or arguments[2] & os.O_ACCMODE != os.O_RDONLY:
+            return
+        path = os.path.join(os.getcwd(), arguments[0])
+        if path not in seen and path.startswith(os.path.join(root, "")):
+            seen.add(path)
+            if not path.startswith((*own, *packages)) and not any(part[:1] == "." for part in path[len(root):].split("/")):
+                os.write(descriptor, f"{path}\n".encode(errors="surrogateescape"))
+
+    sys.addaudithook(note)
+
+
+def opened(log: Path) -> list[Path]:
+    """What `watch` has noted and is still there; the log is removed."""
+    lines = log.read_text(errors="surrogateescape").splitlines() if log.exists() else []
+    log.unlink(missing_ok=True)
+    return sorted({Path(os.path.normpath(line)) for line in lines if os.path.isfile(line)})
 
 
 def environment(root: Path, seed: int | None) -> dict[str, Any]:
@@ -101,24 +150,8 @@ def _sha256(content: bytes) -> str:
 
 @functools.cache
 def _source_hash() -> str:
-    return _sha256("".join(_hash_path(path) for path in sorted(Path(__file__).parents[1].rglob("*.py"))).encode())
-
-
-def _hash_path(path: Path) -> str:
-    """Hash of a file's content, or of all files below a folder; "absent" when there is nothing."""
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        return _sha256("".join(f"{file.relative_to(path)} {_hash_path(file)}\n" for file in files).encode())
-    if not path.exists():
-        return "absent"
-    return _hash_file(path, path.stat().st_size, path.stat().st_mtime_ns)
-
-
-@functools.cache
-def _hash_file(path: Path, size: int, modified: int) -> str:
-    if size >= HASHED_WHOLE:
-        return f"{size} bytes, {modified}"
-    return sha256(path)
+    source = Path(__file__).parents[1]
+    return _sha256(b"".join(path.name.encode() + path.read_bytes() for path in sorted(source.rglob("*.py"))))
 
 
 def _version(package: str) -> str | None:

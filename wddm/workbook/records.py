@@ -1,13 +1,22 @@
-"""The files of a run in reports/: text and JSON, whole or not there, and what they say of its state and results."""
+"""The files that say what became of a run: JSON written whole, status.json, and record.json, the chain of custody.
+
+runs/<run>/record.json says of everything that a run made what it was made from, by content:
+
+    {"data":     {"by": "01_prepare", "path": "data/digits-16-1a2b3c4d", "sha256": ..., "parameters": {...}, "from": {}},
+     "pipeline": {"by": "02_train", "path": "runs/x/pipeline", ..., "from": {"data": <sha256>}},
+     "samples":  {"by": "03_sample", ...}, "metrics": {"by": "04_evaluate", ...}}
+
+An entry without sha256 was begun and not finished. Whoever takes something checks it: `taken`.
+"""
 
 import json
-import os
-import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wddm.files import whole
+from wddm.files import Digests, whole
+from wddm.workbook import lock
+
+MAKERS = {"data": "01_prepare", "pipeline": "02_train", "samples": "03_sample", "metrics": "04_evaluate"}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -21,77 +30,58 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, text + "\n")
 
 
-def read_json(path: Path) -> dict:
-    """The content of a JSON file; {} when there is none or it is damaged."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; {} where there is none, or it is damaged, or no object."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A run that ended ok: its resolved parameters and its numbers.
-
-    Runs of one `variant` differ in their seeds alone; it is named by what a sweep chose, or by the run.
-    """
-
-    name: str
-    variant: str
-    parameters: dict[str, Any]
-    metrics: dict[str, float | None]
-    timings: dict[str, float | None]
-
-
-def collect(root: Path, runs: list[str]) -> tuple[list[Finished], list[str]]:
-    """The finished runs of reports/, given by names or patterns with `*`, in that order; and names of none.
-
-    ValueError if there are no finished ones.
-    """
-    import yaml
-
-    found, absent = {}, []
-    for pattern in runs:
-        folders = [path for path in sorted((root / "reports").glob(pattern)) if _is_finished(path)]
-        found |= {path.name: path for path in folders}
-        absent += [pattern] * (not folders)
-    if not found:
-        raise ValueError(f"got no finished runs like {', '.join(runs)} in reports/, wanted some: run the sweep first")
-    bases = {name.split("=")[0].rpartition("-")[0] for name in found if "=" in name}
-    rows = []
-    for name, folder in found.items():
-        parameters = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
-        numbers = (read_json(folder / f"{kind}.json") for kind in ("metrics", "timings"))
-        rows.append(Finished(name, _variant(name, several=len(bases) > 1), parameters, *numbers))
-    return rows, absent
-
-
-def _is_finished(folder: Path) -> bool:
-    states = {entry["state"] for entry in read_status(folder).values()}
-    return states <= {"ok"} and (folder / "metrics.json").exists() and (folder / "params.yaml").exists()
-
-
-def _variant(name: str, several: bool) -> str:
-    """x-level=2-seed=0 -> level 2; with the x if there are `several`."""
-    base, *chosen = re.split(r"-(?=\w+=)", name)
-    kept = [one.replace("=", " ", 1) for one in chosen if not one.startswith("seed=")]
-    return ", ".join([base] * (several or not kept) + kept)
-
-
-def read_status(folder: Path) -> dict[str, dict]:
-    """status.json of a run; what is said to run but has no living process was killed."""
-    status = read_json(folder / "status.json")
-    for entry in status.values():
-        if entry["state"] == "running" and not _is_alive(entry.get("pid")):
+def read_status(folder: Path) -> dict[str, dict[str, Any]]:
+    """status.json of reports/<run>/; what is said to run while no process holds the run's lock was killed."""
+    status = {name: entry for name, entry in read_json(folder / "status.json").items() if isinstance(entry, dict)}
+    running = [entry for entry in status.values() if entry.get("state") == "running"]
+    if running and not lock.is_held(folder.absolute().parents[1], folder.name):
+        for entry in running:
             entry.update(state="killed", error="the process is gone")
     return status
 
 
-def _is_alive(pid: int | None) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, TypeError):
-        return False
-    except PermissionError:
-        pass  # someone else's
-    return True
+def digests(root: Path) -> Digests:
+    """What is known of the content of files below a workbook."""
+    return Digests(root / "data" / ".digests.json")
+
+
+def read_record(root: Path, run: str) -> dict[str, dict[str, Any]]:
+    """What a run has made so far."""
+    return read_json(root / "runs" / run / "record.json")
+
+
+def write_entry(root: Path, run: str, name: str, entry: dict[str, Any]) -> None:
+    """Say what a run has made, in the place of what it made before."""
+    write_json(root / "runs" / run / "record.json", read_record(root, run) | {name: entry})
+
+
+def taken(root: Path, run: str, name: str, known: Digests) -> dict[str, Any]:
+    """The entry of something that a run made, if it is finished, unchanged, and made from what the run holds now.
+
+    Raises:
+        ValueError: in one line what is wrong with it, and which notebook mends that.
+    """
+    record, maker = read_record(root, run), MAKERS.get(name, name)
+    remedy = f"run {maker} of this run again"
+    if (entry := record.get(name)) is None:
+        older = (root / "runs" / run / name).exists()
+        got = f"runs/{run}/{name} of an older layout, without a record" if older else f"no {name} of run {run!r}"
+        raise ValueError(f"got {got}, wanted it made and recorded: run {maker} of this run first")
+    if "sha256" not in entry:
+        raise ValueError(f"got {name} of run {run!r} begun and not finished, wanted it whole: {remedy}, it goes on")
+    for source, digest in entry["from"].items():
+        now = taken(root, run, source, known)
+        if now["sha256"] != digest:
+            raise ValueError(f"got {entry['path']}, made before {now['path']} changed, wanted it made from that: {remedy}")
+    if entry["sha256"] is not None and known.of(root / entry["path"]) != entry["sha256"]:
+        raise ValueError(f"got {entry['path']}, which is not what {entry['by']} left there, wanted that: {remedy}")
+    return entry

@@ -1,32 +1,33 @@
 """Runs experiments: which notebooks, in which order, whether they have to, and what became of them.
 
 status.json of reports/<run>/ is written before and after each launch, here and nowhere else:
-{"02_train": {"state", "seconds", "error", "started", "pid", "fingerprint", "recorded"}, ...}, where state is
-pending, running, ok, failed or killed.
+{"02_train": {"state", "seconds", "error", "started", "pid", "fingerprint", "recorded", "outputs", "opened"}, ...}, where
+state is pending, running, ok, failed or killed.
 """
 
 import contextlib
+import io
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from wddm.workbook import kernel, provenance
+from wddm.workbook import kernel, lock, provenance
 from wddm.workbook.experiments import Experiment, pipeline_notebooks
 from wddm.workbook.index import write_index
 from wddm.workbook.pages import render
-from wddm.workbook.parameters import read_schema
-from wddm.workbook.records import read_json, read_status, write_json, write_text
+from wddm.workbook.records import digests, read_json, read_record, read_status, write_json, write_text
 from wddm.workbook.tables import format_seconds
 
 RECORDS = ("metrics", "timings")  # the .json files that notebooks write into
+WATCH = "__import__('wddm.workbook.provenance', fromlist=['watch']).watch({!r}, {!r}, {!r})"
 
 
 def run(
@@ -36,13 +37,15 @@ def run(
     start: str | None = None,
     force: bool = False,
     jobs: int = 1,
-    preflight: Callable[[dict[str, Any]], None] | None = None,
+    preflight: Callable[[Experiment], None] | None = None,
+    held: int | None = None,
 ) -> int:
     """Run every experiment, `jobs` at a time, and then the summaries; one that fails does not stop the others.
 
     `only` and `start` choose notebooks by name, with or without the number; the summary's come after those of the
-    sweep. `preflight(parameters)` may refuse, by ValueError, an experiment of which something is going to run; nothing
-    has run then. Returns 0 ok, 1 a notebook failed, 130 interrupted.
+    sweep. `preflight(experiment)` may refuse, by ValueError, one of which something is going to run; nothing has run
+    then. `held`: the lock of the run, where the process that started this one has it. Returns 0 ok, 1 a notebook failed,
+    130 interrupted.
     """
     names = [experiment.run for experiment in experiments]
     if twins := sorted({name for name in names if names.count(name) > 1}):
@@ -51,10 +54,14 @@ def run(
     tasks = [Task(one, chosen[one.source], only, start, force) for one in experiments]
     tasks = [task for task in tasks if task.chosen]
     members, summaries = ([task for task in tasks if task.experiment.is_summary is kind] for kind in (False, True))
-    problems = dict.fromkeys(line for task in tasks for line in task.problems(preflight))
-    if problems:
-        raise ValueError("\n".join(problems))
-    with kernel.stop_on_signals() as stop:
+    with contextlib.ExitStack() as locks:
+        for task in tasks:
+            task.lock = lock.acquire(task.root, task.experiment.run) if held is None else held
+            locks.callback(os.close, task.lock)
+        problems = dict.fromkeys(line for task in tasks for line in task.problems(preflight))
+        if problems:
+            raise ValueError("\n".join(problems))
+        stop = locks.enter_context(kernel.stop_on_signals())
         if jobs > 1 and len(members) > 1:
             with ThreadPoolExecutor(jobs) as pool:
                 codes = list(pool.map(lambda task: _run_as_process(task, stop), members))
@@ -66,7 +73,7 @@ def run(
 
 
 class Task:
-    """One experiment with the notebooks chosen from it, and the record of its run."""
+    """One experiment with the notebooks chosen from it, the lock on its run, and the record of it."""
 
     def __init__(
         self, experiment: Experiment, chosen: list[Path], only: str | None, start: str | None, force: bool
@@ -74,36 +81,43 @@ class Task:
         self.experiment, self.only, self.start, self.force = experiment, only, start, force
         self.root, self.folder = experiment.root, experiment.root / "reports" / experiment.run
         self.chosen = [notebook for notebook in experiment.notebooks if notebook in chosen]
-        self.status = read_status(self.folder)
+        self.status, self.known, self.lock = read_status(self.folder), digests(self.root), -1
 
-    def problems(self, preflight: Callable[[dict[str, Any]], None] | None) -> list[str]:
-        """Why it cannot run: it is under way in another process, or `preflight` refuses its parameters."""
-        for name, entry in self.status.items():
-            if entry["state"] == "running" and entry["pid"] != os.getpid():
-                return [
-                    f"run {self.experiment.run!r} is under way: process {entry['pid']} executes {name}; "
-                    "wait for it, or choose another name with -p run=..."
-                ]
-        if preflight and not all(self.is_current(notebook) for notebook in self.chosen):
+    def problems(self, preflight: Callable[[Experiment], None] | None) -> list[str]:
+        """Why it cannot run: what earlier notebooks made is of other parameters, or `preflight` refuses it."""
+        found = self.stale()
+        if preflight and not found and not all(self.is_current(notebook) for notebook in self.chosen):
             try:
-                preflight(self.experiment.parameters)
+                preflight(self.experiment)
             except ValueError as error:
-                return [f"{self.experiment.source}: {line}" for line in str(error).splitlines()]
-        return []
+                found = [f"{self.experiment.source}: {line}" for line in str(error).splitlines()]
+        self.known.save()
+        return found
+
+    def stale(self) -> list[str]:
+        """What notebooks that are left out made with other parameters than this experiment has, a line each."""
+        made, found = {entry["by"]: entry for entry in read_record(self.root, self.experiment.run).values()}, []
+        notebooks = self.experiment.notebooks
+        for notebook in notebooks[: notebooks.index(self.chosen[0])]:
+            before, now = made.get(notebook.stem, {}).get("parameters"), self.experiment.values(notebook)
+            changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before and before.get(name) != now[name]]
+            if changed:
+                found.append(
+                    f"run {self.experiment.run!r}: {notebook.stem} ran with other parameters ({', '.join(changed)}), wanted "
+                    "the same: set them back, or let it run too (without --only and --from)"
+                )
+        return found
 
     def is_current(self, notebook: Path) -> bool:
-        """Whether the notebook last ended ok with the same fingerprint and all that it wrote is there."""
+        """Whether the notebook last ended ok, and what it depends on and what it made are as they were then."""
         entry, name = self.status.get(notebook.stem, {}), notebook.stem
-        written = [
-            self.folder / f"{name}.ipynb",
-            self.folder / f"{name}.html",
-            *provenance.declared_paths(self.experiment, notebook, "Outputs"),
-        ]
         return (
             not self.force
             and entry.get("state") == "ok"
-            and all(path.exists() for path in written)
-            and entry["fingerprint"] == provenance.fingerprint(self.experiment, notebook)
+            and all((self.folder / f"{name}{suffix}").exists() for suffix in (".ipynb", ".html"))
+            and entry.get("fingerprint") == provenance.fingerprint(self.experiment, notebook, self.known)
+            and entry.get("outputs") == provenance.outputs(self.experiment, notebook, self.known)
+            and all(self.known.of(self.root / path) == digest for path, digest in entry.get("opened", {}).items())
         )
 
     def run(self, stop: kernel.Stop) -> int:
@@ -131,8 +145,8 @@ class Task:
 
     def launch(self, notebook: Path, stop: kernel.Stop) -> str:
         """Execute and render one notebook; returns the state that it ended in."""
-        name, parameters, began = notebook.stem, self.experiment.parameters, time.monotonic()
-        environment = provenance.environment(self.root, parameters.get("seed"))
+        name, began = notebook.stem, time.monotonic()
+        environment = provenance.environment(self.root, self.experiment.parameters.get("seed"))
         write_json(self.folder / "environment.json", environment)
         self.set_pending([notebook])
         before = self.recorded()
@@ -141,23 +155,30 @@ class Task:
             state="running",
             pid=os.getpid(),
             started=datetime.now().astimezone().isoformat(timespec="seconds"),
-            fingerprint=provenance.fingerprint(self.experiment, notebook),
+            fingerprint=provenance.fingerprint(self.experiment, notebook, self.known),
+        )
+        log = self.root / "runs" / self.experiment.run / f".{name}.opened"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        job = kernel.Job(
+            notebook.relative_to(self.root),
+            (self.folder / f"{name}.ipynb").relative_to(self.root),
+            self.experiment.values(notebook),
+            first=WATCH.format(str(log), str(self.root), self.experiment.run),
+            held=(self.lock,),
         )
         with contextlib.chdir(self.root):
-            state, error = kernel.execute(
-                notebook.relative_to(self.root),
-                (self.folder / f"{name}.ipynb").relative_to(self.root),
-                {key: parameters[key] for key in read_schema(notebook)},
-                stop,
-            )
-        seconds = round(time.monotonic() - began, 2)
+            state, error = kernel.execute(job, stop)
+        seconds, opened = round(time.monotonic() - began, 2), provenance.opened(log)
         self.update(
             name,
             state=state,
             error=error,
             seconds=seconds,
             recorded={kind: sorted(keys - before[kind]) for kind, keys in self.recorded().items()},
+            outputs=provenance.outputs(self.experiment, notebook, self.known),
+            opened=provenance.hashes(self.root, opened, self.known) if state == "ok" else {},
         )
+        self.known.save()
         try:
             page = render(self.folder, name).relative_to(self.root)
         except Exception as problem:  # hours of training outlive a page that cannot be drawn
@@ -173,7 +194,7 @@ class Task:
         write_json(self.folder / "status.json", self.status)
         write_index(self.root)
 
-    def set_pending(self, notebooks: Any) -> None:
+    def set_pending(self, notebooks: Iterable[Path]) -> None:
         """Notebooks that have yet to run: numbers that they recorded for other parameters are removed."""
         for notebook in list(notebooks):
             for kind, keys in self.status.get(notebook.stem, {}).get("recorded", {}).items():
@@ -221,7 +242,10 @@ def _choose(experiments: list[Experiment], only: str | None, start: str | None) 
 
 
 def _run_as_process(task: Task, stop: kernel.Stop) -> int:
-    """Run a task by `wddm run` in a process of its own, its lines marked with the run's name."""
+    """Run a task by `wddm run` in a process of its own, its lines marked with the run's name.
+
+    It inherits the lock of its run, and stops gently when its standard input ends, as it does when this process dies.
+    """
     if stop.requested:
         return 130
     name, parameters = task.experiment.run, task.folder / "params.yaml"
@@ -233,23 +257,20 @@ def _run_as_process(task: Task, stop: kernel.Stop) -> int:
         "wddm",
         "run",
         str(parameters.relative_to(task.root)),
+        f"--held={task.lock}",
         *["--force"] * task.force,
         *(word for option, value in options.items() if value for word in (option, value)),
     ]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(
-        command,
-        cwd=task.root,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+        command, cwd=task.root, start_new_session=True, pass_fds=(task.lock,), **pipes
     ) as process:
 
         def listener(kill: bool) -> None:
             process.send_signal(signal.SIGINT)  # it knows itself what a second one means
 
         stop.listeners.add(listener)
-        for line in process.stdout:
-            print(f"{name} | {line}", end="", flush=True)
+        for line in io.TextIOWrapper(process.stdout, newline="\n"):
+            print(f"{name} | {line.rstrip().rpartition(chr(13))[2]}", flush=True)
         stop.listeners.discard(listener)
     return process.returncode
