@@ -5,8 +5,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT
 
-from wddm.__main__ import main
-from wddm.runs import check
+from wddm.cli import main
+from wddm.experiment import check
 from wddm.workbook import load_experiments
 from wddm.workbook.experiments import pipeline_notebooks
 from wddm.workbook.parameters import merge_schemas
@@ -20,7 +20,7 @@ def test_every_experiment_validates_and_builds(path) -> None:
     experiments = load_experiments(path, ROOT, [])
     assert experiments
     for experiment in experiments:
-        assert check(experiment.parameters) is None  # it raises what it refuses
+        assert check(experiment) is None  # it raises what it refuses
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "params" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)

@@ -15,8 +15,8 @@ import yaml
 from conftest import ROOT, launcher
 from torch.testing import assert_close
 
-from wddm.__main__ import main
-from wddm.steps import VARYING, read_log
+from wddm.cli import main
+from wddm.training import VARYING, read_log
 
 TINY = {
     "dataset": "digits", "resolution": 8, "limit": 64, "widths": [8, 16], "dropout": 0.1, "train_kimg": 3.2,
@@ -55,8 +55,8 @@ def left(folder: Path) -> dict:
 
 SERVER = """
 import os, sys
-from wddm import runs
-from wddm.__main__ import main
+from wddm import experiment
+from wddm.cli import main
 for line in sys.stdin:
     if not (child := os.fork()):
         sys.stdout = open(os.devnull, "w")

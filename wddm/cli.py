@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from wddm.workbook.experiments import Experiment
 
 COUNT = click.IntRange(min=1)
+CHECKED = {"dataset", "wavelet", "backbone", "scheduler", "solvers", "spacing_solvers"}  # that `experiment.check` knows
 PARAMETERS = (
     click.argument("params", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="params/x.yaml..."),
     click.option("-p", "overrides", multiple=True, metavar="key=value", help="A parameter, as if it stood in the YAML."),
@@ -64,9 +65,11 @@ def _end_with_parent() -> None:
 
 
 def preflight(one: "Experiment") -> None:
-    from wddm import experiment  # and torch, which a run that is up to date does not need
+    """Refuse, by ValueError, what the notebooks would only find out later."""
+    if CHECKED & one.parameters.keys():
+        from wddm import experiment  # and torch, which takes seconds
 
-    experiment.check(one)
+        experiment.check(one)
 
 
 @commands.command()
