@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+from graphlib import TopologicalSorter
 from importlib import metadata
 
 import pytest
@@ -57,7 +58,7 @@ def test_conda_installs_the_lock_and_the_package() -> None:
 
 
 def test_starting_needs_no_torch_and_no_time() -> None:
-    code = "import sys, wddm, wddm.__main__, wddm.workbook; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, wddm, wddm.cli, wddm.workbook; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -96,21 +97,29 @@ MODULES = {
 }
 
 
-def test_modules_import_only_from_the_rows_above() -> None:
-    order = """
-        processes files wavelets decoding batches parquet sources streams contents data loading kan published ukan
-        backbones objective solvers bandrate cards pipeline checkpoints steps intervals plots.mosaics plots.verdicts
-        plots.frequencies plots.comparisons plots.speeds plots sampling metrics.moments metrics.diagnostics metrics
-        monitor resume devices update training profiling metrics.features metrics.inception metrics.scores
-        metrics.evaluation workbook studies studies.study studies.findings studies.trajectories studies.sweeps
-        studies.baselines studies.contenders studies.efficiency studies.benchmarks runs __main__
-    """
-    rows = order.split()
-    files = {name: path for name, path in MODULES.items() if not name.startswith("workbook.")}
-    assert sorted(files.keys() - {"__init__"}) == sorted(rows)
-    for name in rows:
-        found = {
-            module.split(".")[0] if module.startswith("workbook.") else module
-            for module in imported(files[name].read_text())
-        }
-        assert found <= set(rows[: rows.index(name)]) | ({"workbook"} if name == "workbook" else set()), name
+METHOD = (
+    "files wavelets kan ukan dit backbones objective loading bandrate cards pipeline data sources decoding checkpoints "
+    "training sampling"
+).split()
+ROOMS = {"method": METHOD, "goodness": ["metrics", "studies", "plots"], "workbook": ["workbook"]}
+MAY_USE = {"method": {"method"}, "goodness": {"method", "goodness"}, "workbook": {"workbook"}}
+
+
+def test_rooms_face_one_way_and_no_modules_stand_in_a_circle() -> None:
+    """The method knows nothing of the other two rooms, the workbook no diffusion; all see experiment and cli nowhere."""
+    room = {name: room for room, names in ROOMS.items() for name in names}
+    above = {"", "__init__", "__main__", "experiment", "cli"}
+    uses = {name: imported(path.read_text()) - {name} for name, path in MODULES.items()}
+    assert {name.split(".")[0] for name in uses} - room.keys() <= above
+    for name in uses.keys() - above:
+        here = room[name.split(".")[0]]
+        seen = {room.get(other.split(".")[0], other) for other in uses[name] - {"files"}}  # which all may use
+        assert seen <= MAY_USE[here], (name, sorted(uses[name]))
+    assert list(TopologicalSorter(uses).static_order())  # CycleError names the modules of a circle
+
+
+def test_the_module_is_thin() -> None:
+    """So many lines and files, features included; who needs more makes something else needless."""
+    lines = {path: path.read_text().count("\n") for path in MODULES.values()}
+    assert sum(lines.values()) < 6000 and len(lines) <= 46
+    assert max(lines.values()) <= 330, max(lines, key=lines.get)
