@@ -19,7 +19,7 @@ from wddm.metrics import frechet_wavelet_distance
 from wddm.objective import diffusion_loss
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
-from wddm.solvers import build_solver
+from wddm.objective import build_solver
 from wddm.wavelets import WaveletCodec
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch import Tensor
 from wddm import checkpoints
 from wddm.files import written_aside
 from wddm.pipeline import WaveletPipeline
-from wddm.solvers import build_solver
+from wddm.objective import build_solver
 from wddm.steps import cut_log
 
 if TYPE_CHECKING:

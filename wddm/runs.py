@@ -13,7 +13,7 @@ from diffusers import ModelMixin
 
 from wddm import data
 from wddm.backbones import IMAGES, build_backbone
-from wddm.solvers import build_solver, check_options
+from wddm.objective import build_solver, check_options
 from wddm.steps import Step
 from wddm.training import Trainer
 from wddm.wavelets import WaveletCodec

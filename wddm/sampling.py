@@ -18,7 +18,7 @@ from PIL import Image
 from wddm.checkpoints import public
 from wddm.loading import fetched, read_config
 from wddm.pipeline import WaveletPipeline, image_generators
-from wddm.solvers import build_solver
+from wddm.objective import build_solver
 from wddm.ukan import UKANModel
 
 GRID = 64  # images in the grid picture

@@ -23,7 +23,7 @@ from wddm.batches import batches
 from wddm.devices import resolve_precision, tune
 from wddm.kan import SplineLinear
 from wddm.pipeline import WaveletPipeline
-from wddm.solvers import build_solver
+from wddm.objective import build_solver
 from wddm.steps import Step
 from wddm.studies import baselines
 from wddm.training import Trainer

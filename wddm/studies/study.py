@@ -22,7 +22,7 @@ from wddm.files import append_row, read_rows
 from wddm.metrics import scores
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
-from wddm.solvers import build_solver, check_options, default_spacing
+from wddm.objective import build_solver, check_options, default_spacing
 
 SETTING = ("scheduler", "steps", "eta", "spacing", "detail_steps")
 
