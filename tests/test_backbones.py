@@ -97,7 +97,10 @@ def test_a_folder_of_ones_own_needs_its_sizes() -> None:
         ({"backbone": "ukan", "dataset": "digits", "widths": (30,)}, "wanted multiples of 8"),
         ({"backbone": "ukan", "dataset": "digits", "widths": (32, 64, 64, 64, 64)}, "sample_size=8 with 5 levels"),
         ({"backbone": "unet", "dataset": "digits", "attention_head_dim": 0}, "got attention_head_dim 0"),
-        ({"backbone": "unet", "dataset": "digits", "attention_levels": [9]}, r"got attention_levels \[9\], wanted .* 1"),
+        (
+            {"backbone": "unet", "dataset": "digits", "attention_levels": [9]},
+            r"got attention_levels \[9\], .* 1",
+        ),
         ({"backbone": "ukan", "dataset": "digits", "attention_levels": [-1]}, r"got attention_levels \[-1\]"),
         ({"backbone": "dit", "dataset": "digits", "attention_levels": [0]}, "got attention_levels for a dit"),
         ({"backbone": "dit", "dataset": "digits", "layers_per_block": 2}, "got layers_per_block for a dit"),

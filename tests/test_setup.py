@@ -99,7 +99,7 @@ MODULES = {
 def test_modules_import_only_from_the_rows_above() -> None:
     order = """
         processes files wavelets decoding batches parquet sources streams contents data loading kan published ukan
-        backbones objective solvers bandrate cards pipeline checkpoints steps intervals plots.mosaics plots.verdicts
+        dit backbones objective bandrate cards pipeline checkpoints steps intervals plots.mosaics plots.verdicts
         plots.frequencies plots.comparisons plots.speeds plots sampling metrics.moments metrics.diagnostics metrics
         monitor resume devices update training profiling metrics.features metrics.inception metrics.scores
         metrics.evaluation workbook studies studies.study studies.findings studies.trajectories studies.sweeps

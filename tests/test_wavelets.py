@@ -142,6 +142,14 @@ def test_band_scaling_is_zero_mean_unit_variance_and_inverts() -> None:
     assert_close(codec.decode(coefficients), batch, atol=1e-5, rtol=0)
 
 
+def test_band_scaling_without_statistics_decodes_nothing() -> None:
+    with pytest.raises(ValueError, match="got images of 3 channels and no statistics"):
+        WaveletCodec().decode(torch.zeros(1, 12, 4, 4))
+    fitted = WaveletCodec().fit(np.zeros((2, 8, 8, 1), np.uint8))
+    with pytest.raises(ValueError, match="got images of 3 channels and statistics for 1"):
+        fitted.decode(torch.zeros(1, 12, 4, 4))
+
+
 def test_saved_codec_is_the_same(tmp_path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 1), dtype=np.uint8)
     batch = torch.rand(2, 1, 16, 16) * 2 - 1

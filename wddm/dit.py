@@ -40,8 +40,8 @@ class DiTModel(ModelMixin, ConfigMixin):
         width = block_out_channels[0]
         if {width} != set(block_out_channels) or width % 4 or width % attention_head_dim:
             raise ValueError(
-                f"got widths {list(block_out_channels)} and heads of {attention_head_dim}, wanted the same width for all "
-                "blocks, a multiple of 4 and of the heads: for example [64, 64, 64, 64]"
+                f"got widths {list(block_out_channels)} and heads of {attention_head_dim}, wanted the same width for "
+                "all blocks, a multiple of 4 and of the heads: for example [64, 64, 64, 64]"
             )
         self.gradient_checkpointing = False
         self.register_buffer("positions", get_2d_sincos_pos_embed(width, sample_size).float(), persistent=False)

@@ -72,23 +72,24 @@ class WaveletCodec(ModelMixin, ConfigMixin):
             ValueError: a side is not divisible by 2^L or shorter than the filter; "band" scaling was not fitted.
         """
         self.check_size(*images.shape[-2:])
-        if self.config.scaling == "band" and self.config.channels != images.shape[1]:
-            fitted = self.config.channels and f"statistics for {self.config.channels}"
-            raise ValueError(
-                f"got images of {images.shape[1]} channels and {fitted or 'no statistics'}, wanted statistics of "
-                'the training images for scaling="band": call codec.fit(images) first'
-            )
+        self._check_statistics(images.shape[1])
         return (self._stack(images) - self.shift) / self.scale
 
     forward = encode  # so that a codec is exported, compiled and hooked as any module
 
     def decode(self, coefficients: Tensor) -> Tensor:
-        """Images (B, C, H, W) of coefficients (B, 4^L C, h, w): the inverse of `encode`, not clipped."""
-        if coefficients.shape[1] % 4**self.config.level:
+        """Images (B, C, H, W) of coefficients (B, 4^L C, h, w): the inverse of `encode`, not clipped.
+
+        Raises:
+            ValueError: the channels are not those of this level; "band" scaling was not fitted.
+        """
+        channels, bands = coefficients.shape[1], 4**self.config.level
+        if channels % bands:
             raise ValueError(
-                f"got {coefficients.shape[1]} channels, wanted a multiple of {4**self.config.level} (4^level, "
-                f"level={self.config.level}): decode with the level that encoded"
+                f"got {channels} channels, wanted a multiple of {bands} (4^level, level={self.config.level}): "
+                "decode with the level that encoded"
             )
+        self._check_statistics(channels // bands)
         return self._unstack(coefficients * self.scale + self.shift)
 
     @torch.no_grad()
@@ -140,6 +141,15 @@ class WaveletCodec(ModelMixin, ConfigMixin):
                     f"{self.filter_length} (the filter of {wavelet!r}): choose a shorter wavelet, a smaller level "
                     "or larger images"
                 )
+
+    def _check_statistics(self, channels: int) -> None:
+        """Raise a ValueError if "band" scaling has no statistics of images with so many channels."""
+        if self.config.scaling == "band" and self.config.channels != channels:
+            fitted = f"statistics for {self.config.channels}" if self.config.channels else "no statistics"
+            raise ValueError(
+                f"got images of {channels} channels and {fitted}, wanted statistics of the training images for "
+                'scaling="band": call codec.fit(images) first'
+            )
 
     def _stack(self, x: Tensor) -> Tensor:
         """Unscaled coefficients: `level` splits of everything (packet) or of A only (pyramid)."""

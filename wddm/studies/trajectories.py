@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wddm.batches import to_batch
-from wddm.objective import clean_estimate, alphas_cumprod
+from wddm.objective import alphas_cumprod, clean_estimate
 from wddm.pipeline import WaveletPipeline
 
 
