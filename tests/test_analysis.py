@@ -13,9 +13,8 @@ from conftest import wddm
 
 from wddm.backbones import build_backbone
 from wddm.files import append_row, read_rows
-from wddm.objective import noise_scheduler, signal_power
+from wddm.objective import alphas_cumprod, build_solver, noise_scheduler
 from wddm.pipeline import WaveletPipeline
-from wddm.solvers import build_solver
 from wddm.studies import findings, study, sweeps, trajectories
 from wddm.wavelets import WaveletCodec
 from wddm.workbook import collect, records
@@ -30,7 +29,8 @@ def pipeline() -> WaveletPipeline:
     """Untrained, for images of 8 x 8."""
     torch.manual_seed(0)
     backbone = build_backbone("unet", image_size=8, image_channels=1, level=1, widths=(32, 32), layers_per_block=1)
-    made = WaveletPipeline(backbone.eval(), build_solver("ddim", "v_prediction"), WaveletCodec("haar", 1))
+    codec = WaveletCodec("haar", 1, scaling="dyadic")
+    made = WaveletPipeline(backbone.eval(), build_solver("ddim", "v_prediction"), codec)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -195,7 +195,7 @@ def test_a_network_that_knows_the_answer_decides_every_band_at_once(pipeline, mo
         answering(pipeline, monkeypatch, lambda noisy, t: clean), 2, num_inference_steps=5
     )
     assert found["times"].tolist() == [999, 799, 599, 399, 199]
-    a = signal_power(noise_scheduler(), torch.tensor(found["times"])).flatten().sqrt().numpy()
+    a = alphas_cumprod(noise_scheduler(), torch.tensor(found["times"])).flatten().sqrt().numpy()
     np.testing.assert_allclose(found["signal"], np.outer(a, [0.4, 0.3, 0.2, 0.1]), rtol=1e-5)
     np.testing.assert_allclose(found["change"], 0)
     np.testing.assert_allclose((found["noise"] ** 2).mean(1), 1 - a**2, rtol=0.2)  # of 128 draws of unit noise
@@ -355,9 +355,8 @@ def is_clean(page: Path) -> bool:
 def test_sampling_dynamics_is_measured_once_and_written_down(root, tmp_path) -> None:
     torch.manual_seed(0)
     backbone = build_backbone("unet", dataset="digits", level=1, widths=(32,))
-    WaveletPipeline(backbone, build_solver("ddim", "v_prediction"), WaveletCodec("haar", 1)).save_pretrained(
-        root / "runs/tiny/pipeline"
-    )
+    codec = WaveletCodec("haar", 1, scaling="dyadic")
+    WaveletPipeline(backbone, build_solver("ddim", "v_prediction"), codec).save_pretrained(root / "runs/tiny/pipeline")
     options = ["model_dir=runs/tiny/pipeline", "solvers=[ddim, heun]", "steps=[2, 4]", "band_steps=[2, 3]"]
     options += ["reference_steps=6", "sets=2", "num_samples=40", "spacing_solvers=[ddim]"]
     command = ["run", "params/sampling-dynamics.yaml", *(word for option in options for word in ("-p", option))]

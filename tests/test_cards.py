@@ -9,8 +9,8 @@ from huggingface_hub import ModelCard
 
 from wddm.backbones import build_backbone
 from wddm.cards import model_card
+from wddm.objective import build_solver
 from wddm.pipeline import WaveletPipeline
-from wddm.solvers import build_solver
 from wddm.wavelets import WaveletCodec
 
 PARAMETERS = {"run": "mine", "dataset": "digits", "resolution": 16, "limit": None, "level": 1, "learning_rate": 0.002}
@@ -28,7 +28,8 @@ def pipeline(tmp_path) -> WaveletPipeline:
     """Loaded from runs/mine/pipeline of a workbook that recorded its run."""
     backbone = build_backbone("unet", dataset="digits", level=1, widths=(16, 32)).eval()
     folder = tmp_path / "runs" / "mine" / "pipeline"
-    WaveletPipeline(backbone, build_solver("ddim", "v_prediction"), WaveletCodec()).save_pretrained(folder)
+    codec = WaveletCodec(scaling="dyadic")
+    WaveletPipeline(backbone, build_solver("ddim", "v_prediction"), codec).save_pretrained(folder)
     report, data = tmp_path / "reports" / "mine", tmp_path / "data" / "digits-16"
     report.mkdir(parents=True), data.mkdir(parents=True)
     (report / "params.yaml").write_text(yaml.safe_dump(PARAMETERS))

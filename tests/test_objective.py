@@ -7,8 +7,12 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from wddm import objective
 from wddm.objective import (
     PREDICTION_TYPES,
+    SOLVERS,
+    WEIGHTINGS,
+    build_solver,
     clean_estimate,
     diffusion_loss,
     loss_weights,
@@ -31,7 +35,7 @@ class Answering(nn.Module):
 
 
 def batch(count: int = 8):
-    images, codec = torch.rand(count, 3, 16, 16) * 2 - 1, WaveletCodec()
+    images, codec = torch.rand(count, 3, 16, 16) * 2 - 1, WaveletCodec(scaling="dyadic")
     t = torch.linspace(0, 999, count).long()
     return images, codec, torch.randn(count, 12, 8, 8), t
 
@@ -62,9 +66,8 @@ def test_the_network_is_shown_the_noisy_coefficients_and_t_and_nothing_else() ->
 
 def test_loss_of_silence_is_the_power_of_the_target() -> None:
     images, codec, noise, t = batch()
-    loss = diffusion_loss(
-        Answering(lambda z, t: torch.zeros_like(z)), codec, noise_scheduler("epsilon"), images, noise, t
-    )
+    silent = Answering(lambda z, t: torch.zeros_like(z))
+    loss = diffusion_loss(silent, codec, noise_scheduler("epsilon"), images, noise, t, weighting="none")
     assert_close(loss.total, noise.square().mean())
     assert_close(loss.per_channel, noise.square().mean((0, 2, 3)))
 
@@ -143,3 +146,57 @@ def test_unknown_names_are_refused(name: str) -> None:
         noise_scheduler("eps") if name == "prediction_type" else loss_weights(
             noise_scheduler(), torch.tensor([1]), "eps"
         )
+
+
+def test_a_weighting_is_a_function_and_its_entry(monkeypatch) -> None:
+    monkeypatch.setitem(WEIGHTINGS, "late", lambda snr, prediction_type: 1 / (1 + snr))
+    scheduler, t = noise_scheduler(), torch.tensor([5, 400])
+    a = scheduler.alphas_cumprod[t]
+    assert_close(loss_weights(scheduler, t, "late").flatten(), 1 - a)
+    images, codec, noise, t = batch()
+    silent = Answering(lambda z, t: torch.zeros_like(z))
+    assert diffusion_loss(silent, codec, scheduler, images, noise, t, weighting="late").total > 0
+
+
+def test_defaults_are_those_of_the_recipe() -> None:
+    images, codec, noise, t = batch()
+    silent, scheduler = Answering(lambda z, t: torch.zeros_like(z)), noise_scheduler()
+    assert scheduler.config.prediction_type == build_solver("ddim").config.prediction_type == "v_prediction"
+    wanted = diffusion_loss(silent, codec, scheduler, images, noise, t, weighting="min_snr")
+    assert torch.equal(diffusion_loss(silent, codec, scheduler, images, noise, t).total, wanted.total)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_solver_is_told_all_that_it_was_built_with(name: str) -> None:
+    codec = WaveletCodec()
+    codec.clip_value.fill_(7.5)
+    config = build_solver(name, "epsilon", spacing="linspace", codec=codec).config
+    assert (config.prediction_type, config.timestep_spacing) == ("epsilon", "linspace")
+    assert (config.num_train_timesteps, config.beta_schedule) == (1000, "squaredcos_cap_v2")
+    assert config.get("clip_sample_range") == (7.5 if name in ("ddpm", "ddim", "heun") else None)
+    assert build_solver(name).config.timestep_spacing == ("leading" if name == "heun" else "trailing")
+    assert config.get("clip_sample", True) and build_solver(name).config.get("clip_sample_range", 1.0) == 1.0
+
+
+def test_a_solver_is_an_entry_and_refuses_what_it_does_not_have(monkeypatch) -> None:
+    monkeypatch.setitem(SOLVERS, "single", "DPMSolverSinglestepScheduler")  # its steps are always spaced alike
+    assert type(build_solver("single")).__name__ == "DPMSolverSinglestepScheduler"
+    with pytest.raises(ValueError, match="got spacing='leading' for single"):
+        build_solver("single", spacing="leading")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: build_solver("dimm"), "got solver='dimm', wanted one of ddpm, ddim"),
+        (lambda: build_solver("ddim", spacing="even"), "got spacing='even', wanted one of leading"),
+        (lambda: build_solver("ddim", "eps"), "got prediction_type='eps', wanted one of epsilon"),
+        (lambda: build_solver("pndm", "sample"), "got prediction_type='sample' for pndm"),
+        (lambda: objective.check_options("pndm", eta=0.5), "got eta=0.5 for pndm, wanted 0"),
+        (lambda: objective.check_options("ddim", eta=1.5), "got eta=1.5, wanted 0"),
+        (lambda: objective.check_options("unipc", detail_steps=5), "got detail_steps for unipc, wanted one of ddpm"),
+    ],
+)
+def test_what_a_solver_cannot_honour_is_refused(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

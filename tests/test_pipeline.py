@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from wddm.backbones import build_backbone
+from wddm.objective import NOT_OF_SAMPLE, SINGLE_STEP, SOLVERS, build_solver
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
-from wddm.solvers import NOT_OF_SAMPLE, SINGLE_STEP, SOLVERS, build_solver
 from wddm.ukan import UKANModel
 from wddm.wavelets import WaveletCodec
 
@@ -24,7 +24,8 @@ MODELS = sorted(path.parent for path in Path(__file__).parents[1].glob("notebook
 def tiny_pipeline(level: int = 1, solver: str = "ddim", prediction_type: str = "epsilon") -> WaveletPipeline:
     torch.manual_seed(0)
     backbone = build_backbone("unet", dataset="digits", level=level, widths=(16, 32)).eval()
-    pipeline = WaveletPipeline(backbone, build_solver(solver, prediction_type), WaveletCodec(level=level))
+    codec = WaveletCodec(level=level, scaling="dyadic")
+    pipeline = WaveletPipeline(backbone, build_solver(solver, prediction_type, spacing="leading"), codec)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -32,7 +33,7 @@ def tiny_pipeline(level: int = 1, solver: str = "ddim", prediction_type: str = "
 @pytest.mark.parametrize(("solver", "theirs"), [("ddpm", DDPMPipeline), ("ddim", DDIMPipeline)])
 def test_level_0_is_diffusers_pipeline_bit_for_bit(solver: str, theirs: type) -> None:
     ours = tiny_pipeline(level=0, solver=solver)
-    reference = theirs(ours.backbone, build_solver(solver))
+    reference = theirs(ours.backbone, build_solver(solver, "epsilon", spacing="leading"))
     reference.set_progress_bar_config(disable=True)
     options = {"batch_size": 2, "num_inference_steps": 6, "output_type": "np"}
     wanted = reference(generator=torch.Generator().manual_seed(3), **options).images
@@ -87,7 +88,8 @@ class GaussianDenoiser(torch.nn.Module):
 def gaussian_latents(solver: str, covariance, prediction_type: str = "epsilon", spacing: str = "trailing", **options):
     """What a solver draws with the exact denoiser of N(0.1, covariance), (64, C, 8, 8)."""
     pipeline = tiny_pipeline()
-    pipeline.scheduler = build_solver(solver, prediction_type, clip=20.0, spacing=spacing)
+    pipeline.codec.clip_value.fill_(20.0)
+    pipeline.scheduler = build_solver(solver, prediction_type, spacing=spacing, codec=pipeline.codec)
     pipeline.backbone = GaussianDenoiser(0.1, covariance, prediction_type)
     drawn = []
 
@@ -129,7 +131,7 @@ def test_every_solver_honours_the_spacing(solver: str, spacing: str) -> None:
 def test_the_loop_is_that_of_the_diffusers_class_bit_for_bit(solver: str) -> None:
     pipeline = tiny_pipeline(solver=solver, prediction_type="v_prediction")
     images = pipeline(2, torch.Generator().manual_seed(3), num_inference_steps=9, output_type="pt").images
-    bare, generator = build_solver(solver, "v_prediction"), torch.Generator().manual_seed(3)
+    bare, generator = build_solver(solver, "v_prediction", spacing="leading"), torch.Generator().manual_seed(3)
     bare.set_timesteps(9)
     z = torch.randn(2, 4, 8, 8, generator=generator) * bare.init_noise_sigma
     random = {"generator": generator} if solver in ("ddpm", "ddim", "euler", "euler_a") else {}
@@ -216,7 +218,7 @@ def test_damaged_pipelines_are_refused_by_name(tmp_path, part: str, harm: str) -
     pipeline.codec = WaveletCodec(scaling="band").fit(np.zeros((2, 16, 16, 1), np.uint8))
     pipeline.save_pretrained(tmp_path)
     folder = tmp_path / ("codec" if part == "codec" else "backbone")
-    message = damage(folder, harm, "limit" if part == "codec" else "conv_in.bias")
+    message = damage(folder, harm, "clip_value" if part == "codec" else "conv_in.bias")
     with pytest.raises(ValueError, match=message) as refused:
         WaveletPipeline.from_pretrained(tmp_path)
     assert "\n" not in str(refused.value) and folder.name in str(refused.value)
@@ -307,8 +309,10 @@ def test_every_solver_draws(solver: str) -> None:
     assert images.isfinite().all() and images.std() > 0
 
 
-def test_clip_of_a_solver_is_the_codecs_limit() -> None:
-    assert build_solver("ddim", clip=7.5).config.clip_sample_range == 7.5
+def test_clip_of_a_solver_is_the_codecs_value() -> None:
+    codec = WaveletCodec()
+    codec.clip_value.fill_(7.5)
+    assert build_solver("ddim", codec=codec).config.clip_sample_range == 7.5
 
 
 @pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)

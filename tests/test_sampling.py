@@ -13,9 +13,9 @@ from PIL import Image
 
 from wddm.__main__ import main
 from wddm.backbones import build_backbone
+from wddm.objective import build_solver
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import open_pipeline
-from wddm.solvers import build_solver
 from wddm.ukan import UKANModel
 from wddm.wavelets import WaveletCodec
 
@@ -26,7 +26,9 @@ def ours(tmp_path_factory):
     torch.manual_seed(0)
     backbone = build_backbone("unet", dataset="digits", level=1, widths=(16, 32)).eval()
     folder = tmp_path_factory.mktemp("pipeline")
-    WaveletPipeline(backbone, build_solver("ddim", "v_prediction", clip=5.0), WaveletCodec()).save_pretrained(folder)
+    codec = WaveletCodec(scaling="dyadic")
+    codec.clip_value.fill_(5.0)
+    WaveletPipeline(backbone, build_solver("ddim", "v_prediction", codec=codec), codec).save_pretrained(folder)
     return folder
 
 

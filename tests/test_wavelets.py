@@ -1,16 +1,20 @@
 """Oracles: PyWavelets for the coefficients, the published reference, then exact inversion over everything."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import pywt
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from wddm.loading import load_strictly
 from wddm.wavelets import WaveletCodec
 
+SHIPPED = sorted((Path(__file__).parents[1] / "notebooks" / "models").glob("*/codec"))
 WAVELETS = ("haar", "db2", "db4", "sym4", "coif1", "bior2.2", "bior4.4", "rbio1.3")
 
 
@@ -84,8 +88,37 @@ def test_orthogonal_wavelets_keep_energy(wavelet: str, transform: str) -> None:
     assert_close(coefficients.square().sum(), images.square().sum(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("wavelet", [name for name in pywt.wavelist(kind="discrete") if name != "dmey"])
+def test_every_family_that_is_accepted_reconstructs(wavelet: str) -> None:
+    for level in (1, 2, 3):
+        codec = WaveletCodec(wavelet, level, scaling="none").double()
+        side = 2 ** (level - 1) * (codec.filter_length + codec.filter_length % 2)
+        images = torch.rand(1, 1, side, side + 2**level, dtype=torch.float64) * 2 - 1
+        assert_close(codec.decode(codec.encode(images)), images, atol=1e-5, rtol=0)
+
+
+def test_calling_a_codec_encodes_and_so_do_its_exports() -> None:
+    for wavelet in ("haar", "db2"):
+        codec, images = WaveletCodec(wavelet, 2, scaling="dyadic"), torch.rand(2, 3, 16, 16)
+        assert torch.equal(codec(images), codec.encode(images))
+        assert_close(torch.export.export(codec, (images,)).module()(images), codec.encode(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wavelet", ["haar", "db2"])
+def test_it_works_in_half_the_bits(wavelet: str, dtype: torch.dtype) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
+    codec, batch = WaveletCodec(wavelet, 2), torch.rand(2, 3, 16, 16)
+    wanted = codec.fit(images).encode(batch)
+    half = WaveletCodec(wavelet, 2).to(dtype).fit(images)
+    coefficients = half(batch.to(dtype))
+    assert coefficients.dtype == half.decode(coefficients).dtype == half.clip_value.dtype == dtype
+    assert_close(coefficients.float(), wanted, atol=0.1, rtol=0.05)
+    assert_close(half.decode(coefficients).float(), batch, atol=0.04, rtol=0)
+
+
 def test_dyadic_haar_stays_in_range_and_reaches_it() -> None:
-    codec = WaveletCodec("haar", 2)
+    codec = WaveletCodec("haar", 2, scaling="dyadic")
     corners = torch.randint(0, 2, (64, 3, 16, 16)).float() * 2 - 1
     assert codec.encode(corners).abs().max() <= 1
     assert_close(codec.encode(torch.ones(1, 1, 4, 4))[0, 0], torch.ones(1, 1))
@@ -93,7 +126,7 @@ def test_dyadic_haar_stays_in_range_and_reaches_it() -> None:
 
 def test_level_0_is_the_identity() -> None:
     images = torch.randn(2, 3, 7, 9)
-    codec = WaveletCodec("db4", 0)
+    codec = WaveletCodec("db4", 0, scaling="dyadic")
     assert torch.equal(codec.encode(images), images) and torch.equal(codec.decode(images), images)
     assert codec.bands() == ["pixels"]
 
@@ -105,23 +138,50 @@ def test_band_scaling_is_zero_mean_unit_variance_and_inverts() -> None:
     coefficients = codec.encode(batch)
     assert_close(coefficients.mean((0, 2, 3)), torch.zeros(48), atol=1e-4, rtol=0)
     assert_close(coefficients.std((0, 2, 3)), torch.ones(48), atol=1e-3, rtol=0)
-    assert_close(codec.limit, coefficients.abs().max())
+    assert_close(codec.clip_value, coefficients.abs().max())
     assert_close(codec.decode(coefficients), batch, atol=1e-5, rtol=0)
+
+
+def test_band_scaling_without_statistics_decodes_nothing() -> None:
+    with pytest.raises(ValueError, match="got images of 3 channels and no statistics"):
+        WaveletCodec().decode(torch.zeros(1, 12, 4, 4))
+    fitted = WaveletCodec().fit(np.zeros((2, 8, 8, 1), np.uint8))
+    with pytest.raises(ValueError, match="got images of 3 channels and statistics for 1"):
+        fitted.decode(torch.zeros(1, 12, 4, 4))
 
 
 def test_saved_codec_is_the_same(tmp_path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 1), dtype=np.uint8)
     batch = torch.rand(2, 1, 16, 16) * 2 - 1
-    for codec in (WaveletCodec("haar", 1, scaling="band").fit(images), WaveletCodec("db2", 2, "pyramid")):
+    for codec in (WaveletCodec("haar", 1).fit(images), WaveletCodec("db2", 2, "pyramid", "dyadic")):
         codec.save_pretrained(tmp_path / "codec")
         again = WaveletCodec.from_pretrained(tmp_path / "codec")
         assert torch.equal(again.encode(batch), codec.encode(batch))
-        assert torch.equal(again.limit, codec.limit)
+        assert torch.equal(again.clip_value, codec.clip_value)
+
+
+def test_a_codec_saved_with_its_clip_value_called_limit_still_loads(tmp_path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 1), dtype=np.uint8)
+    codec = WaveletCodec("haar", 2).fit(images)
+    codec.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["limit"] = tensors.pop("clip_value")
+    save_file(tensors, file, {"format": "pt"})
+    again = load_strictly(WaveletCodec.from_pretrained, tmp_path)
+    assert codec.clip_value > 1 and torch.equal(again.clip_value, codec.clip_value)
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.parent.name)
+def test_the_codecs_that_ship_load(folder: Path) -> None:
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    codec = load_strictly(WaveletCodec.from_pretrained, folder)
+    assert torch.equal(codec.clip_value, tensors.get("limit", tensors.get("clip_value")))
 
 
 def test_published_coefficients(published) -> None:
     reference = load_file(published / "reference.safetensors")
-    codec = WaveletCodec(band_order="AVHD")
+    codec = WaveletCodec(scaling="dyadic", band_order="AVHD")
     assert_close(codec.encode(reference["image"]), reference["coefficients"], atol=1e-4, rtol=0)
     assert_close(codec.decode(reference["coefficients"]), reference["image"], atol=1e-4, rtol=0)
 
@@ -135,6 +195,7 @@ def test_published_coefficients(published) -> None:
         ({"scaling": "band"}, (1, 3, 8, 8), "no statistics"),
         ({"wavelet": "daubechies"}, None, "wanted an orthogonal or biorthogonal"),
         ({"wavelet": "mexh"}, None, "wanted an orthogonal or biorthogonal"),
+        ({"wavelet": "dmey"}, None, "got wavelet='dmey', wanted one that reconstructs perfectly"),
         ({"transform": "packets"}, None, "wanted one of packet, pyramid"),
         ({"level": -1}, None, "wanted 0 or more"),
     ],

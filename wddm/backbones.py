@@ -1,62 +1,80 @@
-"""Denoisers by name and size: `build_backbone("unet" | "ukan", dataset=..., level=...)`.
+"""Denoisers by name and size: `build_backbone("unet" | "ukan" | "dit", dataset=..., level=...)`.
 
-A UNet is diffusers' `UNet2DModel`, a U-KAN is ours; both are called `model(sample, timestep).sample` on coefficients
-(B, 4^L C, H/2^L, W/2^L). The presets are the published models, whose parameter counts the tests hold us to; rows
-marked `ours` complete the grid.
+A UNet is diffusers' `UNet2DModel`, U-KAN and DiT are ours; all are called `model(sample, timestep).sample` on
+coefficients (B, 4^L C, H/2^L, W/2^L). A backbone is a function that builds it, whose arguments are its options, and an
+entry in `BACKBONES`. The UNets and U-KANs among the presets are the published models, whose parameter counts the tests
+hold us to; rows marked `ours` complete the grid.
 """
 
+import inspect
 import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import ModelMixin, UNet2DModel
 
+from wddm.dit import DiTModel
 from wddm.loading import load_strictly, read_config
 from wddm.published import CLASS_NAME
 from wddm.ukan import UKANModel
+from wddm.wavelets import check_choice
 
 IMAGES = {"digits": (16, 1), "patches": (32, 3), "cifar10": (32, 3), "stl10": (64, 3), "celebahq": (256, 3)}
 DROPOUT = {"cifar10": 0.1}  # elsewhere 0
 LAYERS_PER_BLOCK = {"digits": 1}  # elsewhere 2
 
-PRESETS = {  # (dataset, level): UNet widths, UNet levels with attention, U-KAN widths
-    ("cifar10", 0): ((128, 256, 256, 256), (1,), (128, 256, 256)),  # UNet: the DDPM baseline
-    ("cifar10", 1): ((128, 256, 256), (0, 1), (128, 256)),
-    ("cifar10", 2): ((64, 128, 128), (0,), (128,)),
-    ("stl10", 0): ((128, 256, 256, 256), (2, 3), (128, 256, 256, 256)),  # UNet: ours
-    ("stl10", 1): ((128, 256, 256, 256), (0, 1), (128, 256, 256)),
-    ("stl10", 2): ((128, 256, 256), (0,), (128, 256)),  # ours
-    ("celebahq", 0): ((128, 256, 256, 512), (), (64, 128, 256, 256)),
-    ("celebahq", 1): ((128, 128, 256, 256, 256), (2, 3), (64, 128, 128, 256, 256)),
-    ("celebahq", 2): ((64, 128, 128, 256), (1,), (128, 256, 256, 256)),
-    ("celebahq", 3): ((64, 128, 256), (1,), (128, 256, 256)),  # ours
-    ("digits", 0): ((32, 64, 64), (), (64, 64)),  # ours, small enough for a laptop, as all that follow
-    ("digits", 1): ((64, 64), (), (64,)),
-    ("digits", 2): ((64,), (), (64,)),
-    ("patches", 0): ((32, 64, 128), (), (64, 64, 128)),
-    ("patches", 1): ((64, 128), (), (64, 128)),
-    ("patches", 2): ((64,), (), (64,)),
+
+class Preset(NamedTuple):
+    """Widths of each backbone for a data set at a level, and the UNet's levels with attention."""
+
+    unet: tuple[int, ...]
+    attention: tuple[int, ...]
+    ukan: tuple[int, ...]
+    dit: tuple[int, ...] | None = None  # one width per block; none where the maps have more than 1,024 positions
+
+
+PRESETS = {  # (dataset, level)
+    ("cifar10", 0): Preset((128, 256, 256, 256), (1,), (128, 256, 256), 12 * (384,)),  # UNet: the DDPM baseline
+    ("cifar10", 1): Preset((128, 256, 256), (0, 1), (128, 256), 10 * (384,)),
+    ("cifar10", 2): Preset((64, 128, 128), (0,), (128,), 6 * (256,)),
+    ("stl10", 0): Preset((128, 256, 256, 256), (2, 3), (128, 256, 256, 256)),  # UNet: ours
+    ("stl10", 1): Preset((128, 256, 256, 256), (0, 1), (128, 256, 256), 12 * (384,)),
+    ("stl10", 2): Preset((128, 256, 256), (0,), (128, 256), 10 * (384,)),  # ours
+    ("celebahq", 0): Preset((128, 256, 256, 512), (), (64, 128, 256, 256)),
+    ("celebahq", 1): Preset((128, 128, 256, 256, 256), (2, 3), (64, 128, 128, 256, 256)),
+    ("celebahq", 2): Preset((64, 128, 128, 256), (1,), (128, 256, 256, 256)),
+    ("celebahq", 3): Preset((64, 128, 256), (1,), (128, 256, 256), 12 * (384,)),  # ours
+    ("digits", 0): Preset((32, 64, 64), (), (64, 64), 4 * (64,)),  # ours, for a laptop, as all that follow
+    ("digits", 1): Preset((64, 64), (), (64,), 4 * (64,)),
+    ("digits", 2): Preset((64,), (), (64,), 4 * (64,)),
+    ("patches", 0): Preset((32, 64, 128), (), (64, 64, 128), 4 * (64,)),
+    ("patches", 1): Preset((64, 128), (), (64, 128), 4 * (128,)),
+    ("patches", 2): Preset((64,), (), (64,), 4 * (128,)),
 }
 
 
 def build_backbone(
-    kind: str,
+    backbone: str,
     *,
     dataset: str | None = None,
     level: int = 1,
     image_size: int | None = None,
     image_channels: int | None = None,
-    widths: tuple[int, ...] | None = None,
-    attention_levels: tuple[int, ...] | None = None,
+    widths: Sequence[int] | None = None,
+    attention_levels: Sequence[int] | None = None,
     layers_per_block: int | None = None,
-    attention_head_dim: int = 8,
+    attention_head_dim: int = 64,
     dropout: float | None = None,
     matched: bool = False,
 ) -> ModelMixin:
     """A freshly initialised denoiser for images of `dataset` at wavelet level `level`.
 
     Args:
-        kind: "unet" or "ukan".
+        backbone: a key of `BACKBONES`.
         dataset: name of a preset; without one (a folder of your own), give image_size, image_channels and widths.
         level: wavelet level L; the network sees 4^L C channels of side image_size / 2^L.
         image_size, image_channels, widths, attention_levels, layers_per_block, dropout: override the preset.
@@ -65,10 +83,10 @@ def build_backbone(
         matched: the pixel-space (level 0) network with as many parameters as the one described, for fair comparison.
 
     Raises:
-        ValueError: unknown kind, no preset for (dataset, level) and no widths, or sides that do not divide.
+        ValueError: unknown backbone, no preset for (dataset, level) and no widths, sides that do not divide, an
+            option that this backbone does not have.
     """
-    if kind not in ("unet", "ukan"):
-        raise ValueError(f"got backbone {kind!r}, wanted unet or ukan: choose one of them")
+    check_choice("backbone", backbone, BACKBONES)
     if dataset in IMAGES:
         image_size, image_channels = image_size or IMAGES[dataset][0], image_channels or IMAGES[dataset][1]
     if image_size is None or image_channels is None:
@@ -80,119 +98,137 @@ def build_backbone(
         )
     if attention_head_dim < 1:
         raise ValueError(f"got attention_head_dim {attention_head_dim}, wanted 1 or more: take 8, as published, or 64")
-    widths, attention_levels = resolve_widths(kind, dataset, level, widths, attention_levels)
-    build = build_unet if kind == "unet" else build_ukan
-    shape = {"sample_size": image_size // 2**level, "channels": 4**level * image_channels}
-    common = {
-        "layers_per_block": layers_per_block or LAYERS_PER_BLOCK.get(dataset, 2),
-        "attention_levels": attention_levels,
-        "attention_head_dim": attention_head_dim,
-        "dropout": DROPOUT.get(dataset, 0.0) if dropout is None else dropout,
-    }
+
+    def build(level: int, options: dict[str, Any]) -> ModelMixin:
+        channels, head_dim = 4**level * image_channels, math.gcd(attention_head_dim, *options["block_out_channels"])
+        maps = {"sample_size": image_size // 2**level, "in_channels": channels, "out_channels": channels}
+        return BACKBONES[backbone].build(**maps, attention_head_dim=head_dim, **options)
+
+    given = {"block_out_channels": widths, "attention_levels": attention_levels}
+    common = {"layers_per_block": layers_per_block, "dropout": dropout}
+    options = resolve_options(backbone, dataset, level, given | common)
     if not matched or level == 0:
-        return build(**shape, widths=widths, **common)
+        return build(level, options)
     with torch.device("meta"):
-        wanted = build(**shape, widths=widths, **common).num_parameters()
-    shape = {"sample_size": image_size, "channels": image_channels}
-    widths, common["attention_levels"] = resolve_widths(kind, dataset, 0, None, None)
-    return build(**shape, widths=matched_widths(build, shape, widths, common, wanted), **common)
+        parameters = build(level, options).num_parameters()
+    return build(0, matched_options(partial(build, 0), resolve_options(backbone, dataset, 0, common), parameters))
 
 
-def resolve_widths(
-    kind: str, dataset: str | None, level: int, widths: tuple | None, attention_levels: tuple | None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Widths and attention levels: what is given, else the preset's."""
+def resolve_options(backbone: str, dataset: str | None, level: int, given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a network: the given ones that are not None, else those of the preset.
+
+    Raises:
+        ValueError: one that this backbone does not have; no widths and no preset; widths or levels out of range.
+    """
+    has = inspect.signature(BACKBONES[backbone].build).parameters
+    given = {name: value for name, value in given.items() if value is not None}
+    if foreign := [name for name in given if name not in has]:
+        raise ValueError(f"got {', '.join(foreign)} for a {backbone}, which does not have it: leave it out")
+    preset = {
+        "attention_levels": (),
+        "layers_per_block": LAYERS_PER_BLOCK.get(dataset, 2),
+        "dropout": DROPOUT.get(dataset, 0.0),
+        **({} if "block_out_channels" in given else preset_sizes(backbone, dataset, level)),
+    }
+    options = {name: value for name, value in (preset | given).items() if name in has}
+    widths, attends = (tuple(options.get(name, ())) for name in ("block_out_channels", "attention_levels"))
+    if not widths or any(width < 8 or width % 8 for width in widths):
+        raise ValueError(f"got widths {list(widths)}, wanted multiples of 8: for example [64, 128]")
+    if any(not 0 <= attending < len(widths) for attending in attends):
+        raise ValueError(f"got attention_levels {list(attends)}, wanted levels of 0 to {len(widths) - 1}: change them")
+    return options | {"block_out_channels": widths}
+
+
+def preset_sizes(backbone: str, dataset: str | None, level: int) -> dict[str, tuple[int, ...]]:
+    """Widths of a preset, and the UNet's attention levels, by the names of the networks' arguments.
+
+    Raises:
+        ValueError: there is no preset of this backbone for (dataset, level).
+    """
     preset = PRESETS.get((dataset, level))
-    if widths is None and preset is None:
+    widths = getattr(preset, backbone, None)
+    if preset is None or widths is None:
         known = ", ".join(sorted({name for name, _ in PRESETS}))
         raise ValueError(
             f"got no widths and no preset for dataset {dataset!r} at level {level}, wanted one of them: give widths, "
-            f"e.g. [64, 128], or choose among {known} at the levels they have"
+            f"e.g. [64, 128], or choose among {known} at the levels that have a {backbone}"
         )
-    if attention_levels is None:
-        attention_levels = preset[1] if widths is None and kind == "unet" else ()
-    if widths is None:
-        widths = preset[0] if kind == "unet" else preset[2]
-    return tuple(widths), tuple(attention_levels)
+    attention = {"attention_levels": preset.attention} if backbone == "unet" else {}
+    return {"block_out_channels": widths} | attention
+
+
+def matched_options(
+    build: Callable[[dict[str, Any]], ModelMixin], options: dict[str, Any], parameters: int
+) -> dict[str, Any]:
+    """`options` with all widths scaled by the one factor, to multiples of 8, that comes closest to `parameters`."""
+
+    def count(widths: tuple[int, ...]) -> int:
+        return build(options | {"block_out_channels": widths}).num_parameters()
+
+    percents, widths = range(10, 300, 2), options["block_out_channels"]
+    scaled = sorted({tuple(max(8, 8 * round(width * percent / 800)) for width in widths) for percent in percents})
+    with torch.device("meta"):
+        larger = bisect_left(scaled, parameters, key=count)
+        closest = min(scaled[max(0, larger - 1) : larger + 1], key=lambda widths: abs(count(widths) - parameters))
+    return options | {"block_out_channels": closest}
 
 
 def build_unet(
     sample_size: int,
-    channels: int,
-    widths: tuple,
-    attention_levels: tuple,
+    in_channels: int,
+    out_channels: int,
+    block_out_channels: tuple[int, ...],
+    attention_levels: Sequence[int],
     layers_per_block: int,
     attention_head_dim: int,
     dropout: float,
 ) -> UNet2DModel:
     """diffusers' UNet with self-attention in the middle and at `attention_levels` (0 = finest)."""
-    check_side(sample_size, widths)
-    attends = [level in attention_levels for level in range(len(widths))]
+    levels = len(block_out_channels)
+    if sample_size % 2 ** (levels - 1):
+        raise ValueError(
+            f"got maps of side {sample_size} for {levels} widths, wanted a multiple of {2 ** (levels - 1)}: "
+            "give fewer widths, a smaller level or another resolution"
+        )
+    attends = [level in attention_levels for level in range(levels)]
     return UNet2DModel(
         sample_size=sample_size,
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=widths,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        block_out_channels=block_out_channels,
         layers_per_block=layers_per_block,
         down_block_types=tuple("AttnDownBlock2D" if here else "DownBlock2D" for here in attends),
         up_block_types=tuple("AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)),
         dropout=dropout,
-        attention_head_dim=math.gcd(attention_head_dim, *widths),
-        norm_num_groups=math.gcd(32, *widths),
+        attention_head_dim=attention_head_dim,
+        norm_num_groups=math.gcd(32, *block_out_channels),
     )
 
 
-def build_ukan(
-    sample_size: int,
-    channels: int,
-    widths: tuple,
-    attention_levels: tuple,
-    layers_per_block: int,
-    attention_head_dim: int,
-    dropout: float,
-) -> UKANModel:
-    """Our U-KAN, without attention unless it is asked for."""
-    check_side(sample_size, widths)
-    return UKANModel(
-        sample_size=sample_size,
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=widths,
-        layers_per_block=layers_per_block,
-        attention_levels=attention_levels,
-        attention_head_dim=math.gcd(attention_head_dim, *widths),
-        dropout=dropout,
-    )
+class Backbone(NamedTuple):
+    """What builds a network of this kind (its arguments are its options), and by class name what loads a checkpoint."""
+
+    build: Callable[..., ModelMixin]
+    load: dict[str, Callable[..., ModelMixin]]
 
 
-def check_side(sample_size: int, widths: tuple[int, ...]) -> None:
-    """Raise ValueError if a map of this side cannot be halved once per width after the first."""
-    factor = 2 ** (len(widths) - 1)
-    if not widths or any(width < 8 or width % 8 for width in widths):
-        raise ValueError(f"got widths {list(widths)}, wanted multiples of 8: for example [64, 128]")
-    if sample_size % factor:
-        raise ValueError(
-            f"got maps of side {sample_size} for {len(widths)} widths, wanted a multiple of {factor}: "
-            "give fewer widths, a smaller level or another resolution"
-        )
+BACKBONES = {
+    "unet": Backbone(build_unet, {"UNet2DModel": partial(load_strictly, UNet2DModel.from_pretrained)}),
+    "ukan": Backbone(UKANModel, dict.fromkeys(("UKANModel", CLASS_NAME), UKANModel.from_pretrained)),
+    "dit": Backbone(DiTModel, {"DiTModel": partial(load_strictly, DiTModel.from_pretrained)}),
+}
 
 
-def matched_widths(build, shape: dict, widths: tuple, common: dict, wanted: int) -> tuple[int, ...]:
-    """`widths` scaled by one factor, in multiples of 8, so that the parameter count comes closest to `wanted`."""
-    candidates = {tuple(max(8, 8 * round(width * k / 800)) for width in widths) for k in range(10, 300, 2)}
-
-    def distance(candidate: tuple[int, ...]) -> int:
-        with torch.device("meta"):
-            return abs(build(**shape, widths=candidate, **common).num_parameters() - wanted)
-
-    return min(sorted(candidates), key=distance)
+def backbone_name(class_name: str | None) -> str:
+    """Key in `BACKBONES` of a network's class name; ValueError if it is none of theirs."""
+    for name, entry in BACKBONES.items():
+        if class_name in entry.load:
+            return name
+    wanted = ", ".join(known for entry in BACKBONES.values() for known in entry.load)
+    raise ValueError(f"got a network of class {class_name}, wanted one of {wanted}: give another folder")
 
 
-def load_backbone(folder: Path, **options) -> UNet2DModel | UKANModel:
+def load_backbone(folder: Path, **options: Any) -> ModelMixin:
     """The network in a folder, of the class that its config.json names, in eval mode; `options`: torch_dtype."""
-    name = read_config(UKANModel, folder).get("_class_name")
-    if name == UNet2DModel.__name__:
-        return load_strictly(UNet2DModel.from_pretrained, folder, **options)
-    if name in (UKANModel.__name__, CLASS_NAME):
-        return UKANModel.from_pretrained(folder, **options)
-    raise ValueError(f"got a {name} in {folder}, wanted UNet2DModel, UKANModel or {CLASS_NAME}: give another folder")
+    class_name = read_config(UKANModel, folder).get("_class_name")
+    return BACKBONES[backbone_name(class_name)].load[class_name](folder, **options)

@@ -30,7 +30,7 @@ def blocks(path: str | Path) -> Iterator[np.ndarray]:
 def statistics(path: str | Path) -> dict[str, dict[str, list[float]]]:
     """Mean and standard deviation per channel of images in [-1, 1] ("0") and of their dyadic Haar packets.
 
-    Levels 1 to 3, as far as they divide the size; channels in the order of `WaveletCodec(level=level)`. Every
+    Levels 1 to 3, as far as they divide the size; channels in the order of `WaveletCodec`. Every
     coefficient up to level 3 is a weighted sum of the p = 64 pixels of one 8x8 cell in one colour, so the mean (C, p)
     and the second moment (C, p, p) of cells tell those of all bands, and one pass over the images is enough.
     """
@@ -46,7 +46,8 @@ def statistics(path: str | Path) -> dict[str, dict[str, list[float]]]:
     found = {}
     for level in range(side.bit_length()):
         impulses = torch.eye(side**2, dtype=torch.float64).view(-1, 1, side, side)
-        weights = WaveletCodec("haar", level=level).double().encode(impulses).flatten(2).numpy()  # (p, 4^L, positions)
+        codec = WaveletCodec("haar", level, scaling="dyadic").double()
+        weights = codec.encode(impulses).flatten(2).numpy()  # (p, 4^L, positions)
         first = np.einsum("pbk,cp->bc", weights, mean) / weights.shape[2]
         second = np.einsum("pbk,cpq,qbk->bc", weights, moment, weights, optimize=True) / weights.shape[2]
         spread = np.sqrt((second - first**2).clip(0))

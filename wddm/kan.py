@@ -14,8 +14,8 @@ from torch.nn import functional as F
 INTERVALS, ORDER = 5, 3
 BASES = INTERVALS + ORDER
 SPACING = 2 / INTERVALS
-HELD = 2**21  # bases in memory for a matrix product: 8 MiB
-AT_ONCE = 2**17  # bases made at once: half a MiB, in a core's own cache
+PER_PRODUCT = 2**21  # basis values in memory for one matrix product: 8 MiB
+PER_CHUNK = 2**17  # basis values computed at once: half a MiB, which a core's own cache holds
 
 
 def knots() -> Tensor:
@@ -35,14 +35,15 @@ def spline_basis(x: Tensor) -> Tensor:
 class SplineSum(torch.autograd.Function):
     """y_o = sum_ik W_oki B_k(x_i): (n, in), (out, 8, in) -> (n, out), some rows at a time. Differentiable once.
 
-    The bases take 8 times the memory of x. None is kept; the backward pass makes them again. Under autocast the
-    products are of its type.
+    The basis values take 8 times the memory of x. They are not kept; the backward pass computes them again. Under
+    autocast the matrix products have its type.
     """
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        y = torch.cat([F.linear(_bases(part).flatten(1), weight.flatten(1)) for part in x.split(_rows(x, HELD))])
+        parts = x.split(_rows(x, PER_PRODUCT))
+        y = torch.cat([F.linear(_bases(part).flatten(1), weight.flatten(1)) for part in parts])
         ctx.dtype = y.dtype
         return y
 
@@ -50,35 +51,34 @@ class SplineSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        low = weight.flatten(1).to(ctx.dtype)
-        of_x, of_weight = torch.empty_like(x), None
-        for part, of_y, of_part in zip(*(t.split(_rows(x, HELD)) for t in (x, gradient, of_x)), strict=True):
-            bases = _bases(part, (of_y @ low).unflatten(1, (BASES, -1)), of_part)
-            product = (of_y.T @ bases.flatten(1).to(ctx.dtype)).to(weight.dtype)
-            of_weight = product if of_weight is None else of_weight.add_(product)
-        return of_x, of_weight.view_as(weight)
+        cast, rows = weight.flatten(1).to(ctx.dtype), _rows(x, PER_PRODUCT)
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight).flatten(1)
+        for part, grad_y, grad_part in zip(x.split(rows), gradient.split(rows), grad_x.split(rows), strict=True):
+            bases = _bases(part, (grad_y @ cast).unflatten(1, (BASES, -1)), grad_part)
+            grad_weight.add_(grad_y.T @ bases.flatten(1).to(ctx.dtype))
+        return grad_x, grad_weight.view_as(weight)
 
 
-def _bases(x: Tensor, of_bases: Tensor | None = None, of_x: Tensor | None = None) -> Tensor:
-    """Bases (n, 8, in) of x (n, in); of their gradient, where it is given, that of x is written to `of_x`.
+def _bases(x: Tensor, grad_bases: Tensor | None = None, grad_x: Tensor | None = None) -> Tensor:
+    """Basis values (n, 8, in) at x (n, in); given the gradient of the values, that of x is written to `grad_x`.
 
     B'(d) = -((2 - d)_+^2 - 4 (1 - d)_+^2) / 2, and d' = sign / SPACING.
     """
-    bases, rows = x.new_empty(len(x), BASES, x.shape[1]), _rows(x, AT_ONCE)
-    for k in range(0, len(x), rows):
-        some = slice(k, k + rows)
-        offsets = _offsets(x[some])
+    bases, rows = x.new_empty(len(x), BASES, x.shape[1]), _rows(x, PER_CHUNK)
+    for start in range(0, len(x), rows):
+        chunk = slice(start, start + rows)
+        offsets = _offsets(x[chunk])
         outer, inner = _ramps(offsets)
-        _basis(outer, inner, bases[some])
-        if of_x is not None:
+        _basis(outer, inner, bases[chunk])
+        if grad_bases is not None and grad_x is not None:
             slope = outer.square_().sub_(inner.square_(), alpha=4).mul_(offsets.sign_())
-            torch.sum(slope.mul_(of_bases[some]), 1, out=of_x[some]).mul_(-0.5 / SPACING)
+            torch.sum(slope.mul_(grad_bases[chunk]), 1, out=grad_x[chunk]).mul_(-0.5 / SPACING)
     return bases
 
 
-def _rows(x: Tensor, most: int) -> int:
-    """How many rows of x (n, in) have so many bases; on a GPU always 2^26, 256 MiB."""
-    return max(1, (most if x.device.type == "cpu" else 2**26) // (BASES * x.shape[1]))
+def _rows(x: Tensor, values: int) -> int:
+    """How many rows of x (n, in) have `values` basis values; on a GPU, which has memory for more, 2^26 of them."""
+    return max(1, (values if x.device.type == "cpu" else 2**26) // (BASES * x.shape[1]))
 
 
 def _offsets(x: Tensor) -> Tensor:
@@ -94,11 +94,12 @@ def _ramps(offsets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _basis(outer: Tensor, inner: Tensor, out: Tensor | None = None) -> Tensor:
+    """B of the two ramps."""
     return torch.sub(outer.pow(3), inner.pow(3), alpha=4, out=out).div_(6)
 
 
 class SplineLinear(nn.Module):
-    """y = W_b SiLU(x) + sum_k (s * W_k) B_k(x): (..., in) -> (..., out), s a scale per edge."""
+    """y = W_b SiLU(x) + sum_k (s * W_k) B_k(x), with s a scale per edge."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -110,16 +111,14 @@ class SplineLinear(nn.Module):
         nn.init.uniform_(self.spline_weight, -0.05 / INTERVALS, 0.05 / INTERVALS)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
         weight = self.spline_weight * self.spline_scaler.unsqueeze(1)  # (out, 8, in)
         splines = SplineSum.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
         return F.linear(F.silu(x), self.base_weight) + splines
 
 
 class KANBlock(nn.Module):
-    """LayerNorm -> spline layer -> plus projected time; tokens (B, N, D), time (B, E) -> (B, N, D).
-
-    There is no residual path around it, as in the published models.
-    """
+    """LayerNorm -> spline layer -> plus projected time. As in the published models, no residual path goes around it."""
 
     def __init__(self, width: int, time_width: int) -> None:
         super().__init__()
@@ -128,4 +127,5 @@ class KANBlock(nn.Module):
         self.time = nn.Linear(time_width, width)
 
     def forward(self, tokens: Tensor, time: Tensor) -> Tensor:
+        """Tokens (B, N, D) and time (B, E) -> (B, N, D)."""
         return self.spline(self.norm(tokens)) + self.time(F.silu(time)).unsqueeze(1)

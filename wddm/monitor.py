@@ -16,10 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from wddm.metrics import frechet_wavelet_distance
-from wddm.objective import diffusion_loss
+from wddm.objective import build_solver, diffusion_loss
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
-from wddm.solvers import build_solver
 from wddm.wavelets import WaveletCodec
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def validation_loss(
     Noise and timestep are a function of the image's number alone, so the same every time. `options` are those of the
     loss: weighting, reconstruction.
     """
-    device, total, share = codec.limit.device, 0.0, range(rank, len(images), world_size)
+    device, total, share = codec.clip_value.device, 0.0, range(rank, len(images), world_size)
     steps = len(scheduler.alphas_cumprod)
     for start in range(0, len(share), batch_size):
         rows = list(share[start : start + batch_size])
@@ -148,7 +147,7 @@ def preview(trainer: "Trainer") -> None:
 @contextmanager
 def sampler(trainer: "Trainer") -> Iterator[WaveletPipeline]:
     """A silent pipeline of the averaged weights, for the length of a `with` block."""
-    solver = build_solver("ddim", trainer.prediction_type, spacing="trailing", clip=trainer.codec.limit.item())
+    solver = build_solver("ddim", trainer.prediction_type, spacing="trailing", codec=trainer.codec)
     with averaged(trainer.model, trainer.ema) as model:
         pipeline = WaveletPipeline(model, solver, trainer.codec)
         pipeline.set_progress_bar_config(disable=True)

@@ -1,23 +1,26 @@
-"""What the denoiser learns: targets, loss weights and the reconstruction term, on coefficients z of images x.
+"""What the denoiser learns, and the solvers that undo the noise it learns of, on coefficients z of images x.
 
     z_t = sqrt(a_t) z + sqrt(1 - a_t) eps        a_t: `alphas_cumprod[t]` of the scheduler (Ho et al. 2020)
     epsilon: eps      sample: z      v_prediction: sqrt(a_t) eps - sqrt(1 - a_t) z   (Salimans & Ho 2022)
     SNR(t) = a_t / (1 - a_t)
 
-The network is shown z_t and t and nothing else.
+The network is shown z_t and t and nothing else. A weighting is a function in `WEIGHTINGS`, a solver a diffusers class
+in `SOLVERS`.
 """
 
+import inspect
+from collections.abc import Callable
 from typing import NamedTuple
 
+import diffusers
 import torch
 from diffusers import DDPMScheduler, ModelMixin, SchedulerMixin
 from torch import Tensor
 from torch.nn import functional as F
 
-from wddm.wavelets import WaveletCodec
+from wddm.wavelets import WaveletCodec, check_choice
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-WEIGHTINGS = ("none", "min_snr")
 NOISE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
 
 
@@ -29,53 +32,55 @@ class Loss(NamedTuple):
     reconstruction: Tensor
 
 
-def noise_scheduler(prediction_type: str = "epsilon") -> DDPMScheduler:
+def noise_scheduler(prediction_type: str = "v_prediction") -> DDPMScheduler:
     """The forward process: 1000 steps of the squared-cosine schedule (Nichol & Dhariwal 2021)."""
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(
-            f"got prediction_type={prediction_type!r}, wanted one of {', '.join(PREDICTION_TYPES)}: choose one of them"
-        )
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     return DDPMScheduler(**NOISE, prediction_type=prediction_type)
 
 
 def target(scheduler: SchedulerMixin, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """What the network should answer to z_t, shaped as z, by the scheduler's prediction type."""
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon":
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "epsilon":
         return noise
-    return z if kind == "sample" else scheduler.get_velocity(z, noise, t)
+    return z if prediction_type == "sample" else scheduler.get_velocity(z, noise, t)
 
 
 def clean_estimate(scheduler: SchedulerMixin, noisy: Tensor, output: Tensor, t: Tensor) -> Tensor:
-    """The estimate of z that `output` implies, at each sample's own t."""
-    kind = scheduler.config.prediction_type
-    if kind == "sample":
+    """The estimate of z (B, 4^L C, h, w) that the network's `output` for `noisy` implies, at each sample's own t."""
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "sample":
         return output
-    a = signal_power(scheduler, t)  # (B, 1, 1, 1)
-    if kind == "epsilon":
+    a = alphas_cumprod(scheduler, t)  # (B, 1, 1, 1)
+    if prediction_type == "epsilon":
         return (noisy - (1 - a).sqrt() * output) / a.sqrt()
     return a.sqrt() * noisy - (1 - a).sqrt() * output
 
 
-def signal_power(scheduler: SchedulerMixin, t: Tensor) -> Tensor:
-    """a_t for each sample, (B, 1, 1, 1)."""
+def alphas_cumprod(scheduler: SchedulerMixin, t: Tensor) -> Tensor:
+    """a_t of each sample, (B, 1, 1, 1)."""
     return scheduler.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
 
 
-def loss_weights(scheduler: SchedulerMixin, t: Tensor, weighting: str, gamma: float = 5.0) -> Tensor:
-    """Weight of each sample's squared error, (B, 1, 1, 1).
+def no_weights(snr: Tensor, prediction_type: str) -> Tensor:
+    """1 for every sample (Ho et al. 2020, section 3.4)."""
+    return torch.ones_like(snr)
 
-    "none" is 1. "min_snr" (Hang et al. 2023, arXiv 2303.09556) is min(SNR, gamma) on the error of z, expressed in
-    the units of the prediction type.
-    """
-    if weighting not in WEIGHTINGS:
-        raise ValueError(f"got weighting={weighting!r}, wanted one of {', '.join(WEIGHTINGS)}: choose one of them")
-    a = signal_power(scheduler, t)
-    if weighting == "none":
-        return torch.ones_like(a)
-    snr = a / (1 - a)
+
+def min_snr(snr: Tensor, prediction_type: str, gamma: float = 5.0) -> Tensor:
+    """min(SNR, gamma) on the error of z, in the units of the prediction type (Hang et al. 2023, arXiv 2303.09556)."""
     error_of_z = {"epsilon": 1 / snr, "sample": torch.ones_like(snr), "v_prediction": 1 / (snr + 1)}
-    return snr.clamp_max(gamma) * error_of_z[scheduler.config.prediction_type]
+    return snr.clamp_max(gamma) * error_of_z[prediction_type]
+
+
+WEIGHTINGS: dict[str, Callable[[Tensor, str], Tensor]] = {"none": no_weights, "min_snr": min_snr}
+
+
+def loss_weights(scheduler: SchedulerMixin, t: Tensor, weighting: str) -> Tensor:
+    """Weight of each sample's squared error, (B, 1, 1, 1), by the function of that name in `WEIGHTINGS`."""
+    check_choice("weighting", weighting, WEIGHTINGS)
+    a = alphas_cumprod(scheduler, t)
+    return WEIGHTINGS[weighting](a / (1 - a), scheduler.config.prediction_type)
 
 
 def diffusion_loss(
@@ -86,7 +91,7 @@ def diffusion_loss(
     noise: Tensor,
     t: Tensor,
     *,
-    weighting: str = "none",
+    weighting: str = "min_snr",
     reconstruction: float = 0.0,
 ) -> Loss:
     """Loss of a batch of images (B, C, H, W) in [-1, 1], with noise shaped as their coefficients and t (B,).
@@ -102,6 +107,80 @@ def diffusion_loss(
     distance = total.new_zeros(())
     if reconstruction:
         decoded = codec.decode(clean_estimate(scheduler, noisy, output, t))
-        distance = (signal_power(scheduler, t) * F.smooth_l1_loss(decoded, images, reduction="none")).mean()
+        distance = (alphas_cumprod(scheduler, t) * F.smooth_l1_loss(decoded, images, reduction="none")).mean()
         total = total + reconstruction * distance
     return Loss(total, squared_error.detach().mean((0, 2, 3)), distance.detach())
+
+
+SOLVERS = {  # name: class of diffusers
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "pndm": "PNDMScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "deis": "DEISMultistepScheduler",
+    "lms": "LMSDiscreteScheduler",
+}
+SETTINGS = {  # of single solvers, beside those that all of them share
+    "ddpm": {"variance_type": "fixed_small"},
+    "pndm": {"skip_prk_steps": True},  # the Runge-Kutta start diverges where the schedule leaves no signal
+}
+NOT_OF_SAMPLE = ("pndm", "euler_a")  # diffusers' classes do not know prediction_type="sample"
+SINGLE_STEP = ("ddpm", "ddim", "euler", "euler_a", "heun")  # they keep nothing from the steps before the last
+
+
+def default_spacing(name: str) -> str:
+    """ "trailing", which starts at pure noise; but "leading" for heun.
+
+    From pure noise (sigma near 20,000 on our schedule) heun's correction takes a derivative from far below over all of
+    the first step: the network's error grows a hundredfold, and no image comes of it.
+    """
+    return "leading" if name == "heun" else "trailing"
+
+
+def build_solver(
+    name: str,
+    prediction_type: str = "v_prediction",
+    *,
+    spacing: str | None = None,
+    codec: WaveletCodec | None = None,
+) -> SchedulerMixin:
+    """A solver by name, on our noise schedule.
+
+    Args:
+        name: a key of `SOLVERS`.
+        prediction_type: what the network predicts.
+        spacing: how the steps are spread over the 1000: "leading", "trailing" or "linspace"; None: `default_spacing`.
+        codec: of the coefficients. ddpm, ddim and heun clip the clean estimate at its `clip_value`; without one, at 1.
+
+    Raises:
+        ValueError: an unknown name, or an option that this solver does not have.
+    """
+    check_choice("solver", name, SOLVERS)
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+    if prediction_type == "sample" and name in NOT_OF_SAMPLE:
+        raise ValueError(f"got prediction_type='sample' for {name}, which does not know it: choose another solver")
+    solver = getattr(diffusers, SOLVERS[name])
+    known = inspect.signature(solver.__init__).parameters
+    options = {**NOISE, "prediction_type": prediction_type, **SETTINGS.get(name, {})}
+    if "timestep_spacing" in known:
+        options["timestep_spacing"] = spacing or default_spacing(name)
+        check_choice("spacing", options["timestep_spacing"], ("leading", "trailing", "linspace"))
+    elif spacing is not None:
+        raise ValueError(f"got spacing={spacing!r} for {name}, which spaces its steps itself: leave spacing out")
+    if "clip_sample" in known:
+        options |= {"clip_sample": True, "clip_sample_range": codec.clip_value.item() if codec else 1.0}
+    return solver(**options)
+
+
+def check_options(name: str, *, eta: float = 0.0, detail_steps: int | None = None) -> None:
+    """Raise a ValueError that says which option of sampling a solver cannot honour, if there is one."""
+    if eta and name != "ddim":
+        raise ValueError(f"got eta={eta} for {name}, wanted 0: only ddim knows eta, take it or leave eta out")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"got eta={eta}, wanted 0 (deterministic) to 1 (as random as ddpm): change eta")
+    if detail_steps and name not in SINGLE_STEP:
+        raise ValueError(f"got detail_steps for {name}, wanted one of {', '.join(SINGLE_STEP)}: choose one of them")

@@ -23,8 +23,7 @@ from wddm.backbones import load_backbone
 from wddm.bandrate import Group, joined
 from wddm.cards import find_report, model_card
 from wddm.loading import fetched, load_strictly
-from wddm.objective import NOISE
-from wddm.solvers import SOLVERS, build_solver, check_options
+from wddm.objective import NOISE, SOLVERS, build_solver, check_options
 from wddm.wavelets import WaveletCodec
 
 

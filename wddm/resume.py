@@ -13,8 +13,8 @@ from torch import Tensor
 
 from wddm import checkpoints
 from wddm.files import written_aside
+from wddm.objective import build_solver
 from wddm.pipeline import WaveletPipeline
-from wddm.solvers import build_solver
 from wddm.steps import cut_log
 
 if TYPE_CHECKING:
@@ -137,6 +137,6 @@ def save_pipeline(trainer: "Trainer") -> None:
     """The averaged weights as a pipeline folder, written aside and renamed."""
     averaged = type(trainer.model).from_config(trainer.model.config).to(trainer.accelerator.device)
     trainer.ema.copy_to(averaged.parameters())
-    solver = build_solver("ddim", trainer.prediction_type, spacing="trailing", clip=trainer.codec.limit.item())
+    solver = build_solver("ddim", trainer.prediction_type, spacing="trailing", codec=trainer.codec)
     with written_aside(trainer.folder / "pipeline") as aside:
         WaveletPipeline(averaged.eval(), solver, trainer.codec).save_pretrained(aside)

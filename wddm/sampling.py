@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from diffusers import UNet2DModel
 from PIL import Image
 
+from wddm.backbones import backbone_name
 from wddm.checkpoints import public
 from wddm.loading import fetched, read_config
+from wddm.objective import build_solver
 from wddm.pipeline import WaveletPipeline, image_generators
-from wddm.solvers import build_solver
 from wddm.ukan import UKANModel
 
 GRID = 64  # images in the grid picture
@@ -49,8 +49,7 @@ def open_pipeline(
         pipeline = WaveletPipeline.from_pretrained(folder)
         stored = pipeline.scheduler.config.prediction_type
         prediction_type = expect("prediction_type", prediction_type, stored, path)
-        limit = pipeline.codec.limit.item()
-        pipeline.scheduler = build_solver(scheduler, prediction_type, spacing=spacing, clip=limit)
+        pipeline.scheduler = build_solver(scheduler, prediction_type, spacing=spacing, codec=pipeline.codec)
     else:
         channels = read_config(UKANModel, folder).get("in_channels", 3)
         pipeline = WaveletPipeline.from_published(
@@ -60,8 +59,7 @@ def open_pipeline(
             solver=scheduler,
             spacing=spacing or "leading",
         )
-    kind = {UNet2DModel: "unet", UKANModel: "ukan"}[type(pipeline.backbone)]
-    expect("model_type", model_type, kind, path)
+    expect("model_type", model_type, backbone_name(type(pipeline.backbone).__name__), path)
     expect("wavelet_level", level, pipeline.codec.config.level, path)
     expect("resolution", resolution, pipeline.image_size, path)
     return pipeline

@@ -30,11 +30,14 @@ class UKANModel(ModelMixin, ConfigMixin):
         block_out_channels: width of every level; each level but the last halves the side.
         layers_per_block: residual blocks per level on the way down; one more on the way up.
         attention_levels: levels (0 = finest) whose residual blocks are followed by self-attention.
-        attention_head_dim: channels of an attention head.
+        attention_head_dim: channels of an attention head, or their greatest common divisor with the level's width.
         dropout: probability inside the residual blocks, in training only.
-        norm_num_groups: groups of GroupNorm; a width it does not divide takes their greatest common divisor.
+        norm_num_groups: groups of GroupNorm, or their greatest common divisor with the width.
         num_train_timesteps: rows of the time table; timesteps lie in [0, num_train_timesteps - 1].
-        base_channels: width of the first convolution and a quarter of the time embedding's; the first level's if None.
+        base_channels: width of the first convolution and a quarter of the time embedding's; None: the first level's.
+
+    Raises:
+        ValueError: maps that cannot be halved once per level after the first.
     """
 
     _supports_gradient_checkpointing = True
@@ -48,7 +51,7 @@ class UKANModel(ModelMixin, ConfigMixin):
         block_out_channels: tuple[int, ...] = (128, 256),
         layers_per_block: int = 2,
         attention_levels: tuple[int, ...] = (),
-        attention_head_dim: int = 8,
+        attention_head_dim: int = 64,
         dropout: float = 0.0,
         norm_num_groups: int = 32,
         num_train_timesteps: int = 1000,
@@ -59,7 +62,7 @@ class UKANModel(ModelMixin, ConfigMixin):
         if sample_size % 2 ** (levels - 1):
             raise ValueError(
                 f"got sample_size={sample_size} with {levels} levels, wanted a multiple of {2 ** (levels - 1)}: "
-                "take fewer widths in block_out_channels or another image size"
+                "give fewer widths, a smaller wavelet level or another resolution"
             )
         self.gradient_checkpointing = False
         time_width = 4 * width
@@ -77,7 +80,7 @@ class UKANModel(ModelMixin, ConfigMixin):
                 width = c_out
                 skips.append(width)
             if level < levels - 1:
-                self.down.append(Downsample(width))
+                self.down.append(Resample(width, up=False))
                 skips.append(width)
 
         has_bottleneck = sample_size // 2**levels >= 4
@@ -89,7 +92,7 @@ class UKANModel(ModelMixin, ConfigMixin):
                 self.up.append(residual(width + skips.pop(), c_out, level))
                 width = c_out
             if level:
-                self.up.append(Upsample(width))
+                self.up.append(Resample(width, up=True))
         self.norm_out = group_norm(norm_num_groups, width)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
@@ -131,14 +134,13 @@ class UKANModel(ModelMixin, ConfigMixin):
         return model.eval().to(kwargs.get("torch_dtype"))
 
     def _fix_state_dict_keys_on_load(self, state_dict: dict[str, Tensor]) -> None:
-        """Turn spline weights that were saved as (out, in, 8), as they once lay."""
+        """Transpose spline weights of older checkpoints, which hold them as (out, in, 8)."""
         super()._fix_state_dict_keys_on_load(state_dict)
-        shapes = {name: parameter.shape for name, parameter in self.named_parameters()}
-        for name, tensor in state_dict.items():
-            if name.endswith(".spline_weight") and tensor.ndim == 3:
-                turned = tensor.transpose(1, 2)
-                if tensor.shape != shapes.get(name) == turned.shape:
-                    state_dict[name] = turned.contiguous()
+        for name, parameter in self.named_parameters():
+            if name.endswith(".spline_weight") and name in state_dict:
+                c_out, bases, c_in = parameter.shape
+                if state_dict[name].shape == (c_out, c_in, bases) != parameter.shape:
+                    state_dict[name] = state_dict[name].transpose(1, 2).contiguous()
 
 
 class TimeEmbedding(nn.Module):
@@ -166,7 +168,10 @@ class TimeEmbedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm, SiLU, 3x3 conv, plus time; GroupNorm, SiLU, dropout, 3x3 conv; plus shortcut; then attention."""
+    """GroupNorm, SiLU, 3x3 conv, plus time; GroupNorm, SiLU, dropout, 3x3 conv; plus shortcut; then attention.
+
+    (B, c_in, h, w) and time (B, time_width) -> (B, c_out, h, w).
+    """
 
     def __init__(
         self, c_in: int, c_out: int, time_width: int, dropout: float, groups: int, head_dim: int | None
@@ -179,10 +184,9 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.attention = nn.Identity()
         if head_dim is not None:
-            self.attention = Attention(
-                c_out, heads=c_out // head_dim, dim_head=head_dim, norm_num_groups=math.gcd(groups, c_out),
-                bias=True, residual_connection=True,
-            )  # fmt: skip
+            head_dim, groups = math.gcd(head_dim, c_out), math.gcd(groups, c_out)
+            options = {"norm_num_groups": groups, "bias": True, "residual_connection": True}
+            self.attention = Attention(c_out, heads=c_out // head_dim, dim_head=head_dim, **options)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x))) + self.time(F.silu(time))[:, :, None, None]
@@ -190,30 +194,23 @@ class ResidualBlock(nn.Module):
         return self.attention(h + self.shortcut(x))
 
 
-class Downsample(nn.Module):
-    """3x3 convolution of stride 2."""
+class Resample(nn.Module):
+    """3x3 convolution of stride 2, or after nearest-neighbour upsampling: (B, c, h, w) -> half or twice the sides."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, up: bool) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
+        self.up = up
+        self.conv = nn.Conv2d(width, width, 3, stride=1 if up else 2, padding=1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        return self.conv(x)
-
-
-class Upsample(nn.Module):
-    """Nearest neighbour to twice the side, then a 3x3 convolution."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else x)
 
 
 class KANBottleneck(nn.Module):
-    """Two patch embeddings down (c -> 3c/2 -> 2c), each with a KAN block, and back up with additive skips."""
+    """Two patch embeddings down (c -> 3c/2 -> 2c), each with a KAN block, and back up with additive skips.
+
+    (B, c, h, w) and time (B, time_width) -> (B, c, h, w).
+    """
 
     def __init__(self, width: int, time_width: int, groups: int) -> None:
         super().__init__()
@@ -244,7 +241,7 @@ class PatchEmbedding(nn.Module):
 
 
 class Decode(nn.Module):
-    """GroupNorm, SiLU, 3x3 conv, plus time, bilinear up to `size`, SiLU."""
+    """GroupNorm, SiLU, 3x3 conv, plus time, bilinear up to `size`, SiLU: (B, c, h, w) -> (B, c', *size)."""
 
     def __init__(self, c_in: int, c_out: int, time_width: int, groups: int) -> None:
         super().__init__()

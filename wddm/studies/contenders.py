@@ -22,8 +22,8 @@ from wddm.backbones import IMAGES, build_backbone
 from wddm.batches import batches
 from wddm.devices import resolve_precision, tune
 from wddm.kan import SplineLinear
+from wddm.objective import build_solver
 from wddm.pipeline import WaveletPipeline
-from wddm.solvers import build_solver
 from wddm.steps import Step
 from wddm.studies import baselines
 from wddm.training import Trainer
@@ -54,7 +54,7 @@ def training(
     with TemporaryDirectory() as folder:
         trainer = Unsaved(
             model=model,
-            codec=WaveletCodec("haar", network["level"]),
+            codec=WaveletCodec("haar", network["level"], scaling="dyadic"),
             images=noise_images(network, 4 * batch_size),
             folder=Path(folder),
             train_kimg=1e6,
@@ -104,7 +104,7 @@ def sampling(
     model = build_backbone(**network).to(device()).eval()
     bf16 = resolve_precision(precision) == "bf16"
     tune(model, device())
-    codec = WaveletCodec("haar", network["level"]).to(device())
+    codec = WaveletCodec("haar", network["level"], scaling="dyadic").to(device())
     if compile:
         model.compile()
     pipeline = WaveletPipeline(model, build_solver("ddim", "v_prediction", spacing="trailing"), codec)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from wddm.backbones import PRESETS, build_backbone, resolve_widths
+from wddm.backbones import PRESETS, build_backbone, preset_sizes
 from wddm.profiling import Measured, batch_contest, fitting_batch, forward_flops, speed, spread, times_as_fast
 from wddm.studies.contenders import sampling, training
 
@@ -45,12 +45,13 @@ def entries(kind: str, dataset: str, levels: Sequence[int], attention_head_dim: 
         if level == 0:
             networks[PRESET, 0] = network
             continue
-        widths, attention = resolve_widths(kind, dataset, level, None, None)
+        sizes = preset_sizes(kind, dataset, level)
+        widths, attention = sizes["block_out_channels"], sizes.get("attention_levels")
         networks[WAVELETS, level] = network
         networks[SAME, level] = network | {"level": 0, "widths": widths, "attention_levels": attention}
         with torch.device("meta"):
             matched = build_backbone(**network, matched=True).config.block_out_channels
-        attention = resolve_widths(kind, dataset, 0, None, None)[1]
+        attention = preset_sizes(kind, dataset, 0).get("attention_levels")
         networks[MATCHED, level] = network | {"level": 0, "widths": matched, "attention_levels": attention}
     found = []
     for (name, level), network in networks.items():

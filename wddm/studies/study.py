@@ -20,9 +20,9 @@ from wddm.checkpoints import public
 from wddm.data import Dataset
 from wddm.files import append_row, read_rows
 from wddm.metrics import scores
+from wddm.objective import build_solver, check_options, default_spacing
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
-from wddm.solvers import build_solver, check_options, default_spacing
 
 SETTING = ("scheduler", "steps", "eta", "spacing", "detail_steps")
 
@@ -103,10 +103,8 @@ def measured(
 
 def with_solver(pipeline: WaveletPipeline, scheduler: str, spacing: str) -> WaveletPipeline:
     """The same network and codec with another solver."""
-    kind, limit = pipeline.scheduler.config.prediction_type, pipeline.codec.limit.item()
-    other = WaveletPipeline(
-        pipeline.backbone, build_solver(scheduler, kind, spacing=spacing, clip=limit), pipeline.codec
-    )
+    kind, codec = pipeline.scheduler.config.prediction_type, pipeline.codec
+    other = WaveletPipeline(pipeline.backbone, build_solver(scheduler, kind, spacing=spacing, codec=codec), codec)
     other.set_progress_bar_config(disable=True)
     return other
 

@@ -1,0 +1,94 @@
+"""DiTModel: a transformer of coefficients, without convolutions (DiT, Peebles & Xie 2023, arXiv 2212.09748).
+
+Every position of the coefficient maps is one token: the wavelet level takes the place of DiT's patch size.
+Called and configured as diffusers' `UNet2DModel`: `model(sample, timestep).sample`, (B, C, h, w) in and out.
+"""
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class DiTModel(ModelMixin, ConfigMixin):
+    """Denoiser of self-attention and token-wise layers, steered by the time (adaLN-Zero).
+
+    Args:
+        sample_size: side of the (square) coefficient maps.
+        in_channels, out_channels: channels of `sample` and of the output.
+        block_out_channels: width of every block, all the same.
+        attention_head_dim: channels of an attention head.
+        dropout: probability inside the token-wise layers, in training only.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 16,
+        in_channels: int = 12,
+        out_channels: int = 12,
+        block_out_channels: tuple[int, ...] = (128, 128, 128, 128),
+        attention_head_dim: int = 64,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        width = block_out_channels[0]
+        if {width} != set(block_out_channels) or width % 4 or width % attention_head_dim:
+            raise ValueError(
+                f"got widths {list(block_out_channels)} and heads of {attention_head_dim}, wanted the same width for "
+                "all blocks, a multiple of 4 and of the heads: for example [64, 64, 64, 64]"
+            )
+        self.gradient_checkpointing = False
+        self.register_buffer("positions", get_2d_sincos_pos_embed(width, sample_size).float(), persistent=False)
+        self.frequencies = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0.0)
+        self.time = TimestepEmbedding(256, width)
+        self.proj_in, self.proj_out = nn.Linear(in_channels, width), nn.Linear(width, out_channels)
+        self.blocks = nn.ModuleList(DiTBlock(width, attention_head_dim, dropout) for _ in block_out_channels)
+        self.norm_out, self.modulation_out = plain_norm(width), nn.Linear(width, 2 * width)
+        for layer in (self.proj_out, self.modulation_out, *(block.modulation for block in self.blocks)):
+            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)  # every block begins as the identity
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float | int, return_dict: bool = True
+    ) -> UNet2DOutput | tuple[Tensor]:
+        """Denoise `sample` (B, C, h, w) at `timestep`, a number or one per sample (B,), fractions allowed."""
+        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
+        time = F.silu(self.time(self.frequencies(timestep).to(self.dtype)))  # (B, width)
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
+        through = self._gradient_checkpointing_func if again else nn.Module.__call__
+        x = self.proj_in(sample.flatten(2).transpose(1, 2)) + self.positions  # (B, h w, width)
+        for block in self.blocks:
+            x = through(block, x, time)
+        shift, scale = self.modulation_out(time).unsqueeze(1).chunk(2, dim=-1)
+        x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)
+        x = x.transpose(1, 2).unflatten(2, sample.shape[-2:])
+        return UNet2DOutput(sample=x) if return_dict else (x,)
+
+
+class DiTBlock(nn.Module):
+    """Self-attention, then two token-wise layers; the time shifts and scales what enters both and gates what leaves."""
+
+    def __init__(self, width: int, head_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.head_dim, self.modulation = head_dim, nn.Linear(width, 6 * width)
+        self.norm1, self.qkv, self.proj = plain_norm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        widen, narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm2, self.mlp = plain_norm(width), nn.Sequential(widen, nn.GELU("tanh"), nn.Dropout(dropout), narrow)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """Tokens (B, N, width) and time (B, width) -> (B, N, width)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(time).unsqueeze(1).chunk(6, dim=-1)
+        qkv = self.qkv(self.norm1(x) * (1 + scale1) + shift1).unflatten(-1, (3, -1, self.head_dim))
+        attended = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # (B, heads, N, head_dim)
+        x = x + gate1 * self.proj(attended.transpose(1, 2).flatten(2))
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+def plain_norm(width: int) -> nn.LayerNorm:
+    """LayerNorm whose scale and shift come from the time instead."""
+    return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
