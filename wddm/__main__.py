@@ -50,8 +50,7 @@ def train(arguments: argparse.Namespace) -> int:
         for experiment in experiments:
             parameters, folder = experiment.parameters, root / "runs" / experiment.run
             prepared = runs.given(parameters, runs.DATA)
-            place = root / "data" / "{dataset}-{resolution}".format(**parameters)
-            images = data.prepare(folder=place, progress=first, **prepared).images
+            images = data.prepare(root=root / "data", progress=first, **prepared).images
             options = {"extend": arguments.extend}
             runs.train(functools.partial(runs.make_trainer, parameters, images, folder, **options))
             if first:

@@ -1,4 +1,4 @@
-"""decoding: encoded images of any kind -> uint8 pixels of one size, on every core.
+"""decoding: encoded images of any kind -> an .npy file of uint8 pixels of one size, on every core.
 
 The rule, in this order:
 - the first frame of a file, turned upright as its EXIF orientation says;
@@ -26,13 +26,18 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
 
+RULE = 1  # part of the keys of prepared sets: to be raised when the rule above gives any image other pixels
+IMAGES_PER_PROCESS = 1024  # fewer do not pay for its start
 SERVE = "from wddm.decoding import _serve; _serve()"
 
 Item = tuple[bytes | Path | np.ndarray | None, int | None, str]  # image, label, where it is from
+Shape = tuple[int, int, int]  # height, width, channels
 Decoded = tuple[np.ndarray, list[int | None], list[tuple[str, str]]]
 
 
@@ -41,7 +46,39 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def decode(chunk: list[Item], shape: tuple[int, int, int]) -> Decoded:
+def write_images(
+    chunks: Iterable[list[Item]], count: int, shape: Shape, to: Path, on_error: str, progress: bool
+) -> tuple[list[int | None], list[str]]:
+    """Decode `count` images into the file `to`, a few chunks at a time; their labels, and where skipped ones are from.
+
+    Raises:
+        ValueError: an image does not decode, where `on_error` is not "skip".
+    """
+    labels: list[int | None] = []
+    skipped: list[str] = []
+    bar = tqdm(total=count, desc="decoding", unit="image", file=sys.stdout, disable=not progress)
+    decoding = decoded(chunks, shape, processes=count // IMAGES_PER_PROCESS)
+    with to.open("wb") as file, bar, decoding as results:
+        _write_header(file, (count, *shape))
+        for pixels, chunk_labels, failed in results:
+            if failed and on_error != "skip":
+                where, why = failed[0]
+                raise ValueError(f"got {where}, which does not decode ({why}): repair or remove it, or on_error=skip")
+            pixels.tofile(file)
+            labels += chunk_labels
+            skipped += [where for where, _ in failed]
+            bar.update(len(pixels) + len(failed))
+        file.seek(0)
+        _write_header(file, (len(labels), *shape))
+    return labels, skipped
+
+
+def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
+    """Of an .npy file, uint8; as long for any number of images, so that it can be written over."""
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+
+def decode(chunk: list[Item], shape: Shape) -> Decoded:
     """uint8 (n, H, W, C) and labels of the items that decode; where the others are from, and why they do not."""
     pixels, labels, failed = np.empty((len(chunk), *shape), np.uint8), [], []
     for image, label, where in chunk:
@@ -59,15 +96,13 @@ def decode(chunk: list[Item], shape: tuple[int, int, int]) -> Decoded:
 
 
 @contextmanager
-def decoded(
-    chunks: Iterable[list[Item]], shape: tuple[int, int, int], *, processes: int | None = None
-) -> Iterator[Iterator[Decoded]]:
+def decoded(chunks: Iterable[list[Item]], shape: Shape, *, processes: int | None = None) -> Iterator[Iterator[Decoded]]:
     """`decode` of every chunk, in order and a few chunks ahead, in a process per core or at most so many.
 
     PIL holds the interpreter's lock for most of the time that a small image takes: on two cores, two threads decode
     CIFAR-10 at half the speed of one, two processes at 1.6 times. A process ends when its input does, so none is left
-    behind by a parent that was killed; and it inherits no lock. They take a fifth of a second to start, so with fewer
-    than two there are none, but threads.
+    behind by a parent that was killed, as those of a ProcessPoolExecutor are; nor do they import the caller's script.
+    They take a fifth of a second to start, so with fewer than two there are none, but threads.
     """
     number = cores() if processes is None else min(cores(), processes)
     with ExitStack() as stack:
@@ -92,7 +127,7 @@ def ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, depth: 
         yield waiting.popleft().result()
 
 
-def _decode_elsewhere(idle: SimpleQueue, chunk: list[Item], shape: tuple[int, int, int]) -> Decoded:
+def _decode_elsewhere(idle: SimpleQueue, chunk: list[Item], shape: Shape) -> Decoded:
     """`decode`, in one of the idle processes."""
     process = idle.get()
     try:
@@ -123,7 +158,7 @@ def _serve() -> None:
             sys.stdout.buffer.flush()
 
 
-def _pixels(image: bytes | Path | np.ndarray | None, shape: tuple[int, int, int]) -> np.ndarray:
+def _pixels(image: bytes | Path | np.ndarray | None, shape: Shape) -> np.ndarray:
     """uint8 (H, W, C) of one image, by the rule above."""
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wddm.batches import to_batch
+from wddm.data import to_batch
 from wddm.objective import clean_estimate, signal_power
 from wddm.pipeline import WaveletPipeline
 
