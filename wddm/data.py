@@ -191,11 +191,13 @@ def _write(source: Source, settings: dict[str, Any], to: Path, progress: bool) -
     labels, skipped = write_images(chunks, len(rows), shape, to / "images.npy", settings["on_error"], progress)
     if not labels:
         raise ValueError(f"got {source.name} with no images ({len(skipped)} skipped), wanted some: give other files")
-    labelled = None not in labels and max(labels) >= 0  # unlabelled splits on the Hub say -1
-    names, counts = images.class_names if labelled else None, None
+    known = [label for label in labels if label is not None]
+    labelled = len(known) == len(labels) and max(known) >= 0  # unlabelled splits on the Hub say -1
+    names = images.class_names if labelled else None
+    counts: dict[str, int] | None = None
     if labelled:
-        np.save(to / "labels.npy", np.array(labels, np.int64))
-        values, sizes = (v.tolist() for v in np.unique(labels, return_counts=True))
+        np.save(to / "labels.npy", np.array(known, np.int64))
+        values, sizes = (v.tolist() for v in np.unique(known, return_counts=True))
         counts = {names[v] if names else str(v): size for v, size in zip(values, sizes, strict=True)}
     manifest = {
         **settings,

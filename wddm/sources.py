@@ -189,7 +189,9 @@ def _pictures(root: Path, files: list[Path]) -> Images:
     return Images(len(files), partial(_chunks, files, labels, ""), class_names=names if labelled else None)
 
 
-def _chunks(images: Any, labels: Any, name: str, rows: np.ndarray, size: int) -> Iterator[list[Item]]:
+def _chunks(
+    images: np.ndarray | list[Path], labels: np.ndarray | list[int] | None, name: str, rows: np.ndarray, size: int
+) -> Iterator[list[Item]]:
     """Chunks of an indexable of pixels or, where there is no name, of files."""
     for part in np.split(rows, range(size, len(rows), size)):
         yield [
