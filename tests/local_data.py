@@ -50,5 +50,5 @@ def png_folder(folder: Path, images: np.ndarray) -> Path:
     return folder
 
 
-def prepare(dataset: str, resolution: int, folder: Path, **settings) -> data.Dataset:
-    return data.prepare(dataset, resolution, folder, progress=False, **settings)
+def prepare(dataset: str, resolution: int, root: Path, **settings) -> data.Dataset:
+    return data.prepare(dataset, resolution, root, progress=False, **settings)

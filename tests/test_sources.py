@@ -157,7 +157,7 @@ def test_what_does_not_decode_is_named(tmp_path, pictures, hub_copy):
     write_shard(shard, cells, [0] * 10)
     with pytest.raises(ValueError, match=r"train-00001-of-00002\.parquet, row 4, which does not decode"):
         prepare("cifar10", 16, tmp_path / "out", dataset_path=hub_copy)
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*.preparing"))
+    assert not list((tmp_path / "out").glob("[!.]*")) and not list(tmp_path.rglob(".*.preparing"))
 
 
 def test_a_row_is_named_by_the_path_that_it_has(tmp_path):
@@ -178,7 +178,7 @@ def test_skipped_images_are_counted_and_named(tmp_path, pictures):
         prepare("folder", 16, tmp_path / "out", dataset_path=folder)
     prepared = prepare("folder", 16, tmp_path / "out", dataset_path=folder, on_error="skip")
     np.testing.assert_array_equal(prepared.images, pictures[[0, 13, 14]])
-    np.testing.assert_array_equal(np.load(tmp_path / "out" / "images.npy"), pictures[[0, 13, 14]])
+    np.testing.assert_array_equal(np.load(prepared.folder / "images.npy"), pictures[[0, 13, 14]])
     manifest = prepared.manifest
     assert manifest["count"] == 3 and manifest["shape"] == [3, 16, 16, 3] and manifest["on_error"] == "skip"
     assert manifest["skipped"] == {"count": 12, "first": [str(folder / f"{i:03}.png") for i in range(1, 11)]}
@@ -197,7 +197,7 @@ def test_damaged_and_foreign_parquet_is_refused_by_name(tmp_path, hub_copy, on_e
         shard.write_bytes(content)
         with pytest.raises(ValueError, match=rf"train-00001-of-00002\.parquet.*{message}") as caught:
             prepare("cifar10", 16, tmp_path / "out", dataset_path=hub_copy, on_error=on_error)
-        assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+        assert "\n" not in str(caught.value) and not list((tmp_path / "out").glob("[!.]*"))
 
     refused(whole[:-20], "wanted a whole Parquet file")
     refused(b"", "wanted a whole Parquet file")
@@ -243,7 +243,7 @@ def test_parquet_without_images_is_refused(tmp_path):
 )
 def test_bad_settings_are_refused_in_one_line(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message) as caught:
-        prepare(**{"dataset": "digits", "resolution": 16, "folder": tmp_path / "out", **settings})
+        prepare(**{"dataset": "digits", "resolution": 16, "root": tmp_path / "out", **settings})
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
@@ -335,13 +335,15 @@ def test_a_download_goes_on_where_it_was_cut_off_and_is_kept(tmp_path):
     FakeHub.content = (tmp_path / "shard").read_bytes()
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    code = "from wddm.sources import SOURCES; s = SOURCES['stl10'](64, None, 0); print(f'@{s.count} {s.revision}')"
+    code = "from wddm.sources import SOURCES; s = SOURCES['stl10'](64, None, 0); "
+    code += "images = s.open(); print(f'@{images.count} {images.revision} {s.content(None)}')"
     variables = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache")}
     for online in (True, False):
         options = {"env": {**os.environ, **variables}, "stdout": subprocess.PIPE, "text": True, "timeout": 60}
         bar, _, result = subprocess.run([sys.executable, "-c", code], **options).stdout.partition("@")
         lines = [line for line in bar.splitlines() if line]  # also where the bar is drawn over
-        assert result == f"24 {FakeHub.commit}\n" and all(line.startswith("downloading: ") for line in lines)
+        assert result == f"24 {FakeHub.commit} jxie/stl10@{FakeHub.commit}\n"
+        assert all(line.startswith("downloading: ") for line in lines)
         assert any("100%" in line for line in lines) == online
         server.shutdown()
         server.server_close()

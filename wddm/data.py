@@ -1,31 +1,35 @@
 """data: named sources -> prepared uint8 arrays with a manifest; prepared arrays -> batches on a device.
 
-`prepare` writes a folder of `images.npy` (uint8, (N, H, W, C)), `labels.npy` (int64, (N,), where there are
-any) and, last, `manifest.json`, a function of the settings and the source alone. `load` opens it. Where
-images come from is in `sources.py`, what becomes of them in `decoding.py`, how tensors are made of them in
-`batches.py`, and what there is for sets beyond one disk in `streams.py`.
+`prepare` makes `<root>/<dataset>-<resolution>-<key>/`. The key stands for the content of the source and the options,
+so that two sets never share a folder and one that is there is found. It holds `images.npy` (uint8, (N, H, W, C)),
+`labels.npy` (int64, (N,), where there are any) and, written last, `manifest.json`. `load` opens it.
+
+`batches` is an endless stream of tensors (B, C, H, W) in [-1, 1], which is the same bytes however often it was resumed.
 """
 
+import hashlib
 import json
 import math
-import sys
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from filelock import FileLock
-from tqdm import tqdm
+from torch import Tensor
 
-from wddm.batches import batches as batches
-from wddm.contents import duplicates as duplicates
-from wddm.contents import statistics, write_header
-from wddm.decoding import decoded
-from wddm.files import sha256, written_aside
-from wddm.sources import SOURCES, Source, listing_sha256
+from wddm.decoding import RULE, ahead, write_images
+from wddm.files import Digests, sha256, written_aside
+from wddm.sources import SOURCES, Source
 
 NOTEBOOK = "notebooks/01_prepare.ipynb"
-IMAGES_PER_PROCESS = 1024  # fewer do not pay for its start
 NAMED = 10  # skipped files that the manifest names
 
 
@@ -36,14 +40,19 @@ class Dataset:
     images: np.ndarray
     labels: np.ndarray | None
     class_names: list[str] | None
-    manifest: dict
+    manifest: dict[str, Any]
     folder: Path
+
+    @property
+    def sha256(self) -> str:
+        """Of `images.npy`: tells the set from every other one."""
+        return self.manifest["sha256"]["images"]
 
 
 def prepare(
     dataset: str,
     resolution: int,
-    folder: str | Path,
+    root: str | Path = "data",
     *,
     dataset_path: str | Path | None = None,
     seed: int = 0,
@@ -51,12 +60,12 @@ def prepare(
     on_error: str = "stop",
     progress: bool = True,
 ) -> Dataset:
-    """Make `folder` hold a data set and open it; at once if it is there, intact, with equal settings.
+    """Open the data set of this content and these options below `root`, prepared first if it is not there, intact.
 
     Args:
         dataset: a name in `SOURCES`.
         resolution: side of the square images in pixels, even.
-        folder: `data/<dataset>-<resolution>` by custom; written aside, renamed when it is whole.
+        root: the folder of all prepared sets; this one becomes `<root>/<dataset>-<resolution>-<key>`.
         dataset_path: local copy of a Hub data set in the Hub's Parquet layout; the folder of "folder".
         seed: chooses the crops of `patches`, and the images under a limit; has no influence otherwise.
         limit: at most so many images, drawn at random from all.
@@ -67,19 +76,26 @@ def prepare(
     Raises:
         ValueError: a bad argument, an image that does not decode. ConnectionError: the Hub is out of reach.
     """
-    settings = _settings(dataset, resolution, dataset_path, seed, limit, on_error)
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):  # a second process waits, then finds it done
-        reason = _reason_to_prepare(folder, settings)
-        if reason is None:
-            return load(folder)
-        if reason:
-            print(f"{folder}: {reason}; preparing it anew")
-        source = SOURCES[dataset](resolution, settings["dataset_path"], seed)
+    settings, source = _checked(dataset, resolution, dataset_path, seed, limit, on_error)
+    root = Path(root)
+    digests = Digests(root / ".digests.json")  # a large file that did not change is not read again
+    settings["content"] = source.content(digests)
+    digests.save()
+    key = hashlib.sha256(json.dumps([RULE, settings]).encode()).hexdigest()[:10]
+    folder = root / f"{dataset}-{resolution}-{key}"
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f".{folder.name}.lock"):  # a second process waits, then finds it done
+        _remove_leftovers(folder)
+        try:
+            return load(folder, verify=True)
+        except FileNotFoundError:
+            older = root / f"{dataset}-{resolution}"
+            if (older / "manifest.json").exists():
+                print(f"{older} is of an older layout: it is not used and may be removed")
+        except ValueError as error:
+            print(f"{str(error).split(': run')[0].removeprefix('got ')}; preparing it anew")
         with written_aside(folder, "preparing") as staging:
-            labels, skipped = _write_images(source, settings, staging, progress)
-            _write_manifest(source, settings, labels, skipped, staging)
+            _write(source, settings, staging, progress)
         return load(folder)
 
 
@@ -103,10 +119,10 @@ def load(folder: str | Path, verify: bool = False) -> Dataset:
         for name, written in manifest["sha256"].items() if verify else ():
             if sha256(folder / f"{name}.npy") != written:
                 raise ValueError(f"the sha256 of {name}.npy is not the one in the manifest")
+        return Dataset(images, labels, manifest["class_names"], manifest, folder)
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         message = " ".join(str(error).split())
         raise ValueError(f"got {folder}, which is damaged ({message}): run {NOTEBOOK} again") from None
-    return Dataset(images, labels, manifest["class_names"], manifest, folder)
 
 
 def check_source(
@@ -119,101 +135,186 @@ def check_source(
     on_error: str = "stop",
 ) -> None:
     """Raise the ValueError that `prepare` would, as far as it can be known without network and decoding."""
-    settings = _settings(dataset, resolution, dataset_path, seed, limit, on_error)
-    if dataset_path is not None or dataset == "folder":
-        SOURCES[dataset](resolution, settings["dataset_path"], seed)
+    _, source = _checked(dataset, resolution, dataset_path, seed, limit, on_error)
+    if dataset_path is not None:
+        source.open()
 
 
-def _settings(dataset: str, resolution: int, dataset_path, seed: int, limit: int | None, on_error: str) -> dict:
-    """What the prepared bytes are a function of, checked. A seed without influence is None."""
+def duplicates(images: np.ndarray) -> list[list[int]]:
+    """Groups of rows of uint8 (N, H, W, C) that are the same in every pixel, the largest first; by their hashes."""
+    rows: dict[bytes, list[int]] = defaultdict(list)
+    for row, image in enumerate(images):
+        rows[hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()].append(row)
+    return sorted((same for same in rows.values() if len(same) > 1), key=lambda same: (-len(same), same[0]))
+
+
+def _checked(
+    dataset: str, resolution: int, dataset_path: str | Path | None, seed: int, limit: int | None, on_error: str
+) -> tuple[dict[str, Any], Source]:
+    """The options that the prepared bytes depend on (a seed without influence is None), and the source."""
     if dataset not in SOURCES:
         close = get_close_matches(str(dataset), SOURCES, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "choose one of them"
         raise ValueError(f"got dataset={dataset!r}, wanted one of {', '.join(SOURCES)}: {hint}")
-    for name, value, least, wanted in (
+    for name, value, minimum, wanted in (
         ("resolution", resolution, 2, "an even number of pixels, 2 or more"),
         ("seed", seed, 0, "an integer, 0 or more"),
         ("limit", 1 if limit is None else limit, 1, "an integer, 1 or more, or None for all"),
     ):
-        if type(value) is not int or value < least or (name == "resolution" and value % 2):
+        if type(value) is not int or value < minimum or (name == "resolution" and value % 2):
             raise ValueError(f"got {name}={value!r}, wanted {wanted}: change {name}")
     if on_error not in ("stop", "skip"):
         raise ValueError(f"got on_error={on_error!r}, wanted stop or skip: choose one of them")
-    path = None if dataset_path is None else str(dataset_path)
-    return {
-        "dataset": dataset,
-        "resolution": resolution,
-        "seed": seed if limit is not None or dataset == "patches" else None,
-        "limit": limit,
-        "on_error": on_error,
-        "dataset_path": path,
-        "files_sha256": path and listing_sha256(path),
-    }
+    if dataset_path is not None and not Path(dataset_path).exists():
+        raise ValueError(f"got dataset_path={dataset_path}, which does not exist: give a folder of images or Parquet")
+    source = SOURCES[dataset](resolution, None if dataset_path is None else str(dataset_path), seed)
+    seed_used = seed if limit is not None or dataset == "patches" else None
+    options = {"seed": seed_used, "limit": limit, "on_error": on_error, "split": source.split}
+    return {"dataset": dataset, "resolution": resolution, **options}, source
 
 
-def _reason_to_prepare(folder: Path, settings: dict) -> str | None:
-    """None if the folder is intact and has these settings; otherwise why it is not, "" if it is new."""
-    present = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if "manifest.json" not in present and present - {"images.npy", "labels.npy"}:
-        raise ValueError(f"got folder={folder}, which holds other files, wanted a new one: choose another")
-    try:
-        before = load(folder, verify=True).manifest
-    except FileNotFoundError:
-        return ""
-    except ValueError as error:
-        return str(error).split(": run")[0].removeprefix(f"got {folder}, which ")
-    changed = [key for key in settings if before.get(key) != settings[key]]
-    return ", ".join(f"{key} was {before.get(key)!r} and is {settings[key]!r}" for key in changed) or None
+def _remove_leftovers(folder: Path) -> None:
+    """Of processes that were killed while they prepared this folder."""
+    final = Path(os.path.realpath(folder))
+    for end in ("preparing", "old"):
+        shutil.rmtree(final.with_name(f".{final.name}.{end}"), ignore_errors=True)
 
 
-def _write_images(source: Source, settings: dict, to: Path, progress: bool) -> tuple[list[int | None], list[str]]:
-    """Decode and resize into `to`/images.npy, on all cores and a few chunks at a time; labels, and what was skipped."""
-    rows, limit = np.arange(source.count), settings["limit"]
+def _write(source: Source, settings: dict[str, Any], to: Path, progress: bool) -> None:
+    """Write images.npy, labels.npy and, last, manifest.json; without a clock, so that they can be reproduced."""
+    images, limit = source.open(), settings["limit"]
+    rows = np.arange(images.count)
     if limit is not None and limit < len(rows):
         rows = np.sort(np.random.default_rng(settings["seed"]).choice(rows, limit, replace=False))
-    shape = (settings["resolution"], settings["resolution"], source.channels)
-    chunks = source.read(rows, max(1, min(256, 2**22 // math.prod(shape))))
-    labels, skipped = [], []
-    bar = tqdm(total=len(rows), desc="decoding", unit="image", file=sys.stdout, disable=not progress)
-    decoding = decoded(chunks, shape, processes=len(rows) // IMAGES_PER_PROCESS)
-    with (to / "images.npy").open("wb") as file, bar, decoding as results:
-        write_header(file, (len(rows), *shape))
-        for pixels, chunk_labels, failed in results:
-            if failed and settings["on_error"] == "stop":
-                where, why = failed[0]
-                raise ValueError(f"got {where}, which does not decode ({why}): repair or remove it, or on_error=skip")
-            pixels.tofile(file)
-            labels += chunk_labels
-            skipped += [where for where, _ in failed]
-            bar.update(len(pixels) + len(failed))
-        file.seek(0)
-        write_header(file, (len(labels), *shape))
+    shape = (settings["resolution"], settings["resolution"], images.channels)
+    chunks = images.read(rows, max(1, min(256, 2**22 // math.prod(shape))))
+    labels, skipped = write_images(chunks, len(rows), shape, to / "images.npy", settings["on_error"], progress)
     if not labels:
         raise ValueError(f"got {source.name} with no images ({len(skipped)} skipped), wanted some: give other files")
-    return labels, skipped
-
-
-def _write_manifest(source: Source, settings: dict, labels: list[int | None], skipped: list[str], to: Path) -> None:
-    """Write `to`/labels.npy and, last, manifest.json; without a clock, so that it can be reproduced."""
-    labelled = None not in labels and max(labels) >= 0  # unlabelled splits on the Hub say -1
-    names, counts = source.class_names if labelled else None, None
+    known = [label for label in labels if label is not None]
+    labelled = len(known) == len(labels) and max(known) >= 0  # unlabelled splits on the Hub say -1
+    names = images.class_names if labelled else None
+    counts: dict[str, int] | None = None
     if labelled:
-        np.save(to / "labels.npy", np.array(labels, np.int64))
-        values, sizes = (v.tolist() for v in np.unique(labels, return_counts=True))
+        np.save(to / "labels.npy", np.array(known, np.int64))
+        values, sizes = (v.tolist() for v in np.unique(known, return_counts=True))
         counts = {names[v] if names else str(v): size for v, size in zip(values, sizes, strict=True)}
-    bands = statistics(to / "images.npy")
     manifest = {
         **settings,
         "source": source.name,
-        "revision": source.revision,
-        "split": source.split,
+        "revision": images.revision,
         "count": len(labels),
         "skipped": {"count": len(skipped), "first": skipped[:NAMED]},
-        "shape": list(np.load(to / "images.npy", mmap_mode="r").shape),
+        "shape": [len(labels), *shape],
         "sha256": {name: sha256(to / f"{name}.npy") for name in ("images", "labels")[: 1 + labelled]},
         "class_names": names,
         "class_counts": counts,
-        "pixels": bands.pop("0"),
-        "bands": bands,
     }
     (to / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def batches(
+    images: np.ndarray,
+    batch_size: int,
+    *,
+    seed: int,
+    start: int = 0,
+    device: str | torch.device = "cpu",
+    flip: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    on_device: bool | None = None,
+) -> Iterator[Tensor]:
+    """Endless float32 batches (batch_size / world_size, C, H, W) in [-1, 1], contiguous, on the device.
+
+    The stream is one permutation of the images per epoch, drawn from (seed, epoch), end to end: batches
+    straddle epochs, and the batch that begins after `start` images is the same however one got there.
+
+    Args:
+        images: uint8 (N, H, W, C), a memory map for instance.
+        batch_size: images in a batch over all processes.
+        start: images seen before, by all processes.
+        flip: mirror every image left to right with probability 1/2, drawn from (seed, epoch) too.
+        rank, world_size: this process takes the rank-th contiguous slice of every batch.
+        on_device: keep the whole set on the device; by default on an accelerator where it `fits`. Otherwise a
+            thread prepares the next batches while the caller computes. The batches are the same.
+
+    Raises:
+        ValueError: images of another form, or a batch size that world_size does not divide.
+    """
+    if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
+        raise ValueError(
+            f"got {images.dtype} images {images.shape}, wanted uint8 (N, H, W, C): give load(folder).images"
+        )
+    if batch_size < 1 or start < 0 or not 0 <= rank < world_size or batch_size % world_size:
+        raise ValueError(
+            f"got batch_size={batch_size}, start={start}, rank={rank}, world_size={world_size}, wanted a "
+            "batch size that world_size divides, start >= 0 and 0 <= rank < world_size: change batch_size"
+        )
+    device = torch.device(device)
+    if on_device is None:
+        on_device = device.type != "cpu" and fits(images.nbytes, device)
+    share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+    order = _order(len(images), batch_size, seed, start)
+    order = ((rows[share], mirrored[share] & flip) for rows, mirrored in order)
+    return _from_device(images, order, device) if on_device else _from_host(images, order, device)
+
+
+def fits(nbytes: int, device: torch.device) -> bool:
+    """Whether a set takes under a quarter of the free memory of a CUDA device, or under 1 GiB on another one."""
+    return nbytes < (torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**30)
+
+
+def to_batch(pixels: np.ndarray, mirrored: np.ndarray, device: torch.device) -> Tensor:
+    """float32 (B, C, H, W) in [-1, 1] on the device of uint8 (B, H, W, C), some of them mirrored left to right."""
+    if device.type == "cpu":  # in numpy, image by image: in cache, and without threads that would compete with training
+        count, height, width, channels = pixels.shape
+        batch = np.empty((count, channels, height, width), np.float32)
+        for out, image, mirror in zip(batch, pixels, mirrored, strict=True):
+            out[:] = (image[:, ::-1] if mirror else image).transpose(2, 0, 1)
+            out /= np.float32(127.5)
+            out -= np.float32(1)
+        return torch.from_numpy(batch)
+    x = torch.from_numpy(pixels)
+    x = (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+    return _finish(x.permute(0, 3, 1, 2), mirrored)
+
+
+def _order(count: int, batch_size: int, seed: int, start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Row numbers and coin flips (batch_size,) of the batches that follow `start` images."""
+    epoch, offset = divmod(start, count)
+    rows, coins = (drawn[offset:] for drawn in _epoch(count, seed, epoch))
+    while True:
+        while len(rows) < batch_size:
+            epoch += 1
+            more = _epoch(count, seed, epoch)
+            rows, coins = np.concatenate([rows, more[0]]), np.concatenate([coins, more[1]])
+        yield rows[:batch_size], coins[:batch_size]
+        rows, coins = rows[batch_size:], coins[batch_size:]
+
+
+def _epoch(count: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng([seed, epoch])
+    return rng.permutation(count), rng.random(count) < 0.5
+
+
+def _finish(x: Tensor, mirrored: np.ndarray) -> Tensor:
+    """Mirrored, float32 and contiguous, of uint8 (B, C, H, W) on a device."""
+    mirrored = torch.from_numpy(mirrored).to(x.device).view(-1, 1, 1, 1)
+    x = torch.where(mirrored, x.flip(-1), x)
+    return x.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+
+
+def _from_device(images: np.ndarray, order: Iterator, device: torch.device) -> Iterator[Tensor]:
+    resident = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).contiguous()
+    for rows, mirrored in order:
+        yield _finish(resident[torch.from_numpy(rows).to(device)], mirrored)
+
+
+def _from_host(images: np.ndarray, order: Iterator, device: torch.device) -> Iterator[Tensor]:
+    def gather(drawn: tuple[np.ndarray, np.ndarray]) -> Tensor:
+        rows, mirrored = drawn
+        return to_batch(images[rows], mirrored, device)
+
+    with ThreadPoolExecutor(1) as pool:
+        yield from ahead(pool, gather, order, depth=2)

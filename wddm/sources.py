@@ -1,98 +1,137 @@
 """sources: where images come from. A new data set is one function and a line in `SOURCES`.
 
-Such a function takes (resolution, dataset_path, seed) and returns a `Source`: how many images there are, and
-a reader that hands them over in chunks, encoded or as pixels. What is made of them (colour, orientation,
-transparency, 16 bits, resizing and cropping) is the rule at the top of `decoding.py`.
+Such a function takes (resolution, dataset_path, seed), refuses what it can without the network, and returns a
+`Source`: what tells its images from all others, and how to open them. Opened `Images` are handed over in chunks,
+encoded or as pixels; what is made of them is the rule at the top of `decoding.py`.
 """
 
-import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import distribution
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from wddm import parquet
 from wddm.decoding import Item
+from wddm.files import Digests
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 PATCHES = 10_000  # crops in `patches`
+CHUNK_BYTES = 2**22  # that a chunk of encoded images takes, on average
 
 
 @dataclass(frozen=True)
-class Source:
-    """Images to prepare. `read(rows, size)` yields those of ascending rows in order, up to `size` at a time."""
+class Images:
+    """Images to decode. `read(rows, size)` yields those of ascending rows in order, up to `size` at a time."""
 
-    name: str
     count: int
     read: Callable[[np.ndarray, int], Iterator[list[Item]]]
     channels: int = 3
     class_names: list[str] | None = None
     revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A set that can be opened. `content` is the same text for the same images, and another one for any others."""
+
+    name: str
+    content: Callable[[Digests], str]
+    open: Callable[[], Images]
     split: str = "all"
 
 
 def digits(resolution: int, dataset_path: str | None, seed: int) -> Source:
     """The 1,797 handwritten digits in scikit-learn: 8x8, 17 grey levels, 1 channel, 10 classes; enlarged."""
-    from sklearn.datasets import load_digits
 
-    _embedded("digits", dataset_path)
-    bunch = load_digits()
-    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-    read = partial(_items, pixels, bunch.target, "digits")
-    return Source("scikit-learn load_digits", len(pixels), read, 1, [str(digit) for digit in range(10)])
+    def opened() -> Images:
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+        read = partial(_chunks, pixels, bunch.target, "digits")
+        return Images(len(pixels), read, 1, [str(digit) for digit in range(10)])
+
+    return _embedded("digits", dataset_path, "load_digits", ["data/digits.csv.gz"], opened)
 
 
 def patches(resolution: int, dataset_path: str | None, seed: int) -> Source:
     """10,000 random full-scale crops of the two photographs (the classes) in scikit-learn, 427x640 pixels."""
-    from sklearn.datasets import load_sample_images
 
-    _embedded("patches", dataset_path)
-    bunch = load_sample_images()
-    photographs = np.stack(bunch.images)
-    if resolution > min(photographs.shape[1:3]):
+    def opened() -> Images:
+        from sklearn.datasets import load_sample_images
+
+        bunch = load_sample_images()
+        photographs = np.stack(bunch.images)
+        rng = np.random.default_rng(seed)
+        photo = rng.integers(len(photographs), size=PATCHES)
+        top, left = (rng.integers(side - resolution + 1, size=PATCHES) for side in photographs.shape[1:3])
+        crops = np.lib.stride_tricks.sliding_window_view(photographs, (resolution, resolution), axis=(1, 2))
+
+        def read(rows: np.ndarray, size: int) -> Iterator[list[Item]]:
+            for part in np.split(rows, range(size, len(rows), size)):
+                pixels = crops[photo[part], top[part], left[part]].transpose(0, 2, 3, 1)  # (n, r, r, C)
+                yield from _chunks(pixels, photo[part], "patches", np.arange(len(part)), size)
+
+        return Images(PATCHES, read, class_names=[Path(name).stem for name in bunch.filenames])
+
+    if resolution > 427:
         raise ValueError(f"got resolution={resolution}, wanted at most 426 for patches: choose a smaller one")
-    rng = np.random.default_rng(seed)
-    photo = rng.integers(len(photographs), size=PATCHES)
-    top, left = (rng.integers(side - resolution + 1, size=PATCHES) for side in photographs.shape[1:3])
-    crops = np.lib.stride_tricks.sliding_window_view(photographs, (resolution, resolution), axis=(1, 2))
-
-    def read(rows: np.ndarray, size: int) -> Iterator[list[Item]]:
-        for part in np.split(rows, range(size, len(rows), size)):
-            pixels = crops[photo[part], top[part], left[part]].transpose(0, 2, 3, 1)  # (n, r, r, C)
-            yield from _items(pixels, photo[part], "patches", np.arange(len(part)), size)
-
-    names = [Path(name).stem for name in bunch.filenames]
-    return Source("scikit-learn load_sample_images", PATCHES, read, class_names=names)
+    files = ["images/china.jpg", "images/flower.jpg"]
+    return _embedded("patches", dataset_path, "load_sample_images", files, opened)
 
 
 def folder(resolution: int, dataset_path: str | None, seed: int) -> Source:
     """All images, or all Parquet files, below a folder; subfolders that hold all images are classes."""
     if dataset_path is None:
         raise ValueError('got dataset="folder" alone, wanted a folder of images: give dataset_path')
-    tables, files = _files(dataset_path, {".parquet"}), _files(dataset_path, SUFFIXES)
+    root = Path(dataset_path)
+    tables, files = _files(root, {".parquet"}), _files(root, SUFFIXES)
     if bool(tables) == bool(files):
         found = f"{len(tables)} Parquet files and {len(files)} images"
-        raise ValueError(f"got {found} in {dataset_path}, wanted one or the other: separate them")
-    if tables:
-        return _tables(dataset_path, tables)
-    tops = [file.relative_to(dataset_path).parts[:-1][:1] for file in files]
-    names = sorted({top[0] for top in tops if top})
-    labelled = all(tops) and len(names) > 1
-    labels = [names.index(top[0]) for top in tops] if labelled else None
-    read = partial(_items, files, labels, "")
-    return Source(dataset_path, len(files), read, class_names=names if labelled else None)
+        raise ValueError(f"got {found} in {root}, wanted one or the other: separate them")
+    opened = partial(_tables, tables) if tables else partial(_pictures, root, files)
+    return _local(dataset_path, root, tables or files, opened)
 
 
 def hub(resolution: int, dataset_path: str | None, seed: int, *, repo: str, split: str) -> Source:
     """Splits ("train+validation") of "owner/name@revision" on the Hub, or of a copy laid out so."""
-    repo, _, revision = repo.partition("@")
-    root, found = (dataset_path, None) if dataset_path else _download(repo, revision or None, split)
-    return _tables(dataset_path or repo, shards(root, split), revision=found, split=split)
+    if dataset_path is not None:
+        files = shards(dataset_path, split)
+        return _local(dataset_path, Path(dataset_path), files, partial(_tables, files), split)
+    name, _, revision = repo.partition("@")
+
+    def content(_: Digests) -> str:
+        pinned = re.fullmatch("[0-9a-f]{40}", revision)
+        return f"{name}@{revision if pinned else _snapshot(name, revision, []).name}"
+
+    def opened() -> Images:
+        root = _snapshot(name, revision, [f"*{part}*.parquet" for part in split.split("+")])
+        return replace(_tables(shards(root, split)), revision=root.name)
+
+    return Source(name, content, opened, split)
+
+
+SOURCES: dict[str, Callable[[int, str | None, int], Source]] = {
+    "digits": digits,
+    "patches": patches,
+    "cifar10": partial(hub, repo="uoft-cs/cifar10@0b2714987fa478483af9968de7c934580d0bb9a2", split="train"),
+    "stl10": partial(hub, repo="jxie/stl10", split="unlabeled"),
+    "celebahq": partial(
+        hub,
+        repo="korexyz/celeba-hq-256x256@42078a1fb27b6079eaab8cf453efd3d79a8b7bda",
+        split="train+validation",
+    ),
+    "folder": folder,
+}
 
 
 def shards(root: str | Path, split: str) -> list[Path]:
@@ -101,8 +140,9 @@ def shards(root: str | Path, split: str) -> list[Path]:
     Raises:
         ValueError: there are none, or fewer than the names ("-of-00004") say.
     """
+    root = Path(root)
     files = _files(root, {".parquet"})
-    if Path(root).is_file():
+    if root.is_file():
         return files
     chosen = []
     for part in split.split("+"):
@@ -119,65 +159,135 @@ def shards(root: str | Path, split: str) -> list[Path]:
     return chosen
 
 
-SOURCES: dict[str, Callable[..., Source]] = {
-    "digits": digits,
-    "patches": patches,
-    "cifar10": partial(hub, repo="uoft-cs/cifar10@0b2714987fa478483af9968de7c934580d0bb9a2", split="train"),
-    "stl10": partial(hub, repo="jxie/stl10", split="unlabeled"),
-    "celebahq": partial(
-        hub,
-        repo="korexyz/celeba-hq-256x256@42078a1fb27b6079eaab8cf453efd3d79a8b7bda",
-        split="train+validation",
-    ),
-    "folder": folder,
-}
+def _files(root: Path, suffixes: set[str]) -> list[Path]:
+    """The file itself, or the files below a folder, hidden ones left out, in order of name."""
+    files = sorted(root.rglob("*")) if root.is_dir() else [root]
+    shown = (file for file in files if not any(part[0] == "." for part in file.relative_to(root).parts))
+    return [file for file in shown if file.suffix.lower() in suffixes]
 
 
-def listing_sha256(root: str | Path) -> str:
-    """What is there: sha256 of the names and sizes of the images and Parquet files below a folder."""
-    files = _files(root, {".parquet", *SUFFIXES})
-    lines = [f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n" for file in files]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+def _local(name: str, root: Path, files: list[Path], opened: Callable[[], Images], split: str = "all") -> Source:
+    """A set of files below `root`, which is the same one when the folder was moved or copied."""
+    return Source(name, lambda digests: digests.of_files(root, files), opened, split)
 
 
-def _embedded(dataset: str, dataset_path: str | None) -> None:
+def _embedded(
+    dataset: str, dataset_path: str | None, loader: str, files: list[str], opened: Callable[[], Images]
+) -> Source:
+    """A set that comes with scikit-learn, which is not imported to tell the content of its files."""
     if dataset_path is not None:
         raise ValueError(f"got dataset_path={dataset_path}, wanted none, {dataset} is embedded: leave it out")
+    root = Path(str(distribution("scikit-learn").locate_file("sklearn/datasets")))
+    return _local(f"scikit-learn {loader}", root, [root / file for file in files], opened)
 
 
-def commit(repo: str, revision: str | None) -> str:
-    """That a revision of a data set on the Hub stands for now; ConnectionError if the Hub does not answer at once."""
-    from huggingface_hub import HfApi
-
-    try:  # one request, which is not retried
-        return HfApi().dataset_info(repo, revision=revision, timeout=10).sha
-    except Exception as error:  # of whichever HTTP library the Hub's client uses
-        raise _unreachable(repo, error) from None
+def _pictures(root: Path, files: list[Path]) -> Images:
+    tops = [file.relative_to(root).parts[:-1][:1] for file in files]
+    names = sorted({top[0] for top in tops if top})
+    labelled = all(tops) and len(names) > 1
+    labels = [names.index(top[0]) for top in tops] if labelled else None
+    return Images(len(files), partial(_chunks, files, labels, ""), class_names=names if labelled else None)
 
 
-def _download(repo: str, revision: str | None, split: str) -> tuple[Path, str]:
-    """Folder and commit of the Parquet files of a Hub data set, from the Hub or else from its cache.
+def _chunks(
+    images: np.ndarray | list[Path], labels: np.ndarray | list[int] | None, name: str, rows: np.ndarray, size: int
+) -> Iterator[list[Item]]:
+    """Chunks of an indexable of pixels or, where there is no name, of files."""
+    for part in np.split(rows, range(size, len(rows), size)):
+        yield [
+            (images[i], None if labels is None else int(labels[i]), f"{name} {i}" if name else str(images[i]))
+            for i in part
+        ]
 
-    Files that are there already are not fetched again, and one whose connection breaks is taken up where it broke.
+
+def _tables(files: list[Path]) -> Images:
+    """The first column of images in Parquet files as on the Hub, with the integers of a column `label`.
+
+    Read by pyarrow and not by `datasets`, which copies the files to Arrow ones and maps those into memory: reading
+    100,000 images of 64x64 so peaks at three times the memory.
+
+    Raises:
+        ValueError: a file is no Parquet, is cut off, or holds other columns than the first.
     """
-    from huggingface_hub import snapshot_download
+    import pyarrow as pa
+    from datasets import ClassLabel, Features
 
-    patterns = [f"*{part}*.parquet" for part in split.split("+")]
-    wanted = {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns}
+    headers = [_parquet(file).metadata for file in files]
+    counts, (schema, *others) = [one.num_rows for one in headers], [one.schema.to_arrow_schema() for one in headers]
+    holds = [pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 for kind in schema.types]
+    if not any(holds):
+        raise ValueError(f"got columns {schema.names} in {files[0]}, wanted one of images: give other files")
+    feature = Features.from_arrow_schema(schema).get("label")
+    labelled = feature is not None and pa.types.is_integer(schema.field("label").type)
+    columns = [schema.names[holds.index(True)], *["label"] * labelled]
+    for file, other in zip(files[1:], others, strict=True):
+        if not set(columns) <= set(other.names):
+            raise ValueError(f"got columns {other.names} in {file}, wanted those of {files[0]}: separate them")
+    stored = sum(one.row_group(i).total_byte_size for one in headers for i in range(one.num_row_groups))
+
+    def read(rows: np.ndarray, size: int) -> Iterator[list[Item]]:
+        first, size = 0, max(1, min(size, CHUNK_BYTES * sum(counts) // max(1, stored)))
+        for file, count in zip(files, counts, strict=True):
+            chosen = rows[slice(*np.searchsorted(rows, (first, first + count)))] - first
+            if len(chosen):
+                yield from _cells(file, columns, chosen, size)
+            first += count
+
+    return Images(sum(counts), read, class_names=feature.names if isinstance(feature, ClassLabel) else None)
+
+
+def _cells(file: Path, columns: list[str], rows: np.ndarray, size: int) -> Iterator[list[Item]]:
+    """Chunks of the given rows of one Parquet file; columns: of images, perhaps of labels."""
+    import pyarrow as pa
+
+    first = 0
     try:
-        commit(repo, revision)  # asked only whether it is there: the cache must learn what the revision stands for
-        root = snapshot_download(repo, tqdm_class=_Bar, **wanted)
-    except Exception as error:
+        for batch in _parquet(file).iter_batches(size, columns=columns):
+            part = rows[slice(*np.searchsorted(rows, (first, first + len(batch))))]
+            taken = zip(part, batch.take(pa.array(part - first)).to_pylist(), strict=True)
+            cells = [(row, cell[columns[0]] or {}, cell.get("label")) for row, cell in taken]
+            yield [
+                (cell.get("bytes"), label, f"{file}, row {row} {cell.get('path') or ''}".rstrip())
+                for row, cell, label in cells
+            ]
+            first += len(batch)
+    except (pa.ArrowException, OSError) as error:
+        message = " ".join(str(error).split())
+        raise ValueError(f"got {file}, which is damaged after row {first} ({message}): fetch it again") from None
+
+
+def _parquet(file: Path) -> "ParquetFile":
+    """pyarrow's reader, which so holds some pages of a file in memory, where by default it holds a row group."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
+    except (pa.ArrowException, OSError) as error:
+        message = " ".join(str(error).split())
+        raise ValueError(f"got {file}, wanted a whole Parquet file ({message}): fetch it again") from None
+
+
+def _snapshot(repo: str, revision: str, patterns: list[str]) -> Path:
+    """Folder of the files of a Hub data set, named after the commit that the revision stands for.
+
+    Without patterns nothing is fetched: the name is all that is asked for. Files that are there already are not
+    fetched again, and one whose connection breaks is taken up where it broke. While the Hub is out of reach, its cache
+    on this machine answers.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    at = revision or None
+    fetch = partial(snapshot_download, repo, repo_type="dataset", revision=at, allow_patterns=patterns)
+    try:
+        commit = HfApi().dataset_info(repo, revision=at, timeout=10).sha  # one request, which is not retried
+        return Path(fetch(tqdm_class=_Bar) if patterns else commit)
+    except Exception as error:  # of whichever HTTP library the Hub's client uses
         try:
-            root = snapshot_download(repo, local_files_only=True, **wanted)
+            return Path(fetch(local_files_only=True))
         except Exception:
-            raise (error if isinstance(error, ConnectionError) else _unreachable(repo, error)) from None
-    return Path(root), Path(root).name
-
-
-def _unreachable(repo: str, error: Exception) -> ConnectionError:
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-    return ConnectionError(
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    raise ConnectionError(
         f"got nothing from the Hugging Face Hub for {repo} ({reason}), wanted it or a copy in its cache: connect to "
         "the network, or give dataset_path a folder of its Parquet files, or bring here the cache of "
         f"`hf download {repo} --repo-type dataset`"
@@ -187,34 +297,10 @@ def _unreachable(repo: str, error: Exception) -> ConnectionError:
 class _Bar(tqdm):
     """Of the bars that the Hub's client draws, the one of the bytes that have arrived, as plain text on stdout."""
 
-    def __init__(self, *arguments, **options) -> None:
+    def __init__(self, *arguments: Any, **options: Any) -> None:
         options["disable"] = not str(options.get("desc")).startswith("Reconstructing")
         options |= {"desc": "downloading", "bar_format": None, "file": sys.stdout}
         super().__init__(*arguments, **options)
 
-    def set_description(self, *_, **__) -> None:
+    def set_description(self, *_: Any, **__: Any) -> None:
         """It keeps its own."""
-
-
-def _files(root: str | Path, suffixes: set[str]) -> list[Path]:
-    """The file itself, or the files below a folder, hidden ones left out, in order of name."""
-    root = Path(root)
-    if not root.exists():
-        raise ValueError(f"got dataset_path={root}, which does not exist: give a folder of images or Parquet")
-    files = sorted(root.rglob("*")) if root.is_dir() else [root]
-    shown = (file for file in files if not any(part[0] == "." for part in file.relative_to(root).parts))
-    return [file for file in shown if file.suffix.lower() in suffixes]
-
-
-def _items(images, labels, name: str, rows: np.ndarray, size: int) -> Iterator[list[Item]]:
-    """Chunks of an indexable of pixels or, where there is no name, of files."""
-    for part in np.split(rows, range(size, len(rows), size)):
-        yield [
-            (images[i], None if labels is None else int(labels[i]), f"{name} {i}" if name else str(images[i]))
-            for i in part
-        ]
-
-
-def _tables(name: str, files: list[Path], **origin) -> Source:
-    count, read, names = parquet.images(files)
-    return Source(name, count, read, class_names=names, **origin)

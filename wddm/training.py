@@ -18,7 +18,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from wddm import checkpoints, monitor, resume, update
-from wddm.batches import batches
+from wddm.data import batches
 from wddm.devices import resolve_precision, tune
 from wddm.metrics import packet_moments
 from wddm.objective import noise_scheduler

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from wddm.backbones import IMAGES, build_backbone
-from wddm.batches import batches
+from wddm.data import batches
 from wddm.devices import resolve_precision, tune
 from wddm.kan import SplineLinear
 from wddm.objective import build_solver

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wddm.batches import to_batch
-from wddm.objective import alphas_cumprod, clean_estimate
+from wddm.data import to_batch
+from wddm.objective import clean_estimate, signal_power
 from wddm.pipeline import WaveletPipeline
 
 
@@ -36,7 +36,7 @@ def along_trajectory(pipeline: WaveletPipeline, count: int, **options: Any) -> d
     times = [torch.as_tensor(t).round().long().view(-1)[:1].to(noisy.device) for noisy, t, _ in seen]
     clean = [clean_estimate(pipeline.scheduler, z, out, t) for (z, _, out), t in zip(seen, times, strict=True)]
     for (noisy, _, _), estimate, t in zip(seen, clean, times, strict=True):
-        signal = alphas_cumprod(pipeline.scheduler, t).sqrt() * estimate
+        signal = signal_power(pipeline.scheduler, t).sqrt() * estimate
         found["signal"].append(by_band(signal, bands))
         found["noise"].append(by_band(noisy - signal, bands))
         found["change"].append(by_band(estimate - clean[-1], bands) / by_band(clean[-1], bands))
