@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from diffusers import ModelMixin
 
-from wddm import data
+from wddm import data, metrics
 from wddm.backbones import IMAGES, build_backbone
 from wddm.solvers import build_solver, check_options
-from wddm.steps import Step
-from wddm.training import Trainer
+from wddm.training import Step, Trainer
 from wddm.wavelets import WaveletCodec
 from wddm.workbook import progress
 
@@ -47,6 +46,10 @@ def make_trainer(parameters: dict[str, Any], images: np.ndarray, folder: Path, *
     codec = make_codec(parameters).fit(images)
     network = make_network(parameters, images.shape[-1])
     settings = given(parameters, TRAINING) | options
+    if settings.get("fwd_kimg"):
+        level = parameters.get("fwd_level", 2)
+        real = metrics.packet_moments(images, level)
+        settings["measure"] = lambda samples: metrics.frechet_wavelet_distance(real, samples, level).value
     return Trainer(model=network, codec=codec, images=images, folder=folder, **settings)
 
 

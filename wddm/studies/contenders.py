@@ -20,13 +20,12 @@ from torch import Tensor
 
 from wddm.backbones import IMAGES, build_backbone
 from wddm.batches import batches
-from wddm.devices import resolve_precision, tune
 from wddm.kan import SplineLinear
+from wddm.learner import resolve_precision, tune
 from wddm.pipeline import WaveletPipeline
 from wddm.solvers import build_solver
-from wddm.steps import Step
 from wddm.studies import baselines
-from wddm.training import Trainer
+from wddm.training import Step, Trainer
 from wddm.wavelets import WaveletCodec
 
 
@@ -62,6 +61,7 @@ def training(
             log_every=steps,
             precision=precision,
             compile=compile,
+            preview_kimg=0.0,
         )
         yield from trainer.steps()
 
