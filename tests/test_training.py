@@ -275,7 +275,7 @@ def test_options_that_cannot_be_are_refused_and_nothing_is_written(tmp_path, opt
 def test_the_defaults_are_those_of_the_modern_recipe() -> None:
     recipe = yaml.safe_load((ROOT / "params/recipes/modern.yaml").read_text())
     defaults = {f.name: f.default for f in fields(Trainer)}
-    ours = {name: value for name, value in recipe.items() if name in defaults}
+    ours = {name: type(defaults[name])(value) for name, value in recipe.items() if name in defaults}
     assert len(ours) == 8 and ours == {name: defaults[name] for name in ours}
 
 
