@@ -263,7 +263,8 @@ def test_the_code_is_that_which_decides_what_is_learned(tmp_path, monkeypatch) -
         ({"weighting": "mean_snr"}, "got weighting='mean_snr', wanted one of none, min_snr"),
         ({"fwd_kimg": 1.0}, "got fwd_kimg=1 without measure, wanted a function of samples: give both"),
         ({"accumulation": 3}, r"got batch_size=16, wanted a multiple of 3 \(accumulation\) times 1"),
-        ({"validation_kimg": 1.0, "validation_images": 40}, "got validation_images=40 of 40 images, wanted fewer"),
+        ({"validation_kimg": 1.0, "validation_images": 40}, "got validation_images=40 of 40 images, wanted 1"),
+        ({"validation_kimg": 1.0, "validation_images": 0}, "got validation_images=0 of 40 images, wanted 1 or more"),
     ],
 )
 def test_options_that_cannot_be_are_refused_and_nothing_is_written(tmp_path, options: dict, message: str) -> None:

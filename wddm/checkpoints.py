@@ -6,6 +6,7 @@ Nothing pickled is written or read. The last two are kept, and best/, where the 
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -122,19 +123,15 @@ def outdated(folder: Path, state: dict[str, Any], now: dict[str, Any], *, extend
 
 
 def code() -> str:
-    """A checksum of the source that decides what is learned: the package's own modules, but for `ELSEWHERE`.
-
-    Not those of its rooms (metrics, studies, plots, workbook), which training does not reach.
-    """
+    """A checksum of the source that decides what is learned: modules of the package, but for its folders and `ELSEWHERE`."""
     modules = (path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem not in ELSEWHERE)
     return hashlib.sha256(b"".join(path.read_bytes() for path in modules)).hexdigest()
 
 
 def set_aside(folder: Path) -> Path:
     """Rename a folder to the first free `<folder>-1`, `-2`, ...: nothing is lost."""
-    number = 1
-    while (kept := folder.with_name(f"{folder.name}-{number}")).exists():
-        number += 1
+    places = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(1))
+    kept = next(place for place in places if not place.exists())
     os.replace(folder, kept)
     return kept
 

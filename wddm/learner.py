@@ -6,9 +6,12 @@ thousands), batches are global: N processes share one batch.
 """
 
 import math
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -28,12 +31,15 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant_with_warmup": lambda done: 1.0,
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
 }
-SAMPLING = {"num_inference_steps": 25, "eta": 0.0}  # of samples while training goes on, by DDIM
 
 
 @dataclass(kw_only=True)
 class Learner:
-    """A network, the average of its weights and their optimiser, after `step` steps."""
+    """A network, the average of its weights and their optimiser, after `step` steps.
+
+    Raises:
+        ValueError: an option is not known, or the batch does not divide among processes and micro-batches.
+    """
 
     model: ModelMixin
     codec: WaveletCodec
@@ -85,7 +91,7 @@ class Learner:
         self.optimizer = plain if self.accelerator.scaler is None else prepared  # fp16 alone needs accelerate's
         half_life_steps = self.ema_half_life_kimg * 1000 / self.batch_size
         decay = 0.5 ** (1 / half_life_steps) if half_life_steps else 0.0
-        self.weights = list(self.model.parameters())  # once: small networks feel a walk through them
+        self.weights: list[Tensor] = list(self.model.parameters())  # once: small networks feel a walk through them
         self.ema = EMAModel(self.weights, decay=decay, foreach=True)
         self.step = 0
 
@@ -131,7 +137,7 @@ class Learner:
     def _clip(self) -> tuple[Tensor, Tensor]:
         """Scale the gradients down to norm 1; their norm before, all together and of every parameter (P,)."""
         self.accelerator.unscale_gradients()
-        norms = torch.stack(torch._foreach_norm([p.grad for p in self.parameters.values()]))
+        norms = torch.stack(torch._foreach_norm([cast(Tensor, p.grad) for p in self.parameters.values()]))
         norm = torch.linalg.vector_norm(norms)
         torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), 1.0, norm)
         if self.accelerator.scaler is not None:  # fp16: a step whose gradients overflow is left out, not wrong
@@ -150,6 +156,14 @@ class Learner:
     @property
     def total_steps(self) -> int:
         return math.ceil(self.train_kimg * 1000 / self.batch_size)
+
+    @property
+    def total_images(self) -> int:
+        return self.total_steps * self.batch_size
+
+    @property
+    def images_seen(self) -> int:
+        return self.step * self.batch_size
 
     @contextmanager
     def averaged(self) -> Iterator[ModelMixin]:
@@ -192,7 +206,7 @@ class Learner:
         with self.averaged() as model:
             pipeline = self.pipeline(model)
             pipeline.set_progress_bar_config(disable=True)
-            return list(sample_images(pipeline, count, rank=rank, world_size=world_size, **SAMPLING))
+            return list(sample_images(pipeline, count, rank=rank, world_size=world_size, num_inference_steps=25))
 
     def pipeline(self, model: ModelMixin) -> WaveletPipeline:
         """What samples from `model`: DDIM, unless the caller sets another solver."""
@@ -256,3 +270,11 @@ def tune(model: nn.Module, device: torch.device) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         model.to(memory_format=torch.channels_last)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Of a CUDA device since the start, in GiB; of this process where it is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

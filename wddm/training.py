@@ -5,8 +5,6 @@ is therefore weights, their average, optimiser, what was not yet logged and the 
 """
 
 import json
-import resource
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,14 +16,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from diffusers.utils import make_image_grid
+from diffusers.utils import make_image_grid, numpy_to_pil
 from torch import Tensor
 
 from wddm import checkpoints
 from wddm.batches import batches
 from wddm.files import append_row, read_rows, whole, written_aside
-from wddm.learner import Learner
-from wddm.pipeline import WaveletPipeline
+from wddm.learner import Learner, peak_memory_gb
 
 # what no weight depends on, or settings describe in another way: may change from one start of a run to the next
 FREE = {"cpu", "extend", "restart", "checkpoint_kimg", "preview_kimg", "tensorboard", "gradient_checkpointing"}
@@ -94,7 +91,9 @@ class Trainer(Learner):
     def __post_init__(self) -> None:
         if self.fwd_kimg and self.measure is None:
             raise ValueError(f"got fwd_kimg={self.fwd_kimg:g} without measure, wanted a function of samples: give both")
-        self.trained, self.held_out = hold_out(self.images, self.validation_images if self.validation_kimg else 0)
+        self.trained, self.held_out = self.images, self.images[:0]
+        if self.validation_kimg:
+            self.trained, self.held_out = hold_out(self.images, self.validation_images)
         super().__post_init__()
         self.unread: list[tuple[Tensor, ...]] = []  # what `optimise` gave in every step since the last `Step`
         self.best: float | None = None  # the lowest loss on the held-out images
@@ -225,7 +224,8 @@ class Trainer(Learner):
         """Draw previews/<images seen>.png, by the main process."""
         if self.accelerator.is_main_process:
             samples = np.concatenate(self.samples(PREVIEWED))
-            grid = make_image_grid(WaveletPipeline.numpy_to_pil(samples / 255), PREVIEWED // COLUMNS, COLUMNS)
+            colors = samples[..., : 3 if samples.shape[-1] >= 3 else 1]  # of more or of two channels, the first
+            grid = make_image_grid(numpy_to_pil(colors / 255), PREVIEWED // COLUMNS, COLUMNS)
             (self.folder / "previews").mkdir(exist_ok=True)
             grid.save(self.folder / "previews" / f"{self.images_seen:09d}.png")
             if self.writer:
@@ -301,14 +301,6 @@ class Trainer(Learner):
             if int(picture.stem) > self.images_seen:
                 picture.unlink()
 
-    @property
-    def total_images(self) -> int:
-        return self.total_steps * self.batch_size
-
-    @property
-    def images_seen(self) -> int:
-        return self.step * self.batch_size
-
 
 class Rows:
     """Some rows of images (N, H, W, C), not copied: as much of an array as `batches` asks for."""
@@ -329,16 +321,8 @@ class Rows:
 
 def hold_out(images: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(images to train on, `count` others spread evenly over the set)."""
-    if not 0 <= count < len(images):
-        raise ValueError(f"got validation_images={count} of {len(images)} images, wanted fewer: change it")
+    if not 0 < count < len(images):
+        raise ValueError(f"got validation_images={count} of {len(images)} images, wanted 1 or more, and fewer than all")
     held = np.linspace(0, len(images) - 1, count).round().astype(int)
-    rest = Rows(images, np.setdiff1d(np.arange(len(images)), held)) if count else images
-    return cast(np.ndarray, rest), images[held]
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Of a CUDA device since the start, in GiB; of this process where it is the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+    rest = Rows(images, np.setdiff1d(np.arange(len(images)), held))
+    return cast(np.ndarray, rest), images[held]  # for `batches`, that is
