@@ -123,7 +123,7 @@ def outdated(folder: Path, state: dict[str, Any], now: dict[str, Any], *, extend
 
 
 def code() -> str:
-    """A checksum of the source that decides what is learned: modules of the package, but for its folders and `ELSEWHERE`."""
+    """A checksum of the source that decides what is learned: the package without its folders and `ELSEWHERE`."""
     modules = (path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem not in ELSEWHERE)
     return hashlib.sha256(b"".join(path.read_bytes() for path in modules)).hexdigest()
 
