@@ -7,24 +7,26 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from conftest import ROOT
 from diffusers.training_utils import EMAModel
+from filelock import FileLock, Timeout
+from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from wddm import checkpoints, metrics, monitor
+from wddm import checkpoints, metrics
 from wddm.backbones import build_backbone
 from wddm.checkpoints import deferred_interrupt, difference
-from wddm.devices import resolve_precision
+from wddm.learner import average, derived_seed, resolve_precision
 from wddm.pipeline import WaveletPipeline
-from wddm.resume import settings
-from wddm.steps import VARYING, read_log
-from wddm.training import Trainer
-from wddm.update import average, derived_seed
+from wddm.training import VARYING, Trainer, read_log
 from wddm.wavelets import WaveletCodec
 
 RAMPS = np.linspace(0, 255, 8)[None, :] * np.random.default_rng(0).uniform(0.2, 1, (40, 1))  # (40, 8)
@@ -41,6 +43,10 @@ def make(folder, dropout: float = 0.1, kind: str = "unet", **settings) -> Traine
         "warmup_kimg": 0.032,
         "log_every": 1,
         "checkpoint_kimg": 0.016,
+        "preview_kimg": 0.0,
+        "learning_rate": 1e-3,
+        "schedule": "cosine",
+        "weighting": "none",
     }
     defaults |= {"flip": True, "cpu": True, "ema_half_life_kimg": 0.02}
     return Trainer(model=network, codec=codec, images=IMAGES, folder=folder, **(defaults | settings))
@@ -148,8 +154,7 @@ def test_settings_are_the_same_in_every_process(tmp_path) -> None:
     """Python orders sets of strings anew in each process, unless PYTHONHASHSEED is given."""
     code = (
         "import sys, json, pathlib; sys.path.insert(0, sys.argv[1]); from test_training import make; "
-        "from wddm.resume import settings; "
-        "print(json.dumps(settings(make(pathlib.Path(sys.argv[2]))), sort_keys=True))"
+        "print(json.dumps(make(pathlib.Path(sys.argv[2])).settings(), sort_keys=True))"
     )
     described = {
         subprocess.run(
@@ -166,9 +171,113 @@ def test_a_finished_run_of_other_code_is_not_taken_for_one_of_this(tmp_path, mon
     steps = make(tmp_path / "unfinished").steps()
     next(steps), steps.close()
     assert make(tmp_path / "finished").notes == ["resumed at step 4 of 4"]
-    monkeypatch.setattr("wddm.resume.code", lambda: 1)
+    monkeypatch.setattr("wddm.checkpoints.code", lambda: 1)
     assert "the code; starting anew" in make(tmp_path / "finished").notes[0]
     assert make(tmp_path / "unfinished").notes == ["resumed at step 1 of 4, with code that has changed"]
+
+
+def test_a_pipeline_says_what_it_was_trained_on(tmp_path) -> None:
+    trainer = make(tmp_path, data_sha256="5eed")
+    list(trainer.steps())
+    origin = json.loads((tmp_path / "pipeline/training.json").read_text())
+    assert origin == {"settings": trainer.settings(), "images_seen": 64, "data_sha256": "5eed"}
+    assert origin["settings"]["images"] == [40, 8, 8, 1, "5eed"] and origin["settings"]["learning_rate"] == 1e-3
+    assert origin["settings"] == checkpoints.load_latest(tmp_path / "checkpoints", [])[1]["settings"]
+    with pytest.raises(ValueError, match=r"images \[40, 8, 8, 1, '5eed'\] -> \[40, 8, 8, 1, '0dd'\]"):
+        make(tmp_path, data_sha256="0dd")
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path) -> None:
+    """The lock goes with the process that holds it, however that ends, and with the end of training."""
+    code = (
+        "import sys, pathlib; sys.path.insert(0, sys.argv[1]); from test_training import make; "
+        "trainer = make(pathlib.Path(sys.argv[2])); print('there', flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "there\n"
+        with pytest.raises(ValueError, match=r"got .*, where another process trains, wanted one at a time") as refused:
+            make(tmp_path)
+        assert "\n" not in str(refused.value)
+        other.kill()
+    trainer = make(tmp_path)
+    lock = FileLock(tmp_path / ".training.lock", timeout=0)
+    with pytest.raises(Timeout):
+        lock.acquire()
+    list(trainer.steps())
+    lock.acquire()
+
+
+def test_a_refused_trainer_leaves_the_folder_to_others(tmp_path) -> None:
+    list(make(tmp_path).steps())
+    with pytest.raises(ValueError, match="wanted the same") as refused:
+        make(tmp_path, learning_rate=0.01)
+    assert refused.tb is not None  # which keeps that Trainer
+    FileLock(tmp_path / ".training.lock", timeout=0).acquire()
+
+
+def test_a_checkpoint_of_an_older_layout_is_said_and_kept(tmp_path) -> None:
+    steps = make(tmp_path).steps()
+    next(steps), steps.close()
+    rewrite_state(tmp_path / "checkpoints/step-00000001", lambda state: state.pop("layout"))
+    before = bytes_below(tmp_path / "checkpoints")
+    for restart in (False, True):
+        with pytest.raises(ValueError, match=r"^got checkpoints of an older layout.*rename checkpoints/, give[^\n]*$"):
+            make(tmp_path, restart=restart)
+    assert bytes_below(tmp_path / "checkpoints") == before
+
+
+def test_a_finished_run_of_an_older_layout_is_set_aside_where_that_is_allowed(tmp_path) -> None:
+    list(make(tmp_path).steps())
+    for folder in checkpoints.listed(tmp_path / "checkpoints"):
+        rewrite_state(folder, lambda state: state.pop("layout"))
+    before = bytes_below(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match="older layout"):
+        make(tmp_path)
+    assert "the layout of checkpoints; starting anew" in make(tmp_path, restart=True).notes[0]
+    assert bytes_below(tmp_path / "checkpoints-1") == before
+
+
+def rewrite_state(folder: Path, change) -> None:
+    state = json.loads((folder / "state.json").read_text())
+    change(state)
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+def test_the_code_is_that_which_decides_what_is_learned(tmp_path, monkeypatch) -> None:
+    for name in ("checkpoints", "kan", "cli", "metrics/scores"):
+        (tmp_path / f"{name}.py").parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text("1")
+    monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "checkpoints.py"))
+    before = checkpoints.code()
+    for name, matters in (("cli", False), ("metrics/scores", False), ("kan", True), ("a_new_network", True)):
+        (tmp_path / f"{name}.py").write_text("2")
+        assert (checkpoints.code() != before) == matters
+        before = checkpoints.code()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "linear"}, "got schedule='linear', wanted one of constant_with_warmup, cosine"),
+        ({"weighting": "mean_snr"}, "got weighting='mean_snr', wanted one of none, min_snr"),
+        ({"fwd_kimg": 1.0}, "got fwd_kimg=1 without measure, wanted a function of samples: give both"),
+        ({"accumulation": 3}, r"got batch_size=16, wanted a multiple of 3 \(accumulation\) times 1"),
+        ({"validation_kimg": 1.0, "validation_images": 40}, "got validation_images=40 of 40 images, wanted 1"),
+        ({"validation_kimg": 1.0, "validation_images": 0}, "got validation_images=0 of 40 images, wanted 1 or more"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_and_nothing_is_written(tmp_path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_defaults_are_those_of_the_modern_recipe() -> None:
+    recipe = yaml.safe_load((ROOT / "params/recipes/modern.yaml").read_text())
+    defaults = {f.name: f.default for f in fields(Trainer)}
+    ours = {name: type(defaults[name])(value) for name, value in recipe.items() if name in defaults}
+    assert len(ours) == 8 and ours == {name: defaults[name] for name in ours}
 
 
 def test_other_images_are_other_settings(tmp_path) -> None:
@@ -177,7 +286,7 @@ def test_other_images_are_other_settings(tmp_path) -> None:
     list(trainer.steps())
     trainer.images = IMAGES[::-1]
     assert "images" in difference(
-        checkpoints.load_latest(tmp_path / "checkpoints", [])[1]["settings"], settings(trainer)
+        checkpoints.load_latest(tmp_path / "checkpoints", [])[1]["settings"], trainer.settings()
     )
 
 
@@ -293,7 +402,7 @@ def test_held_out_loss_is_the_same_every_time_and_least_at_the_best(tmp_path) ->
     assert everything == {image.tobytes() for image in IMAGES}
     rows = [row for row in trainer.steps() if row.validation_loss is not None]
     assert [row.step for row in rows] == [10, 20, 30, 40, 50]
-    assert rows[-1].validation_loss == monitor.validate(trainer)  # with dropout it would differ
+    assert rows[-1].validation_loss == trainer.validation_loss(trainer.held_out)  # with dropout it would differ
     assert len({row.validation_loss for row in rows}) == 5
     assert trainer.model.training
     best = json.loads((tmp_path / "checkpoints/best/state.json").read_text())
@@ -302,16 +411,22 @@ def test_held_out_loss_is_the_same_every_time_and_least_at_the_best(tmp_path) ->
 
 def test_watching_changes_nothing(tmp_path) -> None:
     list(make(tmp_path / "alone").steps())
-    watches = {"preview_kimg": 0.016, "fwd_kimg": 0.016, "fwd_images": 8, "tensorboard": True}
+    watches = {"preview_kimg": 0.016, "fwd_kimg": 0.016, "fwd_images": 8, "measure": np.mean, "tensorboard": True}
     list(make(tmp_path / "watched", **watches).steps())
     alone, watched = (bytes_below(tmp_path / name / "pipeline") for name in ("alone", "watched"))
     assert alone == watched
-    assert len(list((tmp_path / "watched/previews").glob("*.png"))) == 4
+    previews = sorted((tmp_path / "watched/previews").glob("*.png"))
+    assert [path.name for path in previews] == [f"{n:09d}.png" for n in (16, 32, 48, 64)]
+    assert Image.open(previews[0]).size == (16 * 8, 2 * 8)
     assert list((tmp_path / "watched/tensorboard").rglob("events*"))
 
 
 def test_distance_in_the_log_is_that_of_the_averaged_weights(tmp_path) -> None:
-    rows = list(make(tmp_path, fwd_kimg=0.032, fwd_images=12).steps())
+    def fwd(samples: np.ndarray) -> float:
+        assert samples.shape == (12, 8, 8, 1) and samples.dtype == np.uint8
+        return metrics.frechet_wavelet_distance(IMAGES, samples, 2).value
+
+    rows = list(make(tmp_path, fwd_kimg=0.032, fwd_images=12, measure=fwd).steps())
     assert [row.fwd is None for row in rows] == [True, False, True, False]
     pipeline = WaveletPipeline.from_pretrained(tmp_path / "pipeline")
     samples = pipeline(12, num_inference_steps=25, output_type="np").images

@@ -1,10 +1,12 @@
 """Checkpoints that survive a crash: folders of safetensors and one JSON, written aside, synced, renamed, checksummed.
 
-    <folder>/step-00001000/{weights,ema,optimizer}.safetensors + state.json (with the sha256 of the others)
+    <folder>/step-00001000/{weights,ema,optimizer,meter}.safetensors + state.json (with the sha256 of the others)
 
-Nothing pickled is written or read. The last two are kept, and best/, where the held-out loss was least.
+Nothing pickled is written or read. The last two are kept, and best/, where the held-out loss was lowest.
 """
 
+import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -13,34 +15,54 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wddm.files import sha256, written_aside
 
 KEEP = 2
+LAYOUT = 2  # of what a checkpoint holds; those of another layout are refused
+# what comes before or after training, so that a change there does not change what is learned
+ELSEWHERE = {"__init__", "__main__", "cli", "experiment", "runs", "processes", "sources", "decoding"}
+ELSEWHERE |= {"pipeline", "bandrate", "loading", "cards", "sampling"}
+
+Tensors = dict[str, dict[str, Tensor]]
 
 
-def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, name: str | None = None) -> Path:
+def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], name: str | None = None) -> Path:
     """Write the checkpoint of `step`: a safetensors file per entry of `tensors`, and `state` as JSON.
 
     One with a `name` is kept apart from those of the steps, of which the last two stay.
+
+    Raises:
+        OSError: it could not be written, for want of room perhaps; the earlier ones stay.
     """
     final = folder / (name or f"step-{step:08d}")
-    with written_aside(final) as aside:
-        checksums = {}
-        for group, members in tensors.items():
-            file = aside / f"{group}.safetensors"
-            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in members.items()}, file)
-            checksums[file.name] = sha256(file)
-        (aside / "state.json").write_text(json.dumps({"step": step, **state, "sha256": checksums}, indent=1))
+    try:
+        with written_aside(final) as aside:
+            checksums = {}
+            for group, members in tensors.items():
+                file = aside / f"{group}.safetensors"
+                save_file({key: tensor.detach().cpu().contiguous() for key, tensor in members.items()}, file)
+                checksums[file.name] = sha256(file)
+            state = {"step": step, "layout": LAYOUT, **state, "sha256": checksums}
+            (aside / "state.json").write_text(json.dumps(state, indent=1))
+    except (OSError, SafetensorError) as error:
+        kept = listed(folder)
+        raise OSError(
+            f"got {error} while writing the checkpoint of step {step} to {folder}, wanted room for it: free some and "
+            f"start again; {f'{kept[-1].name} is kept' if kept else 'there is none before it'}"
+        ) from error
     for old in listed(folder)[:-KEEP]:
         shutil.rmtree(old)
     return final
 
 
-def load_latest(folder: Path, notes: list[str]) -> tuple[dict[str, dict[str, Tensor]], dict] | None:
+def load_latest(folder: Path, notes: list[str]) -> tuple[Tensors, dict[str, Any]] | None:
     """(tensors, state) of the newest intact checkpoint, or None; a damaged one is passed over, and noted."""
     for path in reversed(listed(folder)):
         try:
@@ -59,24 +81,76 @@ def listed(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def public(config: dict) -> dict:
+def public(config: dict[str, Any]) -> dict[str, Any]:
     """A diffusers config without its private entries, whose order differs from process to process."""
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
-def difference(before: dict, after: dict) -> str:
+def difference(before: dict[str, Any], after: dict[str, Any]) -> str:
     """What changed between two settings, as `name old -> new`, comma separated."""
     names = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
     return ", ".join(f"{name} {before.get(name)} -> {after.get(name)}" for name in names)
 
 
+def outdated(folder: Path, state: dict[str, Any], now: dict[str, Any], *, extend: bool, restart: bool) -> str:
+    """What has changed since the finished run of `state`, its last checkpoint; empty if that can be gone on with.
+
+    Args:
+        now: "settings" and "code" of the run that begins. Other code makes a finished run outdated, no unfinished one.
+        extend: a larger train_kimg is no change.
+        restart: a finished run of other settings is outdated, which is an error otherwise.
+
+    Raises:
+        ValueError: the checkpoint is of other settings, or of an older layout, and may not be left behind.
+    """
+    before, wanted = state["settings"], now["settings"]
+    finished = state["step"] * before["batch_size"] >= before["train_kimg"] * 1000
+    if state.get("layout") != LAYOUT:
+        if finished and restart:
+            return "the layout of checkpoints"
+        raise ValueError(
+            f"got checkpoints of an older layout in {folder}, which this version cannot go on with, wanted its own: "
+            f"rename {folder.name}/, give the run another name, or finish it with the version that began it"
+        )
+    longer = extend and before["train_kimg"] < wanted["train_kimg"]
+    changed = difference(before | ({"train_kimg": wanted["train_kimg"]} if longer else {}), wanted)
+    if changed and not (finished and restart):
+        raise ValueError(
+            f"got other settings than {folder.parent} began with ({changed}), wanted the same: set them back, give "
+            "the run another name, or, for more train_kimg alone, --extend it"
+        )
+    return changed or ("the code" if state["code"] != now["code"] and finished and not longer else "")
+
+
+def code() -> str:
+    """A checksum of the source that decides what is learned: the package without its folders and `ELSEWHERE`."""
+    modules = (path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem not in ELSEWHERE)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in modules)).hexdigest()
+
+
 def set_aside(folder: Path) -> Path:
     """Rename a folder to the first free `<folder>-1`, `-2`, ...: nothing is lost."""
-    number = 1
-    while (kept := folder.with_name(f"{folder.name}-{number}")).exists():
-        number += 1
+    places = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(1))
+    kept = next(place for place in places if not place.exists())
     os.replace(folder, kept)
     return kept
+
+
+@contextmanager
+def reserved(folder: Path) -> Iterator[None]:
+    """Within it, `folder` is this process's own, which ends when the process does; ValueError if another one has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".training.lock", timeout=0, thread_local=False, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"got {folder}, where another process trains, wanted one at a time: wait, stop it, or name another run"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -26,8 +26,8 @@ import torch
 from diffusers import ModelMixin
 from torch.utils.flop_counter import FlopCounterMode
 
-from wddm.devices import resolve_precision
 from wddm.intervals import median
+from wddm.learner import resolve_precision
 
 Maker = Callable[..., Iterator]  # a generator function: each `next` of what it returns is a call
 

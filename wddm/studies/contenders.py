@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from wddm.backbones import IMAGES, build_backbone
-from wddm.data import batches
-from wddm.devices import resolve_precision, tune
+from wddm.batches import batches
 from wddm.kan import SplineLinear
-from wddm.objective import build_solver
+from wddm.learner import resolve_precision, tune
 from wddm.pipeline import WaveletPipeline
-from wddm.steps import Step
+from wddm.solvers import build_solver
 from wddm.studies import baselines
-from wddm.training import Trainer
+from wddm.training import Step, Trainer
 from wddm.wavelets import WaveletCodec
 
 
@@ -54,7 +53,7 @@ def training(
     with TemporaryDirectory() as folder:
         trainer = Unsaved(
             model=model,
-            codec=WaveletCodec("haar", network["level"], scaling="dyadic"),
+            codec=WaveletCodec("haar", network["level"]),
             images=noise_images(network, 4 * batch_size),
             folder=Path(folder),
             train_kimg=1e6,
@@ -62,6 +61,7 @@ def training(
             log_every=steps,
             precision=precision,
             compile=compile,
+            preview_kimg=0.0,
         )
         yield from trainer.steps()
 
@@ -104,7 +104,7 @@ def sampling(
     model = build_backbone(**network).to(device()).eval()
     bf16 = resolve_precision(precision) == "bf16"
     tune(model, device())
-    codec = WaveletCodec("haar", network["level"], scaling="dyadic").to(device())
+    codec = WaveletCodec("haar", network["level"]).to(device())
     if compile:
         model.compile()
     pipeline = WaveletPipeline(model, build_solver("ddim", "v_prediction", spacing="trailing"), codec)

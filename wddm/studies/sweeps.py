@@ -12,7 +12,7 @@ from wddm.backbones import load_backbone
 from wddm.data import Dataset
 from wddm.metrics import scores
 from wddm.profiling import forward_flops
-from wddm.steps import read_log
+from wddm.training import read_log
 from wddm.workbook.records import Finished
 
 PASSES = 3  # forward, and backward at twice its cost
