@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin, UNet2DModel
 
-from wddm.loading import load_strictly, read_config
-from wddm.published import CLASS_NAME
+from wddm.loading import CLASS_NAME, load_strictly, read_config
 from wddm.ukan import UKANModel
 
 IMAGES = {"digits": (16, 1), "patches": (32, 3), "cifar10": (32, 3), "stl10": (64, 3), "celebahq": (256, 3)}
@@ -186,6 +185,11 @@ def matched_widths(build, shape: dict, widths: tuple, common: dict, wanted: int)
             return abs(build(**shape, widths=candidate, **common).num_parameters() - wanted)
 
     return min(sorted(candidates), key=distance)
+
+
+def backbone_name(class_name: str | None) -> str:
+    """The kind that `build_backbone` knows a network of this class by."""
+    return {UNet2DModel.__name__: "unet", UKANModel.__name__: "ukan"}[class_name]
 
 
 def load_backbone(folder: Path, **options) -> UNet2DModel | UKANModel:
