@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from wddm.backbones import build_backbone
-from wddm.cards import model_card
+from wddm.cards import card_of
 from wddm.objective import build_solver
 from wddm.pipeline import WaveletPipeline
 from wddm.wavelets import WaveletCodec
@@ -40,7 +40,7 @@ def pipeline(tmp_path) -> WaveletPipeline:
 
 
 def test_the_card_says_what_the_run_recorded(pipeline, tmp_path) -> None:
-    card = ModelCard(model_card(pipeline, "me/digits-model", tmp_path / "reports" / "mine"))
+    card = ModelCard(card_of(pipeline, "me/digits-model", tmp_path / "reports" / "mine"))
     assert card.data.library_name == "diffusers" and card.data.datasets == ["me/digits"]
     assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == [("fwd", 0.0155)]
     count = f"{pipeline.backbone.num_parameters():,}"
@@ -52,7 +52,7 @@ def test_the_card_says_what_the_run_recorded(pipeline, tmp_path) -> None:
 
 
 def test_what_is_not_recorded_is_said(pipeline) -> None:
-    card = model_card(pipeline, "me/model", None)
+    card = card_of(pipeline, "me/model", None)
     assert card.count("Not recorded.") == 4 and "model-index" not in card
     assert f"{pipeline.backbone.num_parameters():,}" in card
 

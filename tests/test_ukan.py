@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from wddm.kan import knots
-from wddm.published import NAMES
+from wddm.loading import NAMES
 from wddm.ukan import UKANModel
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -54,7 +54,7 @@ def test_damaged_checkpoints_are_refused_by_name(published, tmp_path, harm: str)
     elif harm == "pickle":
         torch.save(tensors, file.with_suffix(".bin"))
         file.unlink()
-        message = "pickled ones are not read"
+        message = "pickled weights are not read"
     else:
         if harm == "missing":
             del tensors["head.bias"]

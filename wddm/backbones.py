@@ -18,8 +18,7 @@ import torch
 from diffusers import ModelMixin, UNet2DModel
 
 from wddm.dit import DiTModel
-from wddm.loading import load_strictly, read_config
-from wddm.published import CLASS_NAME
+from wddm.loading import CLASS_NAME, load_strictly, read_config
 from wddm.ukan import UKANModel
 from wddm.wavelets import check_choice
 

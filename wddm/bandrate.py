@@ -1,94 +1,100 @@
-"""Band-rate sampling: groups of bands that go from noise to image in steps of their own number.
+"""Band-rate sampling: the coarse band and the details go from noise to image in steps of their own number.
 
-The network needs all bands at one noise level t. So it is called at every t at which any group steps, and a group that
-is between two of its own steps is shown as its last estimate has it there,
+The network needs all bands at one noise level t. So it is called at every t at which either group of bands steps, and a
+group that is between two of its own steps is shown as its last estimate has it there,
 
-    z_t = sqrt(a_t) z + sqrt(1 - a_t) eps        z, eps: what the group's own last step took for clean and for noise
+    z_t = sqrt(a_t) z + sqrt(1 - a_t) eps      z, eps: the clean coefficients and the noise of the group's last step
 
-(multirate integration with dense output, Gear & Wells 1984); the network's answer for such a group is not used. Groups
-with equal timesteps are one solver, and one group is the plain sampler.
+(multirate integration with dense output, Gear & Wells 1984); the network's answer for such a group is not used.
+Tensors are whole, (B, C, h, w), also where only a group's channels of them are meant.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from fractions import Fraction
-from itertools import pairwise
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
-from torch import Tensor
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from torch import Generator, Tensor
 
-Visit = tuple[float, int]  # (-t, how often the network was called at t before): some solvers call it twice
+from wddm.solvers import exact_step
 
-# These take t - 1000 // steps for the next timestep, which is another where steps does not divide 1000: at 300 steps,
-# spaced trailing, the spread of a Gaussian came out 18 % too wide. So they are told each gap as steps it stands for.
-EVEN_GAPS = ("DDIMScheduler", "PNDMScheduler")
+Visit = tuple[float, int]  # (-t, how often the network was called at t before): heun calls it twice
 
 
 class Group:
-    """Some channels of the coefficients, with the solver that takes them from noise to image.
+    """Some channels of the coefficients, with the single-step solver that takes them from noise to image.
 
     Args:
-        solver: a diffusers scheduler of this group alone, its timesteps set.
-        channels: of the coefficients (B, C, h, w), the ones that are this group's.
-        noise: unit noise (B, C, h, w) that all groups start from.
-        options: for the solver's `step`. A generator in them is the group's own, so that groups that step together
-            draw the same noise, of which each uses its channels.
+        solver: of this group alone, its timesteps set.
+        channels: the ones that are this group's, slice(first, end).
+        generators: of the solver's noise, of this group alone. Groups that step together draw the same noise from equal
+            generators, and each uses its channels of it.
     """
 
-    def __init__(self, solver: SchedulerMixin, channels: slice, noise: Tensor, options: dict) -> None:
-        self.solver, self.channels, self.options, self.noise = solver, channels, options, noise
-        self.latents = noise * solver.init_noise_sigma  # (B, C, h, w), of which `channels` are meant
+    def __init__(self, solver: SchedulerMixin, channels: slice, generators: Generator | list[Generator]) -> None:
+        self.solver, self.channels, self.generators = solver, channels, generators
+        self.step = exact_step(solver)
+        self.times: dict[Visit, Tensor] = {}
+        calls: Counter[float] = Counter()
+        for t, value in zip(solver.timesteps, solver.timesteps.tolist(), strict=True):
+            self.times[-value, calls[value]] = t
+            calls[value] += 1
         self.denoised: Tensor | None = None  # the estimate of the clean coefficients, from the last step
-        self.times = dict(zip(visits(solver.timesteps), solver.timesteps, strict=True))
-        self._gaps = dict(zip(self.times, gaps(solver.timesteps.tolist()), strict=True))
 
-    def seen_at(self, visit: Visit, t: Tensor) -> Tensor:
-        """What the network is shown of this group at t, (B, C, h, w)."""
+    def seen_at(self, visit: Visit, t: Tensor, z: Tensor) -> Tensor:
+        """What the network is shown of this group at t."""
         if visit in self.times:
-            self._seen, self._t = self.solver.scale_model_input(self.latents, t), t
+            self._seen, self._t = self.solver.scale_model_input(z, t), t
             return self._seen
         if self.denoised is None:
-            return self.noise
-        a, b = self._signal_power(self._t), self._signal_power(t)
+            return z / self.solver.init_noise_sigma
+        a, b = self._alphas_cumprod(self._t), self._alphas_cumprod(t)
         noise = (self._seen - a**0.5 * self.denoised) / (1 - a) ** 0.5
         return b**0.5 * self.denoised + (1 - b) ** 0.5 * noise
 
-    def step_at(self, visit: Visit, t: Tensor, prediction: Tensor) -> None:
-        """Advance by the network's answer (B, C, h, w), if t is one of this group's."""
+    def step_at(self, visit: Visit, output: Tensor, t: Tensor, z: Tensor, options: dict[str, Any]) -> Tensor:
+        """z after the solver's step at t; z itself if t is none of this group's timesteps."""
         if visit not in self.times:
-            return
-        steps = self.solver.num_inference_steps
-        if type(self.solver).__name__ in EVEN_GAPS:
-            self.solver.num_inference_steps = Fraction(len(self.solver.alphas_cumprod), self._gaps[visit])
-        out = self.solver.step(prediction, t, self.latents, **self.options)
-        self.solver.num_inference_steps = steps
-        self.latents, self.denoised = out.prev_sample, getattr(out, "pred_original_sample", None)
+            return z
+        own = {"generator": self.generators} if "generator" in options else {}
+        done = self.step(output, t, z, **options | own)
+        self.denoised = done.pred_original_sample
+        return done.prev_sample
 
-    def _signal_power(self, t: Tensor) -> float:
-        """a_t; between two steps of the schedule sigma = sqrt(1 / a - 1) is linear, as solvers have it."""
-        a = self.solver.alphas_cumprod
-        low = int(t)
+    def _alphas_cumprod(self, t: Tensor) -> float:
+        """a_t; between two rows of the schedule sigma = sqrt(1 / a - 1) is linear, as solvers have it."""
+        a, low = self.solver.alphas_cumprod, int(t)
         sigma = (1 / a[low : low + 2].double() - 1).sqrt()
         return 1 / (1 + torch.lerp(sigma[0], sigma[-1], float(t) - low).item() ** 2)
 
 
-def visits(timesteps: Tensor) -> Iterator[Visit]:
-    """In order of sampling; sorted, the visits of several groups are in order too."""
-    count: Counter[float] = Counter()
-    for t in timesteps.tolist():
-        yield -t, count[t]
-        count[t] += 1
+class BandRates:
+    """Groups of bands sampled as one, by the names that a diffusers scheduler has: they take its place in the loop."""
 
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = groups
+        times = {visit: t for group in groups for visit, t in group.times.items()}
+        self.timesteps = [times[visit] for visit in sorted(times)]
+        self._visits = iter(sorted(times))
+        scales = [
+            torch.full((group.channels.stop - group.channels.start, 1, 1), float(group.solver.init_noise_sigma))
+            for group in groups
+        ]
+        self.init_noise_sigma = torch.cat(scales).to(self.timesteps[0].device)  # (C, 1, 1)
 
-def gaps(timesteps: list[float]) -> Iterator[int]:
-    """How far each call of the network is from the next noise level; the first of two at one t is a step done again."""
-    last = 0
-    for t, after in pairwise([*timesteps, -1]):
-        last = last if t == after else int(t - after)
-        yield last
+    def scale_model_input(self, z: Tensor, t: Tensor) -> Tensor:
+        """What the network is shown at t."""
+        self._visit = next(self._visits)
+        return self._joined([group.seen_at(self._visit, t, z) for group in self.groups])
 
+    def step(self, output: Tensor, t: Tensor, z: Tensor, **options: Any) -> DDIMSchedulerOutput:
+        """Advance the groups that have a step at t by the network's output."""
+        latents = self._joined([group.step_at(self._visit, output, t, z, options) for group in self.groups])
+        estimates = [group.denoised for group in self.groups if group.denoised is not None]
+        return DDIMSchedulerOutput(latents, self._joined(estimates) if len(estimates) == len(self.groups) else None)
 
-def joined(groups: list[Group], parts: Iterable[Tensor]) -> Tensor:
-    """Of each part (B, C, h, w) the channels of its group."""
-    return torch.cat([part[:, group.channels] for group, part in zip(groups, parts, strict=True)], dim=1)
+    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """Of each group's part, the group's channels."""
+        return torch.cat([part[:, group.channels] for group, part in zip(self.groups, parts, strict=True)], dim=1)

@@ -1,7 +1,4 @@
-"""cards: the README.md of a published pipeline, from what its run left in reports/<run>/ and data/.
-
-What is not known is said to be not recorded; no number is put in its place.
-"""
+"""cards: the README.md of a published pipeline, from what its run recorded; what is unknown is said to be so."""
 
 import json
 from pathlib import Path
@@ -9,116 +6,116 @@ from typing import Any
 
 import yaml
 from diffusers import DiffusionPipeline
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 PROTOCOL = ("num_samples", "scheduler", "sampling_steps", "detail_steps", "eta", "spacing", "seed", "fwd_level")
-PLACES = ("run", "dataset", "resolution", "dataset_path", "model_dir", "output_dir", "checkpoint_kimg")
-SIZES = ("parameters", "images", "image_bytes", "samples", "sampling_steps")  # of metrics.json, that stand elsewhere
+ELSEWHERE = ("run", "dataset", "resolution", "dataset_path", "model_dir", "output_dir", "checkpoint_kimg")
+SIZES = ("parameters", "images", "image_bytes", "samples", "sampling_steps")  # in metrics.json, but no metrics
+TEMPLATE = """---
+{{ card_data }}
+---
 
-LOAD = """```python
+# {{ name.split("/")[-1] }}
+
+Unconditional diffusion on wavelet coefficients, made with wddm.
+
+```python
 from wddm.pipeline import WaveletPipeline
 
-pipe = WaveletPipeline.from_pretrained("{name}")
-images = pipe(batch_size=16, num_inference_steps={sampling_steps}, eta={eta}).images
+pipe = WaveletPipeline.from_pretrained("{{ name }}")
+images = pipe(batch_size=16, num_inference_steps={{ run.sampling_steps or 50 }}, eta={{ run.eta or 0.0 }}).images
 ```
 
 ```bash
-wddm sample --model-dir {name} --output-dir samples {flags}
-```"""
+wddm sample --model-dir {{ name }} --output-dir samples{{ flags }}
+```
+{% for title, values in tables.items() %}
+## {{ title }}
+
+{% if values %}| | |
+|---|---|{% for key, value in values.items() %}
+| {{ key }} | {{ "%.5g" % value if value is float else value }} |{% endfor %}{% else %}Not recorded.{% endif %}
+{% endfor %}
+Metrics compare with others only at the same protocol; Fréchet distances depend on the number of images.
+"""
 
 
-def find_report(folder: str | Path) -> Path | None:
-    """reports/<run> of a pipeline in runs/<run>/pipeline, if it is there."""
-    run = Path(folder).resolve().parent
-    report = run.parents[1] / "reports" / run.name if run.parent.name == "runs" else run
-    return report if (report / "params.yaml").is_file() else None
-
-
-def model_card(pipeline: DiffusionPipeline, name: str, report: Path | None, license: str = "apache-2.0") -> str:
-    """The card, Markdown under YAML metadata.
+def card_of(pipeline: DiffusionPipeline, name: str, report: str | Path | None = None) -> str:
+    """The card of a `WaveletPipeline`, Markdown under YAML metadata.
 
     Args:
-        pipeline: a `WaveletPipeline`.
         name: of the Hub repository or folder that it will be loaded from.
-        report: reports/<run> with params.yaml, metrics.json and environment.json, of which any may be absent.
+        report: reports/<run>, of which all but params.yaml may be absent. Without one, that of the run that the
+            pipeline was loaded from is taken, or else the card that it was loaded with.
 
     Raises:
         ValueError: `report` is given and has no params.yaml.
     """
-    if report is not None and not (report / "params.yaml").is_file():
-        raise ValueError(f"got report={report}, which has no params.yaml, wanted reports/<run>: give a run's report")
-    parameters, metrics, data, environment = _records(report)
+    loaded_from = Path(pipeline.config.get("_name_or_path") or "nowhere")
+    if report is None and (report := find_report(loaded_from)) is None and (loaded_from / "README.md").is_file():
+        return (loaded_from / "README.md").read_text(encoding="utf-8")
+    run, metrics, data, made_with = recorded(Path(report)) if report else ({}, {}, {}, {})
     network, codec = pipeline.backbone, pipeline.codec
-    given = {key: value for key, value in parameters.items() if value is not None}
-    recipe = {key: value for key, value in given.items() if key not in (*PROTOCOL, *PLACES)}
     model = {
         "backbone": type(network).__name__,
         "parameters": f"{network.num_parameters():,}",
         "widths": ", ".join(map(str, network.config.block_out_channels)),
         "images": f"{pipeline.image_size} x {pipeline.image_size} pixels",
         "coefficients": f"{network.config.in_channels} channels, side {network.config.sample_size}",
-        "codec": ", ".join(f"{k} {codec.config[k]}" for k in ("wavelet", "level", "transform", "scaling")),
+        "codec": ", ".join(f"{key} {codec.config[key]}" for key in ("wavelet", "level", "transform", "scaling")),
         "predicts": pipeline.scheduler.config.prediction_type,
     }
-    load = {"name": name, "sampling_steps": given.get("sampling_steps", 50), "eta": given.get("eta", 0.0)}
-    flags = {key: given[key] for key in ("scheduler", "sampling_steps", "eta", "spacing") if key in given}
-    load["flags"] = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in flags.items())
-    parts = (
-        f"---\n{_metadata(name, data, metrics, license).to_yaml()}\n---\n\n# {name.split('/')[-1]}",
-        "Unconditional diffusion on wavelet coefficients, made with wddm.",
-        "## How to load\n\n" + LOAD.format(**load),
-        "## Data\n\n" + _table(data),
-        "## Model\n\n" + _table(model),
-        "## Recipe\n\n" + _table(recipe),
-        "## Metrics\n\n" + _table({key: value for key, value in metrics.items() if key not in SIZES}),
-        "Numbers compare with others only at the same protocol; Fréchet distances depend on the number of images.",
-        "## Protocol\n\n" + _table({key: given[key] for key in PROTOCOL if key in given} | environment),
-    )
-    return "\n\n".join(parts) + "\n"
-
-
-def _records(report: Path | None) -> tuple[dict, dict, dict, dict]:
-    """Parameters, metrics, data set and environment of a run, empty where nothing is recorded."""
-    if report is None:
-        return {}, {}, {}, {}
-    parameters = yaml.safe_load((report / "params.yaml").read_text())
-    metrics, environment = (_read(report / f"{name}.json") for name in ("metrics", "environment"))
-    data = {key: parameters[key] for key in ("dataset", "resolution") if key in parameters}
-    if len(data) == 2:
-        manifest = _read(
-            report.resolve().parents[1] / "data" / "{dataset}-{resolution}".format(**data) / "manifest.json"
-        )
-        data |= {key: manifest[key] for key in ("source", "revision", "split", "count") if manifest.get(key)}
-    made = {key: environment[key] for key in ("commit", "device") if environment.get(key)}
-    versions = environment.get("versions", {})
-    made |= {key: versions[key] for key in ("wddm", "torch", "diffusers") if versions.get(key)}
-    return parameters, metrics, data, made
-
-
-def _metadata(name: str, data: dict, metrics: dict, license: str) -> ModelCardData:
-    dataset = str(data.get("source", data.get("dataset", "unknown")))
-    results = [
-        EvalResult("unconditional-image-generation", "image", dataset, metric, metrics[metric])
-        for metric in ("fid", "kid", "fwd")
-        if metrics.get(metric) is not None
-    ]
-    return ModelCardData(
-        license=license,
+    tables = {
+        "Data": data,
+        "Model": model,
+        "Recipe": {key: value for key, value in run.items() if key not in PROTOCOL + ELSEWHERE},
+        "Metrics": {key: value for key, value in metrics.items() if key not in SIZES},
+        "Protocol": known(run, *PROTOCOL) | made_with,
+    }
+    source = str(data.get("source", data.get("dataset", "unknown")))
+    task, distances = "unconditional-image-generation", known(metrics, "fid", "kid", "fwd")
+    card_data = ModelCardData(
+        license="apache-2.0",
         library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
+        pipeline_tag=task,
         tags=["wavelets", "wddm"],
-        datasets=[dataset.split("@")[0]] if dataset.count("/") == 1 else None,
-        model_name=name.split("/")[-1] if results else None,
-        eval_results=results or None,
+        datasets=[source.split("@")[0]] if source.count("/") == 1 else None,
+        model_name=name.split("/")[-1] if distances else None,
+        eval_results=[EvalResult(task, "image", source, *distance) for distance in distances.items()] or None,
     )
+    flags = known(run, "scheduler", "sampling_steps", "eta", "spacing")
+    line = "".join(f" --{key.replace('_', '-')} {value}" for key, value in flags.items())
+    card = ModelCard.from_template(card_data, template_str=TEMPLATE, name=name, run=run, flags=line, tables=tables)
+    return str(card)
 
 
-def _read(file: Path) -> dict:
-    return json.loads(file.read_text()) if file.is_file() else {}
+def find_report(folder: Path) -> Path | None:
+    """reports/<run> of a pipeline in runs/<run>/pipeline, if it is there."""
+    run = folder.resolve().parent
+    report = run.parents[1] / "reports" / run.name if run.parent.name == "runs" else run
+    return report if (report / "params.yaml").is_file() else None
 
 
-def _table(values: dict[str, Any]) -> str:
-    if not values:
-        return "Not recorded."
-    rows = (f"| {key} | {f'{value:.5g}' if isinstance(value, float) else value} |" for key, value in values.items())
-    return "\n".join(("| | |", "|---|---|", *rows))
+def recorded(report: Path) -> tuple[dict[str, Any], ...]:
+    """What a run recorded: its parameters, its metrics, its data set, and what it was made with."""
+    if not (report / "params.yaml").is_file():
+        raise ValueError(f"got report={report}, which has no params.yaml, wanted reports/<run>: give a run's report")
+    parameters = yaml.safe_load((report / "params.yaml").read_text(encoding="utf-8"))
+    metrics, environment = read_json(report / "metrics.json"), read_json(report / "environment.json")
+    root, name = report.resolve().parents[1], report.resolve().name
+    prepared = read_json(root / "runs" / name / "record.json").get("data", {}).get("folder", "nowhere")
+    manifest = read_json(root / prepared / "manifest.json")
+    data = known(parameters, "dataset", "resolution") | known(manifest, "source", "revision", "split", "count")
+    versions = known(environment.get("versions", {}), "wddm", "torch", "diffusers")
+    run = {key: value for key, value in parameters.items() if value is not None}
+    return run, metrics, data, known(environment, "commit", "device") | versions
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """What is in a JSON file; empty where there is none."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def known(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Of the values, those of these names that are not None."""
+    return {name: values[name] for name in names if values.get(name) is not None}

@@ -1,22 +1,59 @@
-"""loading: a model from a folder or the Hub whole, or not at all.
+"""loading: checkpoints, ours and published, fetched once and read whole or not at all.
 
-diffusers fills what a file lacks with random numbers and drops what it does not know, with a warning; here both are
-errors. Only safetensors are read, nothing pickled.
+A path or a Hub name becomes a folder by `fetched`, at the door; everything behind it is handed the folder. Only
+safetensors and JSON are read: nothing pickled, and no code or module that a checkpoint names. diffusers fills what a
+file lacks with random numbers and drops what it does not know, with a warning; here both are errors.
 """
 
 import json
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from diffusers import ConfigMixin, ModelMixin
+import diffusers
+import torch
+from diffusers import ConfigMixin, ModelMixin, SchedulerMixin
 from diffusers.utils import logging
 from huggingface_hub import HfApi, snapshot_download
+from safetensors.torch import load_file
+from torch import Tensor
+
+from wddm.kan import knots
 
 HUB_OPTIONS = ("cache_dir", "revision", "token", "local_files_only")  # where a Hub repository is looked for
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
+CLASS_NAME = "UKANHybrid"  # of a published U-KAN, in its config.json
+NAMES = (  # tensors of a published U-KAN: what is replaced, by what, in this order
+    (r"^head\.", "conv_in."),
+    (r"^tail\.0\.", "norm_out."),
+    (r"^tail\.2\.", "conv_out."),
+    (r"^time_embedding\.timembedding\.0\.weight", "time_embedding.table"),
+    (r"^time_embedding\.timembedding\.1\.", "time_embedding.linear_1."),
+    (r"^time_embedding\.timembedding\.3\.", "time_embedding.linear_2."),
+    (r"^(down|up)blocks\.", r"\1."),
+    (r"\.block([12])\.0\.", r".norm\1."),
+    (r"\.block([12])\.[23]\.", r".conv\1."),
+    (r"\.main\.", ".conv."),
+    (r"\.temb_proj\.1\.", ".time."),
+    (r"^patch_embed3\.", "bottleneck.embed1."),
+    (r"^patch_embed4\.", "bottleneck.embed2."),
+    (r"^norm3\.", "bottleneck.norm1."),
+    (r"^norm4\.", "bottleneck.norm2."),
+    (r"^dnorm3\.", "bottleneck.norm3."),
+    (r"^kan_block([12])\.0\.", r"bottleneck.kan\1."),
+    (r"^kan_dblock1\.0\.", "bottleneck.kan3."),
+    (r"^decoder([12])\.", r"bottleneck.decode\1."),
+    (r"\.kan\.fc1\.", ".spline."),
+    (r"(kan[123])\.norm2\.", r"\1.norm."),
+    (r"(decode[12])\.conv\.0\.", r"\1.norm."),
+    (r"(decode[12])\.conv\.2\.", r"\1.conv."),
+)
 
-def fetched(path: str | Path, options: dict) -> Path:
+
+def fetched(path: str | Path, options: dict[str, Any]) -> Path:
     """The folder itself, or the local copy of a Hub repository, downloaded the first time.
 
     Args:
@@ -43,20 +80,23 @@ def fetched(path: str | Path, options: dict) -> Path:
         ) from error
 
 
-def read_config(kind: type[ConfigMixin], folder: Path) -> dict:
-    """config.json (model_index.json of a pipeline) in a folder.
+def read_config(kind: type[ConfigMixin], folder: Path) -> dict[str, Any]:
+    """The JSON object in `folder`: in config.json, or in the file that `kind` keeps its config in.
 
     Raises:
-        ValueError: there is none, or it is not JSON.
+        ValueError: there is none, or it is not a JSON object.
     """
+    file = folder / kind.config_name
     try:
-        return kind.load_config(folder)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"got {folder}, wanted a whole {kind.config_name} in it ({reason}): give another") from error
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"got {folder}, wanted a whole {file.name} in it ({one_line(error)}): give another") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"got a {type(config).__name__} in {file}, wanted a JSON object: fetch or save it again")
+    return config
 
 
-def load_strictly(from_pretrained: Callable[..., tuple], folder: Path, **options) -> ModelMixin:
+def load_strictly(from_pretrained: Callable[..., Any], folder: Path, **options: Any) -> ModelMixin:
     """What a diffusers class's `from_pretrained` makes of `folder`, in eval mode.
 
     Args:
@@ -66,20 +106,82 @@ def load_strictly(from_pretrained: Callable[..., tuple], folder: Path, **options
     Raises:
         ValueError: config or weights are absent, damaged, pickled, or not each other's, with their names.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # what it would warn about is raised below
-    try:
-        model, found = from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].split(" If you want to")[0].rstrip(".")
-        raise ValueError(
-            f"got {folder}, which does not load ({reason}), wanted config.json and {WEIGHTS}, whole (pickled weights "
-            "are not read): fetch or save it again"
-        ) from error
-    finally:
-        logging.set_verbosity(verbosity)
+    options |= {"use_safetensors": True, "output_loading_info": True}
+    with one_line_errors(folder):
+        model, found = from_pretrained(folder, **options)
     refuse_differences(folder, missing=found["missing_keys"], unknown=found["unexpected_keys"])
     return model.eval()
+
+
+def load_scheduler(folder: Path) -> SchedulerMixin:
+    """The solver in a folder, of the diffusers class that its config names.
+
+    Raises:
+        ValueError: the config is absent or damaged, or names no scheduler of diffusers.
+    """
+    config = read_config(SchedulerMixin, folder)
+    name = config.get("_class_name")
+    kind = getattr(diffusers, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise ValueError(f"got {name!r} in {folder}, wanted a scheduler of diffusers: give another folder")
+    with one_line_errors(folder):
+        return kind.from_config(config)
+
+
+def load_published(build: Callable[..., ModelMixin], folder: Path, config: dict[str, Any]) -> ModelMixin:
+    """A published U-KAN, in eval mode.
+
+    Its tensors differ from ours in their `NAMES`, in the order of a spline weight's axes, and by the grid. The `attn`
+    of its config is dropped: those weights never existed.
+
+    Args:
+        build: `UKANModel`.
+        config: what its config.json holds.
+
+    Raises:
+        ValueError: config or weights are absent, damaged, pickled, or not each other's; a spline grid is another.
+    """
+    keys = ("in_channels", "T", "ch", "ch_mult", "num_res_blocks", "dropout", "sample_size")
+    if missing := [key for key in keys if key not in config]:
+        raise ValueError(f"got a {CLASS_NAME} config.json without {', '.join(missing)}, wanted it: fetch it again")
+    with one_line_errors(folder):
+        model = build(
+            sample_size=config["sample_size"],
+            in_channels=config["in_channels"],
+            out_channels=config["in_channels"],
+            block_out_channels=tuple(config["ch"] * factor for factor in config["ch_mult"]),
+            layers_per_block=config["num_res_blocks"],
+            dropout=config["dropout"],
+            num_train_timesteps=config["T"],
+            base_channels=config["ch"],
+        )
+        theirs = load_file(folder / WEIGHTS)
+    ours, wanted = renamed(theirs), model.state_dict()
+    if model.bottleneck is None:  # which depends on the config alone, not on what the file holds
+        ours = {name: tensor for name, tensor in ours.items() if not name.startswith("bottleneck.")}
+    refuse_differences(
+        folder / WEIGHTS,
+        missing=wanted.keys() - ours.keys(),
+        unknown=ours.keys() - wanted.keys(),
+        of_another_shape=[name for name in wanted.keys() & ours.keys() if wanted[name].shape != ours[name].shape],
+    )
+    model.load_state_dict(ours)
+    return model.eval()
+
+
+def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published tensors under our names, spline grids checked and left out: ours is fixed."""
+    ours = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in NAMES:
+            name = re.sub(pattern, replacement, name)
+        if name.endswith(".spline_weight"):
+            ours[name] = tensor.transpose(1, 2)  # (out, in, 8) -> (out, 8, in)
+        elif not name.endswith(".spline.grid"):
+            ours[name] = tensor
+        elif not torch.allclose(tensor, knots().expand_as(tensor), atol=1e-4):
+            raise ValueError(f"got another grid than 5 uniform intervals over [-1, 1] in {name}: cannot be loaded")
+    return ours
 
 
 def refuse_differences(where: Path, **differences: Iterable[str]) -> None:
@@ -89,3 +191,25 @@ def refuse_differences(where: Path, **differences: Iterable[str]) -> None:
         raise ValueError(
             f"got weights in {where} that are not those of its config: {json.dumps(named)}; fetch or save it again"
         )
+
+
+@contextmanager
+def one_line_errors(folder: Path) -> Iterator[None]:
+    """Turn whatever a damaged file or a wrong value in a config does to a constructor into a ValueError of one line."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # what diffusers would warn about is raised
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"got {folder}, which does not load ({one_line(error)}), wanted its config and {WEIGHTS}, both undamaged "
+            "(pickled weights are not read): fetch or save it again"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says first, or its name."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].split(" If you want to")[0].rstrip(".")

@@ -6,9 +6,8 @@ What the checkpoint says need not be given; what is given and contradicts it is 
 import json
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
-from math import log
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, TypeVar, Unpack
 
 import numpy as np
 from accelerate import PartialState
@@ -16,12 +15,20 @@ from PIL import Image
 
 from wddm.backbones import backbone_name
 from wddm.checkpoints import public
-from wddm.loading import fetched, read_config
+from wddm.loading import fetched
 from wddm.objective import build_solver
 from wddm.pipeline import WaveletPipeline, image_generators
-from wddm.ukan import UKANModel
 
 GRID = 64  # images in the grid picture
+Expected = TypeVar("Expected", str, int)
+
+
+class Solving(TypedDict, total=False):
+    """How the solver runs: arguments of a `WaveletPipeline`'s call."""
+
+    num_inference_steps: int
+    eta: float
+    detail_steps: int | None
 
 
 def open_pipeline(
@@ -47,25 +54,19 @@ def open_pipeline(
     folder = fetched(path, {})
     if (folder / WaveletPipeline.config_name).is_file():
         pipeline = WaveletPipeline.from_pretrained(folder)
-        stored = pipeline.scheduler.config.prediction_type
-        prediction_type = expect("prediction_type", prediction_type, stored, path)
-        pipeline.scheduler = build_solver(scheduler, prediction_type, spacing=spacing, codec=pipeline.codec)
+        stored = expect("prediction_type", prediction_type, pipeline.scheduler.config.prediction_type, path)
+        pipeline.scheduler = build_solver(scheduler, stored, spacing=spacing, codec=pipeline.codec)
     else:
-        channels = read_config(UKANModel, folder).get("in_channels", 3)
         pipeline = WaveletPipeline.from_published(
-            folder,
-            level=expect("wavelet_level", level, round(log(max(channels, 3) / 3, 4)), path),
-            prediction_type=prediction_type,
-            solver=scheduler,
-            spacing=spacing or "leading",
+            folder, level=None, prediction_type=prediction_type, solver=scheduler, spacing=spacing or "leading"
         )
-    expect("model_type", model_type, backbone_name(type(pipeline.backbone).__name__), path)
+    expect("model_type", model_type and model_type.lower(), backbone_name(type(pipeline.backbone).__name__), path)
     expect("wavelet_level", level, pipeline.codec.config.level, path)
     expect("resolution", resolution, pipeline.image_size, path)
     return pipeline
 
 
-def expect(name: str, wanted: Any, found: Any, path: str | Path) -> Any:
+def expect(name: str, wanted: Expected | None, found: Expected, path: str | Path) -> Expected:
     """What the checkpoint holds, if that is what was asked for or nothing was."""
     if wanted not in (None, found):
         raise ValueError(f"got {name}={wanted!r}, but {path} holds {found!r}: leave {name} out, or give another folder")
@@ -80,7 +81,7 @@ def draw(
     batch_size: int = 64,
     seed: int = 0,
     progress: Callable[[Iterable, int], Iterable] = lambda batches, total: batches,
-    **options: Any,
+    **solving: Unpack[Solving],
 ) -> None:
     """Write images 00000.png ..., grid.png of the first 64, and samples.json that says how they were made.
 
@@ -89,22 +90,24 @@ def draw(
     Args:
         folder: made, or empty.
         progress: wraps this process's batches, of which it is told the number, to show a bar.
-        options: num_inference_steps, eta, detail_steps.
+        solving: num_inference_steps, eta, detail_steps.
 
     Raises:
         ValueError: the folder is not empty.
     """
     processes = PartialState()
+    rank, world_size = processes.process_index, processes.num_processes
     new_folder(folder)
     processes.wait_for_everyone()  # to have looked, before anybody writes
-    starts = range(0, count, images_per_call(pipeline, batch_size))[processes.process_index :: processes.num_processes]
-    share = {"rank": processes.process_index, "world_size": processes.num_processes}
-    batches = sample_images(pipeline, count, batch_size=batch_size, seed=seed, **share, **options)
+    starts = range(0, count, images_per_call(pipeline, batch_size))[rank::world_size]
+    batches = sample_images(
+        pipeline, count, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, **solving
+    )
     for start, batch in zip(starts, progress(batches, len(starts)), strict=True):
         write_images(folder, batch, start)
     processes.wait_for_everyone()
     if processes.is_main_process:
-        write_summary(folder, pipeline, count, seed, options)
+        write_summary(folder, pipeline, count, seed, solving)
     processes.wait_for_everyone()
 
 
@@ -116,18 +119,18 @@ def sample_images(
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    **options,
+    **solving: Unpack[Solving],
 ) -> Iterator[np.ndarray]:
     """Draw `count` images batch by batch, uint8 (b, H, W, C), image k seeded `seed + k`; the last batch is shorter.
 
-    Of the batches, this process draws every `world_size`-th from the `rank`-th on. `options` go to the pipeline's call:
-    num_inference_steps, eta, detail_steps.
+    Of the batches, this process draws every `world_size`-th from the `rank`-th on. `solving` is num_inference_steps,
+    eta, detail_steps, as of the pipeline's call.
     """
     size = images_per_call(pipeline, batch_size)
     for start in range(rank * size, count, world_size * size):
         stop = start + size if pipeline.device.type == "cpu" else min(start + size, count)
         generators = image_generators(range(seed + start, seed + stop))
-        images = pipeline(len(generators), generators, output_type="np", **options).images[: count - start]
+        images = pipeline(len(generators), generators, output_type="np", **solving).images[: count - start]
         yield (images * 255).round().astype(np.uint8)
 
 
@@ -150,18 +153,13 @@ def new_folder(folder: str | Path) -> None:
 
 
 def write_images(folder: str | Path, images: np.ndarray, start: int = 0) -> None:
-    """uint8 (N, H, W, C) as PNGs, numbered from `start`."""
+    """Write uint8 images (N, H, W, C) as PNGs, numbered from `start`."""
     for number, image in enumerate(images, start):
         Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(Path(folder, f"{number:05d}.png"))
 
 
-def write_summary(folder: str | Path, pipeline: WaveletPipeline, count: int, seed: int, options: dict) -> None:
-    """grid.png of the first 64 images in the folder, and samples.json."""
-    from wddm.plots.mosaics import compose  # and seaborn, seconds that the command line can do without
-
-    first = [np.asarray(Image.open(Path(folder, f"{number:05d}.png"))) for number in range(min(count, GRID))]
-    pixels = np.stack([image.reshape(*image.shape[:2], -1) for image in first])
-    Image.fromarray(compose(pixels, max(1, round(len(first) ** 0.5)))).save(Path(folder, "grid.png"))
+def write_summary(folder: str | Path, pipeline: WaveletPipeline, count: int, seed: int, solving: Solving) -> None:
+    """Write samples.json, which says how the images were made, and grid.png of the first 64 in the folder."""
     description = {
         "images": count,
         "seeds": [seed, seed + count - 1],
@@ -171,8 +169,15 @@ def write_summary(folder: str | Path, pipeline: WaveletPipeline, count: int, see
         "solver": type(pipeline.scheduler).__name__,
         "prediction_type": pipeline.scheduler.config.prediction_type,
         "spacing": pipeline.scheduler.config.get("timestep_spacing"),
-        **options,
+        **solving,
         "resolution": pipeline.image_size,
         "versions": {name: version(name) for name in ("wddm", "torch", "diffusers")},
     }
     Path(folder, "samples.json").write_text(json.dumps(description, indent=2) + "\n")
+    first = [Image.open(Path(folder, f"{number:05d}.png")) for number in range(min(count, GRID))]
+    columns, (width, height) = max(1, round(len(first) ** 0.5)), first[0].size
+    rows = -(-len(first) // columns)
+    grid = Image.new("RGB", (columns * (width + 1) - 1, rows * (height + 1) - 1), "white")
+    for k, image in enumerate(first):
+        grid.paste(image, (k % columns * (width + 1), k // columns * (height + 1)))
+    grid.save(Path(folder, "grid.png"))

@@ -1,7 +1,7 @@
 """UKANModel: a UNet whose bottleneck is built from spline layers (U-KAN, Li et al. 2024, arXiv 2406.02918).
 
 Called and configured as diffusers' `UNet2DModel`: `model(sample, timestep).sample`, (B, C, h, w) in and out.
-Checkpoints in the published format (class name `UKANHybrid`, see published.py) load through `from_pretrained` too.
+Checkpoints in the published format (class name `UKANHybrid`, see loading.py) load through `from_pretrained` too.
 """
 
 import math
@@ -16,9 +16,8 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wddm import published
 from wddm.kan import KANBlock
-from wddm.loading import fetched, load_strictly, read_config
+from wddm.loading import CLASS_NAME, fetched, load_published, load_strictly, read_config
 
 
 class UKANModel(ModelMixin, ConfigMixin):
@@ -127,11 +126,9 @@ class UKANModel(ModelMixin, ConfigMixin):
         """
         folder = fetched(path, kwargs) / (kwargs.pop("subfolder", None) or "")
         config = read_config(cls, folder)
-        if config.get("_class_name") != published.CLASS_NAME:
-            return load_strictly(super().from_pretrained, folder, **kwargs)
-        model = cls(**published.our_config(config))
-        published.fill(model, folder)
-        return model.eval().to(kwargs.get("torch_dtype"))
+        if config.get("_class_name") == CLASS_NAME:
+            return load_published(cls, folder, config).to(kwargs.get("torch_dtype"))
+        return load_strictly(super().from_pretrained, folder, **kwargs)
 
     def _fix_state_dict_keys_on_load(self, state_dict: dict[str, Tensor]) -> None:
         """Transpose spline weights of older checkpoints, which hold them as (out, in, 8)."""
