@@ -130,7 +130,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     state = processes.join(arguments.device)
 
     from wddm import workbook
-    from wddm.metrics import evaluation
+    from wddm.metrics import inception, scores
     from wddm.workbook.records import write_json
     from wddm.workbook.tables import format_table
 
@@ -138,27 +138,22 @@ def evaluate(arguments: argparse.Namespace) -> int:
         root = workbook.find_root()
     except ValueError:
         root = Path()
-    reference = evaluation.find_reference(arguments.reference, arguments.resolution, root)
-    samples = evaluation.read_images(arguments.images)
-    found = evaluation.evaluate(
-        samples,
-        reference,
+    wanted = arguments.reference + (f"-{arguments.resolution}" if arguments.resolution else "")
+    reference, samples = scores.find_reference(wanted, root), scores.read_images(arguments.images)
+    options = scores.Options(
         level=arguments.fwd_level,
-        inception_weights=arguments.inception_weights,
         seed=arguments.seed,
         device=arguments.device or state.device,
-        processes=state,
-        progress=lambda batches, total: (
-            workbook.progress(batches, total, "Inception") if state.is_main_process else batches
-        ),
+        inception_weights=arguments.inception_weights,
+        progress=workbook.progress,
     )
-    if state.is_main_process:
-        said = evaluation.scores.caveat(samples) + evaluation.scores.fairness(samples, reference)
-        caption = f"{arguments.images} against {reference.folder}. {said}"
-        print(format_table([score.row() for score in found], caption)[1])
-        if any(score.value is None and score.key == "fid" for score in found):
-            print(evaluation.inception.remedy())
-        write_json(arguments.output, evaluation.as_json(found, arguments.images, reference))
+    found = scores.evaluate(samples, reference, options)
+    caption = f"{arguments.images} against {reference.folder}. {scores.caveat(samples)}"
+    caption += scores.fairness(samples, reference)
+    print(format_table([score.row() for group in found.values() for score in group], caption)[1])
+    if found["inception"][0].value is None:
+        print(inception.remedy())
+    write_json(arguments.output, scores.as_json(found, arguments.images, reference))
     return 0
 
 

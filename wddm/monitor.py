@@ -15,7 +15,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor
 
-from wddm.metrics import frechet_wavelet_distance
+from wddm.metrics.frechet import frechet_wavelet_distance
 from wddm.objective import diffusion_loss
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images

@@ -27,7 +27,7 @@ from diffusers import ModelMixin
 from torch.utils.flop_counter import FlopCounterMode
 
 from wddm.devices import resolve_precision
-from wddm.intervals import median
+from wddm.metrics.intervals import median
 
 Maker = Callable[..., Iterator]  # a generator function: each `next` of what it returns is a call
 

@@ -20,7 +20,7 @@ from diffusers.training_utils import EMAModel
 from wddm import checkpoints, monitor, resume, update
 from wddm.batches import batches
 from wddm.devices import resolve_precision, tune
-from wddm.metrics import packet_moments
+from wddm.metrics.frechet import packet_moments
 from wddm.objective import noise_scheduler
 from wddm.steps import Meter, Step, append_log, peak_memory_gb
 from wddm.wavelets import WaveletCodec
