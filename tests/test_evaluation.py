@@ -1,18 +1,16 @@
-"""features.py, scores.py, evaluation.py: images from elsewhere, alone and over processes; what distances notice."""
+"""scores.py: the metrics of METRICS are those of the other modules, kept by content; images from elsewhere."""
 
 import json
-import os
-import subprocess
-import sys
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from conftest import launcher
 
-from wddm import data, metrics
+from wddm import data
 from wddm.__main__ import main
-from wddm.metrics import diagnostics, evaluation, features, scores
+from wddm.metrics import diagnostics, frechet, scores
+from wddm.metrics.scores import Options
 from wddm.sampling import write_images
 
 
@@ -22,13 +20,14 @@ def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workbook")
     for name in ("notebooks", "params"):
         (folder / name).mkdir()
-    data.prepare("digits", 16, folder / "data/digits-16", limit=600, progress=False)
+    prepared = data.prepare("digits", 16, folder / "elsewhere", limit=600, progress=False)
+    shutil.copytree(prepared.folder, folder / "data/digits-16-0123abcd")
     return folder
 
 
 @pytest.fixture(scope="module")
 def digits(root):
-    return data.load(root / "data/digits-16")
+    return data.load(root / "data/digits-16-0123abcd")
 
 
 @pytest.fixture
@@ -50,93 +49,67 @@ def evaluate(folder, *options) -> int:
     return main(["evaluate", "--images", str(folder), "--output", str(folder / "metrics.json"), *map(str, options)])
 
 
-# --------------------------------------------------------------------------------------------------- features
-
-
-@pytest.mark.slow
-def test_the_classifier_knows_its_classes_and_is_the_same_again(digits, tmp_path) -> None:
-    network = features.fit_features(digits.images, digits.labels, seed=0)
-    assert network.held_out == 150 and network.accuracy > 0.95
-    before = torch.get_rng_state()
-    again = features.fit_features(digits.images, digits.labels, seed=0)
-    assert torch.equal(torch.get_rng_state(), before)
-    features.save(network, tmp_path / "network.safetensors")
-    loaded = features.load(tmp_path / "network.safetensors")
-    assert (loaded.accuracy, loaded.held_out) == (network.accuracy, 150)
-    batch = next(diagnostics.unit_batches(digits.images, 64)).float()
-    for other in (again, loaded):
-        assert torch.equal(network(batch), other(batch))
-    assert network(batch).shape == (64, 32)
-    with pytest.raises(ValueError, match="got 600 images and 599 labels"):
-        features.fit_features(digits.images, digits.labels[:-1])
-
-
-@pytest.mark.parametrize(("side", "channels"), [(8, 1), (32, 3), (96, 3)])
-def test_the_network_takes_any_size(side, channels) -> None:
-    network = features.FeatureNet(channels, min(features.SIDE, side), 5).eval()
-    assert network(torch.rand(2, channels, side, side)).shape == (2, 32)
-
-
 # ----------------------------------------------------------------------------------------------------- scores
-
-
-@pytest.mark.slow
-def test_distances_grow_with_blur_noise_and_missing_classes(digits) -> None:
-    network = scores.classifier(np.array(digits.images), digits).detail
-    found = evaluation.responses(digits, 2, network)
-    assert list(found) == ["blur", "noise", "missing classes"]
-    for kind, (amounts, curves) in found.items():
-        assert amounts[0] == 0 and len(curves) == 2
-        for name, curve in curves.items():
-            values, low, high = curve.T
-            seen = slice(None) if name.startswith("FWD") else slice(2, None)  # classes survive a little blur and noise
-            assert (np.diff(values[seen]) > 0).all() and values[-1] > 3 * values[0], (kind, name, values)
-            assert (low < values).all() and (values < high).all()
-
-
-def test_missing_classes_are_missing_and_images_as_many(digits, monkeypatch) -> None:
-    seen = []
-    distance = metrics.frechet_wavelet_distance
-    monkeypatch.setattr(
-        metrics, "frechet_wavelet_distance", lambda r, i, *a, **k: seen.append(i) or distance(r, i, *a, **k)
-    )
-    evaluation.responses(digits, 2)
-    rows = {image.tobytes(): label for image, label in zip(digits.images, digits.labels, strict=True)}
-    left = [{rows[image.tobytes()] for image in one} for one in seen[10:]]
-    assert [len(one) for one in left] == [10, 8, 6, 4, 2] and len({len(one) for one in seen[10:]}) == 1
-    blurred, noisy = seen[3], seen[9]
-    assert np.abs(np.diff(blurred.astype(int), axis=1)).mean() < np.abs(np.diff(seen[0].astype(int), axis=1)).mean()
-    amid = (seen[0] > 110) & (seen[0] < 145)  # where neither end of the range is near
-    assert np.std((noisy.astype(int) - seen[0])[amid]) / 255 == pytest.approx(0.2, rel=0.1)
 
 
 def test_what_depends_on_the_reference_is_kept_under_its_hash(digits, monkeypatch) -> None:
     samples = np.array(digits.images[:100])
-    first = scores.wavelet(samples, digits, 2)
+    (first,) = scores.wavelet(samples, digits, Options(2))
     name = digits.manifest["sha256"]["images"][:16]
     assert {path.name for path in (digits.folder / "statistics").glob("*fwd-level2*")} == {
         f"{name}-fwd-level2.npz", f"{name}-fwd-level2-split-100-0-{scores.RESAMPLES}.npz",
     }  # fmt: skip
-    monkeypatch.setattr(metrics, "packet_moments", lambda *a, **k: pytest.fail("measured the reference again"))
-    monkeypatch.setattr(metrics, "split_floor", lambda *a, **k: pytest.fail("measured the floor again"))
-    again = scores.wavelet(samples, digits, 2)
+    monkeypatch.setattr(frechet, "packet_moments", lambda *a, **k: pytest.fail("measured the reference again"))
+    monkeypatch.setattr(frechet, "split_floor", lambda *a, **k: pytest.fail("measured the floor again"))
+    (again,) = scores.wavelet(samples, digits, Options(2))
     assert (again.record(), again.row()) == (first.record(), first.row())
     other = data.Dataset(digits.images, None, None, {"sha256": {"images": "f" * 64}}, digits.folder)
     with pytest.raises(pytest.fail.Exception, match="reference again"):
-        scores.wavelet(samples, other, 2)
+        scores.wavelet(samples, other, Options(2))
+
+
+def test_the_classifier_of_a_reference_is_trained_once(digits, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(diagnostics, "STEPS", 20)
+    reference = replace(digits, folder=tmp_path)
+    network = scores.reference_classifier(reference, seed=1)
+    monkeypatch.setattr(diagnostics, "fit_classifier", lambda *a: pytest.fail("trained again"))
+    again = scores.reference_classifier(reference, seed=1)
+    np.testing.assert_array_equal(network.probabilities(digits.images[:9]), again.probabilities(digits.images[:9]))
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        scores.reference_classifier(reference, seed=2)
+    samples = np.array(digits.images[:100]) // 2
+    (score,) = scores.classifier(samples, reference, Options(seed=1))
+    assert (score.key, score.name) == ("fd_digits_16_classifier", "FD, digits-16-classifier (not FID)")
+    expected = frechet.frechet_feature_distance(digits.images, samples, network, resamples=scores.RESAMPLES, seed=1)
+    assert score.estimate == pytest.approx(expected.distance, rel=1e-9) and score.floor.value < score.value
+    assert f"classifier right on {network.accuracy.value:.1%} of 150 held-out images" in score.protocol
+    (few,) = scores.classifier(samples[:20], reference, Options(seed=1))
+    assert few.value is None and few.protocol.startswith("not computed: got 20 images for vectors of 32 values")
+    (unlabelled,) = scores.classifier(samples, replace(reference, labels=None), Options())
+    assert unlabelled.record() == {} and "no labels" in unlabelled.protocol
+
+
+def test_every_metric_is_evaluated_and_a_new_one_is_an_entry(digits, monkeypatch, no_weights) -> None:
+    monkeypatch.setattr(diagnostics, "STEPS", 20)
+    made = scores.Score("share_black", "share of black images", None, None, 100, 600, "")
+    monkeypatch.setitem(scores.METRICS, "black", lambda samples, reference, options: [made])
+    found = scores.evaluate(np.array(digits.images[:100]), digits, Options(2, seed=5))
+    assert list(found) == ["wavelet", "classifier", "inception", "copies", "black"] and found["black"] == [made]
+    assert [score.key for score in found["copies"]] == ["nearest_distance", "copies_share", "memorised_share"]
+    assert found["inception"][0].value is None
 
 
 def test_scores_are_the_metrics_with_their_floor(digits) -> None:
     samples = np.array(digits.images[:100]) // 2
-    score = scores.wavelet(samples, digits, 2, seed=3)
-    expected = metrics.frechet_wavelet_distance(digits.images, samples, 2, resamples=scores.RESAMPLES, seed=3)
+    (score,) = scores.wavelet(samples, digits, Options(2, seed=3))
+    expected = frechet.frechet_wavelet_distance(digits.images, samples, 2, resamples=scores.RESAMPLES, seed=3)
     assert score.value == pytest.approx(expected.value, rel=1e-12)
-    assert (score.low, score.high) == pytest.approx((expected.interval.low, expected.interval.high), rel=1e-9)
-    floor = metrics.split_floor(digits.images, 2, count=100, resamples=scores.RESAMPLES, seed=3)
-    assert score.floor == pytest.approx((floor.value, floor.interval.low, floor.interval.high), rel=1e-12)
+    assert score.estimate == pytest.approx(expected.distance, rel=1e-9)
+    floor = frechet.split_floor(digits.images, 2, count=100, resamples=scores.RESAMPLES, seed=3)
+    assert score.floor == pytest.approx(floor.distance, rel=1e-12)
     assert score.record() == {
-        "fwd": score.value, "fwd_low": score.low, "fwd_high": score.high,
-        "fwd_floor": score.floor[0], "fwd_floor_low": score.floor[1], "fwd_floor_high": score.floor[2],
+        "fwd": score.value, "fwd_low": score.estimate.low, "fwd_high": score.estimate.high,
+        "fwd_floor": score.floor.value, "fwd_floor_low": score.floor.low, "fwd_floor_high": score.floor.high,
     }  # fmt: skip
     assert (score.count, score.count_real) == (100, 600) and "seed 3" in score.protocol
     assert scores.caveat(samples).startswith("Fewer than 10,000") and scores.caveat(range(10_000)) == ""
@@ -149,13 +122,13 @@ def test_copies_are_told_from_strangers(digits) -> None:
     real = np.array(digits.images)
     noise = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 1), dtype=np.uint8)
     for samples, share in ((real[:50], 1.0), (noise, 0.0)):
-        nearest, copied, memorised = scores.copies(samples, digits)
+        nearest, copied, memorised = scores.copies(samples, digits, Options())
         assert copied.value == memorised.value == share
         assert nearest.detail["distances"].shape == (50, 3) and nearest.detail["apart"].shape == (256, 2)
-        assert nearest.low <= nearest.value <= nearest.high and 0 < nearest.floor[1] < nearest.floor[0]
-    assert (
-        memorised.floor[0] < 0.05 and memorised.floor[2] > 0 and copied.high > 0.04
-    )  # of none in fifty, the truth may be one in twenty
+        assert nearest.estimate.low <= nearest.value <= nearest.estimate.high
+        assert 0 < nearest.floor.low < nearest.floor.value
+    assert memorised.floor.value < 0.05 and memorised.floor.high > 0
+    assert copied.estimate.high > 0.04  # of none in fifty, the truth may be one in twenty
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -170,38 +143,19 @@ def test_images_from_elsewhere_are_scored(root, samples, digits, monkeypatch, no
     assert "Fewer than 10,000 images" in printed and "FD, digits-16-classifier (not FID)" in printed
     written = json.loads((samples / "metrics.json").read_text())
     found = {score["key"]: score for score in written["scores"]}
-    images = evaluation.read_images(samples)
-    assert found["fwd"]["value"] == scores.wavelet(images, digits, 2, seed=1).value
+    images = scores.read_images(samples)
+    assert found["fwd"]["value"] == scores.wavelet(images, digits, Options(2, seed=1))[0].value
     assert written["reference"]["sha256"] == digits.manifest["sha256"]["images"]
     assert found["fid"]["value"] is None and found["copies_share"]["value"] == pytest.approx(0.5, abs=0.1)
     np.save(samples / "samples.npy", images)
-    assert evaluate(samples, "--reference", root / "data/digits-16", "--seed", 1) == 0
+    assert evaluate(samples, "--reference", digits.folder, "--seed", 1) == 0
     assert json.loads((samples / "metrics.json").read_text())["scores"] == written["scores"]
-
-
-@pytest.mark.slow
-def test_two_processes_find_what_one_does(root, samples) -> None:
-    flags = f"evaluate --images {samples} --reference digits --output".split()
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    found = []
-    for name, start in (("two", launcher()), ("one", [])):
-        for path in (root / "data/digits-16/statistics").glob("*"):
-            path.unlink()
-        command = [sys.executable, "-m", *start, "wddm", *flags, str(samples / name)]
-        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("FWD, level 2") == 1
-        found.append(json.loads((samples / name).read_text())["scores"])
-    for two, one in zip(*found, strict=True):
-        numbers = {name: value for name, value in one.items() if isinstance(value, float)}
-        assert {name: two[name] for name in numbers} == pytest.approx(numbers, rel=1e-9)
-        assert {**two, **numbers} == one
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--reference", "digit"], "wanted a folder or one prepared set (digits-16): run 01_prepare"),
+        (["--reference", "digit"], "wanted a folder or one prepared set (digits-16-0123abcd): run 01_prepare"),
         (["--reference", "digits", "--resolution", "32"], "run 01_prepare"),
         (["--reference", "digits", "--fwd-level", "5"], "wanted a multiple of 32"),
         (["--reference", "digits", "--fwd-level", "1"], "wanted 64 images or more"),
@@ -224,4 +178,16 @@ def test_images_of_other_sizes_are_refused(root, digits, tmp_path, monkeypatch, 
     assert "got uint8 images (16, 16, 3) and a reference of (16, 16, 1)" in capsys.readouterr().err
     write_images(tmp_path, digits.images[:1, :8], start=5)
     with pytest.raises(ValueError, match=r"00005.png of uint8 \(8, 16, 1\) beside \(16, 16, 3\)"):
-        evaluation.read_images(tmp_path)
+        scores.read_images(tmp_path)
+
+
+def test_a_reference_is_found_by_name_and_size_and_several_are_named(root, digits, tmp_path) -> None:
+    for wanted in ("digits", "digits-16", "digits-16-0123abcd", str(digits.folder)):
+        assert scores.find_reference(wanted, root).folder == digits.folder
+    for name in ("digits-16-0123abcd", "digits-16-4567cdef", "digits-32-0123abcd", ".digits-32-89ab.preparing"):
+        shutil.copytree(digits.folder, tmp_path / "data" / name)
+    assert scores.find_reference("digits-32", tmp_path).folder.name == "digits-32-0123abcd"
+    with pytest.raises(ValueError, match=r"one prepared set \(digits-16-0123abcd, digits-16-4567cdef\): give the name"):
+        scores.find_reference("digits-16", tmp_path)
+    with pytest.raises(ValueError, match=r"prepared set \(nothing\): run 01_prepare"):
+        scores.find_reference("digits", tmp_path / "data")

@@ -1,19 +1,19 @@
 """inception.py: the numbers are those of torch-fidelity's own command line on the same PNGs, with the same weights."""
 
-import itertools
 import json
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
-from wddm import data, metrics
-from wddm.metrics import frechet_distance, inception, scores
+from wddm import data
+from wddm.metrics import inception, scores
+from wddm.metrics.frechet import frechet_distance, split
+from wddm.metrics.scores import Options
 from wddm.sampling import write_images
 
 
@@ -43,8 +43,8 @@ def reference(tmp_path_factory):
 
 @pytest.mark.slow
 def test_scores_are_those_of_torch_fidelitys_command_line(weights, reference, tmp_path) -> None:
-    samples = 255 - np.array(reference.images[:20])
-    found = {score.key: score for score in scores.by_inception(samples, reference, weights=weights)}
+    samples, options = 255 - np.array(reference.images[:20]), Options(inception_weights=weights)
+    found = {score.key: score for score in scores.by_inception(samples, reference, options)}
     for name, images in (("samples", samples), ("real", reference.images)):
         (tmp_path / name).mkdir()
         write_images(tmp_path / name, images)
@@ -58,38 +58,34 @@ def test_scores_are_those_of_torch_fidelitys_command_line(weights, reference, tm
     names |= {"inception_score": "inception_score_mean", "precision": "precision", "recall": "recall"}
     for key, name in names.items():
         assert found[key].value == pytest.approx(theirs[name], rel=1e-6), key
-        assert found[key].low <= found[key].value <= found[key].high
+        assert found[key].estimate.low <= found[key].value <= found[key].estimate.high
         assert (found[key].count, found[key].count_real) == (20, 30)
     spread = 1.6449 * theirs["kernel_inception_distance_std"]
-    assert found["kid"].high - found["kid"].value == pytest.approx(spread, rel=1e-6)
-    assert found["fid"].floor[0] < found["fid"].value
-    chosen, others = metrics.split(30, 15)
+    assert found["kid"].estimate.high - found["kid"].value == pytest.approx(spread, rel=1e-6)
+    assert found["fid"].floor.value < found["fid"].value
+    chosen, others = split(30, 15)
     half = inception.features(np.array(reference.images), inception.build(weights))
     half = [{name: values[rows] for name, values in half.items()} for rows in (chosen, others)]
     for key, ends in inception.scores(*half, resamples=scores.RESAMPLES).items():
         assert found[key].floor == pytest.approx(ends, rel=1e-4), key
-        assert ends[1] <= ends[0] <= ends[2]
+        assert ends.low <= ends.value <= ends.high
     with patch.object(inception, "build", wraps=inception.build), patch.object(inception, "features") as extract:
         extract.side_effect = lambda images, *a, **k: pytest.fail("again") if images is reference.images else {}
         with pytest.raises(KeyError):  # from the empty features of the samples: those of the reference were kept
-            scores.by_inception(samples, reference, weights=weights)
+            scores.by_inception(samples, reference, options)
     extract.assert_called_once()
 
 
-def test_features_of_two_processes_are_those_of_one(monkeypatch) -> None:
+def test_features_are_those_of_batches_of_three_channels_in_order() -> None:
     class Network(torch.nn.Linear):
         def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             assert images.dtype == torch.uint8 and images.shape[1:] == (3, 8, 8)
             return images[:, 2, 0].float(), images[:, 0, :, 0].float()
 
     images = np.random.default_rng(0).integers(0, 256, (150, 8, 8, 1), dtype=np.uint8)  # batches of 64, 64 and 22
-    shares, gather = [], lambda share: shares.append(share) or [*itertools.chain(*shares)]
-    monkeypatch.setattr("accelerate.utils.gather_object", gather)
-    for rank in (1, 0):
-        found = inception.features(
-            images, Network(1, 1), processes=SimpleNamespace(process_index=rank, num_processes=2)
-        )
-    assert [len(share) for share in shares] == [1, 2]
+    seen = []
+    found = inception.features(images, Network(1, 1), lambda batches: seen.extend(batches) or batches)
+    assert seen == [0, 64, 128]
     np.testing.assert_array_equal(found["2048"], images[:, 0, :, 0])
     np.testing.assert_array_equal(found["logits_unbiased"], images[:, :, 0, 0])
 
@@ -106,14 +102,14 @@ def test_the_interval_of_a_fid_is_the_distance_of_resampled_features(count) -> N
 
     weights = np.random.default_rng(3).multinomial(count, np.full(count, 1 / count), size=9)
     drawn = np.array([fid(np.repeat(np.arange(count), times)) for times in weights])
-    expected = fid(np.arange(count)) + np.quantile(drawn - drawn.mean(), [0.05, 0.95])
+    expected = fid(np.arange(count)) + np.array([0, *np.quantile(drawn - drawn.mean(), [0.05, 0.95])])
     found = inception.fid_interval(fid(np.arange(count)), generated, real, resamples=9, seed=3)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_without_weights_it_is_said_and_nothing_is_computed(monkeypatch, reference, tmp_path) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    (score,) = scores.by_inception(np.array(reference.images), reference)
+    (score,) = scores.by_inception(np.array(reference.images), reference, Options())
     assert score.value is None and score.protocol == "not computed: no Inception weights" and score.record() == {}
     target = re.fullmatch(r"curl -L --create-dirs -o (\S+) https://\S+\.pth", inception.remedy())[1]
     (tmp_path / "checkpoints").mkdir()

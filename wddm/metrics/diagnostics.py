@@ -1,110 +1,104 @@
-"""diagnostics: what samples look like beside real images: spectra, bands, nearest neighbours, classes.
+"""Diagnostics: samples beside real images: their spectra, wavelet bands, nearest neighbours and classes.
 
-Images are uint8 (N, H, W, C) or float (N, C, H, W) in [0, 1] everywhere; what is computed from them is
-streamed in float64, so that a memory map of any length will do.
+Images are uint8 (N, H, W, C) or float (N, C, H, W) in [0, 1]. They are read in batches of float64, so that a memory
+map of any length will do.
 """
 
+import itertools
+import math
 import mmap
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
 
-from wddm.intervals import resampled
+from wddm.metrics.intervals import Estimate, resampled, share
 from wddm.wavelets import WaveletCodec
 
 Images = np.ndarray | Tensor
-VALUES = 2**22  # in a batch at most: 32 MiB of float64
+Device = str | torch.device
+Vectors = Callable[[Tensor, slice], Tensor]  # images (B, C, H, W) -> vectors (P, B, d) of some of the populations
+BATCH_VALUES = 2**24  # in a batch at most: 128 MiB of float64
+MOST, SIDE, FEATURES = 20_000, 64, 32  # of the classifier: real images at most, their largest side, features of one
+STEPS, BATCH, UNCLEAR = 500, 72, 4  # steps of its training, images in each, of these with shuffled pixels or blended
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Power (F,) at spatial frequencies (F,) in cycles/pixel, and its 90 % intervals (2, F) over images."""
+    """Power (F,) at spatial frequencies (F,) in cycles/pixel, with intervals over `count` images."""
 
     frequency: np.ndarray
-    power: np.ndarray
-    interval: np.ndarray
+    power: Estimate[np.ndarray]
     count: int
 
 
 @dataclass(frozen=True)
 class BandStatistics:
-    """Per Haar packet, arrays (4^L,): energy (mean square), std, excess kurtosis (Gaussian: 0); intervals (2, 4^L)."""
+    """Of every Haar packet, arrays (4^L,): energy (mean square), std, excess kurtosis (0 for a Gaussian)."""
 
     bands: list[str]
-    energy: np.ndarray
+    energy: Estimate[np.ndarray]
     std: np.ndarray
-    kurtosis: np.ndarray
-    energy_interval: np.ndarray
-    kurtosis_interval: np.ndarray
+    kurtosis: Estimate[np.ndarray]
     count: int
 
 
 @dataclass(frozen=True)
-class Classifier:
-    """A classifier of real images, with what it achieves on real images that it was not fitted on.
-
-    `held_out_confidence` is the top probability (held_out,) of each of them, `confidence_p10` its 10th percentile.
-    """
-
-    model: object
-    held_out: int
-    held_out_accuracy: float
-    held_out_confidence: np.ndarray
-    confidence_p10: float
-
-    def predict_proba(self, images: Images) -> np.ndarray:
-        """Class probabilities (N, classes)."""
-        return self.model.predict_proba(_flat(images))
-
-
-def unit_batches(
-    images: Images, batch_size: int = 512, rows: np.ndarray | None = None, device: str | torch.device = "cpu"
-) -> Iterator[Tensor]:
-    """Batches (B, C, H, W), float64 in [0, 1] on the device, of all images or of the given rows; B may be smaller.
+class UnitBatches:
+    """Iterates over images, or those in `rows`, in batches (B, C, H, W) of float64 in [0, 1] on the device.
 
     Apple's GPUs ("mps") have no float64: the CPU takes their place.
 
     Raises:
         ValueError: neither uint8 (N, H, W, C) nor float (N, C, H, W), or floats outside [0, 1].
     """
-    layout = "NHWC" if images.dtype in (np.uint8, torch.uint8) else "NCHW"
-    if images.ndim != 4 or not len(images) or images.shape[layout.index("C")] not in (1, 2, 3, 4):
-        raise ValueError(
-            f"got {images.dtype} images {tuple(images.shape)}, wanted uint8 (N, H, W, C) or float "
-            "(N, C, H, W) of 1 to 4 channels: transpose them"
-        )
-    device = "cpu" if torch.device(device).type == "mps" else device
-    batch_size = fitting(images, batch_size)
-    for start in range(0, len(images) if rows is None else len(rows), batch_size):
-        part = slice(start, start + batch_size)
-        batch = images[part if rows is None else rows[part]]
-        batch = (batch.detach() if isinstance(batch, Tensor) else torch.from_numpy(np.array(batch))).to(device)
-        if isinstance(images, np.memmap) and images.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
-            images._mmap.madvise(mmap.MADV_DONTNEED)  # what was read stays in the system's cache, and not in our memory
-        if layout == "NHWC":
-            yield batch.permute(0, 3, 1, 2).double().div_(255)
-        elif batch.is_floating_point() and batch.min() >= 0 and batch.max() <= 1:
-            yield batch.double()
-        else:
+
+    images: Images
+    rows: np.ndarray | None = None
+    batch_size: int = 512
+    device: Device = "cpu"
+
+    @property
+    def count(self) -> int:
+        return len(self.images if self.rows is None else self.rows)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        images, values = self.images, math.prod(self.images.shape[1:])
+        layout = "NHWC" if images.dtype in (np.uint8, torch.uint8) else "NCHW"
+        if images.ndim != 4 or not len(images) or images.shape[layout.index("C")] not in (1, 2, 3, 4):
             raise ValueError(
-                f"got {batch.dtype} images from {batch.min().item():g} to {batch.max().item():g}, wanted "
-                "floats in [0, 1]: rescale or clamp them, or give uint8"
+                f"got {images.dtype} images {tuple(images.shape)}, wanted uint8 (N, H, W, C) or float "
+                "(N, C, H, W) of 1 to 4 channels: transpose them"
             )
+        device = "cpu" if torch.device(self.device).type == "mps" else self.device
+        size = max(1, min(self.batch_size, BATCH_VALUES // values))
+        for start in range(0, self.count, size):
+            part = slice(start, start + size)
+            batch = images[part if self.rows is None else self.rows[part]]
+            batch = (batch.detach() if isinstance(batch, Tensor) else torch.from_numpy(np.array(batch))).to(device)
+            if isinstance(images, np.memmap) and images.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
+                images._mmap.madvise(mmap.MADV_DONTNEED)  # what was read stays in the system's cache, not in our memory
+            if layout == "NHWC":
+                yield batch.permute(0, 3, 1, 2).double().div_(255)
+            elif batch.is_floating_point() and batch.min() >= 0 and batch.max() <= 1:
+                yield batch.double()
+            else:
+                raise ValueError(
+                    f"got {batch.dtype} images from {batch.min().item():g} to {batch.max().item():g}, wanted "
+                    "floats in [0, 1]: rescale or clamp them, or give uint8"
+                )
 
 
-def fitting(images: Images, batch_size: int) -> int:
-    """`batch_size`, or as many images as make VALUES."""
-    return max(1, min(batch_size, VALUES // int(np.prod(images.shape[1:]))))
+def haar_packets(level: int) -> Vectors:
+    """Function of float64 images (B, C, H, W) and a slice that gives these of their 4^L orthonormal Haar packets.
 
-
-def haar_packets(level: int) -> Callable[..., Tensor]:
-    """Function of float64 images (B, C, H, W) and a slice of the 4^L orthonormal packets that gives these packets.
-
-    They come as (P, B, C H W / 4^L), in the order of `WaveletCodec`: one product of its matrix for cells of 2^L x 2^L
-    pixels with all cells, several times faster than splitting again and again, and for some packets as for all.
+    They come as (P, B, C H W / 4^L), in the order of `WaveletCodec`. The codec's matrix for one cell of 2^L x 2^L
+    pixels is applied to all cells at once: several times faster than splitting level by level.
     """
     side, codec = 2**level, WaveletCodec("haar", level=level, scaling="none").double()
     matrix = codec.encode(torch.eye(4**level, dtype=torch.float64).view(-1, 1, side, side)).flatten(1).T
@@ -118,39 +112,43 @@ def haar_packets(level: int) -> Callable[..., Tensor]:
     return packets
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for small matrices and networks: several are up to ten times slower, and round differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def radial_power_spectrum(images: Images) -> Spectrum:
     """Power to 1/2 cycle/pixel, averaged over rings, colours and images less their means.
 
     Normalised so that white noise of variance v has power v at every frequency.
     """
-    height, width = next(unit_batches(images, 1)).shape[-2:]
+    height, width = next(iter(UnitBatches(images, batch_size=1))).shape[-2:]
     side, found = min(height, width), []
     y, x = (torch.fft.fftfreq(n, dtype=torch.float64) for n in (height, width))
     ring = (torch.hypot(y[:, None], x) * side).round().long().flatten()  # (H W,)
     rings = torch.arange(1, side // 2 + 1)
-    for batch in unit_batches(images):
+    for batch in UnitBatches(images):
         power = torch.fft.fft2(batch - batch.mean((-2, -1), keepdim=True), norm="ortho").abs().square().mean(1)
         sums = power.new_zeros(len(batch), int(ring.max()) + 1).index_add_(1, ring, power.flatten(1))
         found.append((sums / torch.bincount(ring))[:, rings].numpy())
     per_image = np.concatenate(found)  # (N, F)
-    return Spectrum((rings / side).double().numpy(), per_image.mean(0), resampled(per_image), len(per_image))
+    return Spectrum((rings / side).double().numpy(), resampled(per_image), len(per_image))
 
 
 def band_statistics(images: Images, level: int = 3) -> BandStatistics:
     """Energy, spread and tails of the Haar packets; those of details in photographs are heavy-tailed."""
-    packets = map(haar_packets(level), unit_batches(images))
+    packets = map(haar_packets(level), UnitBatches(images))
     sums = [torch.stack([(values**power).mean(2).T for power in (1, 2, 3, 4)], 1) for values in packets]
     per_image = torch.cat(sums).numpy()  # (N, 4, 4^L)
-    mean, energy, *_ = per_image.mean(0)
-    return BandStatistics(
-        WaveletCodec("haar", level=level).bands(),
-        energy,
-        np.sqrt(energy - mean**2),
-        _kurtosis(per_image.mean(0)),
-        resampled(per_image[:, 1]),
-        resampled(per_image, _kurtosis),
-        len(per_image),
-    )
+    energy, mean = resampled(per_image[:, 1]), per_image[:, 0].mean(0)
+    std, names = np.sqrt(energy.value - mean**2), WaveletCodec("haar", level=level).bands()
+    return BandStatistics(names, energy, std, resampled(per_image, _kurtosis), len(per_image))
 
 
 def _kurtosis(moments: np.ndarray) -> np.ndarray:
@@ -170,11 +168,11 @@ def nearest_neighbours(
     """
     if not 1 <= k <= len(real):
         raise ValueError(f"got k={k} with {len(real)} real images, wanted 1 to {len(real)}: change k")
-    queries = torch.cat([batch.float().flatten(1) for batch in unit_batches(generated)]) - 0.5
+    queries = torch.cat([batch.float().flatten(1) for batch in UnitBatches(generated)]) - 0.5
     wanted = min(k + 8, len(real))
     best, rows = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
     first = 0
-    for batch in unit_batches(real, batch_size):
+    for batch in UnitBatches(real, batch_size=batch_size):
         keys = batch.float().flatten(1) - 0.5
         squares = keys.square().sum(1) - 2 * queries @ keys.T  # + |query|^2, the same for all keys
         found = torch.arange(first, first + len(keys)).expand_as(squares)
@@ -182,8 +180,8 @@ def nearest_neighbours(
         rows = torch.cat([rows, found], 1).gather(1, order)
         first += len(keys)
     distances = np.empty(rows.shape)
-    for i, query in enumerate(unit_batches(generated, 1)):
-        (candidates,) = unit_batches(real, wanted, rows[i].numpy())
+    for i, query in enumerate(UnitBatches(generated, batch_size=1)):
+        (candidates,) = UnitBatches(real, rows[i].numpy(), wanted)
         distances[i] = (candidates - query).square().mean((1, 2, 3)).sqrt().numpy()
     order = np.argsort(distances, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(rows.numpy(), order, 1), np.take_along_axis(distances, order, 1)
@@ -200,46 +198,119 @@ def memorised(distances: np.ndarray, ratio: float = 1 / 3) -> np.ndarray:
     return distances[:, 0] <= ratio * distances[:, 1]
 
 
-def fit_classifier(images: Images, labels: np.ndarray, seed: int = 0) -> Classifier:
-    """Fit randomised trees to three quarters of labelled real images, and measure them on the rest.
+class Classifier(ModelMixin, ConfigMixin):
+    """A small network for a labelled set, and what it achieves on images of the set that it was not trained on.
 
-    Trees (Geurts et al. 2006) because their votes scatter on what resembles no class, where margins
-    extrapolate.
+    Called with images (B, C, H, W) in [0, 1] it returns features, of which a Frechet distance can be taken;
+    `probabilities` gives those of the classes. It knows what tells these classes apart and nothing else.
     """
-    from sklearn.ensemble import ExtraTreesClassifier
+
+    @register_to_config
+    def __init__(self, channels: int, side: int, classes: list[int], held_out: int = 0) -> None:
+        super().__init__()
+        widths = [channels, *(32 * min(2**depth, 4) for depth in range(max(1, (side // 4).bit_length())))]
+        blocks = [
+            nn.Sequential(nn.Conv2d(a, b, 3, stride=2 if k else 1, padding=1), nn.GroupNorm(8, b), nn.SiLU())
+            for k, (a, b) in enumerate(itertools.pairwise(widths))
+        ]
+        self.body = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], FEATURES))
+        self.head = nn.Sequential(nn.SiLU(), nn.Linear(FEATURES, len(classes)))
+        self.register_buffer("right", torch.zeros(held_out))  # 1 where the class of a held-out image was found
+        self.register_buffer("confidence", torch.zeros(held_out, dtype=torch.float64))  # its top probability
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, 32) of float32 images (B, C, H, W) in [0, 1]; larger ones than `side` are averaged to it."""
+        return self.body(nn.functional.adaptive_avg_pool2d(images, self.config.side) * 2 - 1)
+
+    @property
+    def accuracy(self) -> Estimate[float]:
+        """The share of held-out images whose class was found."""
+        return share(int(self.right.sum()), len(self.right))
+
+    @property
+    def threshold(self) -> float:
+        """The 10th percentile of the top probability of held-out real images: 90 % of them pass."""
+        return float(np.quantile(self.confidence.cpu().numpy(), 0.1))
+
+    @torch.no_grad()
+    def probabilities(self, images: Images, rows: np.ndarray | None = None) -> np.ndarray:
+        """Class probabilities (N, classes), float64."""
+        batches = UnitBatches(images, rows, device=self.device)
+        return torch.cat([self.head(self(batch.float())).double().softmax(1) for batch in batches]).cpu().numpy()
+
+
+def fit_classifier(images: np.ndarray, labels: np.ndarray, seed: int = 0) -> Classifier:
+    """Train on three quarters of uint8 images (N, H, W, C) with labels (N,), and measure on the rest; on the CPU.
+
+    Images with a negative label have none, and are left out. The same seed gives the same network.
+    """
     from sklearn.model_selection import train_test_split
 
-    labels = np.asarray(labels)
-    if len(images) != len(labels) or len(np.unique(labels)) < 2:
+    rows = np.flatnonzero(np.asarray(labels) >= 0)
+    classes = np.unique(labels[rows]) if len(images) == len(labels) else []
+    if len(classes) < 2:
         raise ValueError(
-            f"got {len(images)} images and {len(labels)} labels of {len(np.unique(labels))} classes, wanted "
-            "one label each of 2 classes or more: give the labels of these images"
+            f"got {len(images)} images and {len(labels)} labels of {len(classes)} classes, wanted one label each of 2 "
+            "classes or more: give the labels of these images"
         )
-    fitted, held_out = train_test_split(np.arange(len(labels)), test_size=0.25, random_state=seed, stratify=labels)
-    model = ExtraTreesClassifier(300, random_state=seed, n_jobs=2)
-    model.fit(_flat(images, np.sort(fitted)), labels[np.sort(fitted)])
-    probability = model.predict_proba(_flat(images, held_out))
-    accuracy = float(np.mean(model.classes_[probability.argmax(1)] == labels[held_out]))
-    confidence = probability.max(1)
-    return Classifier(model, len(held_out), accuracy, confidence, float(np.quantile(confidence, 0.1)))
+    rows = np.random.default_rng(seed).permutation(rows)[:MOST]
+    fitted, held_out = train_test_split(rows, test_size=0.25, random_state=seed, stratify=labels[rows])
+    with one_thread(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = Classifier(images.shape[-1], min(SIDE, images.shape[1]), classes.tolist(), len(held_out))
+        _train(network, images, np.searchsorted(classes, labels), fitted)
+        probability = network.eval().probabilities(images, held_out)
+    network.right.copy_(torch.from_numpy(classes[probability.argmax(1)] == labels[held_out]))
+    network.confidence.copy_(torch.from_numpy(probability.max(1)))
+    return network
 
 
-def judge(classifier: Classifier, generated: Images) -> dict:
+def _train(network: Classifier, images: np.ndarray, targets: np.ndarray, rows: np.ndarray) -> None:
+    """AdamW on a one-cycle schedule, with images shifted by up to a sixteenth of their side.
+
+    A few images of every batch have shuffled pixels and are to be of all classes alike, and a few are blended with
+    others and are to be of both classes (Hendrycks et al. 2019): without them it is as sure of noise as of real images.
+    """
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS)
+    classes, reach = len(network.config.classes), images.shape[1] // 16
+    shuffled, blended, others = (slice(k * UNCLEAR, (k + 1) * UNCLEAR) for k in range(3))
+    for _ in range(STEPS):
+        chosen = rows[torch.randint(len(rows), (BATCH,)).numpy()]
+        x = torch.cat(list(UnitBatches(images, chosen))).float()
+        x = x.roll(torch.randint(-reach, reach + 1, (2,)).tolist(), (-2, -1))
+        y = nn.functional.one_hot(torch.from_numpy(targets[chosen]), classes).float()
+        x[shuffled] = x[shuffled].flatten(2)[..., torch.randperm(x[0, 0].numel())].view_as(x[shuffled])
+        y[shuffled] = 1 / classes
+        x[blended], y[blended] = (x[blended] + x[others]) / 2, (y[blended] + y[others]) / 2
+        loss = nn.functional.cross_entropy(network.head(network(x)), y, label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+@dataclass(frozen=True)
+class Verdict:
     """What a classifier of real images makes of generated ones.
 
-    Returns:
-        `count`; `class_counts` {class: images whose top class it is}; `classes_seen`; `confident_share`, the
-        share whose top probability is at least `confidence_p10`: 0.9 for real images by construction.
+    `class_counts`: how many images have each class as their top one. `confidence` (N,): their top probabilities.
+    `confident_share`: the share whose top probability is at least the classifier's `threshold`; 0.9 for real images.
     """
-    probability = classifier.predict_proba(generated)
-    top = np.bincount(probability.argmax(1), minlength=probability.shape[1]).tolist()
-    return {
-        "count": len(generated),
-        "class_counts": dict(zip(classifier.model.classes_.tolist(), top, strict=True)),
-        "classes_seen": int(np.count_nonzero(top)),
-        "confident_share": float(np.mean(probability.max(1) >= classifier.confidence_p10)),
-    }
+
+    class_counts: dict[int, int]
+    confidence: np.ndarray
+    confident_share: Estimate[float]
+
+    @property
+    def classes_seen(self) -> int:
+        return sum(count > 0 for count in self.class_counts.values())
 
 
-def _flat(images: Images, rows: np.ndarray | None = None) -> np.ndarray:
-    return torch.cat([batch.float().flatten(1) for batch in unit_batches(images, rows=rows)]).numpy()
+def judge(classifier: Classifier, generated: Images) -> Verdict:
+    """Classes of generated images, and how sure the classifier is of them."""
+    probability = classifier.probabilities(generated)
+    confidence, classes = probability.max(1), classifier.config.classes
+    counts = np.bincount(probability.argmax(1), minlength=len(classes)).tolist()
+    confident = share(np.count_nonzero(confidence >= classifier.threshold), len(generated))
+    return Verdict(dict(zip(classes, counts, strict=True)), confidence, confident)

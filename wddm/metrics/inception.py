@@ -1,19 +1,17 @@
-"""inception: FID, KID, Inception score, precision and recall, as torch-fidelity computes them.
+"""Inception: FID, KID, Inception score, precision and recall, as torch-fidelity computes them.
 
-Everything is torch-fidelity's: network, features, formulas, random numbers. Here, features are extracted once for
-all of them, by several processes if there are, and intervals are added. Images are uint8 (N, H, W, 1 or 3).
+Network, formulas and random numbers are torch-fidelity's. Here the features are extracted once for all of them, and
+every number gets its interval. Images are uint8 (N, H, W, 1 or 3).
 """
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from wddm.files import sha256
-from wddm.intervals import about, draws, share
-from wddm.metrics.moments import factor
+from wddm.metrics.frechet import factor
+from wddm.metrics.intervals import Estimate, distance_estimate, resample_counts, share
 
 LAYERS = ("2048", "logits_unbiased")
 BATCH = 64  # torch-fidelity's own: features round differently in batches of another size
@@ -29,12 +27,12 @@ def find_weights(path: str | Path | None = None) -> Path | None:
         ValueError: the file given is not there, or not Inception's.
     """
     if path is None:
-        return _own() if _own().is_file() else None
+        return _downloaded() if _downloaded().is_file() else None
     got, wanted = f"got inception_weights={str(path)!r}", f"wanted torch-fidelity's: {remedy()}"
     try:
         names = torch.load(path, weights_only=True, mmap=True).keys()  # torch-fidelity itself would unpickle anything
     except Exception as error:
-        raise ValueError(f"{got} ({_line(error)}), {wanted}") from None
+        raise ValueError(f"{got} ({' '.join(str(error).split())[:100]}), {wanted}") from None
     if not {"Conv2d_1a_3x3.conv.weight", "fc.bias"} <= set(names):
         raise ValueError(f"{got} of another network, {wanted}")
     return Path(path)
@@ -42,52 +40,37 @@ def find_weights(path: str | Path | None = None) -> Path | None:
 
 def remedy() -> str:
     """The one command that gets the weights."""
-    place, home = _own(), Path.home()
+    place, home = _downloaded(), Path.home()
     place = "~" / place.relative_to(home) if place.is_relative_to(home) else place
     return f"curl -L --create-dirs -o {place} {_url()}"
 
 
 def build(weights: Path, device: str | torch.device = "cpu") -> torch.nn.Module:
-    """torch-fidelity's network with these weights; its `key` tells it from one with others."""
+    """torch-fidelity's network with these weights."""
     from torch_fidelity.utils import create_feature_extractor
 
-    network = create_feature_extractor(
-        "inception-v3-compat", list(LAYERS), cuda=False, feature_extractor_weights_path=str(weights), verbose=False
-    ).to(device)
-    network.key = sha256(weights)
-    return network
+    options = {"cuda": False, "feature_extractor_weights_path": str(weights), "verbose": False}
+    return create_feature_extractor("inception-v3-compat", list(LAYERS), **options).to(device)
 
 
 def features(
-    images: np.ndarray,
-    network: torch.nn.Module,
-    *,
-    processes: Any = None,
-    progress: Callable[[Iterable, int], Iterable] = lambda batches, total: batches,
+    images: np.ndarray, network: torch.nn.Module, progress: Callable[[range], Iterable[int]] = lambda batches: batches
 ) -> Features:
-    """float32 "2048" (N, 2048) and "logits_unbiased" (N, 1008); each process takes every so-manieth batch."""
-    from accelerate.utils import gather_object
-
-    rank, size = (processes.process_index, processes.num_processes) if processes else (0, 1)
-    device = next(network.parameters()).device
-    starts, found = range(0, len(images), BATCH), []
-    for start in progress(starts[rank::size], len(starts[rank::size])):
+    """float32 "2048" (N, 2048) and "logits_unbiased" (N, 1008)."""
+    device, found = next(network.parameters()).device, []
+    for start in progress(range(0, len(images), BATCH)):
         batch = torch.from_numpy(np.array(images[start : start + BATCH])).permute(0, 3, 1, 2)  # (B, C, H, W)
         with torch.no_grad():
-            outputs = network(batch.expand(-1, 3, -1, -1).to(device))
-        found.append((start, [output.cpu().numpy() for output in outputs]))
-    found = sorted(gather_object(found) if size > 1 else found, key=lambda item: item[0])
-    return {name: np.concatenate([outputs[i] for _, outputs in found]) for i, name in enumerate(LAYERS)}
+            found.append([output.cpu() for output in network(batch.expand(-1, 3, -1, -1).to(device))])
+    return {name: torch.cat(parts).numpy() for name, *parts in zip(LAYERS, *found, strict=True)}
 
 
-def scores(
-    generated: Features, real: Features, *, resamples: int = 20, seed: int = 0
-) -> dict[str, tuple[float, float, float]]:
-    """fid, kid, inception_score, precision and recall, each with the ends of a 90 % interval.
+def scores(generated: Features, real: Features, *, resamples: int = 20, seed: int = 0) -> dict[str, Estimate[float]]:
+    """fid, kid, inception_score, precision and recall with their intervals.
 
     FID: `fid_interval`. KID: where 90 % of the subsets lie. IS: the standard error over its parts. Precision and
-    recall, of `generated` and `real` images in the other set's balls of 3 neighbours: binomial (Wilson), the balls
-    held fixed.
+    recall, of `generated` and `real` images in the other set's balls of 3 neighbours: binomial (Wilson), with the
+    balls held fixed.
     """
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
@@ -96,44 +79,49 @@ def scores(
 
     pools = [torch.from_numpy(side["2048"]) for side in (generated, real)]
     fid = fid_statistics_to_metric(*map(fid_features_to_statistics, pools), False)["frechet_inception_distance"]
-    subset = min(SUBSET, *map(len, pools))
-    kid = list(kid_features_to_metric(*pools, kid_subset_size=subset, verbose=False).values())
-    score = list(isc_features_to_metric(torch.from_numpy(generated["logits_unbiased"]), splits=SPLITS).values())
+    kid = kid_features_to_metric(*pools, kid_subset_size=min(SUBSET, *map(len, pools)), verbose=False)
+    parts = isc_features_to_metric(torch.from_numpy(generated["logits_unbiased"]), splits=SPLITS)
     covered = prc_features_to_metric(*pools, save_cpu_ram=True, prc_batch_size=2000, verbose=False)
-    spread = {"kid": (*kid, 1), "inception_score": (*score, SPLITS)}
-    found = {
-        name: (mean, mean - NORMAL90 * std / count**0.5, mean + NORMAL90 * std / count**0.5)
-        for name, (mean, std, count) in spread.items()
+    return {
+        "fid": fid_interval(fid, generated, real, resamples=resamples, seed=seed),
+        "kid": _gaussian(*kid.values()),
+        "inception_score": _gaussian(*parts.values(), SPLITS),
+        **{
+            name: share(round(covered[name] * len(pool)), len(pool))._replace(value=covered[name])
+            for name, pool in zip(("precision", "recall"), pools, strict=True)
+        },
     }
-    for name, pool in zip(("precision", "recall"), pools, strict=True):
-        found[name] = (covered[name], *share(round(covered[name] * len(pool)), len(pool))[1:])
-    return {"fid": (fid, *fid_interval(fid, generated, real, resamples=resamples, seed=seed)), **found}
 
 
 def fid_interval(
     fid: float, generated: Features, real: Features, *, resamples: int = 20, seed: int = 0
-) -> tuple[float, float]:
-    """The ends of the 90 % interval of a FID, by bootstrap; the real images are held fixed.
+) -> Estimate[float]:
+    """A FID with its bootstrap interval; the real images are held fixed.
 
-    Features are turned once by a factor of the real covariance, so that a resampled set costs the eigenvalues of one
-    symmetric matrix.
+    Features are multiplied once by a factor of the real covariance, so that a resampled set costs the eigenvalues of
+    one symmetric matrix.
     """
     reference = real["2048"].astype(np.float64)
-    centre, root = reference.mean(0), factor(np.cov(reference.T))
+    centre, root = reference.mean(0), factor(torch.from_numpy(np.cov(reference.T))).numpy()
     x = generated["2048"] - centre  # (N, 2048), float64
     count, turned, distances = len(x), x @ root, []
-    for weights in draws(count, resamples, seed):
+    for weights in resample_counts(count, resamples, seed):
         mean = weights @ x / count
         rows = (turned - mean @ root) * np.sqrt(weights / (count - 1))[:, None]
         products = rows.T @ rows if count > rows.shape[1] else rows @ rows.T  # the same eigenvalues
         cross = np.sqrt(np.linalg.eigvalsh(products).clip(0)).sum()
         variance = (weights @ (x - mean) ** 2).sum() / (count - 1)
-        distances.append(mean @ mean + variance - 2 * cross)  # but for the trace of the real covariance
-    low, high = about(fid, np.array(distances)).tolist()
-    return low, high
+        distances.append(mean @ mean + variance - 2 * cross)  # the trace of the real covariance is left out
+    return distance_estimate(fid, np.array(distances))
 
 
-def _own() -> Path:
+def _gaussian(mean: float, std: float, count: int = 1) -> Estimate[float]:
+    """A mean over `count` parts, with the interval of a Gaussian."""
+    half = NORMAL90 * std / count**0.5
+    return Estimate(mean, mean - half, mean + half)
+
+
+def _downloaded() -> Path:
     """Where torch-fidelity downloads its weights to."""
     return Path(torch.hub.get_dir(), "checkpoints", _url().rsplit("/", 1)[1])
 
@@ -142,7 +130,3 @@ def _url() -> str:
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
     return URL_INCEPTION_V3
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:100]

@@ -1,66 +1,189 @@
-"""scores: numbers for a set of images against a prepared one, and what they were computed from.
+"""Scores: what a set of images is worth beside a prepared one: METRICS by name, and all of them by `evaluate`.
 
-A `Score` carries value, interval, floor, counts and protocol. What depends on the reference alone is kept in
-`statistics/` of its folder, under the sha256 of its images. Under `accelerate launch` every process calls these
-functions with the same arguments, does its share, and has the result.
+Every metric is a function of samples (uint8, (N, H, W, C)), a reference and `Options` that returns scores, each with
+its interval and its floor. A new one is a function and its entry in METRICS. What depends on the reference alone is
+kept in `statistics/` of its folder, under the sha256 of its images.
 """
 
+import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from PIL import Image
 
-from wddm import metrics
-from wddm.data import Dataset
-from wddm.files import sha256, whole
-from wddm.intervals import median, share
-from wddm.metrics import diagnostics, features, inception
-from wddm.metrics.moments import Moments
+from wddm.data import Dataset, load
+from wddm.files import sha256, whole, written_aside
+from wddm.metrics import diagnostics, frechet, inception
+from wddm.metrics.intervals import Estimate, median, share
 
 RESAMPLES = 20
-INCEPTION = {  # key of metrics.json -> name, whether more is better
+SEARCHED = 256  # samples whose nearest real images are looked for
+LEFT_OUT = ("grid.png",)  # `wddm sample` puts it beside the images
+INCEPTION = {  # key of metrics.json -> name
     "fid": "FID", "kid": "KID", "inception_score": "Inception score", "precision": "precision", "recall": "recall",
 }  # fmt: skip
+Floors = dict[str, Estimate[float]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the metrics are told; each takes what it needs.
+
+    Args:
+        level: level of the FWD's wavelet packets.
+        seed: seed of everything random.
+        device: where networks run and moments are added up.
+        inception_weights: torch-fidelity's file; None: where torch-fidelity downloads it to.
+        progress: wraps a range of batches, to show a bar.
+    """
+
+    level: int = 3
+    seed: int = 0
+    device: diagnostics.Device = "cpu"
+    inception_weights: str | Path | None = None
+    progress: Callable[[range], Iterable[int]] = lambda batches: batches
+
+    @property
+    def bootstrap(self) -> dict[str, int]:
+        """How intervals are drawn."""
+        return {"resamples": RESAMPLES, "seed": self.seed}
+
+    @property
+    def protocol(self) -> str:
+        return f"{RESAMPLES} resamples, seed {self.seed}"
 
 
 @dataclass(frozen=True)
 class Score:
-    """One number of a report: `value` None where it was not computed, and `protocol` then says why.
+    """One number of a report: `estimate` is None where it was not computed, and `protocol` then says why.
 
-    `low` and `high` are the ends of a 90 % interval. `floor` is what real images score in the place of generated
-    ones, as many as there are, but at most half of the set, against all the others; (value, low, high), computed as
-    the score is. `count` and `count_real`: how many images were compared.
+    `floor` is what real images score in the place of generated ones, as many as there are, but at most half of the
+    set, against all the others; computed as the score is. `count` and `count_real`: how many images were compared.
     """
 
     key: str
     name: str
-    value: float | None
-    low: float | None
-    high: float | None
-    floor: tuple[float, float, float] | None
+    estimate: Estimate[float] | None
+    floor: Estimate[float] | None
     count: int
     count_real: int
     protocol: str
     detail: Any = None
 
+    @property
+    def value(self) -> float | None:
+        return self.estimate and self.estimate.value
+
     def row(self) -> dict[str, Any]:
         """For a table."""
-        interval = "" if self.low is None else f"{self.low:.3g} to {self.high:.3g}"
+        interval = "{1:.3g} to {2:.3g}".format(*self.estimate) if self.estimate else ""
         floor = "{:.3g} ({:.3g} to {:.3g})".format(*self.floor) if self.floor else ""
         return {
             "metric": self.name, "value": self.value, "90 % interval": interval, "floor": floor,
             "images": self.count, "real": self.count_real, "how": self.protocol,
         }  # fmt: skip
 
-    def record(self) -> dict[str, float | None]:
+    def record(self) -> dict[str, float]:
         """For metrics.json: nothing where nothing was computed."""
-        parts = {"": self.value, "_low": self.low, "_high": self.high}
-        parts |= dict(zip(("_floor", "_floor_low", "_floor_high"), self.floor or (), strict=False))
-        return {self.key + part: value for part, value in parts.items() if value is not None}
+        known = {self.key: self.estimate, f"{self.key}_floor": self.floor}
+        ends = ("", "_low", "_high")
+        return {key + end: v for key, found in known.items() if found for end, v in zip(ends, found, strict=True)}
+
+
+def evaluate(samples: np.ndarray, reference: Dataset, options: Options = Options()) -> dict[str, list[Score]]:
+    """The scores of every metric in METRICS, by its name.
+
+    Raises:
+        ValueError: images of another shape than the reference's, too few for FWD, weights that are none.
+    """
+    if samples.dtype != np.uint8 or samples.shape[1:] != reference.images.shape[1:]:
+        raise ValueError(
+            f"got {samples.dtype} images {samples.shape[1:]} and a reference of {reference.images.shape[1:]}, wanted "
+            "uint8 and the same height, width and colours: give another reference, or convert the images"
+        )
+    inception.find_weights(options.inception_weights)  # a mistake is told before anything is computed
+    return {name: metric(samples, reference, options) for name, metric in METRICS.items()}
+
+
+def wavelet(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
+    """FWD; `detail` is the `frechet.Frechet` with all packets."""
+    level, counts = options.level, (len(samples), len(reference.images))
+    found, floor = _frechet(f"fwd-level{level}", samples, reference, options)
+    return [Score("fwd", f"FWD, level {level}", found.distance, floor, *counts, options.protocol, found)]
+
+
+def classifier(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
+    """Frechet distance in the features of a small classifier of the reference; `detail` is the classifier."""
+    known_as = f"{reference.manifest['dataset']}-{reference.manifest['resolution']}-classifier"
+    key, name = f"fd_{known_as.replace('-', '_')}", f"FD, {known_as} (not FID)"
+    counts = len(samples), len(reference.images)
+    if reference.labels is None:
+        return [_none(key, name, *counts, "the reference has no labels to train a classifier on")]
+    try:
+        network = reference_classifier(reference, options.seed).to(options.device)
+        found, floor = _frechet(f"{known_as}-{_digest(network)}", samples, reference, options, network)
+    except ValueError as error:  # too few images
+        return [_none(key, name, *counts, str(error))]
+    judged = f"right on {network.accuracy.value:.1%} of {len(network.right):,} held-out images"
+    protocol = f"{options.protocol}; classifier {judged}"
+    return [Score(key, name, found.distance, floor, *counts, protocol, network)]
+
+
+def by_inception(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
+    """FID, KID, Inception score, precision and recall; one score without a value where there are no weights."""
+    counts, path = (len(samples), len(reference.images)), inception.find_weights(options.inception_weights)
+    if path is None:
+        return [_none("fid", ", ".join(INCEPTION.values()), *counts, "no Inception weights")]
+    network, digest = inception.build(path, options.device), sha256(path)
+    extract = lambda images: inception.features(images, network, options.progress)  # noqa: E731
+    real = _kept(reference, f"inception-{digest[:16]}", lambda: extract(reference.images))
+    found = inception.scores(extract(samples), real, **options.bootstrap)
+
+    def apart(count: int) -> Floors:
+        parts = frechet.split(len(reference.images), count, options.seed)
+        return inception.scores(*({name: real[name][rows] for name in real} for rows in parts), **options.bootstrap)
+
+    floors = _floors(reference, f"inception-{digest[:16]}", len(samples), options.seed, apart)
+    protocol = f"torch-fidelity, weights {digest[:8]}, {options.protocol}"
+    return [Score(key, name, found[key], floors.get(key), *counts, protocol) for key, name in INCEPTION.items()]
+
+
+def copies(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
+    """Whether samples are training images: distance to the nearest, share nearer than real ones, share memorised.
+
+    Of the first SEARCHED samples, and as many real images and the nearest of the others to each. `detail`:
+    rows and distances (n, 3) of the samples' neighbours, distances (m, 2) of the real images'.
+    """
+    real, drawn = reference.images, min(SEARCHED, len(reference.images))
+    rows, distances = diagnostics.nearest_neighbours(samples[:SEARCHED], real, k=3)
+    chosen = np.sort(np.random.default_rng(options.seed).choice(len(real), drawn, replace=False))
+    apart = diagnostics.nearest_neighbours(real[chosen], real, k=3)[1][:, 1:]  # the nearest is the image itself
+    near, counts, protocol = np.quantile(apart[:, 0], 0.01), (len(distances), len(real)), f"seed {options.seed}"
+    detail = {"rows": rows, "distances": distances, "apart": apart}
+
+    def score(key: str, name: str, of_samples: Estimate[float], of_real: Estimate[float]) -> Score:
+        return Score(key, name, of_samples, of_real, *counts, protocol, detail)
+
+    def shares(hits: Callable[[np.ndarray], np.ndarray]) -> list[Estimate[float]]:
+        return [share(hits(each).sum(), len(each)) for each in (distances, apart)]
+
+    nearest = median(distances[:, 0]), median(apart[:, 0])
+    return [
+        score("nearest_distance", "median distance to the nearest real image", *nearest),
+        score("copies_share", "share nearer to one than 99 % of those are", *shares(lambda each: each[:, 0] < near)),
+        score("memorised_share", "share memorised", *shares(diagnostics.memorised)),
+    ]
+
+
+METRICS: dict[str, Callable[[np.ndarray, Dataset, Options], list[Score]]] = {
+    "wavelet": wavelet, "classifier": classifier, "inception": by_inception, "copies": copies,
+}  # fmt: skip
 
 
 def caveat(samples: Sequence) -> str:
@@ -80,9 +203,88 @@ def fairness(samples: Sequence, reference: Dataset) -> str:
     )
 
 
-def kept(reference: Dataset, name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def as_json(found: dict[str, list[Score]], images: Path, reference: Dataset) -> dict[str, Any]:
+    """The scores for a file, with the images and the reference that they compare."""
+    rows = []
+    for score in itertools.chain(*found.values()):
+        row = {name: value for name, value in vars(score).items() if name not in ("estimate", "detail")}
+        rows.append(row | dict(zip(("value", "low", "high"), score.estimate or 3 * [None], strict=True)))
+    return {
+        "images": str(images),
+        "reference": {"folder": str(reference.folder), "sha256": reference.manifest["sha256"]["images"]},
+        "scores": rows,
+        "versions": {name: version(name) for name in ("wddm", "torch", "torch-fidelity")},
+    }
+
+
+def read_images(path: Path) -> np.ndarray:
+    """uint8 (N, H, W, C) of a samples.npy, or of a folder that holds one or PNGs as `wddm sample` writes them.
+
+    Raises:
+        ValueError: there are none, or they are not of one size and colour.
+    """
+    array = path / "samples.npy" if path.is_dir() else path
+    if array.suffix == ".npy" and array.is_file():
+        return np.load(array, mmap_mode="r")
+    files = sorted(file for file in path.glob("*.png") if file.name not in LEFT_OUT)
+    if not files:
+        raise ValueError(f"got {path}, wanted a folder of PNGs, or samples.npy: give what wddm sample wrote")
+    images: list[np.ndarray] = []
+    for file in files:
+        pixels = np.asarray(Image.open(file))
+        pixels = pixels.reshape(*pixels.shape[:2], -1)
+        first = images[0] if images else pixels
+        if pixels.dtype != np.uint8 or pixels.shape != first.shape or pixels.shape[-1] not in (1, 3):
+            raise ValueError(
+                f"got {file} of {pixels.dtype} {pixels.shape} beside {first.shape}, wanted 8-bit grey or RGB images of "
+                "one size: convert them"
+            )
+        images.append(pixels)
+    return np.stack(images)
+
+
+def find_reference(reference: str, root: Path) -> Dataset:
+    """A prepared folder, or the prepared set under `root`/data that is named "digits" or "digits-16", say.
+
+    Raises:
+        ValueError: there is none of that name, or several.
+    """
+    if Path(reference, "manifest.json").is_file():
+        return load(reference)
+    folders = sorted(path.parent for path in root.glob("data/[!.]*/manifest.json"))
+    named = [folder for folder in folders if f"{folder.name}-".startswith(f"{reference}-")]
+    if len(named) != 1:
+        have = ", ".join(folder.name for folder in named or folders) or "nothing"
+        remedy = "give the name of one" if named else "run 01_prepare"
+        raise ValueError(f"got reference={reference!r}, wanted a folder or one prepared set ({have}): {remedy}")
+    return load(named[0])
+
+
+def reference_classifier(reference: Dataset, seed: int = 0) -> diagnostics.Classifier:
+    """The classifier of a labelled reference, trained once and kept in `statistics/` if that is allowed."""
+    folder = _place(reference, f"classifier-{reference.manifest['sha256']['labels'][:8]}-{seed}")
+    if (folder / "config.json").is_file():
+        return diagnostics.Classifier.from_pretrained(folder)
+    network = diagnostics.fit_classifier(reference.images, reference.labels, seed)
+    with suppress(OSError), written_aside(folder) as aside:
+        network.save_pretrained(aside)
+    return network
+
+
+def _digest(network: diagnostics.Classifier) -> str:
+    """Tells a network from one with other weights."""
+    arrays = (tensor.cpu().numpy().tobytes() for tensor in network.state_dict().values())
+    return hashlib.sha256(b"".join(arrays)).hexdigest()[:8]
+
+
+def _place(reference: Dataset, name: str) -> Path:
+    """Where something that depends on the reference alone is kept."""
+    return reference.folder / "statistics" / f"{reference.manifest['sha256']['images'][:16]}-{name}"
+
+
+def _kept(reference: Dataset, name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """What `make` returns, from `statistics/` of the reference if it is there; written there if that is allowed."""
-    path = statistics(reference) / f"{reference.manifest['sha256']['images'][:16]}-{name}.npz"
+    path = _place(reference, f"{name}.npz")
     if path.is_file():
         with np.load(path) as arrays:
             return dict(arrays)
@@ -92,135 +294,39 @@ def kept(reference: Dataset, name: str, make: Callable[[], dict[str, np.ndarray]
     return made
 
 
-def wavelet(samples: np.ndarray, reference: Dataset, level: int = 3, *, seed: int = 0, **how) -> Score:
-    """FWD with its interval and floor; `detail` is the `metrics.Frechet` with all packets."""
-    name = f"fwd-level{level}"
-    real = Moments(**kept(reference, name, lambda: metrics.packet_moments(reference.images, level, **how).state()))
-    options = {"resamples": RESAMPLES, "seed": seed, **how}
-    found = metrics.frechet_wavelet_distance(real, samples, level, **options)
-    return _frechet_score("fwd", f"FWD, level {level}", found, reference, name, options, level=level)
-
-
-def classifier(samples: np.ndarray, reference: Dataset, *, seed: int = 0, **how) -> Score:
-    """Frechet distance in the features of a small classifier of the reference, trained once; `detail`: the network."""
-    known_as = f"{reference.manifest['dataset']}-{reference.manifest['resolution']}-classifier"
-    key, name = f"fd_{known_as.replace('-', '_')}", f"FD, {known_as} (not FID)"
-    if reference.labels is None:
-        return _none(key, name, samples, reference, "the reference has no labels to train a classifier on")
-    network = _network(reference, seed, how.get("processes"))
-    extractor, stem = network.to(how.get("device", "cpu")), f"{known_as}-{network.key}"
-    try:
-        make = lambda: metrics.feature_moments(reference.images, extractor, **how).state()  # noqa: E731
-        options = {"resamples": RESAMPLES, "seed": seed, **how}
-        real = Moments(**kept(reference, stem, make))
-        found = metrics.frechet_feature_distance(real, samples, extractor, **options)
-    except ValueError as error:  # too few images
-        return _none(key, name, samples, reference, str(error))
-    score = _frechet_score(key, name, found, reference, stem, options, feature_extractor=extractor)
-    judged = f"right on {network.accuracy:.1%} of {network.held_out:,} held-out images"
-    return replace(score, protocol=f"{score.protocol}; classifier {judged}", detail=network)
-
-
-def by_inception(
+def _frechet(
+    stem: str,
     samples: np.ndarray,
     reference: Dataset,
-    *,
-    weights: str | Path | None = None,
-    seed: int = 0,
-    progress: Callable[[Iterable, int], Iterable] = lambda batches, total: batches,
-    device: str | torch.device = "cpu",
-    processes: Any = None,
-    **_: Any,
-) -> list[Score]:
-    """FID, KID, Inception score, precision and recall; one score without a value where there are no weights."""
-    path = inception.find_weights(weights)
-    if path is None:
-        names = "FID, KID, IS, precision, recall"
-        return [_none("fid", names, samples, reference, "no Inception weights")]
-    network, bootstrap = inception.build(path, device), {"resamples": RESAMPLES, "seed": seed}
-    stem = f"inception-{network.key[:16]}"
-    extract = lambda images: inception.features(images, network, processes=processes, progress=progress)  # noqa: E731
-    real, generated = kept(reference, stem, lambda: extract(reference.images)), extract(samples)
-    found = inception.scores(generated, real, **bootstrap)
+    options: Options,
+    network: diagnostics.Classifier | None = None,
+) -> tuple[frechet.Frechet, Estimate[float] | None]:
+    """A distance and its floor: of the network's features, or the FWD if there is none."""
+    if network is None:
+        moments, distance = frechet.packet_moments, frechet.frechet_wavelet_distance
+        of = {"level": options.level, "device": options.device}
+    else:
+        moments, distance = frechet.feature_moments, frechet.frechet_feature_distance
+        of = {"feature_extractor": network, "device": options.device}
+    real = _kept(reference, stem, lambda: moments(reference.images, **of).state())
+    found = distance(frechet.Moments(**real), samples, **of, **options.bootstrap)
 
-    def apart(count: int) -> dict[str, tuple]:
-        parts = metrics.split(len(reference.images), count, seed)
-        return inception.scores(*({name: real[name][rows] for name in real} for rows in parts), **bootstrap)
+    def apart(count: int) -> Floors:
+        return {"distance": frechet.split_floor(reference.images, count=count, **of, **options.bootstrap).distance}
 
-    floor = _floor(reference, stem, len(samples), seed, apart)
-    how = f"torch-fidelity, weights {network.key[:8]}, {RESAMPLES} resamples, seed {seed}"
-    counts = (len(samples), len(reference.images))
-    return [Score(key, INCEPTION[key], *found[key], floor.get(key), *counts, how) for key in INCEPTION]
+    return found, _floors(reference, stem, len(samples), options.seed, apart).get("distance")
 
 
-def copies(samples: np.ndarray, reference: Dataset, *, seed: int = 0, most: int = 256, **_: Any) -> list[Score]:
-    """Whether samples are training images: distance to the nearest, share nearer than real ones, share memorised.
-
-    Of the first `most` samples, and as many real images and the nearest of the others to each. `detail` of the first
-    score: rows and distances (n, 3) of the samples' neighbours, distances (m, 2) of the real images'.
-    """
-    real, drawn = reference.images, min(most, len(reference.images))
-    rows, distances = diagnostics.nearest_neighbours(samples[:most], real, k=3)
-    chosen = np.sort(np.random.default_rng(seed).choice(len(real), drawn, replace=False))
-    apart = diagnostics.nearest_neighbours(real[chosen], real, k=3)[1][:, 1:]  # the nearest is the image itself
-    limit = np.quantile(apart[:, 0], 0.01)
-    counts, how = (len(distances), len(real)), f"seed {seed}"
-    detail = {"rows": rows, "distances": distances, "apart": apart}
-    middle, name = median(distances[:, 0]), "median distance to the nearest real image"
-    found = [Score("nearest_distance", name, *middle, median(apart[:, 0]), *counts, how, detail)]
-    for key, name, of_samples, of_real in (
-        ("copies_share", "share nearer to one than 99 % of those are", distances[:, 0] < limit, apart[:, 0] < limit),
-        ("memorised_share", "share memorised", diagnostics.memorised(distances), diagnostics.memorised(apart)),
-    ):
-        values, floor = (share(hits.sum(), len(hits)) for hits in (of_samples, of_real))
-        found.append(Score(key, name, *values, floor, *counts, how))
-    return found
-
-
-def statistics(reference: Dataset) -> Path:
-    """Where what depends on the reference alone is kept."""
-    return reference.folder / "statistics"
-
-
-def _network(reference: Dataset, seed: int, processes: Any) -> features.FeatureNet:
-    """The reference's classifier, trained by the first process and read by the others."""
-    path = statistics(reference) / f"{reference.manifest['sha256']['images'][:16]}-classifier-{seed}.safetensors"
-    if not path.is_file() and (processes is None or processes.is_main_process):
-        features.save(features.fit_features(reference.images, reference.labels, seed), path)
-    if processes:
-        processes.wait_for_everyone()
-    network = features.load(path)
-    network.key = sha256(path)[:8]
-    return network
-
-
-def _frechet_score(
-    key: str, name: str, found: metrics.Frechet, reference: Dataset, stem: str, options: dict, **of: Any
-) -> Score:
-    """The score of a Frechet distance, with its floor from a split of the reference."""
-
-    def apart(count: int) -> dict[str, tuple]:
-        half = metrics.split_floor(reference.images, count=count, **of, **options)
-        return {"distance": (half.value, half.interval.low, half.interval.high)}
-
-    floor = _floor(reference, stem, found.count_generated, options["seed"], apart)
-    ends, how = (found.interval.low, found.interval.high), f"{RESAMPLES} resamples, seed {options['seed']}"
-    counts = found.count_generated, found.count_real
-    return Score(key, name, found.value, *ends, floor.get("distance"), *counts, how, found)
-
-
-def _floor(
-    reference: Dataset, stem: str, count: int, seed: int, apart: Callable[[int], dict[str, tuple]]
-) -> dict[str, tuple[float, float, float]]:
-    """What `apart` finds, with ends, between `count` real images, half of them at most, and the others; kept."""
+def _floors(reference: Dataset, stem: str, count: int, seed: int, apart: Callable[[int], Floors]) -> Floors:
+    """What `apart` finds between `count` real images, half of them at most, and the others; kept."""
     count = min(len(reference.images) // 2, count)
     name = f"{stem}-split-{count}-{seed}-{RESAMPLES}"
     try:
-        found = kept(reference, name, lambda: {key: np.array(ends) for key, ends in apart(count).items()})
+        found = _kept(reference, name, lambda: {key: np.array(each) for key, each in apart(count).items()})
     except ValueError:  # too few images to be split
         return {}
-    return {key: tuple(ends.tolist()) for key, ends in found.items()}
+    return {key: Estimate(*each.tolist()) for key, each in found.items()}
 
 
-def _none(key: str, name: str, samples: np.ndarray, reference: Dataset, why: str) -> Score:
-    return Score(key, name, None, None, None, None, len(samples), len(reference.images), f"not computed: {why}")
+def _none(key: str, name: str, count: int, count_real: int, why: str) -> Score:
+    return Score(key, name, None, None, count, count_real, f"not computed: {why}")

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
-from wddm.intervals import band
+from wddm.metrics.intervals import band
 from wddm.plots.mosaics import need, panels
 
 REAL, GENERATED, ACCENT = "0.45", "#0173b2", "#d55e00"

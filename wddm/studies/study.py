@@ -153,6 +153,6 @@ def quality(
         samples, cost = draw(solver, count, batch_size=batch_size, seed=first, **options)
     except (ValueError, IndexError) as error:  # diffusers' own limits are among them
         return {"error": str(error).splitlines()[0]}
-    fwd = scores.wavelet(samples, reference, level, **how)
-    fd = replace(scores.classifier(samples, reference, **how), key="fd")
-    return cost | fwd.record() | fd.record()
+    options = scores.Options(level=level, **how)
+    (fwd,), (fd,) = scores.wavelet(samples, reference, options), scores.classifier(samples, reference, options)
+    return cost | fwd.record() | replace(fd, key="fd").record()

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from wddm import metrics
 from wddm.backbones import load_backbone
 from wddm.data import Dataset
-from wddm.metrics import scores
+from wddm.metrics import frechet, scores
 from wddm.profiling import forward_flops
 from wddm.training import read_log
 from wddm.workbook.records import Finished
@@ -185,10 +184,11 @@ def packets(
     found, counts = {}, []
     for name, members in grouped(runs).items():
         samples = [np.load(root / "runs" / run.name / "samples.npy", mmap_mode="r") for run in members]
-        each = [scores.wavelet(images, reference, level, seed=seed).detail.per_packet for images in samples]
+        options = scores.Options(level=level, seed=seed)
+        each = [scores.wavelet(images, reference, options)[0].detail.per_packet for images in samples]
         found[name], counts = np.mean(each, 0), [*counts, *map(len, samples)]
     count = min(len(reference.images) // 2, min(counts))
-    return found, metrics.split_floor(reference.images, level, count=count, seed=seed).per_packet
+    return found, frechet.split_floor(reference.images, level, count=count, seed=seed).per_packet
 
 
 def by_codec(runs: Sequence[Finished]) -> list[Finished]:

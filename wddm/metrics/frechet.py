@@ -1,0 +1,266 @@
+"""Frechet distances between sets of images: of wavelet packets (FWD, arXiv 2312.15289) and of a network's features.
+
+Images are uint8 (N, H, W, C), a memory map for instance, or float (N, C, H, W) in [0, 1]. They are read in batches,
+and only means and covariances are kept, in float64. Options that the functions share:
+
+    resamples, seed: how many sets of generated images are drawn for a bootstrap interval, and from which seed; the real
+        images are held fixed. Without resamples the ends of the interval are nan.
+    device: where images are transformed and moments are added up.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wddm.metrics.diagnostics import Device, Images, UnitBatches, Vectors, haar_packets, one_thread
+from wddm.metrics.intervals import Estimate, distance_estimate, resample_counts
+
+Extractor = Callable[[Tensor], Tensor]
+GROUP_BYTES = 2**29  # of covariances held at a time
+
+
+@dataclass(frozen=True)
+class Frechet:
+    """The mean `distance` over P `packets`: 4^L for the FWD, in the channel order of `WaveletCodec`; 1 for features."""
+
+    distance: Estimate[float]
+    packets: Estimate[np.ndarray]  # (P,) each
+    count_real: int
+    count_generated: int
+
+    @property
+    def value(self) -> float:
+        return self.distance.value
+
+    @property
+    def per_packet(self) -> np.ndarray:
+        return self.packets.value
+
+
+class Moments:
+    """Streaming mean (..., d) and unbiased covariance (..., d, d) of vectors, in float64 on the device they are on.
+
+    Leading dimensions are independent populations of the same number of vectors. Batches are merged by the
+    update of Chan et al. (1983), which does not cancel where the mean is large.
+
+    >>> moments = Moments().update(np.zeros((5, 3))).update(np.ones((7, 3)))
+    >>> moments.count, moments.mean.shape, moments.covariance.shape
+    (12, (3,), (3, 3))
+    """
+
+    def __init__(self, count: int = 0, mean: Images | float = 0.0, scatter: Images | float = 0.0) -> None:
+        self.count, self._mean, self._scatter = int(count), torch.as_tensor(mean), torch.as_tensor(scatter)
+
+    def update(self, vectors: Images, weights: np.ndarray | None = None) -> Self:
+        """Add vectors (..., n, d), each of them `weights` (n,) times if given (whole numbers)."""
+        x = torch.as_tensor(vectors).detach().double()
+        repeats = x.new_ones(x.shape[-2]) if weights is None else torch.as_tensor(weights).to(x)
+        if not (count := int(repeats.sum())):
+            return self
+        mean = repeats @ x / count  # (..., d)
+        if not mean.isfinite().all():
+            raise ValueError(f"got vectors {tuple(x.shape)} with NaN or infinity, wanted numbers: look at the images")
+        if not self.count:
+            self._mean, self._scatter = torch.zeros_like(mean), mean.new_zeros(*mean.shape, mean.shape[-1])
+        total, shift = self.count + count, mean - self._mean
+        centred = (x - mean[..., None, :]) * repeats.sqrt()[:, None]
+        rows = torch.cat([centred, shift[..., None, :] * (self.count * count / total) ** 0.5], -2)
+        rows = rows.reshape(-1, *rows.shape[-2:])  # (P, n + 1, d)
+        self._scatter.view(-1, *self._scatter.shape[-2:]).baddbmm_(rows.mT, rows)  # in place, to save memory
+        self._mean, self.count = self._mean + shift * (count / total), total
+        return self
+
+    def __getitem__(self, part: slice) -> "Moments":
+        """The moments of some of the populations, as a view of these."""
+        return Moments(self.count, self._mean[part], self._scatter[part])
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Arrays from which `Moments(**state)` is built again."""
+        return {"count": np.array(self.count), "mean": self.mean, "scatter": self._scatter.cpu().numpy()}
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self._mean.cpu().numpy()
+
+    @property
+    def covariance(self) -> np.ndarray:
+        if self.count < 2:
+            raise ValueError(f"got {self.count} vectors, wanted 2 or more for a covariance: give more")
+        return self._scatter.cpu().numpy() / (self.count - 1)
+
+
+def frechet_distance(mean1: Images, cov1: Images, mean2: Images, cov2: Images) -> float | np.ndarray:
+    """Squared Frechet distance of Gaussians, |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2).
+
+    The last trace is the sum of the singular values of F1' F2 for any F F' = C: real, symmetric in its arguments, and
+    exact for singular covariances (Dowson & Landau 1982). Means (..., d), covariances (..., d, d) -> (...), a float if
+    there are no leading dimensions.
+    """
+    m1, c1, m2, c2 = (torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in (mean1, cov1, mean2, cov2))
+    if m1.shape != m2.shape or not c1.shape == c2.shape == (*m1.shape, m1.shape[-1]):
+        shapes = ", ".join(str(tuple(v.shape)) for v in (m1, c1, m2, c2))
+        raise ValueError(f"got shapes {shapes}, wanted (..., d), (..., d, d) twice: compare vectors of equal size")
+    with one_thread():
+        cross = torch.linalg.svdvals(factor(c1).mT @ factor(c2)).sum(-1)
+    traces = (c1 + c2).diagonal(dim1=-2, dim2=-1).sum(-1)
+    distance = ((m1 - m2).square().sum(-1) + traces - 2 * cross).numpy()
+    return distance if distance.ndim else float(distance)
+
+
+def factor(matrix: Tensor) -> Tensor:
+    """F (..., d, d) with F F' = the positive semi-definite matrix (..., d, d)."""
+    found, failed = torch.linalg.cholesky_ex(matrix)  # takes a tenth of the time of eigh
+    if (singular := failed > 0).any():
+        values, vectors = torch.linalg.eigh(matrix[singular])
+        found[singular] = vectors * values.clamp_min(0).sqrt()[..., None, :]
+    return found
+
+
+def packet_moments(images: Images, level: int = 3, *, device: Device = "cpu") -> Moments:
+    """Moments (4^L, d) of the d = C H W / 4^L values of every Haar packet."""
+    return _moments(UnitBatches(images, device=device), haar_packets(level))[0]
+
+
+def feature_moments(images: Images, feature_extractor: Extractor, *, device: Device = "cpu") -> Moments:
+    """Moments (1, d) of features."""
+    return _moments(UnitBatches(images, device=device), _features(feature_extractor))[0]
+
+
+def frechet_wavelet_distance(
+    real: Images | Moments,
+    generated: Images | Moments,
+    level: int = 3,
+    *,
+    resamples: int = 0,
+    seed: int = 0,
+    device: Device = "cpu",
+) -> Frechet:
+    """Mean over the 4^L Haar packets of the Frechet distance of real and generated values (arXiv 2312.15289).
+
+    The distance is biased upwards, about as 1 / images: compare only numbers with equal counts, and see
+    `split_floor`. Time grows with d^3, d = C H W / 4^L: images of 256 x 256 want level 5.
+
+    Args:
+        real, generated: images, or their `packet_moments` of that level.
+
+    Raises:
+        ValueError: fewer images than the d values of a packet, so that a covariance would be singular.
+    """
+    real, generated = _side(real, device), _side(generated, device)
+    return _distance(real, generated, haar_packets(level), 4**level, resamples, seed)
+
+
+def frechet_feature_distance(
+    real: Images | Moments,
+    generated: Images | Moments,
+    feature_extractor: Extractor,
+    *,
+    resamples: int = 0,
+    seed: int = 0,
+    device: Device = "cpu",
+) -> Frechet:
+    """Frechet distance of features: of Inception's it is the FID, of others it is not and must not be called so.
+
+    Args:
+        real, generated: images, or their `feature_moments`.
+        feature_extractor: a torch module in eval mode, float32 images (B, C, H, W) in [0, 1] -> features (B, d).
+    """
+    real, generated = _side(real, device), _side(generated, device)
+    return _distance(real, generated, _features(feature_extractor), 1, resamples, seed)
+
+
+def split_floor(
+    real: Images,
+    level: int = 3,
+    *,
+    feature_extractor: Extractor | None = None,
+    count: int | None = None,
+    resamples: int = 0,
+    seed: int = 0,
+    device: Device = "cpu",
+) -> Frechet:
+    """The distance of `count` real images chosen at random, by default half of them, to all the others.
+
+    FWD of that level, or the distance of features. The others are fewer than all real images, so that a perfect
+    generator, compared with all, scores lower: by about (1/n + 1/N) / (1/n + 1/(N - n)) for n = `count` of N.
+    """
+    chosen, others = (UnitBatches(real, rows, device=device) for rows in split(len(real), count, seed))
+    if feature_extractor:
+        return _distance(others, chosen, _features(feature_extractor), 1, resamples, seed)
+    return _distance(others, chosen, haar_packets(level), 4**level, resamples, seed)
+
+
+def split(size: int, count: int | None = None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A random choice of `count` rows of `size`, by default half of them, and all the others; both sorted."""
+    count = size // 2 if count is None else count
+    if not 1 <= count <= size // 2:
+        raise ValueError(f"got count={count} of {size} images, wanted 1 to {size // 2}: change count")
+    shuffled = np.random.default_rng(seed).permutation(size)
+    return np.sort(shuffled[:count]), np.sort(shuffled[count:])
+
+
+def _side(images: Images | Moments, device: Device) -> UnitBatches | Moments:
+    return images if isinstance(images, Moments) else UnitBatches(images, device=device)
+
+
+def _features(extractor: Extractor) -> Vectors:
+    def vectors(batch: Tensor, part: slice) -> Tensor:
+        with torch.no_grad():
+            return extractor(batch.float())[None][part]
+
+    return vectors
+
+
+def _distance(
+    real: UnitBatches | Moments,
+    generated: UnitBatches | Moments,
+    vectors: Vectors,
+    populations: int,
+    resamples: int,
+    seed: int,
+) -> Frechet:
+    """The mean distance over populations; their moments are taken a group at a time, so that GROUP_BYTES hold them."""
+    if resamples < 0 or resamples == 1 or (resamples and isinstance(generated, Moments)):
+        raise ValueError(f"got resamples={resamples}, wanted 0, or 2 and more of images, not of moments: change it")
+    for side in (real, generated):
+        if isinstance(side, Moments) and len(side.mean) != populations:
+            raise ValueError(f"got moments of {len(side.mean)} packets, wanted {populations}: take the same level")
+    weights = np.concatenate(
+        [np.ones((1, generated.count), int), resample_counts(generated.count, resamples, seed)]
+    )  # (1 + R, n)
+    values = real.mean.shape[-1] if isinstance(real, Moments) else math.prod(real.images.shape[1:]) // populations
+    size = max(1, GROUP_BYTES // (8 * values**2 * (2 + resamples)))
+    found = []
+    for start in range(0, populations, size):
+        part = slice(start, start + size)
+        (one,), others = _moments(real, vectors, part), _moments(generated, vectors, part, weights)
+        found.append([frechet_distance(one.mean, one.covariance, m.mean, m.covariance) for m in others])
+    per_packet, drawn = np.split(np.concatenate(found, 1), [1])  # (1, P), (R, P)
+    mean = distance_estimate(float(per_packet.mean()), drawn.mean(1))
+    return Frechet(mean, distance_estimate(per_packet[0], drawn), real.count, generated.count)
+
+
+def _moments(
+    side: UnitBatches | Moments, vectors: Vectors, part: slice = slice(None), weights: np.ndarray | None = None
+) -> list[Moments]:
+    """Moments of some populations, with the images repeated as each line of `weights` (R, n) says, or once."""
+    if isinstance(side, Moments):
+        return [side[part]]
+    weights = np.ones((1, side.count), int) if weights is None else weights
+    sums, start = [Moments() for _ in weights], 0
+    for batch in side:
+        found = vectors(batch, part)  # (P, B, d)
+        if side.count < max(found.shape[-1], 2):
+            raise ValueError(
+                f"got {side.count} images for vectors of {found.shape[-1]} values, wanted {max(found.shape[-1], 2)} "
+                "images or more: give more images, or choose a deeper level (fewer features)"
+            )
+        for moments, weight in zip(sums, weights, strict=True):
+            moments.update(found, weight[start : start + len(batch)])
+        start += len(batch)
+    return sums

@@ -1,0 +1,78 @@
+"""Intervals: how far a number may be from what endlessly many images would give. They are 90 % intervals."""
+
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+Value = TypeVar("Value", float, np.ndarray)
+ENDS = (0.05, 0.95)  # the quantiles at which an interval begins and ends
+
+
+class Estimate(NamedTuple, Generic[Value]):
+    """A number, or an array of numbers, and the ends of its 90 % interval; these are nan where none was computed."""
+
+    value: Value
+    low: Value
+    high: Value
+
+
+def resample_counts(count: int, resamples: int, seed: int = 0) -> np.ndarray:
+    """How often each of `count` images is in every set that is resampled with replacement, (resamples, count)."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+
+
+def resampled(
+    per_image: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray] = lambda means: means,
+    *,
+    resamples: int = 200,
+    seed: int = 0,
+) -> Estimate[np.ndarray]:
+    """A statistic of the mean over images of `per_image` (N, ...), with its bootstrap percentile interval.
+
+    `statistic` maps means (R, ...) of R sets to values (R, ...).
+    """
+    count = len(per_image)
+    weights = np.concatenate([np.ones((1, count)), resample_counts(count, resamples, seed)]) / count
+    value, *drawn = statistic((weights @ per_image.reshape(count, -1)).reshape(-1, *per_image.shape[1:]))
+    return Estimate(value, *np.quantile(drawn, ENDS, axis=0))
+
+
+def distance_estimate(value: Value, drawn: np.ndarray) -> Estimate[Value]:
+    """A distance with its percentile interval, from its values `drawn` (R, ...) on R resampled sets, if there are any.
+
+    The mean of `drawn` is subtracted: duplicates in a resampled set make every distance larger, which is no part of
+    its uncertainty. A distance is not negative, and neither are the ends.
+    """
+    if not len(drawn):
+        return Estimate(value, np.nan * value, np.nan * value)
+    low, high = np.maximum(0.0, value + np.quantile(drawn - np.mean(drawn, 0), ENDS, axis=0))
+    return Estimate(value, low, high)
+
+
+def share(hits: int, count: int) -> Estimate[float]:
+    """hits / count with its interval (Wilson 1927)."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(int(hits), count).proportion_ci(ENDS[1] - ENDS[0], "wilson")
+    return Estimate(hits / count, float(interval.low), float(interval.high))
+
+
+def median(values: np.ndarray) -> Estimate[float]:
+    """The median of values (N,) with its interval between two order statistics, which holds for any distribution.
+
+    For fewer than 8 values the interval is their range. Its confidence is 1 - 2^(1 - N): under 90 % for N < 5.
+    """
+    from scipy.stats import binom
+
+    ends = (binom.ppf(ENDS, len(values), 0.5).astype(int) - [1, 0]).clip(0, len(values) - 1)
+    return Estimate(float(np.median(values)), *np.sort(values)[ends].tolist())
+
+
+def band(values: np.ndarray, confidence: float = 0.9) -> float:
+    """Half the width of the band that holds the whole distribution function from which values (N,) were drawn.
+
+    Dvoretzky, Kiefer and Wolfowitz (1956) with the constant of Massart (1990): holds for any distribution.
+    """
+    return float(np.sqrt(np.log(2 / (1 - confidence)) / (2 * len(values))))
