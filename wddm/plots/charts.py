@@ -86,7 +86,7 @@ def training_curves(rows: Sequence[Mapping[str, float]], window: int | None = No
             left.plot(seen[measured], held_out, ".-", color=ACCENT, linewidth=0.8, label="held-out")
             left.legend()
         top.plot(seen, frame.lr, color=GENERATED)
-        top.set_title("Learning rate")
+        top.set(title="Learning rate", ylim=(0, None))
         top.xaxis.set_major_locator(MaxNLocator(5, steps=ROUND))  # of all three, which share it
         top.yaxis.set_major_locator(MaxNLocator(3, steps=ROUND))
         top.yaxis.set_major_formatter("{x:g}")
@@ -164,8 +164,9 @@ def _bands(height: float, labels: Sequence[str], *samples: ArrayLike) -> Iterato
     sizes = len(labels), *map(np.size, samples)
     need(len(set(sizes)) == 1, f"{sizes} labels, real, generated", "equally many", "pass one per band")
     with panels(height) as (figure, (axes,)):
-        axes.margins(x=0.01, y=0.12)
+        axes.margins(y=0.12)
         yield axes, np.arange(len(labels))
+        axes.set_xlim(-0.6, len(labels) - 0.4)
         axes.set_xticks(range(len(labels)), labels, rotation=90 * (len(labels) > 16))
         axes.set(xlabel="band")
         axes.grid(axis="x", visible=False)
@@ -192,7 +193,7 @@ def band_energy(
         place = {"textcoords": "offset points", "ha": "center", "size": 6.5, "rotation": 90 * turned}
         for x, top, ratio in zip(at, tops, np.divide(generated, real), strict=True):
             axes.annotate(f"×{ratio:.2f}", (x, top), (0, 2), **place)
-        axes.margins(x=0.01, y=0.3 if turned else 0.12)
+        axes.margins(y=0.3 if turned else 0.12)
         axes.set(ylabel="energy (mean square)")
         logarithmic(axes)
     return axes.figure

@@ -71,20 +71,17 @@ def variants(
     return figure
 
 
+def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """A colour and a marker of its own for each name."""
+    names = list(dict.fromkeys(names))
+    colors = zip(names, palette(len(names)), strict=True)
+    return {name: {"color": color, "marker": MARKERS[k % len(MARKERS)]} for k, (name, color) in enumerate(colors)}
+
+
 @contextmanager
-def _row(
-    count: int,
-    height: float,
-    quantity: str,
-    floor: float | None = None,
-    columns: int = 4,
-    log: str = "xy",
-    **share: bool,
-) -> Iterator[list[Axes]]:
-    """Panels in a row with one legend beneath, logarithmic, and a dashed line where the floor is."""
-    with panels(height, "ABCDEF"[:count], **share) as (figure, axs):
-        for axes in axs if floor is not None else ():
-            axes.axhline(floor, color=REAL, linestyle="--", linewidth=0.8, label="floor: real images")
+def _row(count: int, height: float, quantity: str, log: str = "xy", columns: int = 4) -> Iterator[list[Axes]]:
+    """Panels in a row, of one `quantity`, logarithmic, with one legend beneath."""
+    with panels(height, "ABCDEF"[:count], sharey=True) as (figure, axs):
         yield axs
         for axes in axs:
             logarithmic(axes, log)
@@ -92,11 +89,24 @@ def _row(
         legend(figure, "lower center", columns)
 
 
-def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """A colour and a marker of its own for each name."""
-    names = list(names)
-    colors = zip(names, palette(len(names)), strict=True)
-    return {name: {"color": color, "marker": MARKERS[k % len(MARKERS)]} for k, (name, color) in enumerate(colors)}
+def _floor(axs: Sequence[Axes], floor: float | None) -> None:
+    """A dashed line where the floor is, if there is one."""
+    for axes in axs if floor is not None else ():
+        axes.axhline(floor, color=REAL, linestyle="--", linewidth=0.8, label="floor: real images")
+
+
+def _curves(
+    axes: Axes, curves: Mapping[str, Curve], styles: Mapping[str, dict[str, Any]], shaded: bool = False
+) -> None:
+    """Lines by name, and as bars or as shaded bands where the low and the high ends of their values are."""
+    for name, (x, values) in curves.items():
+        y, wanted = np.asarray(values, float), (np.size(x), 3)
+        need(y.shape == wanted, f"{name} {y.shape}", wanted, "pass value, low and high of each")
+        axes.plot(x, y[:, 0], label=name, **styles[name])
+        if shaded:
+            axes.fill_between(x, y[:, 1], y[:, 2], color=styles[name]["color"], alpha=0.2, linewidth=0)
+        else:
+            axes.vlines(x, y[:, 1], y[:, 2], color=styles[name]["color"], linewidth=2.5, alpha=0.35)
 
 
 def quality_curves(
@@ -110,45 +120,20 @@ def quality_curves(
 
     `reference`: name, and value, low and high, of what the lines are compared with.
     """
-    styles = _styles(dict.fromkeys(name for lines in curves.values() for name in lines))
+    styles = _styles(name for lines in curves.values() for name in lines)
     need(styles, "no curves", "one or more", "give what was measured")
-    with _row(len(curves), 3.4, quantity, floor, sharey=True) as axs:
+    with _row(len(curves), 3.4, quantity) as axs:
+        _floor(axs, floor)
         for axes, (title, lines) in zip(axs, curves.items(), strict=True):
             if reference is not None:
                 name, (value, low, high) = reference
                 axes.axhspan(low, high, color="0.85", label=name)
                 axes.axhline(value, color="0.6", linewidth=0.8)
-            for name, (x, values) in lines.items():
-                y, wanted = np.asarray(values, float), (np.size(x), 3)
-                need(y.shape == wanted, f"{name} {y.shape}", wanted, "pass value, low and high of each")
-                axes.plot(x, y[:, 0], label=name, **styles[name])
-                axes.vlines(x, y[:, 1], y[:, 2], color=styles[name]["color"], linewidth=2.5, alpha=0.35)
+            _curves(axes, lines, styles)
             axes.set(title=title, xlabel=xlabel)
     for axes, lines in zip(axs, curves.values(), strict=True):
         axes.minorticks_off()
         axes.set_xticks(np.unique(np.concatenate([x for x, _ in lines.values()])))
-        axes.xaxis.set_major_formatter("{x:g}")
-    return axs[0].figure
-
-
-def trade_off(
-    points: Mapping[str, Curve], fronts: Mapping[str, ArrayLike], quantity: str, floor: float | None = None
-) -> Figure:
-    """A distance against costs: a panel by cost, a point by setting, its solver by name; the Pareto front as a line.
-
-    `points`: by solver, costs (K, costs) and distances (K,). `fronts`: by cost, the settings (n, 2) on the front.
-    """
-    styles = _styles(points)
-    with _row(len(fronts), 3.2, quantity, floor, sharey=True) as axs:
-        for column, (axes, (cost, front)) in enumerate(zip(axs, fronts.items(), strict=True)):
-            axes.step(
-                *np.transpose(sorted(map(tuple, front))), "0.2", where="post", linewidth=0.8, label="Pareto front"
-            )
-            for name, (costs, values) in points.items():
-                wanted = (np.size(values), len(fronts))
-                need(np.shape(costs) == wanted, f"{name} {np.shape(costs)}", wanted, "pass a cost per panel")
-                axes.plot(np.asarray(costs)[:, column], values, linestyle="none", label=name, **styles[name])
-            axes.set(xlabel=cost)
     return axs[0].figure
 
 
@@ -159,15 +144,40 @@ def learning_curves(
 
     `curves`: by variant, images seen (K,), or seconds, and values (S, K), one row per seed; both axes logarithmic.
     """
-    long = max(map(len, curves)) > 40  # names
-    with _row(1, 3.4 + 0.2 * len(curves) * long, quantity, floor, columns=1 if long else 2) as (axes,):
-        for (name, (seen, seeds)), color in zip(curves.items(), palette(len(curves)), strict=True):
-            values, x = np.asarray(seeds, float), np.asarray(seen) / (1 if seconds else 1000)
-            need(values.shape[1:] == x.shape, f"{name} {values.shape}", f"(seeds, {len(x)})", "pass a row per seed")
-            axes.plot(x, values.mean(0), ".-", color=color, linewidth=1, label=f"{name} ({len(values)})")
-            axes.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
+    lines: dict[str, Curve] = {}
+    for name, (seen, seeds) in curves.items():
+        values, x = np.asarray(seeds, float), np.asarray(seen) / (1 if seconds else 1000)
+        need(values.shape[1:] == x.shape, f"{name} {values.shape}", f"(seeds, {len(x)})", "pass a row per seed")
+        lines[f"{name} ({len(values)})"] = x, np.stack([values.mean(0), values.min(0), values.max(0)], 1)
+    columns = 1 if max(map(len, curves)) > 40 else 2
+    styles = {name: style | {"marker": ".", "linewidth": 1} for name, style in _styles(lines).items()}
+    with _row(1, 3.4 + 0.2 * len(curves) * (columns == 1), quantity, columns=columns) as (axes,):
+        _floor([axes], floor)
+        _curves(axes, lines, styles, shaded=True)
         axes.set(xlabel="seconds of training" if seconds else "images seen (thousands)")
     return axes.figure
+
+
+def trade_off(
+    points: Mapping[str, Curve], fronts: Mapping[str, ArrayLike], quantity: str, floor: float | None = None
+) -> Figure:
+    """A distance against costs: a panel by cost, a point by setting, its solver by name; the Pareto front as a line.
+
+    `points`: by solver, costs (K, costs) and distances (K,). `fronts`: by cost, the settings (n, 2) on the front.
+    """
+    styles = _styles(points)
+    with _row(len(fronts), 3.2, quantity) as axs:
+        _floor(axs, floor)
+        for column, (axes, (cost, front)) in enumerate(zip(axs, fronts.items(), strict=True)):
+            axes.step(
+                *np.transpose(sorted(map(tuple, front))), "0.2", where="post", linewidth=0.8, label="Pareto front"
+            )
+            for name, (costs, values) in points.items():
+                wanted = (np.size(values), len(fronts))
+                need(np.shape(costs) == wanted, f"{name} {np.shape(costs)}", wanted, "pass a cost per panel")
+                axes.plot(np.asarray(costs)[:, column], values, linestyle="none", label=name, **styles[name])
+            axes.set(xlabel=cost)
+    return axs[0].figure
 
 
 def class_counts(names: Sequence[str], counts_generated: ArrayLike, share_real: ArrayLike) -> Figure:
@@ -246,16 +256,16 @@ def speedup_against_flops(rows: Rows) -> Figure:
     need(rows, "no measured speed-ups", "one or more", "raise max_step_seconds")
     table, colors = _table(rows)
     works, markers = table.work.unique(), dict(zip(table.over.unique(), MARKERS, strict=False))
-    with _row(len(works), 3.4, "speed on wavelets / on pixels", columns=3, sharex=True, sharey=True) as axs:
-        axs[0].set(xscale="log", yscale="log")  # first: linear limits may lie below zero
+    drawn = table[["flop_ratio", "low", "high"]].to_numpy(float)
+    ends = 0.8 * min(1, drawn.min()), 1.25 * max(2, drawn.max())
+    with _row(len(works), 3.4, "speed on wavelets / on pixels", columns=3) as axs:
         for axes, work in zip(axs, works, strict=True):
             for row in table[table.work == work].itertuples():
                 axes.vlines(row.flop_ratio, row.low, row.high, color=colors[row.label], linewidth=0.8)
                 axes.plot(row.flop_ratio, row.speedup, markers[row.over], color=colors[row.label])
-            axes.set(title=work.capitalize(), xlabel="FLOPs on pixels / on wavelets", aspect="equal")
             axes.axline((1, 1), (2, 2), color=REAL, linestyle="--", linewidth=0.8, zorder=0)
-        ends = *axs[0].get_xlim(), *axs[0].get_ylim()
-        axs[0].set(**dict.fromkeys(("xlim", "ylim"), (0.9 * min(1, *ends), 1.1 * max(2, *ends))))
+            axes.set(title=work.capitalize(), xlabel="FLOPs on pixels / on wavelets", aspect="equal")
+            axes.set(xlim=ends, ylim=ends)
         for name, color in colors.items():
             axs[0].plot([], [], "o", color=color, label=name)
         for over, marker in markers.items():
@@ -272,12 +282,12 @@ def rates_by_level(rows: Rows) -> Figure:
     works = {"Training": "training_images_per_s", "Sampling": "sampling_images_per_s"}
     measured = table[[*works.values()]].notna().any(axis=None)
     need(measured, "no measured speeds", "one or more", "raise max_step_seconds")
-    with _row(2, 3.0, "images/s", columns=3, log="y") as axs:
+    styles = {label: {"color": color, "marker": "o"} for label, color in colors.items()}
+    with _row(2, 3.0, "images/s", log="y", columns=3) as axs:
         for axes, (work, rate) in zip(axs, works.items(), strict=True):
-            for label, ours in table.dropna(subset=rate).groupby("label", sort=False):
-                axes.plot(ours.level, ours[rate], "o-", color=colors[label], label=label)
-                axes.vlines(
-                    ours.level, ours[f"{rate}_q1"], ours[f"{rate}_q3"], color=colors[label], linewidth=3, alpha=0.4
-                )
+            found = table.dropna(subset=rate).groupby("label", sort=False)
+            _curves(
+                axes, {label: (ours.level, ours[[rate, f"{rate}_q1", f"{rate}_q3"]]) for label, ours in found}, styles
+            )
             axes.set(title=work, xlabel="wavelet level (0: pixels)", xticks=table.level.unique())
     return axs[0].figure
