@@ -80,7 +80,7 @@ class WithoutTypes(ast.NodeTransformer):
 
 
 def imported(text: str) -> set[str]:
-    """Modules of wddm that a source imports, those of packages as `plots.mosaics`."""
+    """Modules of wddm that a source imports, those of packages as `plots.images`."""
     found = set()
     for node in ast.walk(WithoutTypes().visit(ast.parse(text))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "wddm":
@@ -99,8 +99,8 @@ MODULES = {
 def test_modules_import_only_from_the_rows_above() -> None:
     order = """
         processes files wavelets decoding batches parquet sources streams contents data loading kan published ukan
-        backbones objective solvers bandrate cards pipeline checkpoints steps intervals plots.mosaics plots.verdicts
-        plots.frequencies plots.comparisons plots.speeds plots sampling metrics.moments metrics.diagnostics metrics
+        backbones objective solvers bandrate cards pipeline checkpoints steps intervals plots.style plots.images
+        plots.charts plots.scores plots sampling metrics.moments metrics.diagnostics metrics
         monitor resume devices update training profiling metrics.features metrics.inception metrics.scores
         metrics.evaluation workbook studies studies.study studies.findings studies.trajectories studies.sweeps
         studies.baselines studies.contenders studies.efficiency studies.benchmarks runs __main__

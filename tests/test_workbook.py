@@ -11,16 +11,15 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import nbformat
 import pytest
 import yaml
 
 from wddm import workbook
 from wddm.__main__ import main
-from wddm.workbook import kernel, pages, provenance, records, runner, tables
+from wddm.workbook import kernel, provenance, records, runner
 from wddm.workbook.experiments import load_experiments
-from wddm.workbook.pages import WIDGET
 from wddm.workbook.parameters import parse_parameters
+from wddm.workbook.report import WIDGET
 
 FIRST = """\
 run: str = "quickstart"           # name of the run
@@ -664,15 +663,6 @@ def test_a_page_shows_the_first_picture_of_a_figure_with_controls(finished):
     assert (finished[0] / "reports/x/figures/explorer.png").exists()
 
 
-def test_a_widget_leaves_its_picture_in_a_page_and_else_nothing():
-    bar = {WIDGET: {"model_id": "a"}, "text/plain": "Loading: 0%| | 0/3 [00:00<?, ?it/s]"}  # tqdm's, in a notebook
-    figure = {WIDGET: {"model_id": "b"}, "text/plain": "[figure]", "image/png": "pixels"}
-    words = {"text/plain": "said"}
-    outputs = [nbformat.v4.new_output("display_data", data=data) for data in (bar, figure, words)]
-    cell = pages._tidy(nbformat.v4.new_code_cell("", outputs=outputs))
-    assert [output.data for output in cell.outputs] == [{"text/plain": "[figure]", "image/png": "pixels"}, words]
-
-
 def test_a_figure_follows_its_controls(root, monkeypatch):
     from ipywidgets import IntSlider
     from ipywidgets.widgets.widget import _instances
@@ -828,49 +818,3 @@ def test_redrawn_lines_appear_once_in_a_file(live, shown):
         terminal.write(text)
     terminal.end_line()
     assert out.getvalue() == shown
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0.0123456, "0.01235"),
-        (26194435, "26,194,435"),
-        (3.14159e-5, "3.142e-05"),
-        (123456.7, "123,457"),
-        (None, "–"),
-        (float("nan"), "–"),
-        ("x", "x"),
-        (True, "True"),
-        (1.0, "1"),
-    ],
-)
-def test_numbers_are_readable(value, text):
-    assert tables.format_number(value) == text
-
-
-def test_tables_take_frames_and_rows():
-    import pandas as pd
-
-    as_html, as_text = tables.format_table([{"a": "<x>", "b": 1}, {"b": 22}], "Cap")
-    assert '<td style="text-align: left">&lt;x&gt;</td>' in as_html and "<caption>Cap</caption>" in as_html
-    assert as_text == "Cap\na     b\n<x>   1\n–    22"
-    shown = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workbook, "_display", lambda forms: shown.append(forms["text/plain"]))
-        book = workbook.Run("r", Path(), None, Path(), Path())
-        book.table(pd.DataFrame({"fwd": [0.5]}, index=["ours"]), "T")
-        book.table(pd.DataFrame({"fwd": [0.5]}), "T")
-    assert shown == ["T\n      fwd\nours  0.5", "T\nfwd\n0.5"]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (1.234, "1.2 s"),
-        (245, "4 min 05 s"),
-        (7800, "2 h 10 min"),
-        (None, ""),
-    ],
-)
-def test_times_are_readable(seconds, text):
-    assert tables.format_seconds(seconds) == text

@@ -132,7 +132,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from wddm import workbook
     from wddm.metrics import evaluation
     from wddm.workbook.records import write_json
-    from wddm.workbook.tables import format_table
+    from wddm.workbook.report import format_table
 
     try:
         root = workbook.find_root()

@@ -130,7 +130,7 @@ def measure(trainer: "Trainer") -> float:
 
 def preview(trainer: "Trainer") -> None:
     """Draw previews/<images seen>.png, by the main process."""
-    from wddm.plots.mosaics import compose  # and seaborn, seconds that the command line can do without
+    from wddm.plots.images import compose  # and seaborn, seconds that the command line can do without
 
     if not trainer.accelerator.is_main_process:
         return

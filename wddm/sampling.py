@@ -159,7 +159,7 @@ def write_images(folder: str | Path, images: np.ndarray, start: int = 0) -> None
 
 def write_summary(folder: str | Path, pipeline: WaveletPipeline, count: int, seed: int, options: dict) -> None:
     """grid.png of the first 64 images in the folder, and samples.json."""
-    from wddm.plots.mosaics import compose  # and seaborn, seconds that the command line can do without
+    from wddm.plots.images import compose  # and seaborn, seconds that the command line can do without
 
     first = [np.asarray(Image.open(Path(folder, f"{number:05d}.png"))) for number in range(min(count, GRID))]
     pixels = np.stack([image.reshape(*image.shape[:2], -1) for image in first])

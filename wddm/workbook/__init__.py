@@ -24,11 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from wddm.workbook.experiments import check_run_name, load_experiments
-from wddm.workbook.index import write_index
-from wddm.workbook.pages import WIDGET
 from wddm.workbook.records import collect, read_json, write_json
+from wddm.workbook.report import WIDGET, format_table, write_index, write_rows
 from wddm.workbook.runner import run
-from wddm.workbook.tables import format_table, write_rows
 
 __all__ = ["Run", "collect", "find_root", "live", "load_experiments", "open_run", "progress", "run", "write_index"]
 

@@ -20,11 +20,9 @@ from typing import Any
 
 from wddm.workbook import kernel, provenance
 from wddm.workbook.experiments import Experiment, pipeline_notebooks
-from wddm.workbook.index import write_index
-from wddm.workbook.pages import render
 from wddm.workbook.parameters import read_schema
 from wddm.workbook.records import read_json, read_status, write_json, write_text
-from wddm.workbook.tables import format_seconds
+from wddm.workbook.report import format_seconds, render, write_index
 
 RECORDS = ("metrics", "timings")  # the .json files that notebooks write into
 
