@@ -13,8 +13,8 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-from wddm.workbook.pages import WIDGET
 from wddm.workbook.refresh import refresh
+from wddm.workbook.report import WIDGET
 
 TUTORIALS = sorted((ROOT / "notebooks" / "tutorials").glob("*.ipynb"))
 NAMES = ("diffusion_in_wavelet_space", "sampling", "ukan", "wavelets")

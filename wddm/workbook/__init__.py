@@ -27,12 +27,10 @@ from typing import Any
 
 from wddm.workbook.experiments import check_run_name, load_experiments
 from wddm.workbook.finished import collect, run_data_folder
-from wddm.workbook.index import write_index
-from wddm.workbook.pages import WIDGET
 from wddm.workbook.parameters import checked
 from wddm.workbook.records import digests, read_json, taken, write_entry, write_json
+from wddm.workbook.report import WIDGET, format_table, write_index, write_rows
 from wddm.workbook.runner import run
-from wddm.workbook.tables import format_table, write_rows
 
 __all__ = [
     "Run",

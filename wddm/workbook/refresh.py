@@ -7,7 +7,7 @@ of the interpreter. So the same code and machine give the same bytes.
 import sys
 from pathlib import Path
 
-from wddm.workbook.pages import WIDGET
+from wddm.workbook.report import WIDGET
 
 
 def refresh(path: Path) -> None:

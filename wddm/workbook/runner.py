@@ -21,10 +21,8 @@ from typing import Any
 
 from wddm.workbook import kernel, lock, provenance
 from wddm.workbook.experiments import Experiment, pipeline_notebooks
-from wddm.workbook.index import write_index
-from wddm.workbook.pages import render
 from wddm.workbook.records import digests, read_json, read_record, read_status, write_json, write_text
-from wddm.workbook.tables import format_seconds
+from wddm.workbook.report import format_seconds, render, write_index
 
 RECORDS = ("metrics", "timings")  # the .json files that notebooks write into
 WATCH = "__import__('wddm.workbook.provenance', fromlist=['watch']).watch({!r}, {!r}, {!r})"

@@ -1,46 +1,21 @@
-"""Figures made of images, and the house style: arrays in, a matplotlib `Figure` out; no state is left.
+"""Figures made of images: arrays in, a matplotlib `Figure` out.
 
-Images are uint8 (N, H, W, C), C = 1 or 3. Coefficients are stacked as by the codec, channel = band * C +
-colour; bands: A (approximation), H, V, D (horizontal, vertical, diagonal detail). An image pixel is a whole
-number of screen pixels, at 150 dpi.
+Images are uint8 (N, H, W, C), C = 1 or 3; each of their pixels is a whole number of pixels of the figure. Coefficients
+are stacked as by the codec, channel = band * C + colour.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
-import matplotlib.style
+import matplotlib
 import numpy as np
-import seaborn as sns
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-WIDTH, DPI, SMALL = 6.0, 150, 7  # inches, dots per inch, points
-SIGNED = sns.color_palette("vlag", as_cmap=True)
-STYLE = sns.axes_style("whitegrid") | sns.plotting_context("paper", font_scale=0.85) | {
-    "font.sans-serif": ["DejaVu Sans"], "patch.force_edgecolor": False, "grid.color": "0.92",
-    "axes.edgecolor": "0.7", "axes.spines.top": False, "axes.spines.right": False,
-    "legend.edgecolor": "white", "savefig.dpi": DPI,
-}  # fmt: skip
-
-
-@contextmanager
-def panels(height: float, layout: str = "A", **options) -> Iterator[tuple[Figure, list[Axes]]]:
-    """Figure and panels, to be drawn on in the house style whatever rcParams hold; `height` in inches."""
-    with matplotlib.style.context(["default", STYLE]):
-        figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-        yield figure, list(figure.subplot_mosaic(layout, **options).values())
-        for axes in figure.axes:  # ticks are made lazily, from rcParams at that moment: make them now
-            axes.tick_params(which="both", labelsize=STYLE["xtick.labelsize"])
-
-
-def need(condition: bool, got: object, wanted: object, remedy: str) -> None:
-    if not condition:
-        raise ValueError(f"got {got}, wanted {wanted}: {remedy}")
+from wddm.plots.style import DPI, WIDTH, need, panels
 
 
 def checked(images: ArrayLike) -> np.ndarray:
-    """Checked images (N, H, W, C) as RGB (N, H, W, 3)."""
+    """Images (N, H, W, C) as RGB (N, H, W, 3). ValueError for another shape or type."""
     images = np.asarray(images)
     fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] in (1, 3) and images.size
     need(fits, f"{images.dtype} images {images.shape}", "uint8 (N, H, W, 1 or 3)", "convert, channels last")
@@ -57,49 +32,58 @@ def compose(images: ArrayLike, columns: int, gap: tuple[int, int] = (1, 1)) -> n
     return grid.reshape(rows * (height + y), columns * (width + x), 3)[: -y or None, : -x or None]
 
 
-def _mosaic(images, columns: int, texts=(), sides=(), below: bool = False, gap: int = 3) -> Figure:
+def _mosaic(
+    images: ArrayLike,
+    columns: int,
+    texts: Sequence[str] = (),
+    sides: Sequence[str] = (),
+    gap: int = 3,
+    below: bool = False,
+) -> Figure:
     """Enlarged images in rows, texts above (or below) them in order, and a text at the left of each row."""
     images, columns = checked(images), max(1, min(columns, len(images)))
     fitting, largest = round(WIDTH * DPI / columns / (images.shape[2] + 1)), max(6, 220 // images.shape[2])
     scale = max(1, min(fitting, largest))
-    images = images.repeat(scale, 1).repeat(scale, 2)  # from here on lengths are in screen pixels
-    (height, width), line, left = images.shape[1:3], 24 * any(texts), 9 * max(map(len, sides), default=0)
+    images = images.repeat(scale, 1).repeat(scale, 2)  # from here on lengths are in pixels of the figure
+    (height, width), line = images.shape[1:3], 24 * any(texts)
     space = line if any(texts[:-columns] if below else texts[columns:]) else gap
     canvas = compose(images, columns, (space, gap))
-    left += 14 * bool(left)
+    left = 14 + 9 * max(map(len, sides)) if sides else 0
     w, h = left + canvas.shape[1], line + canvas.shape[0]
     with panels(1) as (figure, (axes,)):
         figure.set(layout_engine="none", size_inches=(w / DPI, h / DPI))
         axes.set_position((left / w, line * below / h, 1 - left / w, 1 - line / h))
         axes.imshow(canvas, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
-        size = min(SMALL, 110 / DPI * width / max(map(len, texts), default=1))
+        size = min(7, 110 / DPI * width / max(map(len, texts), default=1))
         for k, text in enumerate(texts):
             x, y = k % columns * (width + gap) + width / 2, k // columns * (height + space)
             y, where = (y + height + 4, "top") if below else (y - 4, "bottom")
             axes.text(x, y, text, size=size, ha="center", va=where)
         for row, text in enumerate(sides):
-            axes.text(-8, row * (height + space) + height / 2, text, size=SMALL, ha="right", va="center")
+            axes.text(-8, row * (height + space) + height / 2, text, size=7, ha="right", va="center")
     return figure
 
 
 def image_grid(images: ArrayLike, columns: int = 16, titles: Sequence[str] | None = None) -> Figure:
     """Images (N, H, W, C) in a tight grid, row by row; `titles` (N) puts a short one over each."""
     titles = list(titles or ())
-    need(len(titles) in (0, len(images)), f"{len(titles)} titles", len(images), "pass one per image")
+    count = len(np.asarray(images))
+    need(len(titles) in (0, count), f"{len(titles)} titles", count, "pass one per image")
     return _mosaic(images, columns, titles)
 
 
 def compare_grids(real: ArrayLike, generated: ArrayLike, columns: int = 8) -> Figure:
     """Two grids of equally many images (N, H, W, C) side by side, titled Real and Generated."""
-    shapes, columns = (np.shape(real), np.shape(generated)), max(1, min(columns, len(real)))
-    need(shapes[0] == shapes[1], f"{shapes[0]} and {shapes[1]}", "the same shape twice", "pass equally many")
+    wanted, got = np.shape(real), np.shape(generated)
+    need(got == wanted, f"{wanted} and {got}", "the same shape twice", "pass equally many")
+    columns = max(1, min(columns, wanted[0]))
     return _mosaic([compose(real, columns), compose(generated, columns)], 2, ("Real", "Generated"), gap=24)
 
 
 def stacked(pictures: Mapping[str, ArrayLike]) -> Figure:
     """Pictures (H, W, C) of one size under each other, each with its name at the left."""
-    return _mosaic(np.stack(list(pictures.values())), 1, sides=list(pictures), gap=6)
+    return _mosaic(np.stack([np.asarray(picture) for picture in pictures.values()]), 1, sides=list(pictures), gap=6)
 
 
 def neighbours(samples: ArrayLike, nearest: ArrayLike, distances: ArrayLike) -> Figure:
@@ -117,7 +101,7 @@ def neighbours(samples: ArrayLike, nearest: ArrayLike, distances: ArrayLike) -> 
 def _band_tile(band: np.ndarray) -> np.ndarray:
     """Band (C, h, w) as uint8 (h, w, 3), zero amid a scale that ends at the 99.5th percentile of |value|."""
     scaled = np.clip(band / (np.percentile(np.abs(band), 99.5) or 1) / 2 + 0.5, 0, 1)
-    rgb = SIGNED(scaled[0])[..., :3] if len(band) == 1 else scaled.transpose(1, 2, 0)
+    rgb = matplotlib.colormaps["RdBu_r"](scaled[0])[..., :3] if len(band) == 1 else scaled.transpose(1, 2, 0)
     return np.round(255 * rgb).astype(np.uint8)
 
 
@@ -144,7 +128,8 @@ def trajectory(states: ArrayLike, labels: Sequence[str], times: ArrayLike, image
     `images` (S, H, W, C), H a multiple of h, puts the decoded images on top. Each tile has its own scale, as
     in `coefficient_bands`. About ten steps read best.
     """
-    states, steps, rows = np.asarray(states), len(times), len(labels)
+    states, times, rows = np.asarray(states), np.asarray(times), len(labels)
+    steps = len(times)
     fits = states.ndim == 4 and len(states) == steps and states.shape[1] in (rows, 3 * rows)
     wanted = f"({steps}, {rows} or {3 * rows}, h, w)"
     need(fits, f"states {states.shape}", wanted, "pass a label per band and a time per state")
@@ -153,8 +138,7 @@ def trajectory(states: ArrayLike, labels: Sequence[str], times: ArrayLike, image
     if images is not None:
         images, (h, w) = checked(images), states.shape[2:]
         tiles = tiles.repeat(images.shape[1] // h, 1).repeat(images.shape[2] // w, 2)
-        wanted = f"{steps} of a multiple of {h} x {w}"
-        fits = images.shape == (steps, *tiles.shape[1:])
-        need(fits, f"images {images.shape}", wanted, "decode the states")
+        need(images.shape == (steps, *tiles.shape[1:]), f"images {images.shape}", f"{steps} of a multiple of {h} x {w}",
+             "decode the states")  # fmt: skip
         tiles, labels = np.concatenate([images, tiles]), ["image", *labels]
     return _mosaic(tiles, steps, [f"t = {t:.4g}" for t in times], labels)

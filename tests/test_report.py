@@ -1,0 +1,140 @@
+"""Reports: what is printed, a page and an index that show what there is, whatever is in it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from wddm import workbook
+from wddm.workbook import report
+from wddm.workbook.report import WIDGET
+
+SCHEMA = 'run: str = "quickstart"\nname: str = "a"  # <b>help</b>\nlevels: list[int] = [1]\nfile: str | None = None\n'
+HOSTILE = "`<script>alert(1)</script>` *a* [b](c) $d$"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A workbook with a run `x` whose notebook was executed with a hostile parameter."""
+    prose = "# T\n\n`data/{name}/a.npy`, {name}, `{file}`, `{levels}`, `{other}`\n\n**Outputs:** `runs/{run}/b`"
+    cells = [new_markdown_cell(prose), new_code_cell(SCHEMA, metadata={"tags": ["parameters"]})]
+    notebook = new_notebook(cells=cells, metadata={"papermill": {"parameters": {"run": "x=1", "name": HOSTILE}}})
+    folder = tmp_path / "reports" / "x"
+    for path in (tmp_path / "notebooks" / "01_work.ipynb", folder / "01_work.ipynb"):
+        path.parent.mkdir(parents=True)
+        nbformat.write(notebook, path)
+    status = {"01_work": {"state": "ok", "seconds": 1.0, "error": None, "started": "2026-01-02T03:04"}}
+    (folder / "status.json").write_text(json.dumps(status))
+    (folder / "params.yaml").write_text(yaml.safe_dump({"run": "x", "name": HOSTILE, "levels": [1]}))
+    return tmp_path
+
+
+def test_a_value_is_text_whatever_it_holds(root):
+    page = report.render(root / "reports/x", "01_work").read_text()
+    text = "`&lt;script&gt;alert(1)&lt;/script&gt;` *a* [b](c) $d$"
+    assert f"<code>data/{text}/a.npy</code>, {text}, none, <code>{{levels}}</code>, <code>{{other}}</code>" in page
+    assert "<code>runs/x=1/b</code>" in page
+    assert "<td>&lt;b&gt;help&lt;/b&gt;</td>" in page and "<small>default 'a'</small>" in page
+    index = report.write_index(root).read_text()
+    assert f"<code>name={text}</code>" in index and "levels=" not in index
+    assert "<script" not in page + index and "<b>help" not in page
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("status.json", "[1]", True),
+        ("status.json", '{"01_work": {"seconds": 1}}', True),
+        ("status.json", "{", False),
+        ("metrics.json", "[0.5]", True),
+        ("params.yaml", "a: [1", False),
+        ("params.yaml", "- 1", False),
+        ("params.yaml", b"\xff\xfe\xfa", False),
+    ],
+)
+def test_a_damaged_file_does_not_stop_the_index(root, name, content, said):
+    folder = root / "reports" / "<i>bad"
+    folder.mkdir()
+    status = (root / "reports/x/status.json").read_text()
+    for path, text in ((folder / "status.json", status), (folder / name, content)):
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    index = report.write_index(root).read_text()
+    assert '<a href="x/01_work.html">' not in index and "<h2>x <span" in index
+    assert "<h2>&lt;i&gt;bad <span" in index and ("its files cannot be read" in index) is said
+
+
+def test_rendering_is_imported_when_it_is_used():
+    heavy = {"pandas", "numpy", "nbconvert", "nbformat", "jinja2", "pygments"}
+    code = f"import sys, wddm.workbook; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_rows_are_kept_with_every_digit_and_no_infinity(tmp_path):
+    import numpy as np
+
+    rows = [{"a": 0.1 + 0.2, "n": 3}, {"a": np.float64("inf"), "n": None, "b": "x,y"}, {"a": float("nan"), "b": [1]}]
+    report.write_rows(rows, tmp_path / "rows.csv", tmp_path / "rows.json")
+    assert (tmp_path / "rows.csv").read_text() == 'a,n,b\n0.30000000000000004,3,\n,,"x,y"\n,,[1]\n'
+    wanted = [{"a": 0.1 + 0.2, "n": 3, "b": None}, {"a": None, "n": None, "b": "x,y"}, {"a": None, "n": None, "b": [1]}]
+    assert json.loads((tmp_path / "rows.json").read_text()) == wanted
+
+
+def test_a_widget_leaves_its_picture_in_a_page_and_else_nothing():
+    bar = {WIDGET: {"model_id": "a"}, "text/plain": "Loading: 0%| | 0/3 [00:00<?, ?it/s]"}  # tqdm's, in a notebook
+    figure = {WIDGET: {"model_id": "b"}, "text/plain": "[figure]", "image/png": "pixels"}
+    words = {"text/plain": "said"}
+    outputs = [new_output("display_data", data=data) for data in (bar, figure, words)]
+    cell = report._tidy(new_code_cell("", outputs=outputs))
+    assert [output.data for output in cell.outputs] == [{"text/plain": "[figure]", "image/png": "pixels"}, words]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0123456, "0.01235"),
+        (26194435, "26,194,435"),
+        (3.14159e-5, "3.142e-05"),
+        (123456.7, "123,457"),
+        (None, "–"),
+        (float("nan"), "–"),
+        ("x", "x"),
+        (True, "True"),
+        (1.0, "1"),
+    ],
+)
+def test_numbers_are_readable(value, text):
+    assert report.format_number(value) == text
+
+
+def test_tables_take_frames_and_rows():
+    import pandas as pd
+
+    as_html, as_text = report.format_table([{"a": "<x>", "b": 1}, {"b": 22}], "Cap")
+    assert '<td style="text-align: left">&lt;x&gt;</td>' in as_html and "<caption>Cap</caption>" in as_html
+    assert as_text == "Cap\na     b\n<x>   1\n–    22"
+    shown = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workbook, "_display", lambda forms: shown.append(forms["text/plain"]))
+        book = workbook.Run("r", Path(), None, Path(), Path())
+        book.table(pd.DataFrame({"fwd": [0.5]}, index=["ours"]), "T")
+        book.table(pd.DataFrame({"fwd": [0.5]}), "T")
+    assert shown == ["T\n      fwd\nours  0.5", "T\nfwd\n0.5"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (1.234, "1.2 s"),
+        (245, "4 min 05 s"),
+        (7800, "2 h 10 min"),
+        (None, ""),
+    ],
+)
+def test_times_are_readable(seconds, text):
+    assert report.format_seconds(seconds) == text
