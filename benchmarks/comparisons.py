@@ -110,7 +110,7 @@ class Benchmarks:
         return rows
 
     def heads(self, networks: Iterable[Network]) -> list[Row]:
-        """A training step of every UNet with its attention heads, against one with heads of 8 channels, as published."""
+        """A training step of every UNet with its attention heads, against the published heads of 8 channels."""
         rows = []
         for network in (network for network in networks if network["kind"] == "unet"):
             flops, both = training_flops(network), (network, {**network, "attention_head_dim": 8})

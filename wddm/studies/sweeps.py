@@ -27,6 +27,7 @@ def differences(runs: Sequence[Any]) -> pd.DataFrame:
     """How many runs a variant has, and those parameters that are not the same in all variants."""
     names = pd.Series([run.variant for run in runs], name="variant")
     table = pd.DataFrame([run.parameters for run in runs], dtype=object).drop(columns=["run", "seed"], errors="ignore")
+    table = table.where(table.notna(), None)  # a parameter that a run does not know is as one that is not set
     first = table[~names.duplicated()].set_axis(names.unique(), axis=0)
     differing = first.loc[:, first.map(repr).nunique() > 1]
     differing = differing.map(lambda value: ", ".join(map(str, value)) if isinstance(value, list) else value)
@@ -43,6 +44,17 @@ def everything(runs: Sequence[Any]) -> pd.DataFrame:
         for run in runs
     )
     return pd.DataFrame(rows)
+
+
+def one_set(folders: Mapping[str, Path]) -> Path:
+    """The folder of the prepared set that all runs used, of their folders by name."""
+    first, *others = dict.fromkeys(folders.values())
+    if others:
+        raise ValueError(
+            f"got runs of {1 + len(others)} prepared sets, {', '.join(f.name for f in (first, *others))}, wanted one: "
+            "compare runs of the same images"
+        )
+    return first
 
 
 def members(table: pd.DataFrame) -> dict[str, list[str]]:
