@@ -7,7 +7,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -32,7 +32,7 @@ def bare_training(
     precision: str = "auto",
     compile: bool = False,
     recursion: bool = False,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor]:
     """The network in a bare loop, on batches that lie ready on the device; with `recursion`, its splines by that."""
     model = build(network).to(device()).train()
     if recursion:
@@ -51,7 +51,7 @@ def bare_training(
 
 def spline_layer(
     *, width: int, tokens: int, batch_size: int = 1, recursion: bool = False, steps: int = 1
-) -> Iterator[None]:
+) -> Generator[None]:
     """Forward and backward pass of one spline layer on (batch_size * tokens, width), so many times a call."""
     layer = SplineLinear(width, width).to(device())
     if recursion:
@@ -65,12 +65,12 @@ def spline_layer(
         yield
 
 
-def prepared_batches(images: np.ndarray, *, batch_size: int, steps: int = 1) -> Iterator[Tensor]:
+def prepared_batches(images: np.ndarray, *, batch_size: int, steps: int = 1) -> Generator[Tensor]:
     """Our data path: so many batches a call of prepared images (N, H, W, C), in random order, mirrored at random."""
     yield from islice(batches(images, batch_size, seed=0, flip=True), steps - 1, None, steps)
 
 
-def decoded_batches(images: np.ndarray, *, batch_size: int, steps: int = 1) -> Iterator[Tensor]:
+def decoded_batches(images: np.ndarray, *, batch_size: int, steps: int = 1) -> Generator[Tensor]:
     """The same from PNG files, by a DataLoader that decodes them in this process."""
     yield from islice(plain.loader_batches(images, batch_size), steps - 1, None, steps)
 

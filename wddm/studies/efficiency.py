@@ -5,7 +5,7 @@ costs(found)        a row per network: parameters, FLOPs, images a second, memor
 speedups(found)     a row per network on wavelets, network on pixels, and kind of work
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from diffusers import ModelMixin
-from torch import Tensor
 
 from wddm.backbones import IMAGES, PRESETS, build_backbone, resolve_widths
 from wddm.devices import resolve_precision, tune
@@ -72,7 +71,7 @@ class Unsaved(Trainer):
 
 def training(
     network: Network, *, batch_size: int = 16, steps: int = 1, precision: str = "auto", compile: bool = False
-) -> Iterator[Step]:
+) -> Generator[Step]:
     """Our training loop as it runs everywhere, with batches, log and checks: so many steps a call."""
     with TemporaryDirectory() as folder:
         trainer = Unsaved(
@@ -97,7 +96,7 @@ def sampling(
     sampling_steps: int = 10,
     precision: str = "auto",
     compile: bool = False,
-) -> Iterator[Tensor]:
+) -> Generator[object]:
     """WaveletPipeline with DDIM of `sampling_steps`: so many batches of images a call."""
     model = build(network).to(device()).eval()
     tune(model, device())
@@ -109,8 +108,8 @@ def sampling(
     while True:
         with torch.autocast(device().type, torch.bfloat16, enabled=resolve_precision(precision) == "bf16"):
             for _ in range(steps):
-                images = pipeline(batch_size=batch_size, num_inference_steps=sampling_steps, output_type="pt").images
-        yield images
+                output = pipeline(batch_size=batch_size, num_inference_steps=sampling_steps, output_type="pt")
+        yield output
 
 
 class Entry(NamedTuple):
@@ -150,11 +149,9 @@ def entries(kind: str, dataset: str, levels: Sequence[int], attention_head_dim: 
 
 def works(sampling_steps: int, precision: str, compile: bool) -> dict[str, tuple[Maker, int]]:
     """What is measured: training steps and batches of samples, with the forward passes that an image takes in each."""
-    options = {"precision": precision, "compile": compile}
-    return {
-        "training": (partial(training, **options), PASSES),
-        "sampling": (partial(sampling, sampling_steps=sampling_steps, **options), sampling_steps),
-    }
+    train = partial(training, precision=precision, compile=compile)
+    sample = partial(sampling, sampling_steps=sampling_steps, precision=precision, compile=compile)
+    return {"training": (train, PASSES), "sampling": (sample, sampling_steps)}
 
 
 def measure(

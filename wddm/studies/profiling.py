@@ -14,7 +14,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from wddm.devices import resolve_precision
 from wddm.intervals import median
 
-Maker = Callable[..., Iterator]
+Maker = Callable[..., Generator]
 
 ATTENTION = ("bmm", "attention")  # operators of its two products, of queries with keys and of weights with values
 PASSES = 3  # of a training step: forward, and backward at twice its cost
@@ -135,11 +135,12 @@ def compare(
         rounds, seconds: how many, or how long, as for `time_in_turn`.
         max_seconds: the longest step that is timed.
     """
-    sized = {name: partial(make, batch_size=batch_size) for name, make in makers.items()}
-    found = {name: _fits(make, bounds.get(name, 0) * batch_size, max_seconds) for name, make in sized.items()}
-    if batch_size > 1 and any("memory" in str(one.reason) for one in found.values()):
-        smaller, limits = batch_size // 2, {"rounds": rounds, "seconds": seconds, "max_seconds": max_seconds}
-        return compare(makers, batch_size=smaller, bounds=bounds, **limits)
+    while True:
+        sized = {name: partial(make, batch_size=batch_size) for name, make in makers.items()}
+        found = {name: _fits(make, bounds.get(name, 0) * batch_size, max_seconds) for name, make in sized.items()}
+        if batch_size == 1 or not any("memory" in str(one.reason) for one in found.values()):
+            break
+        batch_size //= 2
     found = {name: one._replace(batch_size=batch_size) for name, one in found.items()}
     steps = {name: int(np.clip(0.5 / one.seconds[-1], 1, 20)) for name, one in found.items() if one.seconds is not None}
     with ready({name: partial(sized[name], steps=count) for name, count in steps.items()}) as calls:

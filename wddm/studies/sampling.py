@@ -217,7 +217,7 @@ def pareto_front(cost: Sequence[float], value: Sequence[float]) -> np.ndarray:
     points = np.stack([np.asarray(cost, float), np.asarray(value, float)], 1)
     no_worse = (points[:, None] <= points).all(-1)  # [i, j]: i is no worse than j
     better = (points[:, None] < points).any(-1)
-    return ~(no_worse & better).any(0)
+    return np.logical_not((no_worse & better).any(0))
 
 
 def front(table: pd.DataFrame, cost: str, key: str) -> np.ndarray:

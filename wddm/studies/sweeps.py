@@ -179,13 +179,12 @@ def packets(
     root: Path, table: pd.DataFrame, reference: Dataset, level: int, seed: int = 0
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Distance in every Haar packet (4^L,), by variant the mean over its runs; and that of real images."""
-    found, counts = {}, []
+    found, counts = {}, [len(reference.images) // 2]
     for name, runs in members(table).items():
         samples = [np.load(root / "runs" / run / "samples.npy", mmap_mode="r") for run in runs]
         each = [scores.wavelet(images, reference, level, seed=seed).detail.per_packet for images in samples]
         found[name], counts = np.mean(each, 0), [*counts, *map(len, samples)]
-    count = min(len(reference.images) // 2, min(counts))
-    return found, metrics.split_floor(reference.images, level, count=count, seed=seed).per_packet
+    return found, metrics.split_floor(reference.images, level, count=min(counts), seed=seed).per_packet
 
 
 def by_codec(runs: Sequence[Any]) -> list[Any]:
