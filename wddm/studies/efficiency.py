@@ -1,8 +1,9 @@
 """efficiency: networks at every wavelet level against networks on pixels, counted and measured side by side.
 
-found = measure(entries("unet", "cifar10", [0, 1, 2], 64), works(10, "auto", False), rate=matmul_rate(), batch_size=16)
-costs(found)        a row per network: parameters, FLOPs, images a second, memory
-speedups(found)     a row per network on wavelets, network on pixels, and kind of work
+    found = entries("unet", "cifar10", [0, 1, 2], 64)
+    found = measure(found, works(10, "auto", False), rate=profiling.matmul_rate(), batch_size=16)
+    costs(found)        a row per network: parameters, FLOPs, images a second, memory
+    speedups(found)     a row per network on wavelets, network on pixels, and kind of work
 """
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
