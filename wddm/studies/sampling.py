@@ -160,8 +160,8 @@ def pooled(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """
     done = pd.DataFrame([row for row in rows if "error" not in row])
     groups = done.groupby(list(SETTING), sort=False, dropna=False) if len(done) else ()
-    table = pd.DataFrame([dict(zip(SETTING, setting, strict=True)) | _pool(sets) for setting, sets in groups])
-    return table.astype({"detail_steps": float}) if len(table) else table
+    pools = [dict(zip(SETTING, setting, strict=True)) | _pool(sets) for setting, sets in groups]
+    return pd.DataFrame(pools, columns=None if pools else list(SETTING)).astype({"detail_steps": float})
 
 
 def _pool(sets: pd.DataFrame) -> Row:
