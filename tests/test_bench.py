@@ -1,6 +1,7 @@
-"""What is measured against what: the baselines compute what ours does, and the two notebooks measure it."""
+"""What is measured against what: the plain code computes what ours does, and the two notebooks measure it."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from copy import deepcopy
 from functools import partial
@@ -10,15 +11,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import wddm
+from conftest import ROOT, wddm
 from torch.testing import assert_close
 
-from wddm import plots, profiling
+from benchmarks import comparisons, plain, workloads
+from wddm import plots, update
 from wddm.backbones import build_backbone
 from wddm.kan import SplineLinear, spline_basis
 from wddm.objective import noise_scheduler
-from wddm.profiling import Measured, ready
-from wddm.studies import baselines, benchmarks, contenders, efficiency
+from wddm.studies import efficiency, profiling
+from wddm.studies.profiling import Measurement, ready
 from wddm.wavelets import WaveletCodec
 
 DIGITS = {"kind": "ukan", "dataset": "digits", "level": 1}
@@ -27,12 +29,12 @@ DIGITS = {"kind": "ukan", "dataset": "digits", "level": 1}
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_the_plain_haar_transform_is_the_codecs(level: int) -> None:
     images = torch.rand(2, 3, 16, 8) * 2 - 1
-    assert_close(baselines.haar(images, level), WaveletCodec("haar", level).encode(images))
+    assert_close(plain.haar(images, level), WaveletCodec("haar", level).encode(images))
 
 
 def test_recursion_gives_the_bases_of_the_closed_form() -> None:
     x = torch.linspace(-3, 3, 1201, dtype=torch.float64)
-    assert_close(baselines.recursive_basis(x), spline_basis(x), atol=1e-6, rtol=0)
+    assert_close(plain.recursive_basis(x), spline_basis(x), atol=1e-6, rtol=0)
 
 
 def test_a_model_with_recursion_is_the_same_model() -> None:
@@ -40,7 +42,7 @@ def test_a_model_with_recursion_is_the_same_model() -> None:
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
     wanted = model(x, t).sample
     parameters = {name: id(p) for name, p in model.named_parameters()}
-    baselines.with_recursion(model)
+    plain.with_recursion(model)
     assert not any(type(module) is SplineLinear for module in model.modules())
     assert {name: id(p) for name, p in model.named_parameters()} == parameters
     assert_close(model(x, t).sample, wanted, atol=1e-5, rtol=1e-5)
@@ -50,20 +52,20 @@ def test_the_bare_loop_takes_the_steps_of_ours(tmp_path: Path) -> None:
     """The same weights after two steps from the same noise, in float64: Adam magnifies the rounding of gradients that
     are zero. And a moving average between old and new ones."""
     model = build_backbone(**DIGITS).double()
-    images, twin = contenders.noise_images(DIGITS, 8), deepcopy(model)
-    trainer = contenders.Unsaved(
-        model=model, codec=WaveletCodec("haar", 1), images=images, folder=tmp_path, train_kimg=1, batch_size=8,
+    images, twin = efficiency.noise_images(DIGITS, 8), deepcopy(model)
+    trainer = efficiency.Unsaved(
+        model=model, codec=WaveletCodec("haar", 1, scaling="dyadic"), images=images, folder=tmp_path, train_kimg=1,
+        batch_size=8, weighting="none", learning_rate=1e-3,
         schedule="constant_with_warmup", warmup_kimg=0, cpu=True, precision="no",
-        learning_rate=1e-3, weighting="none",
     )  # fmt: skip
-    loop = baselines.BareLoop(twin.train(), level=1)
-    assert_close(loop.signal_power, noise_scheduler().alphas_cumprod, atol=1e-7, rtol=1e-5)
-    loop.signal_power = noise_scheduler().alphas_cumprod.double()
+    loop = plain.BareLoop(twin.train(), level=1)
+    assert_close(loop.alphas_cumprod, noise_scheduler().alphas_cumprod, atol=1e-7, rtol=1e-5)
+    loop.alphas_cumprod = noise_scheduler().alphas_cumprod.double()
     x = torch.from_numpy(images).double().permute(0, 3, 1, 2) / 127.5 - 1
     for _ in range(2):
-        noise, t = trainer.draw_noise(x)
-        loss, *_ = trainer.optimise(x)
-        assert_close(loop.step(x, noise, t), loss)
+        noise, t = update.draw(trainer, x)
+        loss, *_ = update.optimise(trainer, x)
+        assert_close(loop.step(x, noise, t), loss.total)
         trainer.step += 1
     before = [average.clone() for average in loop.average]
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
@@ -77,8 +79,8 @@ def test_networks_are_compiled_where_that_is_asked_for(monkeypatch) -> None:
     """By a backend that compiles nothing: what the others make of it is PyTorch's business."""
     compiled, compile = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: (compiled.append(model), compile(model, backend="eager"))[1])
-    makers = {m.__name__: partial(m, DIGITS, batch_size=2) for m in (contenders.training, contenders.bare_training)}
-    makers["sampling"] = partial(contenders.sampling, DIGITS, batch_size=2, sampling_steps=1)
+    makers = {m.__name__: partial(m, DIGITS, batch_size=2) for m in (efficiency.training, workloads.bare_training)}
+    makers["sampling"] = partial(efficiency.sampling, DIGITS, batch_size=2, sampling_steps=1)
     for compile_it in (False, True):
         with ready({name: partial(make, compile=compile_it) for name, make in makers.items()}) as calls:
             for call in calls.values():
@@ -87,8 +89,8 @@ def test_networks_are_compiled_where_that_is_asked_for(monkeypatch) -> None:
 
 
 def test_both_data_paths_give_the_images() -> None:
-    images = contenders.noise_images({"dataset": "digits"}, 12)
-    for maker in (contenders.prepared_batches, contenders.decoded_batches):
+    images = efficiency.noise_images({"dataset": "digits"}, 12)
+    for maker in (workloads.prepared_batches, workloads.decoded_batches):
         batch = next(maker(images, batch_size=4, steps=2))
         known = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
         known = torch.cat([known, known.flip(-1)])
@@ -109,32 +111,34 @@ def test_every_network_on_wavelets_has_its_three_equals_on_pixels() -> None:
     assert abs(matched.parameters / wavelets.parameters - 1) < 0.05 and matched.network["level"] == 0
 
 
-def test_all_networks_get_the_batch_that_the_heaviest_has_memory_for(monkeypatch) -> None:
-    """A race is only run where the batch has been found; what is too large for it here is a network on pixels."""
-    tried, raced = [], []
+def test_all_networks_get_the_batch_that_the_largest_has_memory_for(monkeypatch) -> None:
+    """They are only timed once the batch has been found; what is too large for it here is a network on pixels."""
+    tried, timed = [], []
 
-    def alone(make) -> Measured:
+    def alone(make) -> Measurement:
         level, images = make.args[0]["level"], make.keywords["batch_size"]
         tried.append((level, images))
-        return Measured(reason="out of memory") if level == 0 and images > 2 else Measured(np.ones(1), 0.1)
+        return Measurement(reason="out of memory") if level == 0 and images > 2 else Measurement(np.ones(1), 0.1)
 
-    def race(calls, **limits) -> dict[str, np.ndarray]:
-        raced.append(len(calls))
+    def time_in_turn(calls, **limits) -> dict[int, np.ndarray]:
+        timed.append(len(calls))
         return {name: np.full(5, 8.0) for name in calls}
 
-    monkeypatch.setattr(profiling, "alone", alone)
-    monkeypatch.setattr(profiling, "race", race)
-    found = efficiency.measure("digits", "unet", [0, 1], rate=1e12, batch_size=8, max_seconds=1e3)
+    monkeypatch.setattr(profiling, "measure_alone", alone)
+    monkeypatch.setattr(profiling, "time_in_turn", time_in_turn)
+    works = efficiency.works(sampling_steps=10, precision="auto", compile=False)
+    found = efficiency.entries("unet", "digits", [0, 1], 64)
+    found = efficiency.measure(found, works, rate=1e12, batch_size=8, max_seconds=1e3)
     assert tried[:12] == [(level, images) for images in (8, 4, 2) for level in (0, 1, 0, 0)]
-    assert {work: {one.batch_size[work] for one in found} for work in ("training", "sampling")} == {
+    assert {work: {one.measured[work].batch_size for one in found} for work in ("training", "sampling")} == {
         "training": {2}, "sampling": {2}
     }  # fmt: skip
-    assert raced == [4, 4] and efficiency.costs(found)[1]["training_images_per_s"] == 2 / 8
+    assert timed == [4, 4] and efficiency.costs(found)[1]["training_images_per_s"] == 2 / 8
 
 
 def entry(name: str, level: int, flops: int, seconds: list[float] | None) -> efficiency.Entry:
     network = {"dataset": "digits", "kind": "unet", "level": level}
-    one = Measured(reason="slow") if seconds is None else Measured(np.array(seconds), 0.5)
+    one = Measurement(reason="slow") if seconds is None else Measurement(np.array(seconds), 0.5)
     return efficiency.Entry(name, level, network, 1000, flops, {"training": one, "sampling": one})
 
 
@@ -169,20 +173,22 @@ def test_speedups_are_paired_and_stand_beside_the_ratio_of_flops() -> None:
         ([(None, None, None)], 5, "not run"),
     ],
 )
-def test_a_claim_is_judged_by_the_interval_of_the_least(ratios: list, wanted: float, met: str) -> None:
+def test_a_claim_is_judged_by_the_interval_of_the_smallest_ratio(ratios: list, wanted: float, met: str) -> None:
     names = ("times_as_fast", "low", "high")
     rows = [dict(zip(names, ratio, strict=True)) for ratio in ratios]
-    assert benchmarks.claim("fast", rows, wanted)["met"] == met
+    assert comparisons.claim("fast", rows, wanted)["met"] == met
 
 
-def test_a_duel_is_of_as_many_images_as_both_have_memory_for(monkeypatch) -> None:
-    def alone(make) -> Measured:
-        return Measured(reason="out of memory") if make.keywords["batch_size"] > 4 else Measured(np.ones(1), 0.1)
+def test_a_comparison_is_of_as_many_images_as_both_have_memory_for(monkeypatch) -> None:
+    def alone(make) -> Measurement:
+        fits = make.keywords["batch_size"] <= 4
+        return Measurement(np.ones(1), 0.1) if fits else Measurement(reason="out of memory")
 
-    monkeypatch.setattr(profiling, "alone", alone)
-    row = benchmarks.training_duel(forever, forever, flops=1, rate=1e9, batch_size=16, max_seconds=9)
+    monkeypatch.setattr(profiling, "measure_alone", alone)
+    ours = comparisons.Benchmarks(rate=1e9, batch_size=16, max_seconds=9)
+    row = ours.compared(forever, forever, flops=1)
     assert row["of"] == "4 images" and row["not_run"] is None and row["times_as_fast"] > 0
-    row = benchmarks.training_duel(forever, forever, flops=1e12, rate=1e9, batch_size=16, max_seconds=9)
+    row = ours.compared(forever, forever, flops=1e12)
     assert row["of"] == "16 images" and row["not_run"] == "over 1.6e+04 s a step"
 
 
@@ -192,13 +198,16 @@ def forever(*, batch_size: int, steps: int) -> Iterator[int]:
 
 
 def test_the_largest_batch_is_the_last_that_fits(monkeypatch) -> None:
-    monkeypatch.setattr(benchmarks, "alone", lambda make: Measured(np.ones(1), 0.1 * make.keywords["batch_size"]))
-    found = benchmarks.largest_batch(DIGITS, limit_gib=1.0)
+    def alone(make) -> Measurement:
+        return Measurement(np.ones(1), 0.1 * make.keywords["batch_size"])
+
+    monkeypatch.setattr(comparisons, "measure_alone", alone)
+    found = comparisons.largest_batch(DIGITS, limit_gib=1.0)
     assert (found["largest batch"], found["memory (GiB)"]) == (8, pytest.approx(0.8))
-    assert benchmarks.largest_batch(DIGITS, limit_gib=0.05)["largest batch"] == 0
+    assert comparisons.largest_batch(DIGITS, limit_gib=0.05)["largest batch"] == 0
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no capacity_gib and no GPU"):
-            benchmarks.largest_batch(DIGITS, limit_gib=None)
+            comparisons.largest_batch(DIGITS, limit_gib=None)
 
 
 def report_of(root: Path, name: str, *options: str, **values: object) -> Path:
@@ -239,13 +248,14 @@ def test_benchmarks(root: Path) -> None:
         "capacity_dataset": "digits",
         "capacity_gib": 0.05,
     }
+    shutil.copytree(ROOT / "benchmarks", root / "benchmarks")
     report = report_of(
         root,
         "benchmarks-full",
         "--only",
         "benchmarks",
         max_step_seconds=60,
-        race_seconds=0,
+        comparison_seconds=0,
         compiled=False,
         **tiny,
         **small,

@@ -11,7 +11,16 @@ import torch
 from diffusers import UNet2DModel
 
 from wddm.backbones import build_backbone
-from wddm.profiling import alone, contest, fitting_batch, forward_flops, race, speed, times_as_fast
+from wddm.studies.profiling import (
+    Measurement,
+    compare,
+    fitting_batch,
+    forward_flops,
+    measure_alone,
+    speed,
+    time_in_turn,
+    times_as_fast,
+)
 
 GFLOP = {  # published, to the digits given
     ("unet", "cifar10", 1): "3.18",
@@ -71,71 +80,74 @@ class Clock:
         self.now += seconds
 
 
-def test_a_race_takes_turns_and_finds_the_ratio() -> None:
+def test_alternatives_take_turns_and_the_ratio_is_found() -> None:
     clock, calls = Clock(), []
 
     def runner(name: str, seconds: float):
         return lambda: (calls.append(name), clock.wait(seconds))
 
-    contenders = {"slow": runner("slow", 0.3), "fast": runner("fast", 0.1)}
-    seconds = race(contenders, rounds=6, least_seconds=0.15, clock=clock)
+    alternatives = {"slow": runner("slow", 0.3), "fast": runner("fast", 0.1)}
+    seconds = time_in_turn(alternatives, rounds=6, min_seconds=0.15, clock=clock)
     assert calls[:4] == ["slow", "slow", "fast", "fast"]  # warm-up, and one to find how long a call is
     assert calls[4:10] == ["slow", "fast", "fast", "fast", "fast", "slow"]  # 0.15 s and more each, then backwards
     np.testing.assert_allclose(seconds["slow"], [0.3] * 6)
-    np.testing.assert_allclose(times_as_fast(seconds["fast"], seconds["slow"]), [3, 3, 3])
-    np.testing.assert_allclose(speed(seconds["fast"], units=16), [160, 160, 160])
+    slow, fast = (Measurement(seconds[name], batch_size=16) for name in ("slow", "fast"))
+    np.testing.assert_allclose(times_as_fast(fast, slow), [3, 3, 3])
+    np.testing.assert_allclose(speed(fast), [160, 160, 160])
+    assert speed(Measurement()) == times_as_fast(fast, Measurement()) == [None] * 3
 
 
 def test_what_slows_the_machine_down_does_not_change_the_ratio() -> None:
-    """The machine gets slower and slower: one contender after the other would differ fourfold, in turn they do not."""
+    """The machine gets slower and slower: one after the other they would differ fourfold, in turn they do not."""
     clock = Clock()
-    seconds = race(dict.fromkeys("ab", lambda: clock.wait(0.1 + clock.now / 20)), rounds=20, clock=clock)
-    ratio, low, high = times_as_fast(seconds["a"], seconds["b"])
+    seconds = time_in_turn(dict.fromkeys("ab", lambda: clock.wait(0.1 + clock.now / 20)), rounds=20, clock=clock)
+    ratio, low, high = times_as_fast(Measurement(seconds["a"]), Measurement(seconds["b"]))
     assert seconds["a"][-1] > 4 * seconds["a"][0]
     assert low < 1 < high and abs(ratio - 1) < 0.1
 
 
-def test_a_race_goes_on_for_as_long_as_it_is_told() -> None:
+def test_timing_goes_on_for_as_long_as_it_is_told() -> None:
     clock = Clock()
-    taken = race(dict.fromkeys("ab", lambda: clock.wait(0.5)), seconds=20, clock=clock)
+    taken = time_in_turn(dict.fromkeys("ab", lambda: clock.wait(0.5)), seconds=20, clock=clock)
     assert {name: len(seconds) for name, seconds in taken.items()} == {"a": 20, "b": 20}
 
 
 def test_the_first_call_is_not_timed_and_few_rounds_are_refused() -> None:
     clock, first = Clock(), [5.0]
-    seconds = race({"compiles": lambda: clock.wait(first.pop() if first else 0.5)}, clock=clock)
+    seconds = time_in_turn({"compiles": lambda: clock.wait(first.pop() if first else 0.5)}, clock=clock)
     np.testing.assert_allclose(seconds["compiles"], [0.5] * 5)
     with pytest.raises(ValueError, match="got 4 rounds, wanted 5 or more"):
-        race({}, rounds=4)
+        time_in_turn({}, rounds=4)
 
 
 def test_the_median_of_few_ratios_has_their_range_for_an_interval() -> None:
-    assert times_as_fast(np.ones(5), np.array([1.0, 5, 2, 4, 3])) == (3, 1, 5)
+    ours, theirs = Measurement(np.ones(5)), Measurement(np.array([1.0, 5, 2, 4, 3]))
+    assert times_as_fast(ours, theirs) == [3, 1, 5]
 
 
-def test_memory_is_weighed_in_a_process_of_its_own() -> None:
+def test_memory_is_measured_in_a_process_of_its_own() -> None:
     for mib in (64, 256):
-        found = alone(partial(hold, mib=mib))
+        found = measure_alone(partial(hold, mib=mib))
         assert found.reason is None and len(found.seconds) == 1
         assert found.memory_gib * 1024 == pytest.approx(mib, abs=8)
 
 
-def test_a_contender_that_cannot_be_run_says_why() -> None:
-    assert alone(die) == (None, None, "its process died: out of memory?")
-    assert alone(partial(hold, mib=2**40)).reason == "out of memory"
+def test_what_cannot_be_run_says_why() -> None:
+    assert measure_alone(die) == Measurement(reason="its process died: out of memory?")
+    assert measure_alone(partial(hold, mib=2**40)).reason == "out of memory"
     with pytest.raises(RuntimeError, match="a mistake"):
-        alone(err)
+        measure_alone(err)
 
 
-def test_a_contest_weighs_all_and_races_those_that_fit() -> None:
+def test_all_are_measured_alone_and_those_that_fit_are_timed() -> None:
     makers = {"quick": partial(wait, 0.01), "slow": partial(wait, 0.3), "hopeless": partial(wait, 1.0)}
-    found = contest(makers, max_seconds=0.2, least={"quick": 0.0, "hopeless": 0.5})
+    found = compare(makers, batch_size=1, max_seconds=0.2, bounds={"quick": 0.0, "hopeless": 0.5})
     assert list(found) == list(makers)
     assert found["quick"].seconds.shape == (5,) and found["quick"].seconds.min() >= 0.01
     assert found["quick"].seconds.min() < 0.02  # a step, not a call of twenty
     assert found["slow"].seconds is None
     assert found["slow"].reason.startswith("0.3") and found["slow"].reason.endswith(" s a step")
-    assert found["hopeless"] == (None, None, "over 0.5 s a step")
+    assert found["hopeless"] == Measurement(reason="over 0.5 s a step")
 
 
 def hold(mib: int, steps: int = 1) -> Iterator[None]:
@@ -144,7 +156,7 @@ def hold(mib: int, steps: int = 1) -> Iterator[None]:
         yield
 
 
-def wait(seconds: float, steps: int = 1) -> Iterator[None]:
+def wait(seconds: float, batch_size: int = 1, steps: int = 1) -> Iterator[None]:
     while True:
         for _ in range(steps):
             time.sleep(seconds)

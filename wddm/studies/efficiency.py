@@ -1,36 +1,127 @@
 """efficiency: networks at every wavelet level against networks on pixels, counted and measured side by side.
 
-found = efficiency.measure("cifar10", "unet", [0, 1, 2], rate=matmul_rate())
-efficiency.costs(found)        a row per network: parameters, FLOPs, images a second, memory
-efficiency.speedups(found)     a row per wavelet network, pixel network and kind of work
+    found = entries("unet", "cifar10", [0, 1, 2], 64)
+    found = measure(found, works(10, "auto", False), rate=profiling.matmul_rate(), batch_size=16)
+    costs(found)        a row per network: parameters, FLOPs, images a second, memory
+    speedups(found)     a row per network on wavelets, network on pixels, and kind of work
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from diffusers import ModelMixin
 
-from wddm.backbones import PRESETS, build_backbone, preset_sizes
-from wddm.profiling import Measured, batch_contest, fitting_batch, forward_flops, speed, spread, times_as_fast
-from wddm.studies.contenders import sampling, training
+from wddm.backbones import IMAGES, PRESETS, build_backbone, resolve_widths
+from wddm.devices import resolve_precision, tune
+from wddm.pipeline import WaveletPipeline
+from wddm.solvers import build_solver
+from wddm.steps import Step
+from wddm.studies.profiling import (
+    PASSES,
+    Maker,
+    Measurement,
+    compare,
+    fitting_batch,
+    forward_flops,
+    speed,
+    spread,
+    times_as_fast,
+)
+from wddm.training import Trainer
+from wddm.wavelets import WaveletCodec
 
-PRESET, SAME, MATCHED = "pixels, preset", "pixels, same network", "pixels, equal parameters"
-WAVELETS = "wavelets"
+WAVELETS, PRESET = "wavelets", "pixels, preset"
+SAME, MATCHED = "pixels, same network", "pixels, equal parameters"
+
+Network = Mapping[str, Any]  # what `build_backbone` takes: {"kind": "unet", "dataset": "cifar10", "level": 1}
+Row = dict[str, Any]
 
 
-@dataclass
-class Entry:
-    """A network, what it costs on paper, and what it took for every kind of work, in seconds per image."""
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def build(network: Network) -> ModelMixin:
+    """A network from the arguments of `build_backbone` by name, the first of them as `kind`."""
+    options = dict(network)
+    return build_backbone(options.pop("kind"), **options)
+
+
+def on_paper(network: Network) -> ModelMixin:
+    """The same without memory for its weights."""
+    with torch.device("meta"):
+        return build(network)
+
+
+def noise_images(network: Network, count: int) -> np.ndarray:
+    """uint8 (count, H, W, C), shaped as those of the network's data set; no speed here depends on what they show."""
+    size, channels = IMAGES[network["dataset"]]
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, channels), np.uint8)
+
+
+class Unsaved(Trainer):
+    """A Trainer that writes no checkpoint: they cost seconds every `checkpoint_kimg`, not part of any step."""
+
+    def save(self, name: str | None = None) -> None: ...
+
+
+def training(
+    network: Network, *, batch_size: int = 16, steps: int = 1, precision: str = "auto", compile: bool = False
+) -> Generator[Step]:
+    """Our training loop as it runs everywhere, with batches, log and checks: so many steps a call."""
+    with TemporaryDirectory() as folder:
+        trainer = Unsaved(
+            model=build(network),
+            codec=WaveletCodec("haar", network["level"], scaling="dyadic"),
+            images=noise_images(network, 4 * batch_size),
+            folder=Path(folder),
+            train_kimg=1e6,
+            batch_size=batch_size,
+            log_every=steps,
+            precision=precision,
+            compile=compile,
+        )
+        yield from trainer.steps()
+
+
+def sampling(
+    network: Network,
+    *,
+    batch_size: int = 16,
+    steps: int = 1,
+    sampling_steps: int = 10,
+    precision: str = "auto",
+    compile: bool = False,
+) -> Generator[object]:
+    """WaveletPipeline with DDIM of `sampling_steps`: so many batches of images a call."""
+    model = build(network).to(device()).eval()
+    tune(model, device())
+    if compile:
+        model.compile()
+    codec = WaveletCodec("haar", network["level"], scaling="dyadic").to(device())
+    pipeline = WaveletPipeline(model, build_solver("ddim", "v_prediction", spacing="trailing"), codec)
+    pipeline.set_progress_bar_config(disable=True)
+    while True:
+        with torch.autocast(device().type, torch.bfloat16, enabled=resolve_precision(precision) == "bf16"):
+            for _ in range(steps):
+                output = pipeline(batch_size=batch_size, num_inference_steps=sampling_steps, output_type="pt")
+        yield output
+
+
+class Entry(NamedTuple):
+    """A network, what it costs on paper, and what every kind of work took."""
 
     name: str
     level: int
-    network: dict[str, Any]
+    network: Network
     parameters: int
     flops: int  # of a forward pass, batch 1
-    measured: dict[str, Measured] = field(default_factory=dict)
-    batch_size: dict[str, int] = field(default_factory=dict)
+    measured: dict[str, Measurement]
 
 
 def entries(kind: str, dataset: str, levels: Sequence[int], attention_head_dim: int) -> list[Entry]:
@@ -39,151 +130,120 @@ def entries(kind: str, dataset: str, levels: Sequence[int], attention_head_dim: 
     "Same network": the same widths and attention, shown pixels; it differs in its first and last convolution alone.
     "Equal parameters": the pixel preset, its widths scaled by one factor.
     """
-    networks = {}
-    for level in [level for level in levels if (dataset, level) in PRESETS]:
+    networks: dict[tuple[str, int], Network] = {}
+    for level in (level for level in levels if (dataset, level) in PRESETS):
         network = {"kind": kind, "dataset": dataset, "level": level, "attention_head_dim": attention_head_dim}
         if level == 0:
             networks[PRESET, 0] = network
             continue
-        sizes = preset_sizes(kind, dataset, level)
-        widths, attention = sizes["block_out_channels"], sizes.get("attention_levels")
+        widths, attention = resolve_widths(kind, dataset, level, None, None)
+        matched = on_paper(network | {"matched": True}).config.block_out_channels
         networks[WAVELETS, level] = network
         networks[SAME, level] = network | {"level": 0, "widths": widths, "attention_levels": attention}
-        with torch.device("meta"):
-            matched = build_backbone(**network, matched=True).config.block_out_channels
-        attention = preset_sizes(kind, dataset, 0).get("attention_levels")
+        attention = resolve_widths(kind, dataset, 0, None, None)[1]
         networks[MATCHED, level] = network | {"level": 0, "widths": matched, "attention_levels": attention}
-    found = []
-    for (name, level), network in networks.items():
-        with torch.device("meta"):
-            model = build_backbone(**network)
-        found.append(Entry(name, level, network, model.num_parameters(), forward_flops(model)))
-    return found
+    models = {key: on_paper(network) for key, network in networks.items()}
+    return [
+        Entry(*key, networks[key], model.num_parameters(), forward_flops(model), {}) for key, model in models.items()
+    ]
+
+
+def works(sampling_steps: int, precision: str, compile: bool) -> dict[str, tuple[Maker, int]]:
+    """What is measured: training steps and batches of samples, with the forward passes that an image takes in each."""
+    train = partial(training, precision=precision, compile=compile)
+    sample = partial(sampling, sampling_steps=sampling_steps, precision=precision, compile=compile)
+    return {"training": (train, PASSES), "sampling": (sample, sampling_steps)}
 
 
 def measure(
-    dataset: str,
-    kind: str,
-    levels: Sequence[int],
+    found: Sequence[Entry],
+    works: Mapping[str, tuple[Maker, int]],
     *,
     rate: float,
-    attention_head_dim: int = 64,
-    batch_size: int = 16,
-    sampling_steps: int = 10,
+    batch_size: int,
     rounds: int = 5,
     max_seconds: float = 10.0,
-    precision: str = "auto",
-    compile: bool = False,
 ) -> list[Entry]:
-    """Train and sample with every network that fits, all of them in turn.
+    """The entries with what every kind of work took, all of them in turn.
 
     Args:
         rate: FLOP/s that the machine reaches at most: what would take over `max_seconds` even then is not run.
         batch_size: images a step; fewer, the same for all of them, where that takes too long or too much memory.
         max_seconds: the longest training step, or batch of samples, that is measured.
     """
-    found = entries(kind, dataset, levels, attention_head_dim)
-    heaviest = max((entry.flops for entry in found), default=0)
-    batch_size = fitting_batch(3 * heaviest, rate, batch_size, max_seconds)
-    options = {"precision": precision, "compile": compile}
-    works = {  # with the forward passes that an image takes; a backward pass counts as two
-        "training": (partial(training, **options), 3),
-        "sampling": (partial(sampling, sampling_steps=sampling_steps, **options), sampling_steps),
-    }
+    largest = max((entry.flops for entry in found), default=0)
+    batch_size = fitting_batch(PASSES * largest, rate, batch_size, max_seconds)
     for work, (make, passes) in works.items():
-        batch_size, measured = batch_contest(
-            {str(k): partial(make, entry.network) for k, entry in enumerate(found)},
-            batch_size=batch_size,
-            rounds=rounds,
-            max_seconds=max_seconds,
-            least={str(k): passes * entry.flops / rate for k, entry in enumerate(found)},
-        )
-        for entry, one in zip(found, measured.values(), strict=True):
-            seconds = None if one.seconds is None else one.seconds / batch_size
-            entry.measured[work], entry.batch_size[work] = one._replace(seconds=seconds), batch_size
-    return found
+        makers = {k: partial(make, entry.network) for k, entry in enumerate(found)}
+        bounds = {k: passes * entry.flops / rate for k, entry in enumerate(found)}
+        taken = compare(makers, batch_size=batch_size, bounds=bounds, rounds=rounds, max_seconds=max_seconds)
+        found = [entry._replace(measured=entry.measured | {work: taken[k]}) for k, entry in enumerate(found)]
+        batch_size = min((one.batch_size for one in taken.values()), default=batch_size)
+    return list(found)
 
 
-def costs(found: Sequence[Entry]) -> list[dict[str, Any]]:
+def costs(found: Iterable[Entry]) -> list[Row]:
     """A row per network: what it is, counted and measured; None, and the reason, where it was not run."""
     rows = []
     for entry in found:
-        row = {name: entry.network[name] for name in ("dataset", "kind")}
-        row |= {"level": entry.level, "network": entry.name}
+        row = {name: entry.network[name] for name in ("dataset", "kind")} | {
+            "level": entry.level,
+            "network": entry.name,
+        }
         row |= {"parameters": entry.parameters, "forward_gflop": entry.flops / 1e9}
         for work, one in entry.measured.items():
-            fast = None if one.seconds is None else speed(one.seconds)
-            names = (f"{work}_images_per_s", f"{work}_images_per_s_q1", f"{work}_images_per_s_q3")
-            row |= dict(zip(names, fast or (None,) * 3, strict=True))
-            row[f"{work}_memory_gib"], row[f"{work}_not_run"] = one.memory_gib, one.reason
-            row[f"{work}_batch_size"] = entry.batch_size.get(work)
+            row |= dict(zip((f"{work}_images_per_s{end}" for end in ("", "_q1", "_q3")), speed(one), strict=True))
+            row |= {f"{work}_memory_gib": one.memory_gib, f"{work}_not_run": one.reason}
+            row[f"{work}_batch_size"] = one.batch_size
         rows.append(row)
     return rows
 
 
-def speedups(found: Sequence[Entry]) -> list[dict[str, Any]]:
-    """A row per wavelet network, pixel network that it is compared with, and kind of work, both measured.
+def speedups(found: Sequence[Entry]) -> list[Row]:
+    """A row per network on wavelets, network on pixels that it is compared with, and kind of work.
 
     The FLOP ratio is what the speed-up would be if every operation took as long.
     """
-    rows = []
-    for entry in (entry for entry in found if entry.name == WAVELETS):
-        for other in (other for other in found if other.name == PRESET or other.level == entry.level):
-            if other is entry:
-                continue
-            for work, one in entry.measured.items():
-                row = {name: entry.network[name] for name in ("dataset", "kind", "level")}
-                row |= {"over": other.name, "work": work, "flop_ratio": other.flops / entry.flops}
-                row |= {"speedup": None, "low": None, "high": None}
-                if one.seconds is not None and (reference := other.measured[work].seconds) is not None:
-                    row["speedup"], row["low"], row["high"] = times_as_fast(one.seconds, reference)
-                rows.append(row)
-    return rows
+    return [
+        {name: entry.network[name] for name in ("dataset", "kind", "level")}
+        | {"over": other.name, "work": work, "flop_ratio": other.flops / entry.flops}
+        | dict(zip(("speedup", "low", "high"), times_as_fast(one, other.measured[work]), strict=True))
+        for entry in found
+        if entry.name == WAVELETS
+        for other in found
+        if other.name == PRESET or (other.name != WAVELETS and other.level == entry.level)
+        for work, one in entry.measured.items()
+    ]
 
 
-def cost_table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def cost_table(rows: Sequence[Row]) -> list[Row]:
     """The rows of `costs`, as a report shows them."""
 
-    def cell(row: dict[str, Any], work: str) -> str:
+    def cell(row: Row, work: str) -> str:
         if reason := row[f"{work}_not_run"]:
             return f"not run: {reason}"
         return spread(*(row[f"{work}_images_per_s{end}"] for end in ("", "_q1", "_q3")))
 
     return [
-        {
-            "level": row["level"],
-            "network": row["network"],
-            "params (M)": row["parameters"] / 1e6,
-            "GFLOP": row["forward_gflop"],
-            "training (images/s)": cell(row, "training"),
-            "sampling (images/s)": cell(row, "sampling"),
-            "GiB": row["training_memory_gib"],
-        }
+        {"level": row["level"], "network": row["network"], "params (M)": row["parameters"] / 1e6}
+        | {"GFLOP": row["forward_gflop"]}
+        | {f"{work} (images/s)": cell(row, work) for work in ("training", "sampling")}
+        | {"GiB": row["training_memory_gib"]}
         for row in rows
     ]
 
 
-def speedup_table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def speedup_table(rows: Sequence[Row]) -> list[Row]:
     """The rows of `speedups` that were measured, as a report shows them."""
     return [
-        {
-            "level": row["level"],
-            "over": row["over"],
-            "work": row["work"],
-            "FLOP ratio": row["flop_ratio"],
-            "times as fast (90 % interval)": spread(row["speedup"], row["low"], row["high"]),
-        }
+        {"level": row["level"], "over": row["over"], "work": row["work"], "FLOP ratio": row["flop_ratio"]}
+        | {"times as fast (90 % interval)": spread(row["speedup"], row["low"], row["high"])}
         for row in rows
         if row["speedup"] is not None
     ]
 
 
-def any_speed(rows: Sequence[dict[str, Any]]) -> bool:
-    """Whether any network of `costs` was measured."""
-    return any(row["training_images_per_s"] or row["sampling_images_per_s"] for row in rows)
-
-
-def claim_table(rows: Sequence[dict[str, Any]], level: int, wanted: float) -> list[dict[str, Any]]:
+def claim_table(rows: Sequence[Row], level: int, wanted: float) -> list[Row]:
     """Training speed-ups at a level over each pixel network, over all data sets and kinds that were measured.
 
     "Reached": in how many of them what is wanted is not above the interval.
@@ -192,18 +252,9 @@ def claim_table(rows: Sequence[dict[str, Any]], level: int, wanted: float) -> li
     for over in (PRESET, SAME, MATCHED):
         asked = [row for row in rows if (row["level"], row["over"], row["work"]) == (level, over, "training")]
         found = [row for row in asked if row["speedup"] is not None]
-        table.append(
-            {
-                "over": over,
-                "presets measured": f"{len(found)} of {len(asked)}",
-                "times as fast": _range(row["speedup"] for row in found),
-                "FLOP ratios": _range(row["flop_ratio"] for row in found),
-                f"{wanted:g} reached": f"{sum(row['high'] >= wanted for row in found)} of {len(found)}",
-            }
-        )
+        row = {"over": over, "presets measured": f"{len(found)} of {len(asked)}"}
+        for title, name in (("times as fast", "speedup"), ("FLOP ratios", "flop_ratio")):
+            numbers = [one[name] for one in found]
+            row[title] = f"{min(numbers):.3g} to {max(numbers):.3g}" if numbers else "not run"
+        table.append(row | {f"{wanted:g} reached": f"{sum(one['high'] >= wanted for one in found)} of {len(found)}"})
     return table
-
-
-def _range(values: Iterable[float]) -> str:
-    values = list(values)
-    return f"{min(values):.3g} to {max(values):.3g}" if values else "not run"

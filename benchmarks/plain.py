@@ -1,6 +1,6 @@
-"""baselines: what ours is measured against, written plainly: a bare PyTorch loop, a spline layer by recursion, a
-DataLoader that decodes images as it goes. They compute the same (the tests hold them to it), and nothing is hidden in
-them: no accelerate, no meter, log, schedule or checkpoint.
+"""plain: what ours is measured against: a bare PyTorch loop, a spline layer by recursion, a DataLoader that decodes
+images as it goes. They compute the same as ours (the tests hold them to it), without accelerate, meter, log, schedule
+or checkpoint.
 """
 
 import io
@@ -41,15 +41,15 @@ class BareLoop:
         self.device = self.parameters[0].device
         self.optimizer = torch.optim.AdamW(self.parameters, learning_rate, weight_decay=1e-2, fused=True)
         self.average = [p.detach().clone() for p in self.parameters]
-        power = torch.cos((torch.arange(1001).double() / 1000 + 0.008) / 1.008 * torch.pi / 2) ** 2
-        power = (power[1:] / power[:-1]).clamp_min(1e-3).cumprod(0)  # a_t, (1000,), of Nichol & Dhariwal 2021
-        self.signal_power = power.float().to(self.device)
+        a = torch.cos((torch.arange(1001).double() / 1000 + 0.008) / 1.008 * torch.pi / 2) ** 2
+        a = (a[1:] / a[:-1]).clamp_min(1e-3).cumprod(0)  # a_t, (1000,), of Nichol & Dhariwal 2021
+        self.alphas_cumprod = a.float().to(self.device)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
 
     def step(self, images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """One step on images (B, C, H, W) in [-1, 1], noise (B, 4^L C, h, w) and timesteps (B,); its loss."""
         z = haar(images, self.level)
-        a = self.signal_power[t].view(-1, 1, 1, 1)
+        a = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         with self.autocast:
             output = self.model(a.sqrt() * z + (1 - a).sqrt() * noise, t).sample
         loss = (output - (a.sqrt() * noise - (1 - a).sqrt() * z)).square().mean()

@@ -1,0 +1,262 @@
+"""profiling: what code costs: FLOPs counted, alternatives timed in turn, memory measured in a process of its own.
+
+What is measured is a `Maker`, a generator function: every `next` of what it returns is a call of so many steps. All
+alternatives are timed in turn, so that whatever else slows the machine down slows all of them alike; what is compared
+are ratios within a round.
+"""
+
+import gc
+import math
+import multiprocessing
+import os
+import platform
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import ModelMixin
+from torch.utils.flop_counter import FlopCounterMode
+
+from wddm.intervals import median
+from wddm.learner import resolve_precision
+
+Maker = Callable[..., Generator]
+
+ATTENTION = ("bmm", "attention")  # operators of its two products, of queries with keys and of weights with values
+PASSES = 3  # of a training step: forward, and backward at twice its cost
+
+
+def forward_flops(backbone: ModelMixin, *, attention: bool = True) -> int:
+    """Floating-point operations of one forward pass at batch 1, without memory for weights or activations.
+
+    A multiply-add counts as two; what is not a matrix product or a convolution (norms, activations, spline bases)
+    counts as none. The numbers published for these networks leave out the two products inside attention, as counters
+    do that do not see into its fused kernel; `attention=False` agrees with them to the digits given.
+    """
+    config = backbone.config
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        copy = type(backbone).from_config(config).eval()
+        copy(torch.empty(1, config.in_channels, config.sample_size, config.sample_size), torch.zeros(1).long())
+    counted = counter.get_flop_counts()["Global"].items()
+    return sum(flops for name, flops in counted if attention or not any(part in str(name) for part in ATTENTION))
+
+
+def time_in_turn(
+    alternatives: Mapping[Any, Callable[[], object]],
+    *,
+    rounds: int = 5,
+    seconds: float = 0.0,
+    min_seconds: float = 0.2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Any, np.ndarray]:
+    """Seconds that a call of each alternative takes, (rounds,), the alternatives run in turn.
+
+    There are `rounds` of them, or more, until all of it has lasted so many `seconds`. Each is warmed up by one call and
+    its length found by another. A round is, for each, as many calls as last `min_seconds`; every other round goes
+    through them backwards, so that none always follows the same one.
+    """
+    if rounds < 5:
+        raise ValueError(f"got {rounds} rounds, wanted 5 or more, for medians and their intervals: take more")
+
+    def timed(call: Callable[[], object], calls: int) -> float:
+        synchronise()
+        began = clock()
+        for _ in range(calls):
+            call()
+        synchronise()
+        return (clock() - began) / calls
+
+    calls: dict[Any, int] = {}
+    for name, call in alternatives.items():
+        call()
+        calls[name] = max(1, math.ceil(min_seconds / max(timed(call, 1), 1e-9)))
+    taken: dict[Any, list[float]] = {name: [] for name in alternatives}
+    order, began, done = list(alternatives), clock(), 0
+    while order and (done < rounds or clock() - began < seconds):
+        for name in order:
+            taken[name].append(timed(alternatives[name], calls[name]))
+        order, done = order[::-1], done + 1
+    return {name: np.array(values) for name, values in taken.items()}
+
+
+class Measurement(NamedTuple):
+    """What steps of `batch_size` images took: seconds a step in each round (R,), and peak memory in GiB beyond that of
+    Python with all imports; or the reason why not."""
+
+    seconds: np.ndarray | None = None
+    memory_gib: float | None = None
+    reason: str | None = None
+    batch_size: int = 1
+
+
+def speed(one: Measurement) -> list[float | None]:
+    """Images a second: the median over rounds, and its quartiles."""
+    if one.seconds is None:
+        return [None] * 3
+    return np.quantile(one.batch_size / one.seconds, [0.5, 0.25, 0.75]).tolist()
+
+
+def times_as_fast(ours: Measurement, theirs: Measurement) -> list[float | None]:
+    """How many times as fast ours is: the median ratio of paired rounds, with its 90 % interval."""
+    return [None] * 3 if ours.seconds is None or theirs.seconds is None else [*median(theirs.seconds / ours.seconds)]
+
+
+def spread(value: float | None, low: float | None = None, high: float | None = None) -> str:
+    """A number with its ends, for a table: 12.3 (11.9 to 12.8)."""
+    return "–" if value is None else f"{value:.3g} ({low:.3g} to {high:.3g})"
+
+
+def compare(
+    makers: Mapping[Any, Maker],
+    *,
+    batch_size: int,
+    bounds: Mapping[Any, float] = {},
+    rounds: int = 5,
+    seconds: float = 0.0,
+    max_seconds: float = math.inf,
+) -> dict[Any, Measurement]:
+    """Measure the memory of each alternative alone, then time those that fit in turn.
+
+    Args:
+        makers: generator functions that take `batch_size`, and `steps`, how many of them a call is: as many as last
+            half a second, 20 at most.
+        batch_size: images a step; halved for all as long as one of them runs out of memory.
+        bounds: seconds below which an image cannot be; where a step of them is over `max_seconds` it is not run at all.
+        rounds, seconds: how many, or how long, as for `time_in_turn`.
+        max_seconds: the longest step that is timed.
+    """
+    while True:
+        sized = {name: partial(make, batch_size=batch_size) for name, make in makers.items()}
+        found = {name: _fits(make, bounds.get(name, 0) * batch_size, max_seconds) for name, make in sized.items()}
+        if batch_size == 1 or not any("memory" in str(one.reason) for one in found.values()):
+            break
+        batch_size //= 2
+    found = {name: one._replace(batch_size=batch_size) for name, one in found.items()}
+    steps = {name: int(np.clip(0.5 / one.seconds[-1], 1, 20)) for name, one in found.items() if one.seconds is not None}
+    with ready({name: partial(sized[name], steps=count) for name, count in steps.items()}) as calls:
+        for name, taken in time_in_turn(calls, rounds=rounds, seconds=seconds).items():
+            found[name] = found[name]._replace(seconds=taken / steps[name])
+    return found
+
+
+def _fits(make: Maker, at_least: float, max_seconds: float) -> Measurement:
+    """What a step takes alone; or the reason why it is not to be timed, as it takes so many seconds at least."""
+    if at_least > max_seconds:
+        return Measurement(reason=f"over {at_least:.3g} s a step")
+    one = measure_alone(make)
+    if one.seconds is not None and one.seconds[-1] > max_seconds:
+        return one._replace(reason=f"{one.seconds[-1]:.3g} s a step", seconds=None)
+    return one
+
+
+def fitting_batch(flops: float, rate: float, batch_size: int, max_seconds: float) -> int:
+    """The first of `batch_size`, half of it, half of that, ... whose step should take at most `max_seconds`; or 1.
+
+    `flops` are those of a step of one image, `rate` the FLOP/s of a large matrix product, of which half is expected.
+    """
+    while batch_size > 1 and flops * batch_size > rate / 2 * max_seconds:
+        batch_size //= 2
+    return batch_size
+
+
+def measure_alone(make: Maker, calls: int = 2) -> Measurement:
+    """The memory that something takes in a fresh process, which calls it a few times; the time is of the last call.
+
+    `make` is a `partial` of a module's generator function. The memory is that which CUDA's allocator counts, or where
+    there is no GPU the anonymous resident memory at its peak, less that before `make`.
+    """
+    context = multiprocessing.get_context("forkserver")  # which imports once: a process then starts at once
+    context.set_forkserver_preload([getattr(make, "func", make).__module__])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(_measure_here, make, calls).result()
+        except BrokenProcessPool:
+            return Measurement(reason="its process died: out of memory?")
+
+
+def _measure_here(make: Maker, calls: int) -> Measurement:
+    before = _anonymous_bytes()
+    try:
+        steps = make()
+        for _ in range(calls):
+            began = time.perf_counter()
+            next(steps)
+            synchronise()
+            seconds = time.perf_counter() - began
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            return Measurement(reason="out of memory")
+        raise
+    gpu = torch.cuda.is_available()
+    taken = torch.cuda.max_memory_allocated() if gpu else _anonymous_bytes(peak=True) - before
+    return Measurement(np.array([seconds]), taken / 2**30)
+
+
+def _anonymous_bytes(peak: bool = False) -> int:
+    """Resident memory of this process that is no file's (libraries are read as they are used); now or at its peak.
+
+    Where there is no /proc, the peak resident memory so far stands for both.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    kib = {line.split(":")[0]: line.split()[1] for line in status.read_text().splitlines() if line.endswith("kB")}
+    return 1024 * (int(kib["VmHWM"]) - int(kib["RssFile"]) if peak else int(kib["RssAnon"]))
+
+
+@contextmanager
+def ready(makers: Mapping[Any, Maker]) -> Iterator[dict[Any, Callable[[], object]]]:
+    """A plain callable for every generator, for the length of a `with` block; the last is closed first: they nest.
+
+    Networks may each be compiled, where PyTorch gives up after 8 of a class; and what they held is free afterwards,
+    for processes beside this one.
+    """
+    with ExitStack() as stack, torch._dynamo.config.patch(recompile_limit=64):
+        yield {name: partial(next, stack.enter_context(closing(make()))) for name, make in makers.items()}
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def synchronise() -> None:
+    """Wait for what was launched on the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def matmul_rate(precision: str = "no", rounds: int = 5) -> float:
+    """FLOP/s of a large square matrix product on this machine in that precision, at best of the rounds."""
+    device, side = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 1024)
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as in training
+    a, b = torch.randn(2, side, side, device=device, dtype=kinds[resolve_precision(precision)])
+    return float(2 * side**3 / time_in_turn({"product": lambda: a @ b}, rounds=rounds)["product"].min())
+
+
+def machine(rate: float) -> list[dict[str, str]]:
+    """What measured, in rows of property and value; `rate` is its `matmul_rate`."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall("^model name.*: (.*)", info.read_text(), re.M) if info.exists() else []
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    rows = {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores, threads": f"{os.cpu_count()}, {torch.get_num_threads()}",
+        "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB",
+        "GPU": f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" if gpu else "none",
+        "large matrix product": f"{rate / 1e9:,.0f} GFLOP/s",
+        "other load": f"{os.getloadavg()[0]:.1f} processes, mean of the last minute",
+        "PyTorch": torch.__version__,
+        "system": platform.platform(),
+    }
+    return [{"property": name, "value": value} for name, value in rows.items()]
