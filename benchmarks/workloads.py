@@ -16,10 +16,10 @@ import nbformat
 import numpy as np
 import torch
 from torch import Tensor
+from wddm.data import batches
+from wddm.learner import resolve_precision, tune
 
 from benchmarks import plain
-from wddm.batches import batches
-from wddm.devices import resolve_precision, tune
 from wddm.kan import SplineLinear
 from wddm.studies.efficiency import Network, build, device, noise_images
 

@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 import torch
 from conftest import wddm
+from wddm.objective import build_solver
 
 from wddm.backbones import build_backbone
 from wddm.files import append_row, read_rows
 from wddm.objective import noise_scheduler, signal_power
 from wddm.pipeline import WaveletPipeline
-from wddm.solvers import build_solver
 from wddm.studies import sampling, sweeps
 from wddm.wavelets import WaveletCodec
 from wddm.workbook import collect, records

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from wddm import data
-from wddm.__main__ import main
+from wddm.cli import main
 from wddm.metrics import diagnostics, frechet, scores
 from wddm.metrics.scores import Options
 from wddm.sampling import write_images

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, launcher
 from PIL import Image
 
-from wddm.__main__ import main
+from wddm.cli import main
 from wddm.backbones import build_backbone
 from wddm.objective import build_solver
 from wddm.pipeline import WaveletPipeline

@@ -97,10 +97,7 @@ MODULES = {
 }
 
 
-METHOD = (
-    "files wavelets kan ukan dit backbones objective loading bandrate cards pipeline data sources decoding checkpoints "
-    "training sampling"
-).split()
+METHOD = ["files", "wavelets", "kan", "ukan", "dit", "backbones", "objective", "loading", "bandrate", "cards", "pipeline", "data", "sources", "decoding", "checkpoints", "training", "sampling"]
 ROOMS = {"method": METHOD, "goodness": ["metrics", "studies", "plots"], "workbook": ["workbook"]}
 MAY_USE = {"method": {"method"}, "goodness": {"method", "goodness"}, "workbook": {"workbook"}}
 

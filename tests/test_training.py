@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from wddm import checkpoints, metrics
+from wddm import checkpoints
 from wddm.backbones import build_backbone
 from wddm.checkpoints import deferred_interrupt, difference
 from wddm.learner import average, derived_seed, resolve_precision
@@ -424,14 +424,14 @@ def test_watching_changes_nothing(tmp_path) -> None:
 def test_distance_in_the_log_is_that_of_the_averaged_weights(tmp_path) -> None:
     def fwd(samples: np.ndarray) -> float:
         assert samples.shape == (12, 8, 8, 1) and samples.dtype == np.uint8
-        return metrics.frechet_wavelet_distance(IMAGES, samples, 2).value
+        return frechet_wavelet_distance(IMAGES, samples, 2).value
 
     rows = list(make(tmp_path, fwd_kimg=0.032, fwd_images=12, measure=fwd).steps())
     assert [row.fwd is None for row in rows] == [True, False, True, False]
     pipeline = WaveletPipeline.from_pretrained(tmp_path / "pipeline")
     samples = pipeline(12, num_inference_steps=25, output_type="np").images
     samples = (samples * 255).round().astype(np.uint8)
-    assert_close(rows[-1].fwd, metrics.frechet_wavelet_distance(IMAGES, samples, 2).value)
+    assert_close(rows[-1].fwd, frechet_wavelet_distance(IMAGES, samples, 2).value)
 
 
 @pytest.mark.parametrize("kind", ["unet", "ukan"])

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 import yaml
+from wddm.workbook.report import WIDGET
 
 from wddm import cli, workbook
 from wddm.cli import main
 from wddm.files import Digests
-from wddm.workbook import kernel, lock, pages, provenance, records, runner, tables
+from wddm.workbook import kernel, lock, provenance, records, runner
 from wddm.workbook.experiments import load_experiments
-from wddm.workbook.pages import WIDGET
 from wddm.workbook.parameters import parse_parameters
 
 FIRST = """\

@@ -15,7 +15,7 @@ NAMES = {
     "load": "data",
     "open_run": "workbook",
 }
-__all__ = list(NAMES)  # noqa: PLE0604
+__all__ = list(NAMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from diffusers import SchedulerMixin
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Generator, Tensor
 
-from wddm.solvers import exact_step
+from wddm.objective import exact_step
 
 Visit = tuple[float, int]  # (-t, how often the network was called at t before): heun calls it twice
 

@@ -19,8 +19,9 @@ from wddm import data
 from wddm.backbones import BACKBONES, IMAGES, build_backbone
 from wddm.data import Dataset
 from wddm.metrics.frechet import frechet_wavelet_distance, packet_moments
-from wddm.objective import PREDICTION_TYPES, SOLVERS, WEIGHTINGS, build_solver, check_options
-from wddm.training import SCHEDULES, Step, Trainer, resolve_precision
+from wddm.objective import PREDICTION_TYPES, WEIGHTINGS, build_solver, check_options
+from wddm.learner import SCHEDULES, resolve_precision
+from wddm.training import Step, Trainer
 from wddm.wavelets import WaveletCodec
 from wddm.workbook import Run, progress
 from wddm.workbook.experiments import Experiment

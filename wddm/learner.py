@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from wddm.objective import WEIGHTINGS, Loss, diffusion_loss, noise_scheduler
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
-from wddm.solvers import build_solver
+from wddm.objective import build_solver
 from wddm.wavelets import WaveletCodec
 
 # name -> share of the learning rate, of the share of the steps after the warm-up that are done, 0 to 1
@@ -210,7 +210,7 @@ class Learner:
 
     def pipeline(self, model: ModelMixin) -> WaveletPipeline:
         """What samples from `model`: DDIM, unless the caller sets another solver."""
-        solver = build_solver("ddim", self.prediction_type, spacing="trailing", clip=self.codec.limit.item())
+        solver = build_solver("ddim", self.prediction_type, spacing="trailing", codec=self.codec)
         return WaveletPipeline(model, solver, self.codec)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:

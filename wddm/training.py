@@ -20,7 +20,7 @@ from diffusers.utils import make_image_grid, numpy_to_pil
 from torch import Tensor
 
 from wddm import checkpoints
-from wddm.batches import batches
+from wddm.data import batches
 from wddm.files import append_row, read_rows, whole, written_aside
 from wddm.learner import Learner, peak_memory_gb
 

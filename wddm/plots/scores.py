@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from wddm.intervals import band
+from wddm.metrics.intervals import band
 from wddm.plots.style import ACCENT, GENERATED, MARKERS, REAL, legend, logarithmic, need, palette, panels
 
 if TYPE_CHECKING:

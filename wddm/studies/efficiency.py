@@ -17,10 +17,10 @@ import torch
 from diffusers import ModelMixin
 
 from wddm.backbones import IMAGES, PRESETS, build_backbone, resolve_widths
-from wddm.devices import resolve_precision, tune
+from wddm.learner import resolve_precision, tune
 from wddm.pipeline import WaveletPipeline
-from wddm.solvers import build_solver
-from wddm.steps import Step
+from wddm.objective import build_solver
+from wddm.training import Step
 from wddm.studies.profiling import (
     PASSES,
     Maker,

@@ -27,7 +27,7 @@ import torch
 from diffusers import ModelMixin
 from torch.utils.flop_counter import FlopCounterMode
 
-from wddm.intervals import median
+from wddm.metrics.intervals import median
 from wddm.learner import resolve_precision
 
 Maker = Callable[..., Generator]

@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from wddm.batches import to_batch
+from wddm.data import to_batch
 from wddm.checkpoints import public
 from wddm.data import Dataset
 from wddm.files import append_row, read_rows
@@ -30,7 +30,7 @@ from wddm.metrics import scores
 from wddm.objective import clean_estimate, signal_power
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
-from wddm.solvers import build_solver, check_options, default_spacing
+from wddm.objective import build_solver, check_options, default_spacing
 
 SETTING = ("scheduler", "steps", "eta", "spacing", "detail_steps")
 DISTANCES, ENDS = ("fwd", "fd"), ("", "_low", "_high")
@@ -101,8 +101,7 @@ def measured(file: Path, cells: Iterable[Row], context: Row, measure: Callable[[
 
 def with_solver(pipeline: WaveletPipeline, scheduler: str, spacing: str) -> WaveletPipeline:
     """The same network and codec with another solver, and no progress bar."""
-    kind, clip_value = pipeline.scheduler.config.prediction_type, pipeline.codec.limit.item()
-    solver = build_solver(scheduler, kind, spacing=spacing, clip=clip_value)
+    solver = build_solver(scheduler, pipeline.scheduler.config.prediction_type, spacing=spacing, codec=pipeline.codec)
     other = WaveletPipeline(pipeline.backbone, solver, pipeline.codec)
     other.set_progress_bar_config(disable=True)
     return other

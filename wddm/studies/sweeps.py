@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from wddm import metrics
+from wddm.metrics.frechet import split_floor
 from wddm.backbones import load_backbone
 from wddm.data import Dataset
 from wddm.metrics import scores
-from wddm.steps import read_log
+from wddm.training import read_log
 from wddm.studies.profiling import PASSES, forward_flops
 
 Curve = tuple[np.ndarray, np.ndarray]  # images seen (K,), or seconds, and a logged quantity of S runs (S, K)
@@ -184,7 +184,7 @@ def packets(
         samples = [np.load(root / "runs" / run / "samples.npy", mmap_mode="r") for run in runs]
         each = [scores.wavelet(images, reference, level, seed=seed).detail.per_packet for images in samples]
         found[name], counts = np.mean(each, 0), [*counts, *map(len, samples)]
-    return found, metrics.split_floor(reference.images, level, count=min(counts), seed=seed).per_packet
+    return found, split_floor(reference.images, level, count=min(counts), seed=seed).per_packet
 
 
 def by_codec(runs: Sequence[Any]) -> list[Any]:
