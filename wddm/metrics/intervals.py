@@ -56,7 +56,7 @@ def share(hits: int, count: int) -> Estimate[float]:
     from scipy.stats import binomtest
 
     interval = binomtest(int(hits), count).proportion_ci(ENDS[1] - ENDS[0], "wilson")
-    return Estimate(hits / count, float(interval.low), float(interval.high))
+    return Estimate(float(hits / count), float(interval.low), float(interval.high))
 
 
 def median(values: np.ndarray) -> Estimate[float]:
