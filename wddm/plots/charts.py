@@ -210,11 +210,11 @@ def band_kurtosis(
     """Excess kurtosis (bands,) with intervals (2, bands), linear to 1 and logarithmic beyond; 0 is a Gaussian."""
     pairs = ("real", REAL, real, real_interval), ("generated", GENERATED, generated, generated_interval)
     with _bands(2.4, labels, real, generated) as (figure, axes, at):
+        axes.set_yscale("symlog", linthresh=1)
         for shift, (name, color, values, interval) in zip((-0.12, 0.12), pairs, strict=True):
             axes.plot(at + shift, values, "o", color=color, label=name)
             axes.vlines(at + shift, *np.asarray(interval), color=color, linewidth=2, alpha=0.5)
         axes.axhline(0, color="0.15", linewidth=0.6)
-        axes.set_yscale("symlog", linthresh=1)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set(ylabel="excess kurtosis")
     return figure

@@ -55,15 +55,15 @@ def variants(
     """
     need(values, "no variants", "one or more", "give the values of each")
     with panels(0.8 + 0.25 * len(values)) as (figure, (axes,)):
+        if floor is not None:
+            axes.axvline(floor, color=REAL, linestyle="--", linewidth=0.8, label="floor: real images")
+            legend(figure, "upper right")
         for row, (name, seeds) in enumerate(values.items()):
             at = row + 0.12 * (np.arange(len(seeds)) - (len(seeds) - 1) / 2) * (intervals is not None)
             axes.plot(seeds, at, "o", color=GENERATED, alpha=0.7)
             axes.plot([np.mean(seeds)] * 2, [row - 0.3, row + 0.3], color=GENERATED)
             if intervals is not None:
                 axes.hlines(at, *np.transpose(intervals[name]), color=GENERATED, linewidth=2, alpha=0.3)
-        if floor is not None:
-            axes.axvline(floor, color=REAL, linestyle="--", linewidth=0.8, label="floor: real images")
-            legend(figure, "upper right")
         axes.set_yticks(range(len(values)), list(values))
         axes.invert_yaxis()
         axes.set(xlabel=quantity)
@@ -137,7 +137,7 @@ def quality_curves(
 def learning_curves(
     curves: Mapping[str, Curve], quantity: str, floor: float | None = None, *, seconds: bool = False
 ) -> Figure:
-    """A quantity over images seen, a line per variant at the mean over its seeds, shaded from the lowest to the highest.
+    """A quantity over images seen, a line per variant at the mean over its seeds, shaded from lowest to highest.
 
     `curves`: by variant, images seen (K,), or seconds, and values (S, K), one row per seed; both axes logarithmic.
     """
