@@ -128,7 +128,8 @@ def packets(image, level, order):
 def test_import_has_no_effects():
     code = (
         "import matplotlib; before = dict(matplotlib.rcParams); import wddm.plots, sys; "
-        "assert dict(matplotlib.rcParams) == before; assert 'torch' not in sys.modules; "
+        "assert dict(matplotlib.rcParams) == before; "
+        "assert not {'torch', 'seaborn', 'pandas', 'scipy'} & {*sys.modules}; "
         "assert not [m for m in sys.modules if m.startswith('wddm.') and m.split('.')[1] not in ('plots', 'intervals')]"
     )
     run([sys.executable, "-W", "ignore", "-c", code], check=True)
@@ -272,6 +273,10 @@ def test_lines_are_the_values_given_and_references_dashed():
     np.testing.assert_array_equal(a.get_xydata(), [[1, 3], [2, 4]])
     np.testing.assert_array_equal(b.get_xydata(), [[1, 1], [3, 9]])
     assert (a.get_linestyle(), b.get_linestyle(), axes.get_xscale(), axes.get_yscale()) == ("-", "--", "log", "log")
+    bumps = {f"b{k}": ([1, 2], [k, 1]) for k in range(8)}
+    *parts, whole = plots.lines({**bumps, "sum": ([1, 2], [28, 8])}, "x", "y", parts=list(bumps)).axes[0].lines
+    assert len({to_rgba(line.get_color()) for line in (*parts, whole)}) == 9
+    assert all(line.get_linewidth() < whole.get_linewidth() for line in parts)
     with pytest.raises(ValueError, match="pass a y for every x"):
         plots.lines({"a": ([1, 2], [3])}, "x", "y")
 
@@ -352,6 +357,7 @@ def test_intervals_are_drawn_where_they_are():
     axes = FIGURES["band_kurtosis"]().axes[0]
     np.testing.assert_array_equal(np.array(axes.collections[1].get_segments())[:, :, 1].T, SPANS[1])
     np.testing.assert_array_equal(axes.lines[0].get_ydata(), [0, 2, 9, 40])
+    assert axes.get_ylim()[1] > 70  # some room above 60 on a logarithmic scale
 
 
 def test_scores_are_multiples_of_what_real_images_score():

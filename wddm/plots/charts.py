@@ -5,6 +5,7 @@ Bands: A (approximation), H, V, D (horizontal, vertical, diagonal detail).
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -116,7 +117,7 @@ def channel_histograms(images: ArrayLike, generated: ArrayLike | None = None) ->
             for name, sample in samples.items():
                 parts = np.array_split(sample, 1 + sample.size // 2**24)  # counted in 64 bits, so not all at once
                 counts = sum(np.bincount(part[..., channel].ravel() // 4, minlength=64) for part in parts)
-                style = {"color": "0.78", "fill": True} if name == "real" else {"color": GENERATED}
+                style: dict[str, Any] = {"color": "0.78", "fill": True} if name == "real" else {"color": GENERATED}
                 axes.stairs(100 * counts / np.sum(counts), np.arange(0, 257, 4), label=name, **style)
             axes.set(title=title, xlabel="pixel value", xticks=(0, 128, 255))
         axs[0].set(ylabel="pixels (%)")
@@ -159,13 +160,13 @@ def spectra(
 
 
 @contextmanager
-def _bands(height: float, labels: Sequence[str], *samples: ArrayLike) -> Iterator[tuple[Axes, np.ndarray]]:
+def _bands(height: float, labels: Sequence[str], *samples: ArrayLike) -> Iterator[tuple[Figure, Axes, np.ndarray]]:
     """A panel with a tick per band, at the positions returned, for samples (bands,); the labels of many are turned."""
     sizes = len(labels), *map(np.size, samples)
     need(len(set(sizes)) == 1, f"{sizes} labels, real, generated", "equally many", "pass one per band")
     with panels(height) as (figure, (axes,)):
         axes.margins(y=0.12)
-        yield axes, np.arange(len(labels))
+        yield figure, axes, np.arange(len(labels))
         axes.set_xlim(-0.6, len(labels) - 0.4)
         axes.set_xticks(range(len(labels)), labels, rotation=90 * (len(labels) > 16))
         axes.set(xlabel="band")
@@ -182,7 +183,7 @@ def band_energy(
 ) -> Figure:
     """Energy (bands,) of real beside generated images, generated / real over the bars; intervals (2, bands)."""
     pairs = ("real", REAL, real, real_interval), ("generated", GENERATED, generated, generated_interval)
-    with _bands(2.6, labels, real, generated) as (axes, at):
+    with _bands(2.6, labels, real, generated) as (figure, axes, at):
         tops = np.maximum(real, generated)
         for shift, (name, color, values, interval) in zip((-0.2, 0.2), pairs, strict=True):
             axes.bar(at + shift, values, 0.38, color=color, label=name)
@@ -190,13 +191,13 @@ def band_energy(
                 axes.vlines(at + shift, *np.asarray(interval), color="0.15", linewidth=0.8)
                 tops = np.maximum(tops, np.asarray(interval)[1])
         turned = len(labels) > 16
-        place = {"textcoords": "offset points", "ha": "center", "size": 6.5, "rotation": 90 * turned}
+        place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "size": 6.5, "rotation": 90 * turned}
         for x, top, ratio in zip(at, tops, np.divide(generated, real), strict=True):
             axes.annotate(f"×{ratio:.2f}", (x, top), (0, 2), **place)
         axes.margins(y=0.3 if turned else 0.12)
         axes.set(ylabel="energy (mean square)")
         logarithmic(axes)
-    return axes.figure
+    return figure
 
 
 def band_kurtosis(
@@ -208,15 +209,15 @@ def band_kurtosis(
 ) -> Figure:
     """Excess kurtosis (bands,) with intervals (2, bands), linear to 1 and logarithmic beyond; 0 is a Gaussian."""
     pairs = ("real", REAL, real, real_interval), ("generated", GENERATED, generated, generated_interval)
-    with _bands(2.4, labels, real, generated) as (axes, at):
+    with _bands(2.4, labels, real, generated) as (figure, axes, at):
+        axes.set_yscale("symlog", linthresh=1)
         for shift, (name, color, values, interval) in zip((-0.12, 0.12), pairs, strict=True):
             axes.plot(at + shift, values, "o", color=color, label=name)
             axes.vlines(at + shift, *np.asarray(interval), color=color, linewidth=2, alpha=0.5)
         axes.axhline(0, color="0.15", linewidth=0.6)
-        axes.set_yscale("symlog", linthresh=1)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set(ylabel="excess kurtosis")
-    return axes.figure
+    return figure
 
 
 def _shades(
@@ -225,9 +226,11 @@ def _shades(
     """Numbers (rows, columns) as shades, dark is more, with texts on them and a colour bar; NaN is left white."""
     import seaborn as sns  # takes a second
 
-    bar = {"label": quantity, "format": "%g", "ticks": ticks(norm.vmin, norm.vmax) if norm.vmin else None}
+    low, high = norm.vmin, norm.vmax
+    bar = {"label": quantity, "format": "%g", "ticks": ticks(low, high) if low and high else None}
     sns.heatmap(values, norm=norm, cmap="crest", annot=texts, fmt="", annot_kws={"size": size}, cbar_kws=bar, ax=axes)
-    axes.collections[0].colorbar.minorticks_off()
+    if drawn := axes.collections[0].colorbar:
+        drawn.minorticks_off()
     axes.grid(visible=False)
 
 

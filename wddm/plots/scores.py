@@ -55,15 +55,15 @@ def variants(
     """
     need(values, "no variants", "one or more", "give the values of each")
     with panels(0.8 + 0.25 * len(values)) as (figure, (axes,)):
+        if floor is not None:
+            axes.axvline(floor, color=REAL, linestyle="--", linewidth=0.8, label="floor: real images")
+            legend(figure, "upper right")
         for row, (name, seeds) in enumerate(values.items()):
             at = row + 0.12 * (np.arange(len(seeds)) - (len(seeds) - 1) / 2) * (intervals is not None)
             axes.plot(seeds, at, "o", color=GENERATED, alpha=0.7)
             axes.plot([np.mean(seeds)] * 2, [row - 0.3, row + 0.3], color=GENERATED)
             if intervals is not None:
                 axes.hlines(at, *np.transpose(intervals[name]), color=GENERATED, linewidth=2, alpha=0.3)
-        if floor is not None:
-            axes.axvline(floor, color=REAL, linestyle="--", linewidth=0.8, label="floor: real images")
-            legend(figure, "upper right")
         axes.set_yticks(range(len(values)), list(values))
         axes.invert_yaxis()
         axes.set(xlabel=quantity)
@@ -79,20 +79,18 @@ def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
-def _row(count: int, height: float, quantity: str, log: str = "xy", columns: int = 4) -> Iterator[list[Axes]]:
-    """Panels in a row, of one `quantity`, logarithmic, with one legend beneath."""
+def _row(
+    count: int, height: float, quantity: str, floor: float | None = None, log: str = "xy", columns: int = 4
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """Panels in a row, of one `quantity`, logarithmic, one legend beneath, and a dashed line where the floor is."""
     with panels(height, "ABCDEF"[:count], sharey=True) as (figure, axs):
-        yield axs
+        for axes in axs if floor is not None else ():
+            axes.axhline(floor, color=REAL, linestyle="--", linewidth=0.8, label="floor: real images")
+        yield figure, axs
         for axes in axs:
             logarithmic(axes, log)
         axs[0].set(ylabel=quantity)
         legend(figure, "lower center", columns)
-
-
-def _floor(axs: Sequence[Axes], floor: float | None) -> None:
-    """A dashed line where the floor is, if there is one."""
-    for axes in axs if floor is not None else ():
-        axes.axhline(floor, color=REAL, linestyle="--", linewidth=0.8, label="floor: real images")
 
 
 def _curves(
@@ -122,25 +120,24 @@ def quality_curves(
     """
     styles = _styles(name for lines in curves.values() for name in lines)
     need(styles, "no curves", "one or more", "give what was measured")
-    with _row(len(curves), 3.4, quantity) as axs:
-        _floor(axs, floor)
+    with _row(len(curves), 3.4, quantity, floor, log="y") as (figure, axs):
         for axes, (title, lines) in zip(axs, curves.items(), strict=True):
             if reference is not None:
                 name, (value, low, high) = reference
                 axes.axhspan(low, high, color="0.85", label=name)
                 axes.axhline(value, color="0.6", linewidth=0.8)
             _curves(axes, lines, styles)
-            axes.set(title=title, xlabel=xlabel)
-    for axes, lines in zip(axs, curves.values(), strict=True):
-        axes.minorticks_off()
-        axes.set_xticks(np.unique(np.concatenate([x for x, _ in lines.values()])))
-    return axs[0].figure
+            axes.set(title=title, xlabel=xlabel, xscale="log")
+            axes.set_xticks(np.unique(np.concatenate([np.asarray(x) for x, _ in lines.values()])))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
+    return figure
 
 
 def learning_curves(
     curves: Mapping[str, Curve], quantity: str, floor: float | None = None, *, seconds: bool = False
 ) -> Figure:
-    """A quantity over images seen, a line per variant at the mean over its seeds, shaded from least to most.
+    """A quantity over images seen, a line per variant at the mean over its seeds, shaded from lowest to highest.
 
     `curves`: by variant, images seen (K,), or seconds, and values (S, K), one row per seed; both axes logarithmic.
     """
@@ -151,11 +148,10 @@ def learning_curves(
         lines[f"{name} ({len(values)})"] = x, np.stack([values.mean(0), values.min(0), values.max(0)], 1)
     columns = 1 if max(map(len, curves)) > 40 else 2
     styles = {name: style | {"marker": ".", "linewidth": 1} for name, style in _styles(lines).items()}
-    with _row(1, 3.4 + 0.2 * len(curves) * (columns == 1), quantity, columns=columns) as (axes,):
-        _floor([axes], floor)
+    with _row(1, 3.4 + 0.2 * len(curves) * (columns == 1), quantity, floor, columns=columns) as (figure, (axes,)):
         _curves(axes, lines, styles, shaded=True)
         axes.set(xlabel="seconds of training" if seconds else "images seen (thousands)")
-    return axes.figure
+    return figure
 
 
 def trade_off(
@@ -166,18 +162,16 @@ def trade_off(
     `points`: by solver, costs (K, costs) and distances (K,). `fronts`: by cost, the settings (n, 2) on the front.
     """
     styles = _styles(points)
-    with _row(len(fronts), 3.2, quantity) as axs:
-        _floor(axs, floor)
+    with _row(len(fronts), 3.2, quantity, floor) as (figure, axs):
         for column, (axes, (cost, front)) in enumerate(zip(axs, fronts.items(), strict=True)):
-            axes.step(
-                *np.transpose(sorted(map(tuple, front))), "0.2", where="post", linewidth=0.8, label="Pareto front"
-            )
+            x, y = np.array(sorted(np.asarray(front).tolist())).T
+            axes.step(x, y, "0.2", where="post", linewidth=0.8, label="Pareto front")
             for name, (costs, values) in points.items():
                 wanted = (np.size(values), len(fronts))
                 need(np.shape(costs) == wanted, f"{name} {np.shape(costs)}", wanted, "pass a cost per panel")
                 axes.plot(np.asarray(costs)[:, column], values, linestyle="none", label=name, **styles[name])
             axes.set(xlabel=cost)
-    return axs[0].figure
+    return figure
 
 
 def class_counts(names: Sequence[str], counts_generated: ArrayLike, share_real: ArrayLike) -> Figure:
@@ -258,7 +252,7 @@ def speedup_against_flops(rows: Rows) -> Figure:
     works, markers = table.work.unique(), dict(zip(table.over.unique(), MARKERS, strict=False))
     drawn = table[["flop_ratio", "low", "high"]].to_numpy(float)
     ends = 0.8 * min(1, drawn.min()), 1.25 * max(2, drawn.max())
-    with _row(len(works), 3.4, "speed on wavelets / on pixels", columns=3) as axs:
+    with _row(len(works), 3.4, "speed on wavelets / on pixels", columns=3) as (figure, axs):
         for axes, work in zip(axs, works, strict=True):
             for row in table[table.work == work].itertuples():
                 axes.vlines(row.flop_ratio, row.low, row.high, color=colors[row.label], linewidth=0.8)
@@ -270,7 +264,7 @@ def speedup_against_flops(rows: Rows) -> Figure:
             axs[0].plot([], [], "o", color=color, label=name)
         for over, marker in markers.items():
             axs[0].plot([], [], marker, color=REAL, label=f"over {over}")
-    return axs[0].figure
+    return figure
 
 
 def rates_by_level(rows: Rows) -> Figure:
@@ -283,11 +277,11 @@ def rates_by_level(rows: Rows) -> Figure:
     measured = table[[*works.values()]].notna().any(axis=None)
     need(measured, "no measured speeds", "one or more", "raise max_step_seconds")
     styles = {label: {"color": color, "marker": "o"} for label, color in colors.items()}
-    with _row(2, 3.0, "images/s", log="y", columns=3) as axs:
+    with _row(2, 3.0, "images/s", log="y", columns=3) as (figure, axs):
         for axes, (work, rate) in zip(axs, works.items(), strict=True):
             found = table.dropna(subset=rate).groupby("label", sort=False)
             _curves(
                 axes, {label: (ours.level, ours[[rate, f"{rate}_q1", f"{rate}_q3"]]) for label, ours in found}, styles
             )
             axes.set(title=work, xlabel="wavelet level (0: pixels)", xticks=table.level.unique())
-    return axs[0].figure
+    return figure

@@ -19,7 +19,7 @@ COLORS = [
 ]  # fmt: skip
 MARKERS = "osD^vP*Xdph"
 ROUND = [1, 2, 5, 10]  # steps of ticks
-STYLE = {
+STYLE: dict[str, Any] = {
     "font.size": 8.2, "axes.titlesize": 8.2, "legend.fontsize": 7.5, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5,
     "text.color": "0.15", "axes.labelcolor": "0.15", "xtick.color": "0.15", "ytick.color": "0.15",
     "axes.edgecolor": "0.7", "axes.spines.top": False, "axes.spines.right": False, "legend.edgecolor": "white",

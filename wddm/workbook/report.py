@@ -262,7 +262,7 @@ def _read_parameters(folder: Path) -> dict[str, Any]:
 
 def _defaults(root: Path) -> dict[str, Any]:
     """name -> default over all notebooks; one that cannot be read does not stand in the way of the index."""
-    defaults = {}
+    defaults: dict[str, Any] = {}
     for path in (*pipeline_notebooks(root), *sorted(root.glob("notebooks/analysis/*.ipynb"))):
         with suppress(ValueError):
             defaults |= {name: parameter.default for name, parameter in read_schema(path).items()}
