@@ -15,7 +15,7 @@ from wddm.objective import build_solver
 
 from wddm.backbones import build_backbone
 from wddm.files import append_row, read_rows
-from wddm.objective import noise_scheduler, signal_power
+from wddm.objective import noise_scheduler, alphas_cumprod
 from wddm.pipeline import WaveletPipeline
 from wddm.studies import sampling, sweeps
 from wddm.wavelets import WaveletCodec
@@ -203,7 +203,7 @@ def test_a_network_that_knows_the_answer_decides_every_band_at_once(pipeline, mo
         answering(pipeline, monkeypatch, lambda noisy, t: clean), 2, num_inference_steps=5
     )
     assert found["times"].tolist() == [999, 799, 599, 399, 199]
-    a = signal_power(noise_scheduler(), torch.tensor(found["times"])).flatten().sqrt().numpy()
+    a = alphas_cumprod(noise_scheduler(), torch.tensor(found["times"])).flatten().sqrt().numpy()
     np.testing.assert_allclose(found["signal"], np.outer(a, [0.4, 0.3, 0.2, 0.1]), rtol=1e-5)
     np.testing.assert_allclose(found["change"], 0)
     np.testing.assert_allclose((found["noise"] ** 2).mean(1), 1 - a**2, rtol=0.2)  # of 128 draws of unit noise

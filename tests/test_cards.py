@@ -2,15 +2,17 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 from huggingface_hub import ModelCard
 
 from wddm.backbones import build_backbone
-from wddm.cards import card_of
+from wddm.cards import model_card
 from wddm.objective import build_solver
-from wddm.pipeline import WaveletPipeline
+from wddm.pipeline import WaveletPipeline, is_path
 from wddm.wavelets import WaveletCodec
 
 PARAMETERS = {"run": "mine", "dataset": "digits", "resolution": 16, "limit": None, "level": 1, "learning_rate": 0.002}
@@ -30,17 +32,18 @@ def pipeline(tmp_path) -> WaveletPipeline:
     folder = tmp_path / "runs" / "mine" / "pipeline"
     codec = WaveletCodec(scaling="dyadic")
     WaveletPipeline(backbone, build_solver("ddim", "v_prediction"), codec).save_pretrained(folder)
-    report, data = tmp_path / "reports" / "mine", tmp_path / "data" / "digits-16"
+    report, data = tmp_path / "reports" / "mine", tmp_path / "data" / "digits-16-0a1b2c"
     report.mkdir(parents=True), data.mkdir(parents=True)
     (report / "params.yaml").write_text(yaml.safe_dump(PARAMETERS))
     (report / "metrics.json").write_text(json.dumps({"fwd": 0.0155, "images": 1797}))
     (report / "environment.json").write_text(json.dumps({"commit": "abc123", "versions": {"torch": "2.14.1"}}))
+    (folder.parent / "record.json").write_text(json.dumps({"data": {"folder": "data/digits-16-0a1b2c"}}))
     (data / "manifest.json").write_text(json.dumps({"source": "me/digits", "split": "train", "count": 1797}))
     return WaveletPipeline.from_pretrained(folder)
 
 
 def test_the_card_says_what_the_run_recorded(pipeline, tmp_path) -> None:
-    card = ModelCard(card_of(pipeline, "me/digits-model", tmp_path / "reports" / "mine"))
+    card = ModelCard(model_card(pipeline, "me/digits-model", tmp_path / "reports" / "mine"))
     assert card.data.library_name == "diffusers" and card.data.datasets == ["me/digits"]
     assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == [("fwd", 0.0155)]
     count = f"{pipeline.backbone.num_parameters():,}"
@@ -52,7 +55,7 @@ def test_the_card_says_what_the_run_recorded(pipeline, tmp_path) -> None:
 
 
 def test_what_is_not_recorded_is_said(pipeline) -> None:
-    card = card_of(pipeline, "me/model", None)
+    card = model_card(pipeline, "me/model", None)
     assert card.count("Not recorded.") == 4 and "model-index" not in card
     assert f"{pipeline.backbone.num_parameters():,}" in card
 
@@ -62,6 +65,23 @@ def test_push_writes_weights_and_card_to_a_folder(pipeline, tmp_path) -> None:
     pipeline.push_to_hub(str(tmp_path / "hub"))
     assert "| fwd | 0.0155 |" in (tmp_path / "hub" / "README.md").read_text()  # its report was found
     assert WaveletPipeline.from_pretrained(tmp_path / "hub").image_size == 16
+
+
+def test_a_folder_is_told_from_a_repository_by_its_name(pipeline, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for name in ("./new", "mine/new", str(tmp_path / "a" / "b")):
+        assert pipeline.push_to_hub(name) == name
+        assert (Path(name) / "model_index.json").is_file() and (Path(name) / "README.md").is_file()
+    assert [is_path(name) for name in ("me/new", "other", "reports/other", "mine")] == [False, False, True, True]
+
+
+def test_a_model_that_ships_keeps_its_card(tmp_path) -> None:
+    folder = ROOT / "notebooks" / "models" / "digits"
+    shipped = WaveletPipeline.from_pretrained(folder)
+    shipped.push_to_hub(str(tmp_path / "hub"))
+    assert (tmp_path / "hub" / "README.md").read_text() == (folder / "README.md").read_text()
+    assert "Not recorded." not in (tmp_path / "hub" / "README.md").read_text()
 
 
 def test_push_uploads_the_same_to_the_hub(pipeline, tmp_path, monkeypatch) -> None:

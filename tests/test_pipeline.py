@@ -1,6 +1,10 @@
 """Oracles: diffusers' own pipeline bit for bit, the published runs, the exact denoiser of a Gaussian."""
 
+import json
+import shutil
+import sys
 import time
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -227,6 +231,96 @@ def test_damaged_pipelines_are_refused_by_name(tmp_path, part: str, harm: str) -
             WaveletPipeline.from_published(folder)
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        *product(
+            ("model_index.json", "scheduler/scheduler_config.json", "backbone/config.json", "codec/config.json"),
+            ("{", "[1, 2]", '"text"', "null", "\xff", "[" * 100_000),
+        ),
+        *product(
+            ("scheduler/scheduler_config.json", "backbone/config.json"), ("{}", '{"_class_name": ["UNet2DModel"]}')
+        ),
+    ],
+)
+def test_malformed_configs_are_refused_in_one_line(tmp_path, file: str, content: str) -> None:
+    tiny_pipeline().save_pretrained(tmp_path)
+    (tmp_path / file).write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"^got .+, wanted .+") as refused:
+        WaveletPipeline.from_pretrained(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "entry", "value"),
+    [
+        ("backbone", "sample_size", "8"),
+        ("backbone", "block_out_channels", 16),
+        ("backbone", "in_channels", [4]),
+        ("codec", "level", "1"),
+        ("codec", "wavelet", {"name": "haar"}),
+        ("scheduler", "num_train_timesteps", "many"),
+        ("scheduler", "_class_name", "UNet2DModel"),
+    ],
+)
+def test_configs_of_wrong_types_are_refused_in_one_line(tmp_path, part: str, entry: str, value) -> None:
+    tiny_pipeline().save_pretrained(tmp_path)
+    file = tmp_path / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {entry: value}))
+    with pytest.raises(ValueError, match=rf"^got .*{part}.*, wanted ") as refused:
+        WaveletPipeline.from_pretrained(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"ch_mult": 2}, {"ch": "16"}, {"in_channels": None}, {"dropout": "none"}, {"T": -1}, {"sample_size": []}],
+)
+def test_published_configs_of_wrong_types_are_refused_in_one_line(published, tmp_path, changed: dict) -> None:
+    shutil.copytree(published / "checkpoint", tmp_path / "c", copy_function=shutil.copyfile)
+    file = tmp_path / "c" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(ValueError, match=r"^got .+, wanted .+") as refused:
+        WaveletPipeline.from_published(tmp_path / "c")
+    assert "\n" not in str(refused.value)
+
+
+def test_no_module_that_a_checkpoint_names_is_imported(tmp_path, monkeypatch) -> None:
+    """Neither from the checkpoint's own folder, nor from where Python looks for modules."""
+    pipeline, folder = tiny_pipeline(), tmp_path / "pipeline"
+    pipeline.save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    for part in ("backbone", "scheduler", "codec"):
+        index[part] = [f"hostile_{part}", "Part"]
+    index |= {"_class_name": ["hostile_pipeline", "Pipeline"], "extra": ["hostile_extra", "Part"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    for part in ("backbone", "scheduler", "codec", "pipeline", "extra"):
+        for place in (tmp_path, folder, folder / part):
+            place.mkdir(exist_ok=True)
+            (place / f"hostile_{part}.py").write_text("raise SystemExit('imported')")
+    for part in ("backbone", "codec"):
+        file = folder / part / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": {"AutoModel": f"hostile_{part}.Part"}}))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(folder)
+    again = WaveletPipeline.from_pretrained(folder)
+    again.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "output_type": "np"}
+    assert np.array_equal(again(**options).images, pipeline(**options).images)
+    assert not [name for name in sys.modules if name.startswith("hostile")]
+
+
+def test_parts_and_types_that_are_given_are_taken(tmp_path) -> None:
+    pipeline, solver = tiny_pipeline(), build_solver("euler", "epsilon")
+    pipeline.save_pretrained(tmp_path)
+    again = WaveletPipeline.from_pretrained(tmp_path, scheduler=solver, torch_dtype=torch.bfloat16)
+    assert again.scheduler is solver and again.backbone.dtype == again.codec.dtype == torch.bfloat16
+    again.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 3, "output_type": "pt"}
+    images = again(2, **options).images
+    assert torch.equal(again(2, detail_steps=3, **options).images, images)
+
+
 def damage(folder, harm: str, name: str) -> str:
     """Harm the weights in a folder, or its config; what the error has to say."""
     file = folder / "diffusion_pytorch_model.safetensors"
@@ -247,6 +341,14 @@ def damage(folder, harm: str, name: str) -> str:
         tensors["surplus" if harm == "extra" else name] = torch.zeros(31)
     save_file(tensors, file)
     return "surplus" if harm == "extra" else name
+
+
+def test_a_codec_that_is_not_finite_draws_nothing() -> None:
+    for harm in (float("nan"), float("inf")):
+        pipeline = tiny_pipeline()
+        pipeline.codec.scale.fill_(harm)
+        with pytest.raises(ValueError, match="got images that are not finite from the codec, wanted numbers"):
+            pipeline(1, num_inference_steps=2)
 
 
 def test_what_is_not_finite_is_no_image() -> None:
@@ -338,6 +440,7 @@ def test_the_models_that_ship_are_small_and_draw_pictures_soon(folder: Path) -> 
         (lambda p: tiny_pipeline(level=0)(detail_steps=5), "got detail_steps at level 0"),
         (lambda p: tiny_pipeline()(num_inference_steps=1001), "got 1001 steps"),
         (lambda p: tiny_pipeline()(detail_steps=-1), "detail_steps=-1, wanted 1 to 1000"),
+        (lambda p: tiny_pipeline()(detail_steps=0), "detail_steps=0, wanted 1 to 1000"),
         (lambda p: tiny_pipeline()(output_type="png"), "wanted pil, np or pt"),
         (
             lambda p: WaveletPipeline.from_published(p, level=1, image_size=64),

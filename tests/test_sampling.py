@@ -102,7 +102,15 @@ def test_clip_and_prediction_are_those_of_the_checkpoint(ours) -> None:
     pipeline = open_pipeline(ours, scheduler="ddpm")
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     assert pipeline.scheduler.config.timestep_spacing == "trailing"
+    assert pipeline.scheduler.config.clip_sample_range == pipeline.codec.limit.item()
     assert open_pipeline(ours, scheduler="heun").scheduler.config.timestep_spacing == "leading"
+
+
+def test_the_kind_of_network_is_expected_by_its_name_in_any_case(ours, chaotic) -> None:
+    assert open_pipeline(ours, model_type="UNet", level=1, resolution=16).image_size == 16
+    assert open_pipeline(chaotic, model_type="UKAN", level=1, prediction_type="sample").image_size == 32
+    with pytest.raises(ValueError, match=r"model_type='ukan', but .* holds 'unet'"):
+        open_pipeline(ours, model_type="UKAN")
 
 
 @pytest.mark.parametrize(

@@ -41,20 +41,25 @@ Metrics compare with others only at the same protocol; Fréchet distances depend
 
 
 def card_of(pipeline: DiffusionPipeline, name: str, report: str | Path | None = None) -> str:
+    """The card by `report`, or by that of the run that the pipeline was loaded from; or else the one it came with."""
+    folder = Path(pipeline.config.get("_name_or_path") or "nowhere")
+    found = Path(report) if report else find_report(folder)
+    if found is None and (folder / "README.md").is_file():
+        return (folder / "README.md").read_text(encoding="utf-8")
+    return model_card(pipeline, name, found)
+
+
+def model_card(pipeline: DiffusionPipeline, name: str, report: Path | None) -> str:
     """The card of a `WaveletPipeline`, Markdown under YAML metadata.
 
     Args:
         name: of the Hub repository or folder that it will be loaded from.
-        report: reports/<run>, of which all but params.yaml may be absent. Without one, that of the run that the
-            pipeline was loaded from is taken, or else the card that it was loaded with.
+        report: reports/<run>, of which all but params.yaml may be absent; None where nothing was recorded.
 
     Raises:
-        ValueError: `report` is given and has no params.yaml.
+        ValueError: there is no params.yaml in `report`.
     """
-    loaded_from = Path(pipeline.config.get("_name_or_path") or "nowhere")
-    if report is None and (report := find_report(loaded_from)) is None and (loaded_from / "README.md").is_file():
-        return (loaded_from / "README.md").read_text(encoding="utf-8")
-    run, metrics, data, made_with = recorded(Path(report)) if report else ({}, {}, {}, {})
+    run, metrics, data, made_with = recorded(report) if report else ({}, {}, {}, {})
     network, codec = pipeline.backbone, pipeline.codec
     model = {
         "backbone": type(network).__name__,

@@ -197,20 +197,23 @@ def evaluate(
     state = join(device)
 
     from wddm import workbook
-    from wddm.metrics import scores
+    from wddm.metrics import inception, scores
     from wddm.workbook.records import write_json
+    from wddm.workbook.report import format_table
 
     try:
         root = workbook.find_root()
     except ValueError:
         root = Path()
-    real = scores.find_reference(reference, resolution, root)
+    real = scores.find_reference(f"{reference}-{resolution}" if resolution else reference, root)
     samples = scores.read_images(images)
-    found = scores.evaluate(
-        samples, real, level=fwd_level, inception_weights=inception_weights, seed=seed, device=device or state.device
-    )
+    options = scores.Options(fwd_level, seed, device or state.device, inception_weights, workbook.progress)
+    found = scores.evaluate(samples, real, options)
+    rows = [score.row() for group in found.values() for score in group]
     said = scores.caveat(samples) + scores.fairness(samples, real)
-    print(workbook.format_table([score.row() for score in found], f"{images} against {real.folder}. {said}")[1])
+    print(format_table(rows, f"{images} against {real.folder}. {said}")[1])
+    if found["inception"][0].value is None:
+        print(f"This gets Inception's weights:\n{inception.remedy()}")
     write_json(output, scores.as_json(found, images, real))
     return 0
 

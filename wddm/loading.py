@@ -106,6 +106,7 @@ def load_strictly(from_pretrained: Callable[..., Any], folder: Path, **options: 
     Raises:
         ValueError: config or weights are absent, damaged, pickled, or not each other's, with their names.
     """
+    read_config(ModelMixin, folder)
     options |= {"use_safetensors": True, "output_loading_info": True}
     with one_line_errors(folder):
         model, found = from_pretrained(folder, **options)

@@ -27,7 +27,7 @@ from wddm.checkpoints import public
 from wddm.data import Dataset
 from wddm.files import append_row, read_rows
 from wddm.metrics import scores
-from wddm.objective import clean_estimate, signal_power
+from wddm.objective import clean_estimate, alphas_cumprod
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
 from wddm.objective import build_solver, check_options, default_spacing
@@ -289,7 +289,7 @@ def along_trajectory(
         hook.remove()
     times = [torch.as_tensor(t).round().long().view(-1)[:1].to(noisy.device) for noisy, t, _ in seen]
     clean = [clean_estimate(pipeline.scheduler, z, out, t) for (z, _, out), t in zip(seen, times, strict=True)]
-    signal = [signal_power(pipeline.scheduler, t).sqrt() * z for z, t in zip(clean, times, strict=True)]
+    signal = [alphas_cumprod(pipeline.scheduler, t).sqrt() * z for z, t in zip(clean, times, strict=True)]
     return {
         "times": np.array([int(t) for t in times]),
         "signal": np.stack([by_band(z, bands) for z in signal]),
