@@ -188,6 +188,19 @@ def test_skipped_images_are_counted_and_named(tmp_path, pictures):
         prepare("folder", 16, tmp_path / "none", dataset_path=folder, on_error="skip")
 
 
+def test_what_cannot_be_read_is_named_or_skipped(tmp_path, pictures):
+    folder = png_folder(tmp_path / "in", pictures[:2])
+    whole = prepare("folder", 16, tmp_path / "out", dataset_path=folder)
+    (folder / "folder.png").mkdir()
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "nowhere.png").symlink_to("missing")
+    with pytest.raises(ValueError, match=r"folder\.png, which does not decode"):
+        prepare("folder", 16, tmp_path / "out", dataset_path=folder)
+    prepared = prepare("folder", 16, tmp_path / "out", dataset_path=folder, on_error="skip")
+    names = [str(folder / name) for name in ("folder.png", "loop.png", "nowhere.png")]
+    assert prepared.manifest["skipped"] == {"count": 3, "first": names} and prepared.sha256 == whole.sha256
+
+
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
 def test_damaged_and_foreign_parquet_is_refused_by_name(tmp_path, hub_copy, on_error):
     shard = hub_copy / "plain_text" / "train-00001-of-00002.parquet"

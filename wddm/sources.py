@@ -5,6 +5,7 @@ Such a function takes (resolution, dataset_path, seed), refuses what it can with
 encoded or as pixels; what is made of them is the rule at the top of `decoding.py`.
 """
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -168,7 +169,13 @@ def _files(root: Path, suffixes: set[str]) -> list[Path]:
 
 def _local(name: str, root: Path, files: list[Path], opened: Callable[[], Images], split: str = "all") -> Source:
     """A set of files below `root`, which is the same one when the folder was moved or copied."""
-    return Source(name, lambda digests: digests.of_files(root, files), opened, split)
+
+    def content(digests: Digests) -> str:
+        readable = [file for file in files if file.is_file() and os.access(file, os.R_OK)]
+        others = [str(file.relative_to(root)) for file in sorted({*files} - {*readable})]  # which will not decode
+        return digests.of_files(root, readable) + f", not readable: {others}" * bool(others)
+
+    return Source(name, content, opened, split)
 
 
 def _embedded(
