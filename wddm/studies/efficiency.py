@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from diffusers import ModelMixin
 
-from wddm.backbones import IMAGES, PRESETS, build_backbone, resolve_widths
+from wddm.backbones import IMAGES, PRESETS, build_backbone, preset_sizes
 from wddm.learner import resolve_precision, tune
 from wddm.pipeline import WaveletPipeline
 from wddm.objective import build_solver
@@ -136,12 +136,12 @@ def entries(kind: str, dataset: str, levels: Sequence[int], attention_head_dim: 
         if level == 0:
             networks[PRESET, 0] = network
             continue
-        widths, attention = resolve_widths(kind, dataset, level, None, None)
-        matched = on_paper(network | {"matched": True}).config.block_out_channels
         networks[WAVELETS, level] = network
-        networks[SAME, level] = network | {"level": 0, "widths": widths, "attention_levels": attention}
-        attention = resolve_widths(kind, dataset, 0, None, None)[1]
-        networks[MATCHED, level] = network | {"level": 0, "widths": matched, "attention_levels": attention}
+        same, pixels = preset_sizes(kind, dataset, level), preset_sizes(kind, dataset, 0)
+        same["widths"] = same.pop("block_out_channels")
+        pixels["widths"] = on_paper(network | {"matched": True}).config.block_out_channels
+        del pixels["block_out_channels"]
+        networks[SAME, level], networks[MATCHED, level] = network | {"level": 0} | same, network | {"level": 0} | pixels
     models = {key: on_paper(network) for key, network in networks.items()}
     return [
         Entry(*key, networks[key], model.num_parameters(), forward_flops(model), {}) for key, model in models.items()
