@@ -16,11 +16,11 @@ import nbformat
 import numpy as np
 import torch
 from torch import Tensor
-from wddm.data import batches
-from wddm.learner import resolve_precision, tune
 
 from benchmarks import plain
+from wddm.data import batches
 from wddm.kan import SplineLinear
+from wddm.learner import resolve_precision, tune
 from wddm.studies.efficiency import Network, build, device, noise_images
 
 

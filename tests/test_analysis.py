@@ -11,11 +11,10 @@ import pandas as pd
 import pytest
 import torch
 from conftest import wddm
-from wddm.objective import build_solver
 
 from wddm.backbones import build_backbone
 from wddm.files import append_row, read_rows
-from wddm.objective import noise_scheduler, alphas_cumprod
+from wddm.objective import alphas_cumprod, build_solver, noise_scheduler
 from wddm.pipeline import WaveletPipeline
 from wddm.studies import sampling, sweeps
 from wddm.wavelets import WaveletCodec

@@ -11,8 +11,8 @@ import torch
 from conftest import ROOT, launcher
 from PIL import Image
 
-from wddm.cli import main
 from wddm.backbones import build_backbone
+from wddm.cli import main
 from wddm.objective import build_solver
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import open_pipeline

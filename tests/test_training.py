@@ -25,6 +25,7 @@ from wddm import checkpoints
 from wddm.backbones import build_backbone
 from wddm.checkpoints import deferred_interrupt, difference
 from wddm.learner import average, derived_seed, resolve_precision
+from wddm.metrics import frechet_wavelet_distance
 from wddm.pipeline import WaveletPipeline
 from wddm.training import VARYING, Trainer, read_log
 from wddm.wavelets import WaveletCodec

@@ -10,10 +10,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import nbformat
 import pytest
 import yaml
-from wddm.workbook.report import WIDGET
 
 from wddm import cli, workbook
 from wddm.cli import main
@@ -21,6 +19,7 @@ from wddm.files import Digests
 from wddm.workbook import kernel, lock, provenance, records, runner
 from wddm.workbook.experiments import load_experiments
 from wddm.workbook.parameters import parse_parameters
+from wddm.workbook.report import WIDGET
 
 FIRST = """\
 run: str = "quickstart"           # name of the run
@@ -496,7 +495,7 @@ def test_preflight_sees_what_is_going_to_run(root, launched):
 
 
 def test_a_run_under_way_is_left_alone(root, launched, capsys):
-    """Whatever status.json says: what counts is the lock, which dies with its process, so no reused pid blocks a run."""
+    """Whatever status.json says: the lock counts, which dies with its process; no reused pid blocks a run."""
     code = f"from pathlib import Path; from wddm.workbook import lock; lock.acquire(Path({str(root)!r}), 'x'); input()"
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
     try:
@@ -674,15 +673,6 @@ def test_a_page_shows_the_first_picture_of_a_figure_with_controls(finished):
     assert (finished[0] / "reports/x/figures/explorer.png").exists()
 
 
-def test_a_widget_leaves_its_picture_in_a_page_and_else_nothing():
-    bar = {WIDGET: {"model_id": "a"}, "text/plain": "Loading: 0%| | 0/3 [00:00<?, ?it/s]"}  # tqdm's, in a notebook
-    figure = {WIDGET: {"model_id": "b"}, "text/plain": "[figure]", "image/png": "pixels"}
-    words = {"text/plain": "said"}
-    outputs = [nbformat.v4.new_output("display_data", data=data) for data in (bar, figure, words)]
-    cell = pages._tidy(nbformat.v4.new_code_cell("", outputs=outputs))
-    assert [output.data for output in cell.outputs] == [{"text/plain": "[figure]", "image/png": "pixels"}, words]
-
-
 def test_a_figure_follows_its_controls(root, monkeypatch):
     from ipywidgets import IntSlider
     from ipywidgets.widgets.widget import _instances
@@ -821,49 +811,3 @@ def test_records_are_finite_numbers_and_merge(root):
     for value in (float("nan"), "1", [1]):
         with pytest.raises(ValueError, match=r"^c: got .* wanted a finite number"):
             book.record(c=value)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0.0123456, "0.01235"),
-        (26194435, "26,194,435"),
-        (3.14159e-5, "3.142e-05"),
-        (123456.7, "123,457"),
-        (None, "–"),
-        (float("nan"), "–"),
-        ("x", "x"),
-        (True, "True"),
-        (1.0, "1"),
-    ],
-)
-def test_numbers_are_readable(value, text):
-    assert tables.format_number(value) == text
-
-
-def test_tables_take_frames_and_rows():
-    import pandas as pd
-
-    as_html, as_text = tables.format_table([{"a": "<x>", "b": 1}, {"b": 22}], "Cap")
-    assert '<td style="text-align: left">&lt;x&gt;</td>' in as_html and "<caption>Cap</caption>" in as_html
-    assert as_text == "Cap\na     b\n<x>   1\n–    22"
-    shown = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workbook, "_display", lambda forms: shown.append(forms["text/plain"]))
-        book = workbook.Run("r", Path(), Path(), Path())
-        book.table(pd.DataFrame({"fwd": [0.5]}, index=["ours"]), "T")
-        book.table(pd.DataFrame({"fwd": [0.5]}), "T")
-    assert shown == ["T\n      fwd\nours  0.5", "T\nfwd\n0.5"]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (1.234, "1.2 s"),
-        (245, "4 min 05 s"),
-        (7800, "2 h 10 min"),
-        (None, ""),
-    ],
-)
-def test_times_are_readable(seconds, text):
-    assert tables.format_seconds(seconds) == text

@@ -1,4 +1,4 @@
-"""wddm: wavelet-domain denoising diffusion, as a workbook. These names, and the modules: `from wddm import wavelets`."""
+"""wddm: wavelet-domain denoising diffusion, as a workbook. These names, and modules: `from wddm import wavelets`."""
 
 from importlib import import_module
 from typing import Any

@@ -24,7 +24,7 @@ COUNT = click.IntRange(min=1)
 CHECKED = {"dataset", "wavelet", "backbone", "scheduler", "solvers", "spacing_solvers"}  # that `experiment.check` knows
 PARAMETERS = (
     click.argument("params", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="params/x.yaml..."),
-    click.option("-p", "overrides", multiple=True, metavar="key=value", help="A parameter, as if it stood in the YAML."),
+    click.option("-p", "overrides", multiple=True, metavar="key=value", help="A parameter, as if it were in the YAML."),
 )
 
 
@@ -185,7 +185,7 @@ def sample(
 @click.option("--reference", required=True, help="Name of a prepared set under data/, or its folder.")
 @click.option("--resolution", type=COUNT, help="Which one, where a set is prepared in several.")
 @click.option("--fwd-level", type=COUNT, default=2, help="Level of the packets of the Fréchet wavelet distance.")
-@click.option("--inception-weights", type=click.Path(path_type=Path), metavar="FILE", help="torch-fidelity's, if elsewhere.")
+@click.option("--inception-weights", type=click.Path(path_type=Path), metavar="FILE", help="torch-fidelity's file.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("metrics.json"), help="Where the numbers go.")
 @click.option("--seed", type=int, default=0, help="Of the resamples and halves of intervals and floors.")
 @click.option("--device", help="A GPU if there is one, else cpu.")

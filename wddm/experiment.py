@@ -1,13 +1,14 @@
 """experiment: from the parameters of a run to its prepared set, codec, network and Trainer. There is no other assembly.
 
-What a parameter is for is written where it is taken: a name in a notebook's cell goes to every function below that has an
-argument of that name, and one that none of them has is an error.
+A parameter in a notebook's cell goes to every function below that has an argument of its name; one that none of them
+has is an error.
 """
 
 import inspect
 import socket
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -18,11 +19,11 @@ from diffusers import ModelMixin
 from wddm import data
 from wddm.backbones import BACKBONES, IMAGES, build_backbone
 from wddm.data import Dataset
+from wddm.learner import SCHEDULES, resolve_precision
 from wddm.metrics.frechet import frechet_wavelet_distance, packet_moments
 from wddm.objective import PREDICTION_TYPES, WEIGHTINGS, build_solver, check_options
-from wddm.learner import SCHEDULES, resolve_precision
 from wddm.training import Step, Trainer
-from wddm.wavelets import WaveletCodec
+from wddm.wavelets import WaveletCodec, check_choice
 from wddm.workbook import Run, progress
 from wddm.workbook.experiments import Experiment
 
@@ -58,7 +59,7 @@ def train(
     show: Callable[[Step], None] = lambda step: None,
     **options: bool,
 ) -> None:
-    """Train the run's pipeline to the end with a progress bar, and record it. What `num_processes` > 1 starts is forked.
+    """Train the run's pipeline to the end with a progress bar, in `num_processes` processes, and record it.
 
     Args:
         show: called for every `Step`, in the main process alone.
@@ -114,8 +115,9 @@ def _train(make: Callable[[], Trainer], book: Run, show: Callable[[Step], None],
         return
     book.begin("pipeline")
     print(*trainer.notes, sep="\n", end="\n" * bool(trainer.notes))
-    with progress(total=trainer.total_images, initial=trainer.images_seen, desc="training", unit="img") as bar:
-        for step in trainer.steps():
+    bar = progress(total=trainer.total_images, initial=trainer.images_seen, desc="training", unit="img")
+    with bar, closing(trainer.steps()) as steps:
+        for step in steps:
             bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
             bar.update(step.images_seen - bar.n)
             show(step)
@@ -131,10 +133,12 @@ def check(experiment: Experiment) -> None:
         ValueError: as the part that refuses says it.
     """
     parameters = experiment.parameters
-    tables = {"weighting": WEIGHTINGS, "schedule": SCHEDULES, "prediction_type": PREDICTION_TYPES, "backbone": BACKBONES}
+    tables: dict[str, Iterable[str]] = {
+        "weighting": WEIGHTINGS, "schedule": SCHEDULES, "prediction_type": PREDICTION_TYPES, "backbone": BACKBONES,
+    }  # fmt: skip
     for name, table in tables.items():
-        if parameters.get(name) is not None and parameters[name] not in table:
-            raise ValueError(f"got {name}={parameters[name]!r}, wanted one of {', '.join(table)}: choose one of them")
+        if parameters.get(name) is not None:
+            check_choice(name, parameters[name], table)
     if "precision" in parameters:
         resolve_precision(parameters["precision"])
     if {"dataset", "resolution"} <= parameters.keys():
@@ -150,10 +154,11 @@ def check(experiment: Experiment) -> None:
         if {"backbone", "dataset", "resolution"} <= parameters.keys():
             channels = IMAGES.get(parameters["dataset"], (0, 3))[1]
             _network(parameters, parameters["dataset"], parameters["resolution"], channels)
-    for scheduler in (parameters.get("scheduler"), *parameters.get("solvers", ()), *parameters.get("spacing_solvers", ())):
-        if scheduler is not None:
-            build_solver(scheduler, parameters.get("prediction_type") or "epsilon", spacing=parameters.get("spacing"))
+    for name in parameters.get("solvers", []) + parameters.get("spacing_solvers", []):
+        build_solver(name, spacing=parameters.get("spacing"))
     if "scheduler" in parameters:
+        predicts = parameters.get("prediction_type") or "epsilon"
+        build_solver(parameters["scheduler"], predicts, spacing=parameters.get("spacing"))
         check_options(parameters["scheduler"], **share(check_options, parameters))
 
 
@@ -167,8 +172,8 @@ def refuse_untaken(parameters: Parameters, functions: Iterable[Callable]) -> Non
     known = {name for function in functions for name in inspect.signature(function).parameters}
     if untaken := [name for name in parameters if name != "run" and name not in known]:
         raise ValueError(
-            f"got a parameter {untaken[0]!r} that nothing takes, wanted each to be used: give it to what should take it, "
-            "or remove it from the notebook's cell"
+            f"got a parameter {untaken[0]!r} that nothing takes, wanted each to be used: give it to what should take "
+            "it, or remove it from the notebook's cell"
         )
 
 

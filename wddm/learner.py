@@ -20,10 +20,9 @@ from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from wddm.objective import WEIGHTINGS, Loss, diffusion_loss, noise_scheduler
+from wddm.objective import WEIGHTINGS, Loss, build_solver, diffusion_loss, noise_scheduler
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
-from wddm.objective import build_solver
 from wddm.wavelets import WaveletCodec
 
 # name -> share of the learning rate, of the share of the steps after the warm-up that are done, 0 to 1

@@ -18,9 +18,8 @@ from diffusers import ModelMixin
 
 from wddm.backbones import IMAGES, PRESETS, build_backbone, preset_sizes
 from wddm.learner import resolve_precision, tune
-from wddm.pipeline import WaveletPipeline
 from wddm.objective import build_solver
-from wddm.training import Step
+from wddm.pipeline import WaveletPipeline
 from wddm.studies.profiling import (
     PASSES,
     Maker,
@@ -32,7 +31,7 @@ from wddm.studies.profiling import (
     spread,
     times_as_fast,
 )
-from wddm.training import Trainer
+from wddm.training import Step, Trainer
 from wddm.wavelets import WaveletCodec
 
 WAVELETS, PRESET = "wavelets", "pixels, preset"

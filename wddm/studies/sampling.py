@@ -22,15 +22,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from wddm.data import to_batch
 from wddm.checkpoints import public
-from wddm.data import Dataset
+from wddm.data import Dataset, to_batch
 from wddm.files import append_row, read_rows
 from wddm.metrics import scores
-from wddm.objective import clean_estimate, alphas_cumprod
+from wddm.objective import alphas_cumprod, build_solver, check_options, clean_estimate, default_spacing
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
-from wddm.objective import build_solver, check_options, default_spacing
 
 SETTING = ("scheduler", "steps", "eta", "spacing", "detail_steps")
 DISTANCES, ENDS = ("fwd", "fd"), ("", "_low", "_high")
@@ -147,9 +145,9 @@ def quality(
         samples, cost = timed_samples(solver, cell["count"], **options)
     except (ValueError, IndexError) as error:  # diffusers' own refusals are among them
         return {"error": str(error).splitlines()[0]}
-    fwd = scores.wavelet(samples, reference, level, seed=seed, device=device)
-    fd = replace(scores.classifier(samples, reference, seed=seed, device=device), key="fd")
-    return cost | fwd.record() | fd.record()
+    measuring = scores.Options(level, seed, device)
+    (fwd,), (fd,) = (metric(samples, reference, measuring) for metric in (scores.wavelet, scores.classifier))
+    return cost | fwd.record() | replace(fd, key="fd").record()
 
 
 def pooled(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from wddm.metrics.frechet import split_floor
 from wddm.backbones import load_backbone
 from wddm.data import Dataset
 from wddm.metrics import scores
-from wddm.training import read_log
+from wddm.metrics.frechet import split_floor
 from wddm.studies.profiling import PASSES, forward_flops
+from wddm.training import read_log
 
 Curve = tuple[np.ndarray, np.ndarray]  # images seen (K,), or seconds, and a logged quantity of S runs (S, K)
 
@@ -182,7 +182,8 @@ def packets(
     found, counts = {}, [len(reference.images) // 2]
     for name, runs in members(table).items():
         samples = [np.load(root / "runs" / run / "samples.npy", mmap_mode="r") for run in runs]
-        each = [scores.wavelet(images, reference, level, seed=seed).detail.per_packet for images in samples]
+        scored = [scores.wavelet(images, reference, scores.Options(level, seed)) for images in samples]
+        each = [score.detail.per_packet for (score,) in scored]
         found[name], counts = np.mean(each, 0), [*counts, *map(len, samples)]
     return found, split_floor(reference.images, level, count=min(counts), seed=seed).per_packet
 

@@ -85,7 +85,8 @@ class Run:
 
     def begin(self, name: str) -> None:
         """Record that this notebook begins to make something: what was there before is not to be taken for it."""
-        write_entry(self.root, self.name, name, {"by": self.notebook, "parameters": self.parameters, "from": self.sources})
+        entry = {"by": self.notebook, "parameters": self.parameters, "from": self.sources}
+        write_entry(self.root, self.name, name, entry)
 
     def made(self, name: str, path: Path, *, shared: bool = False, **facts: Any) -> None:
         """Record what this notebook has made, by its content, from what it took and with which parameters.

@@ -42,7 +42,7 @@ def pipeline_notebooks(root: Path) -> tuple[Path, ...]:
     return tuple(sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb")))
 
 
-def load_experiments(path: Path, root: Path, overrides: list[str] = ()) -> list[Experiment]:
+def load_experiments(path: Path, root: Path, overrides: Iterable[str] = ()) -> list[Experiment]:
     """Read and check one YAML: an Experiment, or one per combination of its sweep and, last, its summary.
 
     `overrides` are `key=value` texts whose values are read as YAML, as if they stood in the file.

@@ -1,7 +1,7 @@
 """A lock on a run, so that two commands never work on one run at a time.
 
-It is `flock` on runs/.locks/<run>: held by whoever has the file open, which the processes that a command starts inherit,
-and released by the system when the last of them dies. So neither a reused process number nor a reboot blocks a run.
+It is `flock` on runs/.locks/<run>: held by whoever has the file open, which the processes that a command starts
+inherit, and released by the system when the last of them dies. So neither a reused pid nor a reboot blocks a run.
 """
 
 import fcntl

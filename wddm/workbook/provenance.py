@@ -63,7 +63,8 @@ def fingerprint(experiment: Experiment, notebook: Path, known: Digests) -> str:
 def outputs(experiment: Experiment, notebook: Path, known: Digests) -> dict[str, str]:
     """Content of what a notebook declares to write; of what others write into as well, only that it is there."""
     found = hashes(experiment.root, declared_paths(experiment, notebook, "Outputs"), known)
-    return {path: "there" if digest != "absent" and Path(path).name in SHARED else digest for path, digest in found.items()}
+    shared = {path: "there" for path in found if Path(path).name in SHARED and found[path] != "absent"}
+    return found | shared
 
 
 def hashes(root: Path, paths: list[Path], known: Digests) -> dict[str, str]:
@@ -115,7 +116,8 @@ def watch(log: str, root: str, run: str) -> None:
         path = os.path.join(os.getcwd(), arguments[0])
         if path not in seen and path.startswith(os.path.join(root, "")):
             seen.add(path)
-            if not path.startswith((*own, *packages)) and not any(part[:1] == "." for part in path[len(root):].split("/")):
+            hidden = any(part[:1] == "." for part in path[len(root) :].split(os.sep))
+            if not hidden and not path.startswith((*own, *packages)):
                 os.write(descriptor, f"{path}\n".encode(errors="surrogateescape"))
 
     sys.addaudithook(note)

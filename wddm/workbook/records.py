@@ -2,7 +2,7 @@
 
 runs/<run>/record.json says of everything that a run made what it was made from, by content:
 
-    {"data":     {"by": "01_prepare", "path": "data/digits-16-1a2b3c4d", "sha256": ..., "parameters": {...}, "from": {}},
+    {"data":     {"by": "01_prepare", "path": "data/<set>/manifest.json", "sha256": ..., "parameters": ..., "from": {}},
      "pipeline": {"by": "02_train", "path": "runs/x/pipeline", ..., "from": {"data": <sha256>}},
      "samples":  {"by": "03_sample", ...}, "metrics": {"by": "04_evaluate", ...}}
 
@@ -81,7 +81,7 @@ def taken(root: Path, run: str, name: str, known: Digests) -> dict[str, Any]:
     for source, digest in entry["from"].items():
         now = taken(root, run, source, known)
         if now["sha256"] != digest:
-            raise ValueError(f"got {entry['path']}, made before {now['path']} changed, wanted it made from that: {remedy}")
+            raise ValueError(f"got {entry['path']}, made before {now['path']} changed, wanted one made from it: {remedy}")
     if entry["sha256"] is not None and known.of(root / entry["path"]) != entry["sha256"]:
         raise ValueError(f"got {entry['path']}, which is not what {entry['by']} left there, wanted that: {remedy}")
     return entry

@@ -1,8 +1,8 @@
 """Runs experiments: which notebooks, in which order, whether they have to, and what became of them.
 
 status.json of reports/<run>/ is written before and after each launch, here and nowhere else:
-{"02_train": {"state", "seconds", "error", "started", "pid", "fingerprint", "recorded", "outputs", "opened"}, ...}, where
-state is pending, running, ok, failed or killed.
+{"02_train": {"state", "seconds", "error", "started", "pid", "fingerprint", "recorded", "outputs", "opened"}, ...},
+where state is pending, running, ok, failed or killed.
 """
 
 import contextlib
@@ -42,8 +42,8 @@ def run(
 
     `only` and `start` choose notebooks by name, with or without the number; the summary's come after those of the
     sweep. `preflight(experiment)` may refuse, by ValueError, one of which something is going to run; nothing has run
-    then. `held`: the lock of the run, where the process that started this one has it. Returns 0 ok, 1 a notebook failed,
-    130 interrupted.
+    then. `held`: the lock of the run, where the process that started this one has it. Returns 0 ok, 1 a notebook
+    failed, 130 interrupted.
     """
     names = [experiment.run for experiment in experiments]
     if twins := sorted({name for name in names if names.count(name) > 1}):
@@ -98,11 +98,11 @@ class Task:
         notebooks = self.experiment.notebooks
         for notebook in notebooks[: notebooks.index(self.chosen[0])]:
             before, now = made.get(notebook.stem, {}).get("parameters"), self.experiment.values(notebook)
-            changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before and before.get(name) != now[name]]
-            if changed:
+            if before and (names := [name for name in now if before.get(name) != now[name]]):
+                changed = ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in names)
                 found.append(
-                    f"run {self.experiment.run!r}: {notebook.stem} ran with other parameters ({', '.join(changed)}), wanted "
-                    "the same: set them back, or let it run too (without --only and --from)"
+                    f"run {self.experiment.run!r}: {notebook.stem} ran with other parameters ({changed}), wanted the "
+                    "same: set them back, or let it run too (without --only and --from)"
                 )
         return found
 
