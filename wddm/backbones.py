@@ -103,6 +103,7 @@ def build_backbone(
         maps = {"sample_size": image_size // 2**level, "in_channels": channels, "out_channels": channels}
         return BACKBONES[backbone].build(**maps, attention_head_dim=head_dim, **options)
 
+    dataset = dataset or "none"
     given = {"block_out_channels": widths, "attention_levels": attention_levels}
     common = {"layers_per_block": layers_per_block, "dropout": dropout}
     options = resolve_options(backbone, dataset, level, given | common)
@@ -113,7 +114,7 @@ def build_backbone(
     return build(0, matched_options(partial(build, 0), resolve_options(backbone, dataset, 0, common), parameters))
 
 
-def resolve_options(backbone: str, dataset: str | None, level: int, given: dict[str, Any]) -> dict[str, Any]:
+def resolve_options(backbone: str, dataset: str, level: int, given: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a network: the given ones that are not None, else those of the preset.
 
     Raises:
@@ -123,7 +124,7 @@ def resolve_options(backbone: str, dataset: str | None, level: int, given: dict[
     given = {name: value for name, value in given.items() if value is not None}
     if foreign := [name for name in given if name not in has]:
         raise ValueError(f"got {', '.join(foreign)} for a {backbone}, which does not have it: leave it out")
-    preset = {
+    preset: dict[str, Any] = {
         "attention_levels": (),
         "layers_per_block": LAYERS_PER_BLOCK.get(dataset, 2),
         "dropout": DROPOUT.get(dataset, 0.0),
@@ -138,7 +139,7 @@ def resolve_options(backbone: str, dataset: str | None, level: int, given: dict[
     return options | {"block_out_channels": widths}
 
 
-def preset_sizes(backbone: str, dataset: str | None, level: int) -> dict[str, tuple[int, ...]]:
+def preset_sizes(backbone: str, dataset: str, level: int) -> dict[str, tuple[int, ...]]:
     """Widths of a preset, and the UNet's attention levels, by the names of the networks' arguments.
 
     Raises:
@@ -218,7 +219,7 @@ BACKBONES = {
 }
 
 
-def backbone_name(class_name: str | None) -> str:
+def backbone_name(class_name: str) -> str:
     """Key in `BACKBONES` of a network's class name; ValueError if it is none of theirs."""
     for name, entry in BACKBONES.items():
         if class_name in entry.load:
@@ -229,5 +230,5 @@ def backbone_name(class_name: str | None) -> str:
 
 def load_backbone(folder: Path, **options: Any) -> ModelMixin:
     """The network in a folder, of the class that its config.json names, in eval mode; `options`: torch_dtype."""
-    class_name = read_config(UKANModel, folder).get("_class_name")
+    class_name = str(read_config(UKANModel, folder).get("_class_name"))
     return BACKBONES[backbone_name(class_name)].load[class_name](folder, **options)

@@ -50,8 +50,8 @@ class DiTModel(ModelMixin, ConfigMixin):
         self.proj_in, self.proj_out = nn.Linear(in_channels, width), nn.Linear(width, out_channels)
         self.blocks = nn.ModuleList(DiTBlock(width, attention_head_dim, dropout) for _ in block_out_channels)
         self.norm_out, self.modulation_out = plain_norm(width), nn.Linear(width, 2 * width)
-        for layer in (self.proj_out, self.modulation_out, *(block.modulation for block in self.blocks)):
-            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)  # every block begins as the identity
+        for layer in (self.modulation_out, self.proj_out):
+            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
 
     def forward(
         self, sample: Tensor, timestep: Tensor | float | int, return_dict: bool = True
@@ -79,6 +79,7 @@ class DiTBlock(nn.Module):
         self.norm1, self.qkv, self.proj = plain_norm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
         widen, narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.norm2, self.mlp = plain_norm(width), nn.Sequential(widen, nn.GELU("tanh"), nn.Dropout(dropout), narrow)
+        nn.init.zeros_(self.modulation.weight), nn.init.zeros_(self.modulation.bias)  # at first, the identity
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """Tokens (B, N, width) and time (B, width) -> (B, N, width)."""

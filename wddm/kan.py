@@ -5,6 +5,7 @@ Splines are cubic on one uniform grid of 5 intervals over [-1, 1]: 8 bases, supp
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,19 +44,17 @@ class SplineSum(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         parts = x.split(_rows(x, PER_PRODUCT))
-        y = torch.cat([F.linear(_bases(part).flatten(1), weight.flatten(1)) for part in parts])
-        ctx.dtype = y.dtype
-        return y
+        return torch.cat([F.linear(_bases(part).flatten(1), weight.flatten(1)) for part in parts])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        cast, rows = weight.flatten(1).to(ctx.dtype), _rows(x, PER_PRODUCT)
+        cast, rows = weight.flatten(1).to(gradient.dtype), _rows(x, PER_PRODUCT)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight).flatten(1)
         for part, grad_y, grad_part in zip(x.split(rows), gradient.split(rows), grad_x.split(rows), strict=True):
             bases = _bases(part, (grad_y @ cast).unflatten(1, (BASES, -1)), grad_part)
-            grad_weight.add_(grad_y.T @ bases.flatten(1).to(ctx.dtype))
+            grad_weight.add_(grad_y.T @ bases.flatten(1).to(gradient.dtype))
         return grad_x, grad_weight.view_as(weight)
 
 

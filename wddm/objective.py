@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from diffusers import DDPMScheduler, ModelMixin, SchedulerMixin
-from torch import Tensor
+from diffusers import DDPMScheduler, SchedulerMixin
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wddm.wavelets import WaveletCodec, check_choice
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-NOISE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
+NOISE: dict[str, Any] = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
 
 
 class Loss(NamedTuple):
@@ -86,7 +86,7 @@ def loss_weights(scheduler: SchedulerMixin, t: Tensor, weighting: str) -> Tensor
 
 
 def diffusion_loss(
-    model: ModelMixin,
+    model: nn.Module,
     codec: WaveletCodec,
     scheduler: SchedulerMixin,
     images: Tensor,
@@ -126,7 +126,7 @@ SOLVERS = {  # name: class of diffusers
     "deis": "DEISMultistepScheduler",
     "lms": "LMSDiscreteScheduler",
 }
-SETTINGS = {  # of single solvers, beside those that all of them share
+SETTINGS: dict[str, dict[str, Any]] = {  # of single solvers, beside those that all of them share
     "ddpm": {"variance_type": "fixed_small"},
     "pndm": {"skip_prk_steps": True},  # the Runge-Kutta start diverges where the schedule leaves no signal
 }
@@ -170,8 +170,9 @@ def build_solver(
     known = inspect.signature(solver.__init__).parameters
     options = {**NOISE, "prediction_type": prediction_type, **SETTINGS.get(name, {})}
     if "timestep_spacing" in known:
-        options["timestep_spacing"] = spacing or default_spacing(name)
-        check_choice("spacing", options["timestep_spacing"], ("leading", "trailing", "linspace"))
+        spacing = spacing or default_spacing(name)
+        check_choice("spacing", spacing, ("leading", "trailing", "linspace"))
+        options["timestep_spacing"] = spacing
     elif spacing is not None:
         raise ValueError(f"got spacing={spacing!r} for {name}, which spaces its steps itself: leave spacing out")
     if "clip_sample" in known:

@@ -81,7 +81,7 @@ def taken(root: Path, run: str, name: str, known: Digests) -> dict[str, Any]:
     for source, digest in entry["from"].items():
         now = taken(root, run, source, known)
         if now["sha256"] != digest:
-            raise ValueError(f"got {entry['path']}, made before {now['path']} changed, wanted one made from it: {remedy}")
+            raise ValueError(f"got {entry['path']}, made before {now['path']} changed, wanted one made of it: {remedy}")
     if entry["sha256"] is not None and known.of(root / entry["path"]) != entry["sha256"]:
         raise ValueError(f"got {entry['path']}, which is not what {entry['by']} left there, wanted that: {remedy}")
     return entry
