@@ -17,7 +17,7 @@ from wddm.workbook.refresh import refresh
 from wddm.workbook.report import WIDGET
 
 TUTORIALS = sorted((ROOT / "notebooks" / "tutorials").glob("*.ipynb"))
-NAMES = ("diffusion_in_wavelet_space", "sampling", "ukan", "wavelets")
+NAMES = ("diffusion_in_wavelet_space", "measuring", "sampling", "ukan", "wavelets")
 SECONDS = 60  # that a tutorial may take on two cores
 FOLDED = {"source_hidden": True, "outputs_hidden": True}
 IGNORED = 2  # cells in all whose output is not compared
@@ -72,7 +72,7 @@ def outcomes(report: Path) -> dict[str, str]:
     return found
 
 
-def test_there_are_four() -> None:
+def test_there_are_five() -> None:
     assert tuple(path.stem for path in TUTORIALS) == NAMES
 
 
