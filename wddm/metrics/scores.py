@@ -111,9 +111,9 @@ def evaluate(samples: np.ndarray, reference: Dataset, options: Options = Options
 
 def wavelet(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
     """FWD; `detail` is the `frechet.Frechet` with all packets."""
-    level, counts = options.level, (len(samples), len(reference.images))
-    found, floor = _frechet(f"fwd-level{level}", samples, reference, options)
-    return [Score("fwd", f"FWD, level {level}", found.distance, floor, *counts, options.protocol, found)]
+    found, floor = _frechet(f"fwd-level{options.level}", samples, reference, options)
+    counts, name = (len(samples), len(reference.images)), f"FWD, level {options.level}"
+    return [Score("fwd", name, found.distance, floor, *counts, options.protocol, found)]
 
 
 def classifier(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
@@ -126,9 +126,8 @@ def classifier(samples: np.ndarray, reference: Dataset, options: Options) -> lis
         found, floor = _frechet(f"{known_as}-{_digest(network)}", samples, reference, options, network)
     except ValueError as error:  # no labels, or too few images
         return [_none(key, name, *counts, str(error))]
-    judged = f"right on {network.accuracy.value:.1%} of {len(network.right):,} held-out images"
-    protocol = f"{options.protocol}; classifier {judged}"
-    return [Score(key, name, found.distance, floor, *counts, protocol, network)]
+    judged = f"classifier right on {network.accuracy.value:.1%} of {len(network.right):,} held-out images"
+    return [Score(key, name, found.distance, floor, *counts, f"{options.protocol}; {judged}", network)]
 
 
 def by_inception(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
@@ -190,8 +189,7 @@ def caveat(samples: Sequence) -> str:
 
 def fairness(samples: Sequence, reference: Dataset) -> str:
     """How many images scores and floors compare, and what a perfect model would score by the bias of distances."""
-    n, total = len(samples), len(reference.images)
-    half = min(n, total // 2)
+    n, total, half = len(samples), len(reference.images), min(len(samples), len(reference.images) // 2)
     expected, others = (1 / n + 1 / total) / (1 / half + 1 / (total - half)), total - half
     return (
         f"Scores: {n:,} samples against {total:,} real images; floors: {half:,} real images against the {others:,} "
@@ -259,9 +257,7 @@ def find_reference(reference: str, root: Path) -> Dataset:
 def reference_classifier(reference: Dataset, seed: int = 0) -> diagnostics.Classifier:
     """The classifier of a labelled reference, trained once and kept in `statistics/` if that is allowed."""
     if reference.labels is None:
-        raise ValueError(
-            "got a reference without labels, wanted a labelled one to train a classifier on: choose another"
-        )
+        raise ValueError("got a reference without labels, wanted one for a classifier to learn from: choose another")
     folder = _place(reference, f"classifier-{reference.manifest['sha256']['labels'][:8]}-{seed}")
     if (folder / "config.json").is_file():
         return diagnostics.Classifier.from_pretrained(folder)
