@@ -86,7 +86,7 @@ def test_the_classifier_of_a_reference_is_trained_once(digits, monkeypatch, tmp_
     (few,) = scores.classifier(samples[:20], reference, Options(seed=1))
     assert few.value is None and few.protocol.startswith("not computed: got 20 images for vectors of 32 values")
     (unlabelled,) = scores.classifier(samples, replace(reference, labels=None), Options())
-    assert unlabelled.record() == {} and "no labels" in unlabelled.protocol
+    assert unlabelled.record() == {} and "without labels" in unlabelled.protocol
 
 
 def test_every_metric_is_evaluated_and_a_new_one_is_an_entry(digits, monkeypatch, no_weights) -> None:

@@ -464,7 +464,7 @@ def test_images_without_a_label_are_left_out_and_missing_labels_refused(digits, 
     monkeypatch.setattr(diagnostics, "STEPS", 1)
     images, labels = digits.images[:400], np.where(digits.labels[:400] > 4, -1, digits.labels[:400])
     classifier = diagnostics.fit_classifier(images, labels)
-    assert classifier.config.classes == [0, 1, 2, 3, 4] and len(classifier.right) == -(-np.sum(labels >= 0) // 4)
+    assert classifier.classes == [0, 1, 2, 3, 4] and len(classifier.right) == -(-np.sum(labels >= 0) // 4)
     with pytest.raises(ValueError, match="got 400 images and 399 labels"):
         diagnostics.fit_classifier(images, labels[:399])
     with pytest.raises(ValueError, match="labels of 1 classes"):

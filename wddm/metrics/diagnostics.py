@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from wddm.metrics.intervals import Estimate, resampled, share
@@ -82,7 +82,8 @@ class UnitBatches:
             batch = images[part if self.rows is None else self.rows[part]]
             batch = (batch.detach() if isinstance(batch, Tensor) else torch.from_numpy(np.array(batch))).to(device)
             if isinstance(images, np.memmap) and images.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
-                images._mmap.madvise(mmap.MADV_DONTNEED)  # what was read stays in the system's cache, not in our memory
+                pages: mmap.mmap = images._mmap  # type: ignore[attr-defined]
+                pages.madvise(mmap.MADV_DONTNEED)  # what was read stays in the system's cache, not in our memory
             if layout == "NHWC":
                 yield batch.permute(0, 3, 1, 2).double().div_(255)
             elif batch.is_floating_point() and batch.min() >= 0 and batch.max() <= 1:
@@ -143,7 +144,8 @@ def radial_power_spectrum(images: Images) -> Spectrum:
 
 def band_statistics(images: Images, level: int = 3) -> BandStatistics:
     """Energy, spread and tails of the Haar packets; those of details in photographs are heavy-tailed."""
-    packets = map(haar_packets(level), UnitBatches(images))
+    split = haar_packets(level)
+    packets = (split(batch, slice(None)) for batch in UnitBatches(images))
     sums = [torch.stack([(values**power).mean(2).T for power in (1, 2, 3, 4)], 1) for values in packets]
     per_image = torch.cat(sums).numpy()  # (N, 4, 4^L)
     energy, mean = resampled(per_image[:, 1]), per_image[:, 0].mean(0)
@@ -183,8 +185,8 @@ def nearest_neighbours(
     for i, query in enumerate(UnitBatches(generated, batch_size=1)):
         (candidates,) = UnitBatches(real, rows[i].numpy(), wanted)
         distances[i] = (candidates - query).square().mean((1, 2, 3)).sqrt().numpy()
-    order = np.argsort(distances, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(rows.numpy(), order, 1), np.take_along_axis(distances, order, 1)
+    nearest = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(rows.numpy(), nearest, 1), np.take_along_axis(distances, nearest, 1)
 
 
 def memorised(distances: np.ndarray, ratio: float = 1 / 3) -> np.ndarray:
@@ -198,7 +200,7 @@ def memorised(distances: np.ndarray, ratio: float = 1 / 3) -> np.ndarray:
     return distances[:, 0] <= ratio * distances[:, 1]
 
 
-class Classifier(ModelMixin, ConfigMixin):
+class Classifier(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """A small network for a labelled set, and what it achieves on images of the set that it was not trained on.
 
     Called with images (B, C, H, W) in [0, 1] it returns features, of which a Frechet distance can be taken;
@@ -214,13 +216,14 @@ class Classifier(ModelMixin, ConfigMixin):
             for k, (a, b) in enumerate(itertools.pairwise(widths))
         ]
         self.body = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], FEATURES))
+        self.side, self.classes = side, list(classes)
         self.head = nn.Sequential(nn.SiLU(), nn.Linear(FEATURES, len(classes)))
         self.register_buffer("right", torch.zeros(held_out))  # 1 where the class of a held-out image was found
         self.register_buffer("confidence", torch.zeros(held_out, dtype=torch.float64))  # its top probability
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, 32) of float32 images (B, C, H, W) in [0, 1]; larger ones than `side` are averaged to it."""
-        return self.body(nn.functional.adaptive_avg_pool2d(images, self.config.side) * 2 - 1)
+        return self.body(nn.functional.adaptive_avg_pool2d(images, self.side) * 2 - 1)
 
     @property
     def accuracy(self) -> Estimate[float]:
@@ -247,8 +250,8 @@ def fit_classifier(images: np.ndarray, labels: np.ndarray, seed: int = 0) -> Cla
     from sklearn.model_selection import train_test_split
 
     rows = np.flatnonzero(np.asarray(labels) >= 0)
-    classes = np.unique(labels[rows]) if len(images) == len(labels) else []
-    if len(classes) < 2:
+    classes = np.unique(np.asarray(labels)[rows])
+    if len(images) != len(labels) or len(classes) < 2:
         raise ValueError(
             f"got {len(images)} images and {len(labels)} labels of {len(classes)} classes, wanted one label each of 2 "
             "classes or more: give the labels of these images"
@@ -273,7 +276,7 @@ def _train(network: Classifier, images: np.ndarray, targets: np.ndarray, rows: n
     """
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS)
-    classes, reach = len(network.config.classes), images.shape[1] // 16
+    classes, reach = len(network.classes), images.shape[1] // 16
     shuffled, blended, others = (slice(k * UNCLEAR, (k + 1) * UNCLEAR) for k in range(3))
     for _ in range(STEPS):
         chosen = rows[torch.randint(len(rows), (BATCH,)).numpy()]
@@ -310,7 +313,7 @@ class Verdict:
 def judge(classifier: Classifier, generated: Images) -> Verdict:
     """Classes of generated images, and how sure the classifier is of them."""
     probability = classifier.probabilities(generated)
-    confidence, classes = probability.max(1), classifier.config.classes
+    confidence, classes = probability.max(1), classifier.classes
     counts = np.bincount(probability.argmax(1), minlength=len(classes)).tolist()
-    confident = share(np.count_nonzero(confidence >= classifier.threshold), len(generated))
+    confident = share(int(np.count_nonzero(confidence >= classifier.threshold)), len(generated))
     return Verdict(dict(zip(classes, counts, strict=True)), confidence, confident)

@@ -151,8 +151,8 @@ def frechet_wavelet_distance(
     Raises:
         ValueError: fewer images than the d values of a packet, so that a covariance would be singular.
     """
-    real, generated = _side(real, device), _side(generated, device)
-    return _distance(real, generated, haar_packets(level), 4**level, resamples, seed)
+    one, other = _side(real, device), _side(generated, device)
+    return _distance(one, other, haar_packets(level), 4**level, resamples, seed)
 
 
 def frechet_feature_distance(
@@ -170,8 +170,8 @@ def frechet_feature_distance(
         real, generated: images, or their `feature_moments`.
         feature_extractor: a torch module in eval mode, float32 images (B, C, H, W) in [0, 1] -> features (B, d).
     """
-    real, generated = _side(real, device), _side(generated, device)
-    return _distance(real, generated, _features(feature_extractor), 1, resamples, seed)
+    one, other = _side(real, device), _side(generated, device)
+    return _distance(one, other, _features(feature_extractor), 1, resamples, seed)
 
 
 def split_floor(
@@ -235,14 +235,15 @@ def _distance(
     )  # (1 + R, n)
     values = real.mean.shape[-1] if isinstance(real, Moments) else math.prod(real.images.shape[1:]) // populations
     size = max(1, GROUP_BYTES // (8 * values**2 * (2 + resamples)))
-    found = []
+    found: list[np.ndarray] = []
     for start in range(0, populations, size):
         part = slice(start, start + size)
         (one,), others = _moments(real, vectors, part), _moments(generated, vectors, part, weights)
-        found.append([frechet_distance(one.mean, one.covariance, m.mean, m.covariance) for m in others])
-    per_packet, drawn = np.split(np.concatenate(found, 1), [1])  # (1, P), (R, P)
+        found.append(np.array([frechet_distance(one.mean, one.covariance, m.mean, m.covariance) for m in others]))
+    distances = np.concatenate(found, 1)  # (1 + R, P), the first row of the images as they are
+    per_packet, drawn = distances[0], distances[1:]
     mean = distance_estimate(float(per_packet.mean()), drawn.mean(1))
-    return Frechet(mean, distance_estimate(per_packet[0], drawn), real.count, generated.count)
+    return Frechet(mean, distance_estimate(per_packet, drawn), real.count, generated.count)
 
 
 def _moments(

@@ -84,8 +84,8 @@ def scores(generated: Features, real: Features, *, resamples: int = 20, seed: in
     covered = prc_features_to_metric(*pools, save_cpu_ram=True, prc_batch_size=2000, verbose=False)
     return {
         "fid": fid_interval(fid, generated, real, resamples=resamples, seed=seed),
-        "kid": _gaussian(*kid.values()),
-        "inception_score": _gaussian(*parts.values(), SPLITS),
+        "kid": _gaussian(kid["kernel_inception_distance_mean"], kid["kernel_inception_distance_std"]),
+        "inception_score": _gaussian(parts["inception_score_mean"], parts["inception_score_std"], SPLITS),
         **{
             name: share(round(covered[name] * len(pool)), len(pool))._replace(value=covered[name])
             for name, pool in zip(("precision", "recall"), pools, strict=True)

@@ -24,7 +24,6 @@ from wddm.metrics.intervals import Estimate, median, share
 
 RESAMPLES = 20
 SEARCHED = 256  # samples whose nearest real images are looked for
-LEFT_OUT = ("grid.png",)  # `wddm sample` puts it beside the images
 INCEPTION = {  # key of metrics.json -> name
     "fid": "FID", "kid": "KID", "inception_score": "Inception score", "precision": "precision", "recall": "recall",
 }  # fmt: skip
@@ -35,12 +34,11 @@ Floors = dict[str, Estimate[float]]
 class Options:
     """What the metrics are told; each takes what it needs.
 
-    Args:
-        level: level of the FWD's wavelet packets.
-        seed: seed of everything random.
-        device: where networks run and moments are added up.
-        inception_weights: torch-fidelity's file; None: where torch-fidelity downloads it to.
-        progress: wraps a range of batches, to show a bar.
+    level: level of the FWD's wavelet packets.
+    seed: seed of everything random.
+    device: where networks run and moments are added up.
+    inception_weights: torch-fidelity's file; None: where torch-fidelity downloads it to.
+    progress: wraps a range of batches, to show a bar.
     """
 
     level: int = 3
@@ -50,7 +48,7 @@ class Options:
     progress: Callable[[range], Iterable[int]] = lambda batches: batches
 
     @property
-    def bootstrap(self) -> dict[str, int]:
+    def bootstrap(self) -> dict[str, Any]:
         """How intervals are drawn."""
         return {"resamples": RESAMPLES, "seed": self.seed}
 
@@ -113,9 +111,9 @@ def evaluate(samples: np.ndarray, reference: Dataset, options: Options = Options
 
 def wavelet(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
     """FWD; `detail` is the `frechet.Frechet` with all packets."""
-    level, counts = options.level, (len(samples), len(reference.images))
-    found, floor = _frechet(f"fwd-level{level}", samples, reference, options)
-    return [Score("fwd", f"FWD, level {level}", found.distance, floor, *counts, options.protocol, found)]
+    found, floor = _frechet(f"fwd-level{options.level}", samples, reference, options)
+    counts, name = (len(samples), len(reference.images)), f"FWD, level {options.level}"
+    return [Score("fwd", name, found.distance, floor, *counts, options.protocol, found)]
 
 
 def classifier(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
@@ -123,16 +121,13 @@ def classifier(samples: np.ndarray, reference: Dataset, options: Options) -> lis
     known_as = f"{reference.manifest['dataset']}-{reference.manifest['resolution']}-classifier"
     key, name = f"fd_{known_as.replace('-', '_')}", f"FD, {known_as} (not FID)"
     counts = len(samples), len(reference.images)
-    if reference.labels is None:
-        return [_none(key, name, *counts, "the reference has no labels to train a classifier on")]
     try:
-        network = reference_classifier(reference, options.seed).to(options.device)
+        network = reference_classifier(reference, options.seed).to(options.device)  # type: ignore[arg-type]
         found, floor = _frechet(f"{known_as}-{_digest(network)}", samples, reference, options, network)
-    except ValueError as error:  # too few images
+    except ValueError as error:  # no labels, or too few images
         return [_none(key, name, *counts, str(error))]
-    judged = f"right on {network.accuracy.value:.1%} of {len(network.right):,} held-out images"
-    protocol = f"{options.protocol}; classifier {judged}"
-    return [Score(key, name, found.distance, floor, *counts, protocol, network)]
+    judged = f"classifier right on {network.accuracy.value:.1%} of {len(network.right):,} held-out images"
+    return [Score(key, name, found.distance, floor, *counts, f"{options.protocol}; {judged}", network)]
 
 
 def by_inception(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
@@ -189,13 +184,12 @@ METRICS: dict[str, Callable[[np.ndarray, Dataset, Options], list[Score]]] = {
 def caveat(samples: Sequence) -> str:
     """What must be said beside numbers of so many images."""
     few = "Fewer than 10,000 images: compares only within this workbook, and only at this number. "
-    return few * (len(samples) < 10_000)
+    return few if len(samples) < 10_000 else ""
 
 
 def fairness(samples: Sequence, reference: Dataset) -> str:
     """How many images scores and floors compare, and what a perfect model would score by the bias of distances."""
-    n, total = len(samples), len(reference.images)
-    half = min(n, total // 2)
+    n, total, half = len(samples), len(reference.images), min(len(samples), len(reference.images) // 2)
     expected, others = (1 / n + 1 / total) / (1 / half + 1 / (total - half)), total - half
     return (
         f"Scores: {n:,} samples against {total:,} real images; floors: {half:,} real images against the {others:,} "
@@ -226,7 +220,7 @@ def read_images(path: Path) -> np.ndarray:
     array = path / "samples.npy" if path.is_dir() else path
     if array.suffix == ".npy" and array.is_file():
         return np.load(array, mmap_mode="r")
-    files = sorted(file for file in path.glob("*.png") if file.name not in LEFT_OUT)
+    files = sorted(file for file in path.glob("*.png") if file.name != "grid.png")  # an overview by `wddm sample`
     if not files:
         raise ValueError(f"got {path}, wanted a folder of PNGs, or samples.npy: give what wddm sample wrote")
     images: list[np.ndarray] = []
@@ -262,6 +256,8 @@ def find_reference(reference: str, root: Path) -> Dataset:
 
 def reference_classifier(reference: Dataset, seed: int = 0) -> diagnostics.Classifier:
     """The classifier of a labelled reference, trained once and kept in `statistics/` if that is allowed."""
+    if reference.labels is None:
+        raise ValueError("got a reference without labels, wanted one for a classifier to learn from: choose another")
     folder = _place(reference, f"classifier-{reference.manifest['sha256']['labels'][:8]}-{seed}")
     if (folder / "config.json").is_file():
         return diagnostics.Classifier.from_pretrained(folder)
@@ -282,7 +278,7 @@ def _place(reference: Dataset, name: str) -> Path:
     return reference.folder / "statistics" / f"{reference.manifest['sha256']['images'][:16]}-{name}"
 
 
-def _kept(reference: Dataset, name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def _kept(reference: Dataset, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `make` returns, from `statistics/` of the reference if it is there; written there if that is allowed."""
     path = _place(reference, f"{name}.npz")
     if path.is_file():
@@ -302,12 +298,12 @@ def _frechet(
     network: diagnostics.Classifier | None = None,
 ) -> tuple[frechet.Frechet, Estimate[float] | None]:
     """A distance and its floor: of the network's features, or the FWD if there is none."""
-    if network is None:
-        moments, distance = frechet.packet_moments, frechet.frechet_wavelet_distance
-        of = {"level": options.level, "device": options.device}
-    else:
-        moments, distance = frechet.feature_moments, frechet.frechet_feature_distance
-        of = {"feature_extractor": network, "device": options.device}
+    moments: Callable[..., frechet.Moments] = frechet.feature_moments if network else frechet.packet_moments
+    distance: Callable[..., frechet.Frechet] = (
+        frechet.frechet_feature_distance if network else frechet.frechet_wavelet_distance
+    )
+    of: dict[str, Any] = {"feature_extractor": network} if network else {"level": options.level}
+    of["device"] = options.device
     real = _kept(reference, stem, lambda: moments(reference.images, **of).state())
     found = distance(frechet.Moments(**real), samples, **of, **options.bootstrap)
 
