@@ -115,9 +115,10 @@ class Task:
         return (
             not self.force
             and entry.get("state") == "ok"
-            and all((self.folder / f"{name}{suffix}").exists() for suffix in (".ipynb", ".html"))
+            and (self.folder / f"{name}.html").exists()
             and entry.get("fingerprint") == provenance.fingerprint(self.experiment, notebook, self.known)
             and entry.get("outputs") == provenance.outputs(self.experiment, notebook, self.known)
+            and all(numbers.items() <= self.recorded()[kind].items() for kind, numbers in entry["recorded"].items())
             and all(self.known.of(self.root / path) == digest for path, digest in entry.get("opened", {}).items())
         )
 
@@ -175,7 +176,10 @@ class Task:
             state=state,
             error=error,
             seconds=seconds,
-            recorded={kind: sorted(keys - before[kind]) for kind, keys in self.recorded().items()},
+            recorded={
+                kind: {key: number for key, number in numbers.items() if key not in before[kind]}
+                for kind, numbers in self.recorded().items()
+            },
             outputs=provenance.outputs(self.experiment, notebook, self.known),
             opened=provenance.hashes(self.root, opened, self.known) if state == "ok" else {},
         )
@@ -207,9 +211,9 @@ class Task:
             self.status[notebook.stem] = {"state": "pending", "seconds": None, "error": None}
         write_json(self.folder / "status.json", self.status)
 
-    def recorded(self) -> dict[str, set[str]]:
-        """The names in metrics.json and timings.json."""
-        return {kind: set(read_json(self.folder / f"{kind}.json")) for kind in RECORDS}
+    def recorded(self) -> dict[str, dict[str, Any]]:
+        """The numbers in metrics.json and timings.json."""
+        return {kind: read_json(self.folder / f"{kind}.json") for kind in RECORDS}
 
 
 def write_parameters(experiment: Experiment, path: Path) -> None:
