@@ -166,8 +166,8 @@ def test_a_transformer_goes_the_same_way(root, capsys) -> None:
     assert (config["_class_name"], config["block_out_channels"], config["sample_size"]) == ("DiTModel", [16, 16], 4)
     drawn = str(root / "drawn")
     pipeline = str(root / "runs/dit/pipeline")
-    assert main(["sample", "--model-dir", pipeline, "--output-dir", drawn, "--num-samples", "20", "--sampling-steps", "2",
-                 "--model-type", "DiT"]) == 0  # fmt: skip
+    options = ["--num-samples", "20", "--sampling-steps", "2", "--model-type", "DiT"]
+    assert main(["sample", "--model-dir", pipeline, "--output-dir", drawn, *options]) == 0
     (folder,) = (root / "data").glob("digits-8-*")
     options = ["--reference", str(folder), "--fwd-level", "3", "--output", str(root / "metrics.json")]
     assert main(["evaluate", "--images", drawn, *options]) == 0
