@@ -21,6 +21,7 @@ __all__ = [
 
 Curve = tuple[ArrayLike, ArrayLike]  # x (K,), and y (K, 3): value, low, high
 Rows = Sequence[Mapping[str, Any]]
+ROW = "ABCDEF"  # of panels
 FLOOR = {"color": REAL, "label": "floor: real images", **DASHED}
 
 
@@ -77,15 +78,14 @@ def quality_curves(
     curves: Mapping[str, Mapping[str, Curve]], quantity: str, xlabel: str, floor: float | None = None,
     reference: tuple[str, Estimate[float]] | None = None, *, xscale: str = "log", shaded: bool = False,
 ) -> Figure:  # fmt: skip
-    """A distance with its intervals over steps, say: a panel by title, a line by name; both axes logarithmic.
+    """A quantity with its intervals over steps, say: a panel by title, a line by name, a tick at every x.
 
-    `reference`: name and distance of what the lines are compared with. Few are measured, and x has its ticks there;
-    `shaded` is for many: areas instead of bars, and no marks.
+    `reference`: name and distance of what the lines are compared with. Many x are better `shaded` than given bars.
     """
     styles = _styles(list(dict.fromkeys(name for lines in curves.values() for name in lines)))
     need(styles, "no curves", "one or more", "give what was measured")
-    layout, log = "ABCDEF"[: len(curves)], "xy" if shaded else "y"
-    with panels(3.4, layout, log, "lower center", sharey=True) as (figure, axs):
+    look: dict[str, Any] = {"marker": ".", "linewidth": 1} if shaded else {}
+    with panels(3.4, ROW[: len(curves)], "xy" if shaded else "y", "lower center", sharey=True) as (figure, axs):
         for axes, (title, lines) in zip(axs, curves.items(), strict=True):
             if floor is not None:
                 axes.axhline(floor, **FLOOR)
@@ -95,9 +95,11 @@ def quality_curves(
                 axes.axhline(value, color="0.6", linewidth=0.8)
             for name, (x, values) in lines.items():
                 y = shaped(name, values, (np.size(x), 3), "pass value, low and high of each")
-                axes.plot(x, y[:, 0], label=name, **styles[name] | ({"marker": ".", "linewidth": 1} if shaded else {}))
-                draw, look = (axes.fill_between, (0, 0.2)) if shaded else (axes.vlines, (2.5, 0.35))
-                draw(x, y[:, 1], y[:, 2], color=styles[name]["color"], linewidth=look[0], alpha=look[1])
+                axes.plot(x, y[:, 0], label=name, **styles[name] | look)
+                if shaded:
+                    axes.fill_between(x, y[:, 1], y[:, 2], color=styles[name]["color"], alpha=0.2, linewidth=0)
+                else:
+                    axes.vlines(x, y[:, 1], y[:, 2], color=styles[name]["color"], alpha=0.35, linewidth=2.5)
             axes.set(title=title, xlabel=xlabel, xscale=xscale)
             if not shaded:
                 axes.set_xticks(np.unique(np.concatenate([np.asarray(x) for x, _ in lines.values()])))
@@ -131,7 +133,7 @@ def trade_off(
     `points`: by solver, costs (K, costs) and distances (K,). `fronts`: by cost, the settings (n, 2) on the front.
     """
     styles = _styles(list(points))
-    with panels(3.2, "ABCDEF"[: len(fronts)], "xy", "lower center", sharey=True) as (figure, axs):
+    with panels(3.2, ROW[: len(fronts)], "xy", "lower center", sharey=True) as (figure, axs):
         for column, (axes, (cost, front)) in enumerate(zip(axs, fronts.items(), strict=True)):
             if floor is not None:
                 axes.axhline(floor, **FLOOR)
@@ -209,7 +211,7 @@ def speedup_against_flops(rows: Rows) -> Figure:
     markers = dict(zip(overs, MARKERS, strict=False))
     measured = table[["flop_ratio", "low", "high"]]
     ends = 0.8 * min(1, measured.min(axis=None)), 1.25 * max(2, measured.max(axis=None))
-    with panels(3.4, "ABCDEF"[: len(works)], "xy", "lower center", sharey=True) as (figure, axs):
+    with panels(3.4, ROW[: len(works)], "xy", "lower center", sharey=True) as (figure, axs):
         for axes, work in zip(axs, works, strict=True):
             for row in table[table.work == work].itertuples():
                 axes.vlines(row.flop_ratio, row.low, row.high, color=colors[row.label], linewidth=0.8)

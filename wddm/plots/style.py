@@ -1,9 +1,8 @@
-"""The house style of all figures, and the figures made of images: arrays in, a matplotlib `Figure` out.
+"""The house style (900 pixels wide, colour-blind safe, grey for real data, blue for generated images); image figures.
 
-Figures are 900 pixels wide, colour-blind safe, grey for real data, blue for generated images. Images are uint8
-(N, H, W, C), C = 1 or 3; each of their pixels is a whole number of pixels of the figure. Coefficients are stacked as by
-the codec, channel = band * C + colour. A tile of a band is on a symmetric scale of its own: of one colour, blue is
-negative, white zero, red positive; three are colours about mid-grey.
+Images are uint8 (N, H, W, C), C = 1 or 3, and enlarged by whole pixels. Coefficients are stacked as by the codec,
+channel = band * C + colour. Each tile of a band has a symmetric scale: blue is negative, white zero, red positive;
+three channels are colours about mid-grey.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,9 +45,8 @@ def panels(
 ) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure of this `height` (inches) and its panels, in the house style whatever rcParams hold.
 
-    When they are drawn, the axes named in `log` ("x", "y", "xy") become logarithmic, and one legend is set outside all
-    panels, at a place such as "upper right"; what several panels name alike is in it once, and the figure grows with it.
-    The layout and its options are those of matplotlib's subplot_mosaic.
+    Once drawn, the axes named in `log` ("x", "y", "xy") become logarithmic, and all panels share one legend outside
+    them, at a place such as "upper right". The layout and its options are those of matplotlib's subplot_mosaic.
     """
     with matplotlib.style.context(["default", STYLE]):
         figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
@@ -60,8 +58,8 @@ def panels(
             named |= {str(label): handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
         if legend and named:
             beside, place = legend.startswith("right"), f"outside {legend}"
-            columns = 1 + len(named) // 20 if beside else min(4, max(1, 100 // (8 + max(map(len, named)))))
-            figure.set_figheight(height + (0 if beside else 0.17 * max(0, len(named) / columns - 4)))
+            columns = 1 + len(named) // 20 if beside else min(4, max(1, 100 // (7 + max(map(len, named)))))
+            figure.set_figheight(height + (0 if beside else 0.17 * max(0, len(named) // columns - 2)))
             figure.legend(list(named.values()), list(named), loc=place, ncols=columns)  # type: ignore[call-overload]
         for axes in figure.axes:  # ticks are made lazily, from rcParams at that moment: make them now
             axes.tick_params(which="both", labelsize=STYLE["xtick.labelsize"])
@@ -85,12 +83,9 @@ def shaped(name: str, values: ArrayLike, shape: tuple[int | str, ...], remedy: s
 
 def palette(count: int) -> list[Any]:
     """A colour for each of `count` curves; bands, 16 or more, get a hue per last split and shades for the earlier."""
-    if count <= len(COLORS):
-        return COLORS[:count]
-    if count % 4:
-        return list(colormaps["turbo"](np.linspace(0.05, 0.95, count)))
-    pale = np.linspace(0, 0.8, count // 4)
-    return [1 - (1 - share) * (1 - np.array(to_rgb(hue))) for hue in COLORS[:4] for share in pale]
+    depths = np.linspace(1, 0, -(-count // 4) + 2)[:-2]
+    shades = [1 - depth * (1 - np.array(to_rgb(hue))) for hue in COLORS[:4] for depth in depths]
+    return (COLORS if count <= len(COLORS) else shades)[:count]
 
 
 def ticks(low: float, high: float) -> Locator:
@@ -130,16 +125,17 @@ def compose(images: ArrayLike, columns: int, gap: tuple[int, int] = (1, 1)) -> n
     return grid.reshape(rows * (height + y), columns * (width + x), 3)[: -y or None, : -x or None]
 
 
-def _mosaic(
-    images: ArrayLike, columns: int, texts: Texts = (), sides: Texts = (), gap: int = 3, below: bool = False
+def image_grid(
+    images: ArrayLike, columns: int = 16, titles: Texts = (), sides: Texts = (), gap: int = 3, below: bool = False
 ) -> Figure:
-    """Enlarged images in rows, texts above (or below) them in order, and a text at the left of each row."""
+    """Images (N, H, W, C) in a grid with `gap`, row by row; short titles (N) over or below each, `sides` left of rows."""
     images, columns = checked(images), max(1, min(columns, len(images)))
+    need(len(titles) in (0, len(images)), f"{len(titles)} titles", len(images), "pass one per image")
     fitting, largest = round(WIDTH * DPI / columns / (images.shape[2] + 1)), max(6, 220 // images.shape[2])
     scale = max(1, min(fitting, largest))
     images = images.repeat(scale, 1).repeat(scale, 2)  # from here on lengths are in pixels of the figure
-    (height, width), line = images.shape[1:3], 24 * any(texts)
-    space = line if any(texts[:-columns] if below else texts[columns:]) else gap
+    (height, width), line = images.shape[1:3], 24 * any(titles)
+    space = line if any(titles[:-columns] if below else titles[columns:]) else gap
     canvas = compose(images, columns, (space, gap))
     left = 14 + 9 * max(map(len, sides)) if sides else 0
     w, h = left + canvas.shape[1], line + canvas.shape[0]
@@ -148,33 +144,27 @@ def _mosaic(
         axes.set_position((left / w, line * below / h, 1 - left / w, 1 - line / h))
         axes.imshow(canvas, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
-        size = min(7, 110 / DPI * width / max(map(len, texts), default=1))
-        for k, text in enumerate(texts):
+        size = min(7, 110 / DPI * width / max(map(len, titles), default=1))
+        for k, text in enumerate(titles):
             x, y = k % columns * (width + gap) + width / 2, k // columns * (height + space)
             y, where = (y + height + 4, "top") if below else (y - 4, "bottom")
-            axes.text(x, y, text, size=size, ha="center", va=where)
+            if text:
+                axes.text(x, y, text, size=size, ha="center", va=where)
         for row, text in enumerate(sides):
             axes.text(-8, row * (height + space) + height / 2, text, size=7, ha="right", va="center")
     return figure
-
-
-def image_grid(images: ArrayLike, columns: int = 16, titles: Texts = ()) -> Figure:
-    """Images (N, H, W, C) in a tight grid, row by row; `titles` (N) puts a short one over each."""
-    count = len(checked(images))
-    need(len(titles) in (0, count), f"{len(titles)} titles", count, "pass one per image")
-    return _mosaic(images, columns, titles)
 
 
 def compare_grids(real: ArrayLike, generated: ArrayLike, columns: int = 8) -> Figure:
     """Two grids of equally many images (N, H, W, C) side by side, titled Real and Generated."""
     generated = shaped("generated images", generated, np.shape(real), "pass equally many")
     columns = max(1, min(columns, len(generated)))
-    return _mosaic([compose(real, columns), compose(generated, columns)], 2, ("Real", "Generated"), gap=24)
+    return image_grid([compose(real, columns), compose(generated, columns)], 2, ("Real", "Generated"), gap=24)
 
 
 def stacked(pictures: Mapping[str, ArrayLike]) -> Figure:
     """Pictures (H, W, C) of one size under each other, each with its name at the left."""
-    return _mosaic(np.stack([np.asarray(picture) for picture in pictures.values()]), 1, sides=list(pictures), gap=6)
+    return image_grid(np.stack([np.asarray(picture) for picture in pictures.values()]), 1, sides=list(pictures), gap=6)
 
 
 def neighbours(samples: ArrayLike, nearest: ArrayLike, distances: ArrayLike) -> Figure:
@@ -184,9 +174,9 @@ def neighbours(samples: ArrayLike, nearest: ArrayLike, distances: ArrayLike) -> 
     nearest = shaped("nearest", nearest, (count, "k", height, width, "C"), "index real")
     distances = shaped("distances", distances, nearest.shape[:2], "pass one per neighbour")
     ranked = nearest.swapaxes(0, 1).reshape(-1, *nearest.shape[2:])
-    texts = [""] * count + [f"{distance:#.3g}".rstrip(".") for distance in distances.T.flat]
+    titles = [""] * count + [f"{distance:#.3g}".rstrip(".") for distance in distances.T.flat]
     sides = ["sample", "nearest", *(f"nearest {rank}" for rank in range(2, nearest.shape[1] + 1))]
-    return _mosaic(np.concatenate([samples, checked(ranked)]), count, texts, sides, below=True)
+    return image_grid(np.concatenate([samples, checked(ranked)]), count, titles, sides, below=True)
 
 
 def _split(coefficients: np.ndarray, labels: Texts) -> np.ndarray:
@@ -207,8 +197,8 @@ def _band_tile(band: np.ndarray) -> np.ndarray:
 def coefficient_bands(coefficients: ArrayLike, labels: Texts) -> Figure:
     """Bands (4^L C, h, w) of an image, C = 1 or 3, each titled with its label and spread."""
     (bands,) = _split(np.asarray(coefficients)[None], labels)
-    texts = [f"{name}  std {band.std():#.2g}" for name, band in zip(labels, bands, strict=True)]
-    return _mosaic([_band_tile(band) for band in bands], 4 if len(bands) <= 4 else 8, texts)
+    titles = [f"{name}  std {band.std():#.2g}" for name, band in zip(labels, bands, strict=True)]
+    return image_grid([_band_tile(band) for band in bands], 4 if len(bands) <= 4 else 8, titles)
 
 
 def trajectory(states: ArrayLike, labels: Texts, times: Sequence[float], images: ArrayLike) -> Figure:
@@ -221,4 +211,5 @@ def trajectory(states: ArrayLike, labels: Texts, times: Sequence[float], images:
     tiles = tiles.repeat(images.shape[1] // states.shape[2], 1).repeat(images.shape[2] // states.shape[3], 2)
     images = shaped("images", images, (len(times), *tiles.shape[1:]), "decode the states")
     shaped("states", states, (len(times), "C", "h", "w"), "pass a time per state")
-    return _mosaic(np.concatenate([images, tiles]), len(times), [f"t = {t:.4g}" for t in times], ["image", *labels])
+    titles = [f"t = {t:.4g}" for t in times] + [""] * len(tiles)
+    return image_grid(np.concatenate([images, tiles]), len(times), titles, ["image", *labels])
