@@ -81,9 +81,10 @@ def training_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
             axes.plot(seen, smooth[name], color=GENERATED)
             axes.set(title=title, xlabel="images seen (thousands)")
             style.logarithmic(axes, "y")
-        if "validation_loss" in frame and (measured := frame.validation_loss.notna()).any():
-            held_out = frame.validation_loss[measured]
-            left.plot(seen[measured], held_out, ".-", color=ACCENT, linewidth=0.8, label="held-out")
+        held_out = frame.reindex(columns=["images_seen", "validation_loss"]).dropna()
+        if len(held_out):
+            x, y = held_out.images_seen / 1000, held_out.validation_loss
+            left.plot(x, y, ".-", color=ACCENT, linewidth=0.8, label="held-out")
             left.legend()
         top.plot(seen, frame.lr, color=GENERATED)
         top.set(title="Learning rate", ylim=(0, None))
@@ -136,9 +137,9 @@ def spectra(frequency: ArrayLike, real: Estimates, generated: Estimates) -> Figu
 
 def _bands(axes: Axes, labels: Sequence[str], real: Estimates, generated: Estimates) -> np.ndarray:
     """Make a tick per band, turned where there are many, and return their positions."""
-    for name, estimates in (("real", real), ("generated", generated)):
-        shaped(name, estimates.value, (len(labels),), "pass one per band")
     at = np.arange(len(labels))
+    for estimates in (real, generated):
+        shaped("values", estimates.value, at.shape, "pass one per band")
     axes.margins(y=0.12)
     axes.set(xlabel="band", xlim=(-0.6, len(labels) - 0.4))
     axes.set_xticks(at, labels, rotation=90 * (len(labels) > 16))
@@ -224,15 +225,14 @@ def packet_map(distances: Estimates, level: int) -> Figure:
     splits = np.arange(4**level) // 4 ** np.arange(level)[:, None] % 4  # (L, 4^L), the first split first
     bits = np.bitwise_xor.accumulate([splits & 1, splits >> 1], axis=1)  # (2, L, 4^L): vertical, horizontal
     row, column = np.tensordot(bits, 2 ** np.arange(level)[::-1], (1, 0))
-    grid, texts, top = np.empty((side, side)), np.empty((side, side), object), values.max()
-    grid[row, column] = values
+    packets = np.argsort(row * side + column).reshape(side, side)  # which one is where
     halves = 50 * (distances.high - distances.low) / values
-    off = ["" if np.isnan(half) else f"\n±{half:.0f}%" for half in halves]
-    texts[row, column] = [f"{value:.2g}{half}" for value, half in zip(values, off, strict=True)]
+    texts = [f"{x:.2g}" + ("" if np.isnan(half) else f"\n±{half:.0f}%") for x, half in zip(values, halves, strict=True)]
+    top = values.max()
     norm = LogNorm(np.clip(values.min(), top / 1e4, top / 10), top, clip=True) if top > 0 else Normalize()
     with panels(3.4) as (figure, (axes,)):
         figure.set_size_inches(4.3, 3.4)
-        _shades(axes, grid, texts, norm, "Fréchet distance", min(6, 44 / side))
+        _shades(axes, values[packets], np.array(texts)[packets], norm, "Fréchet distance", min(6, 44 / side))
         at, names = np.linspace(0, side, 6), ["0", "0.1", "0.2", "0.3", "0.4", "0.5"]
         axes.set_xticks(at, names)
         axes.set_yticks(at, names, rotation=0)

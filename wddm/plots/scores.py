@@ -52,7 +52,6 @@ def variants(
 
     `intervals`: by variant, (low, high) of each seed's number.
     """
-    need(values, "no variants", "one or more", "give the values of each")
     with panels(0.8 + 0.25 * len(values), log="x", legend="upper right") as (figure, (axes,)):
         for row, (name, seeds) in enumerate(values.items()):
             at = row + 0.12 * (np.arange(len(seeds)) - (len(seeds) - 1) / 2)
@@ -206,9 +205,9 @@ def speedup_against_flops(rows: Rows) -> Figure:
     import pandas as pd
 
     table = pd.DataFrame(rows).assign(label=lambda table: table.dataset + ", " + table.kind)
-    labels, overs, works = (table[name].unique() for name in ("label", "over", "work"))
+    labels, works = table.label.unique(), table.work.unique()
     colors = dict(zip(labels, palette(len(labels)), strict=True))
-    markers = dict(zip(overs, MARKERS, strict=False))
+    markers = dict(zip(table.over.unique(), MARKERS, strict=False))
     measured = table[["flop_ratio", "low", "high"]]
     ends = 0.8 * min(1, measured.min(axis=None)), 1.25 * max(2, measured.max(axis=None))
     with panels(3.4, ROW[: len(works)], "xy", "lower center", sharey=True) as (figure, axs):

@@ -128,7 +128,7 @@ def compose(images: ArrayLike, columns: int, gap: tuple[int, int] = (1, 1)) -> n
 def image_grid(
     images: ArrayLike, columns: int = 16, titles: Texts = (), sides: Texts = (), gap: int = 3, below: bool = False
 ) -> Figure:
-    """Images (N, H, W, C) in a grid with `gap`, row by row; short titles (N) over or below each, `sides` left of rows."""
+    """Images (N, H, W, C) in a tight grid, row by row; titles (N) over or below them, `sides` at the left of rows."""
     images, columns = checked(images), max(1, min(columns, len(images)))
     need(len(titles) in (0, len(images)), f"{len(titles)} titles", len(images), "pass one per image")
     fitting, largest = round(WIDTH * DPI / columns / (images.shape[2] + 1)), max(6, 220 // images.shape[2])
