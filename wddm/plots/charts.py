@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import ArrayLike
@@ -178,14 +178,14 @@ def band_kurtosis(labels: Sequence[str], real: Estimates, generated: Estimates) 
 
 
 def _shades(
-    axes: Axes, values: np.ndarray, texts: np.ndarray | None, norm: Normalize, quantity: str, size: float = 6
+    axes: Axes, values: np.ndarray, texts: Any, ends: tuple[float, float], quantity: str, size: float = 6
 ) -> None:
     """Numbers (rows, columns) as shades, dark is more, with texts on them and a colour bar; NaN is left white."""
     import seaborn as sns  # takes a second
 
-    low, high = norm.vmin, norm.vmax
-    bar = {"label": quantity, "format": "%g", "ticks": style.ticks(low, high) if low and high else None}
-    sns.heatmap(values, norm=norm, cmap="crest", annot=texts, fmt="", annot_kws={"size": size}, cbar_kws=bar, ax=axes)
+    bar, look = {"label": quantity, "format": "%g", "ticks": style.ticks(*ends)}, {"size": size}
+    norm = LogNorm(*ends, clip=True)
+    sns.heatmap(values, norm=norm, cmap="crest", annot=texts, fmt="", annot_kws=look, cbar_kws=bar, ax=axes)
     if drawn := axes.collections[0].colorbar:
         drawn.minorticks_off()
     axes.grid(visible=False)
@@ -198,10 +198,10 @@ def heat_map(
     values = shaped("values", values, (len(rows), len(columns)), "pass a name per row and column").astype(float)
     seen = values[values > 0]
     need(seen.size, "no positive numbers", "some", "give what was measured")
-    norm = LogNorm(seen.min(), max(seen.max(), 1.01 * seen.min()))
+    ends = seen.min(), max(seen.max(), 1.01 * seen.min())
     texts = np.array([[_short(value) for value in row] for row in values]) if len(columns) <= 16 else None
     with panels(max(1.8, 1.0 + 0.3 * len(rows))) as (figure, (axes,)):
-        _shades(axes, values, texts, norm, quantity)
+        _shades(axes, values, texts, ends, quantity)
         axes.set_yticks(np.arange(len(rows)) + 0.5, rows, rotation=0)
         axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=90 * (max(map(len, columns)) > 4))
         axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -228,11 +228,11 @@ def packet_map(distances: Estimates, level: int) -> Figure:
     packets = np.argsort(row * side + column).reshape(side, side)  # which one is where
     halves = 50 * (distances.high - distances.low) / values
     texts = [f"{x:.2g}" + ("" if np.isnan(half) else f"\n±{half:.0f}%") for x, half in zip(values, halves, strict=True)]
-    top = values.max()
-    norm = LogNorm(np.clip(values.min(), top / 1e4, top / 10), top, clip=True) if top > 0 else Normalize()
+    top = values.max() or 1
     with panels(3.4) as (figure, (axes,)):
         figure.set_size_inches(4.3, 3.4)
-        _shades(axes, values[packets], np.array(texts)[packets], norm, "Fréchet distance", min(6, 44 / side))
+        ends = np.clip(values.min(), top / 1e4, top / 10), top
+        _shades(axes, values[packets], np.array(texts)[packets], ends, "Fréchet distance", min(6, 44 / side))
         at, names = np.linspace(0, side, 6), ["0", "0.1", "0.2", "0.3", "0.4", "0.5"]
         axes.set_xticks(at, names)
         axes.set_yticks(at, names, rotation=0)
