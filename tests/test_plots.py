@@ -420,6 +420,15 @@ def test_speedups_far_apart_stand_on_positive_axes():
     assert axes.get_xlim() == axes.get_ylim() and 0 < axes.get_xlim()[0] < 0.4 and axes.get_xlim()[1] > 60
 
 
+def test_work_that_was_never_run_is_an_empty_panel():
+    row = {"dataset": "digits", "kind": "unet", "level": 1, "network": "wavelets"}
+    row |= {f"training_images_per_s{end}": None for end in ("", "_q1", "_q3")}
+    row |= {f"sampling_images_per_s{end}": 9 for end in ("", "_q1", "_q3")}
+    figure = plots.rates_by_level([row])
+    figure.draw_without_rendering()
+    assert [len(axes.lines) for axes in figure.axes] == [0, 1]
+
+
 def test_learning_curves_are_mean_and_range_over_seeds():
     (axes,) = FIGURES["learning_curves"]().axes
     np.testing.assert_allclose(axes.lines[1].get_xydata(), [[1, 0.6], [8, 0.15]])

@@ -93,7 +93,7 @@ def quality_curves(
                 axes.axhspan(low, high, color="0.85", label=name)
                 axes.axhline(value, color="0.6", linewidth=0.8)
             for name, (x, values) in lines.items():
-                y = shaped(name, values, (np.size(x), 3), "pass value, low and high of each")
+                y = shaped(name, values, (np.size(x), 3), "pass value, low and high of each").astype(float)
                 axes.plot(x, y[:, 0], label=name, **styles[name] | look)
                 if shaded:
                     axes.fill_between(x, y[:, 1], y[:, 2], color=styles[name]["color"], alpha=0.2, linewidth=0)
@@ -101,7 +101,7 @@ def quality_curves(
                     axes.vlines(x, y[:, 1], y[:, 2], color=styles[name]["color"], alpha=0.35, linewidth=2.5)
             axes.set(title=title, xlabel=xlabel, xscale=xscale)
             if not shaded:
-                axes.set_xticks(np.unique(np.concatenate([np.asarray(x) for x, _ in lines.values()])))
+                axes.set_xticks(np.unique(np.concatenate([[], *(np.asarray(x) for x, _ in lines.values())])))
                 axes.xaxis.set_major_formatter("{x:g}")
                 axes.minorticks_off()
         axs[0].set(ylabel=quantity)
