@@ -14,6 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 
 from wddm import plots
+from wddm.metrics.intervals import Estimate
+from wddm.plots import charts, scores, style
 from wddm.wavelets import WaveletCodec
 
 RNG = np.random.default_rng(0)
@@ -23,27 +25,39 @@ ENERGY, TIMES = np.array([0.25, 0.008, 0.006, 0.001]), np.array([900.0, 500.0, 2
 STATES = RNG.normal(size=(3, 12, 4, 4))
 STD = {"A": np.array([1, 0.8, 0.5]), "H": np.array([1, 0.6, 0.09])}
 ROWS = [
-    {"step": k, "images_seen": 500 * k, "loss": 1 / k, "lr": 1e-4 * k, "grad_norm": 2 + k % 3} for k in range(1, 201)
+    {"step": k, "images_seen": 500 * k, "loss": 1 / k, "lr": 1e-4 * k, "grad_norm": 2 + k % 3} for k in range(1, 251)
 ]
-SPANS = ([[-0.1, 1, 5, 30], [0.1, 3, 20, 60]], [[-2, 0, 2, 8], [0, 1, 4, 10]])
+
+
+def estimate(value, low=np.nan, high=np.nan):
+    return Estimate(*np.broadcast_arrays(np.asarray(value, float), low, high))
+
+
+KURTOSIS = (
+    estimate([0, 2, 9, 40], [-0.1, 1, 5, 30], [0.1, 3, 20, 60]),
+    estimate([-1, 0.2, 3, 9], [-2, 0, 2, 8], [0, 1, 4, 10]),
+)
 CURVE = ([5, 10, 20], np.outer([0.4, 0.2, 0.1], [1, 0.8, 1.3]))
 SHARES = (["cat", "dog", "ship"], [50, 30, 20], [0.3, 0.3, 0.4])
 FIGURES = {
     "image_grid": lambda: plots.image_grid(RGB, 4, [f"t{k}" for k in range(10)]),
     "compare_grids": lambda: plots.compare_grids(GREY, GREY[::-1]),
     "training_curves": lambda: plots.training_curves(ROWS),
-    "coefficient_bands": lambda: plots.coefficient_bands(STATES[0], list("AHVD"), 3),
+    "coefficient_bands": lambda: plots.coefficient_bands(STATES[0], list("AHVD")),
     "band_histograms": lambda: plots.band_histograms({"A": STATES[:, 0].ravel(), "H": STATES[:, 1].ravel()}),
     "trajectory": lambda: plots.trajectory(STATES, list("AHVD"), TIMES, RGB[:3]),
     "band_trajectory": lambda: plots.band_trajectory(TIMES, STD),
-    "spectra": lambda: plots.spectra([0.1, 0.2, 0.5], [9, 4, 1], [9, 5, 3]),
-    "band_energy": lambda: plots.band_energy("AHVD", ENERGY, ENERGY * 2),
-    "band_kurtosis": lambda: plots.band_kurtosis("AHVD", [0, 2, 9, 40], [-1, 0.2, 3, 9], *SPANS),
+    "spectra": lambda: plots.spectra([0.1, 0.2, 0.5], estimate([9, 4, 1]), estimate([9, 5, 3])),
+    "band_energy": lambda: plots.band_energy("AHVD", estimate(ENERGY), estimate(ENERGY * 2)),
+    "band_kurtosis": lambda: plots.band_kurtosis("AHVD", *KURTOSIS),
     "score_chart": lambda: plots.score_chart(
-        {"FWD, level 2": (0.3, 0.2, 0.5, (0.1, 0.08, 0.13)), "FID": (9, 8, 10, (1, 0.5, 2))}
+        {
+            "FWD, level 2": (Estimate(0.3, 0.2, 0.5), Estimate(0.1, 0.08, 0.13)),
+            "FID": (Estimate(9, 8, 10), Estimate(1, 0.5, 2)),
+        }
     ),
     "nearest_distances": lambda: plots.nearest_distances([[1, 2], [2, 3]], [[0, 0], [1, 4], [2, 2]]),
-    "packet_map": lambda: plots.packet_map(np.arange(1, 17), 2),
+    "packet_map": lambda: plots.packet_map(estimate(np.arange(1, 17)), 2),
     "neighbours": lambda: plots.neighbours(RGB[:2], RGB[2:6].reshape(2, 2, 8, 8, 3), [[1, 2], [3, 4]]),
     "stacked": lambda: plots.stacked({"10 images": RGB[0], "20 images": RGB[1]}),
     "variants": lambda: plots.variants({"published": [0.9, 1.0], "modern": [0.02, 0.03]}, "distance", 0.01),
@@ -52,7 +66,7 @@ FIGURES = {
         "FWD",
         "steps",
         0.08,
-        ("ddpm", (0.15, 0.1, 0.2)),
+        ("ddpm", Estimate(0.15, 0.1, 0.2)),
     ),
     "trade_off": lambda: plots.trade_off(
         {"ddim": ([[5, 0.1], [10, 0.2]], [0.4, 0.2]), "heun": ([[9, 0.15]], [0.5])},
@@ -81,7 +95,7 @@ FIGURES = {
             for kind, level in product(["unet", "ukan"], range(3))
         ]
     ),
-    "channel_histograms": lambda: plots.channel_histograms(RGB, RGB[:5]),
+    "channel_histograms": lambda: plots.channel_histograms(RGB),
 }
 
 
@@ -116,13 +130,13 @@ def drawn_once(name):
     return figure
 
 
-def packets(image, level, order):
-    """Energy of each Haar packet of an image (H, W), stacked as by the codec or ordered by node path."""
+def packets(image, level):
+    """Energy of each Haar packet of an image (H, W), stacked as by the codec."""
     bands = [image]
     for _ in range(level):
         split = np.array([(a, *details) for a, details in (pywt.dwt2(band, "haar") for band in bands)])
-        bands = np.concatenate(split if order == "path" else split.swapaxes(0, 1))
-    return np.array([np.square(band).sum() for band in bands])
+        bands = np.concatenate(split.swapaxes(0, 1))
+    return estimate([np.square(band).sum() for band in bands])
 
 
 def test_import_has_no_effects():
@@ -130,13 +144,15 @@ def test_import_has_no_effects():
         "import matplotlib; before = dict(matplotlib.rcParams); import wddm.plots, sys; "
         "assert dict(matplotlib.rcParams) == before; "
         "assert not {'torch', 'seaborn', 'pandas', 'scipy'} & {*sys.modules}; "
-        "assert not [m for m in sys.modules if m.startswith('wddm.') and m.split('.')[1] not in ('plots', 'intervals')]"
+        "assert not [m for m in sys.modules if m.startswith('wddm.') and not m.startswith('wddm.plots')"
+        " and m not in ('wddm.metrics', 'wddm.metrics.intervals')]"
     )
     run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 def test_every_figure_is_tested():
-    assert set(plots.__all__) == {*FIGURES, "compose"} and set(plots.__all__) <= set(vars(plots))
+    offered = {name for module in (charts, scores, style) for name in module.__all__}
+    assert offered == {*FIGURES, "compose"} and offered <= set(vars(plots))
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -219,7 +235,7 @@ def test_compare_grids_has_real_left_and_generated_right():
 
 
 def test_training_curves_show_the_rows():
-    loss, rate, norm = plots.training_curves(ROWS, window=5).axes
+    loss, rate, norm = plots.training_curves(ROWS).axes
     seen = np.array([row["images_seen"] for row in ROWS]) / 1000
     for axes, name in ((loss, "loss"), (rate, "lr"), (norm, "grad_norm")):
         np.testing.assert_array_equal(axes.lines[0].get_xdata(), seen)
@@ -237,10 +253,9 @@ def test_training_curves_take_a_dataframe_and_a_single_row():
     assert len(plots.training_curves(ROWS[:1]).axes[0].lines[1].get_ydata()) == 1
 
 
-@pytest.mark.parametrize("labels", [list("AHVD"), [f"{b}{c}" for b in "AHVD" for c in range(3)]])
-def test_coefficient_bands_are_named_and_scaled_singly(labels):
+def test_coefficient_bands_are_named_and_scaled_singly():
     coefficients = np.concatenate([scale * STATES[0, :3] for scale in (1, 0.1, 0.01, 0)])
-    figure = plots.coefficient_bands(coefficients, labels, 3)
+    figure = plots.coefficient_bands(coefficients, list("AHVD"))
     wanted = [f"{b}  std {coefficients[3 * k : 3 * k + 3].std():#.2g}" for k, b in enumerate("AHVD")]
     assert texts(figure) == wanted
     side = canvas(figure).shape[0]
@@ -254,7 +269,7 @@ def test_coefficient_bands_are_named_and_scaled_singly(labels):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_coefficient_bands_at_every_level(level, channels):
     coefficients = RNG.normal(size=(4**level * channels, 4, 4))
-    assert len(texts(plots.coefficient_bands(coefficients, range_labels(4**level), channels))) == 4**level
+    assert len(texts(plots.coefficient_bands(coefficients, range_labels(4**level)))) == 4**level
 
 
 def range_labels(count):
@@ -290,7 +305,7 @@ def test_one_channel_bands_are_blue_below_zero_and_red_above():
 
 
 def test_three_channel_bands_are_coloured_about_mid_grey():
-    tile = canvas(plots.coefficient_bands([[[0, 1], [0, 0]], [[0, 0], [-1, 0]], [[0, 0], [0, 0]]], ["A"], 3))
+    tile = canvas(plots.coefficient_bands([[[0, 1], [0, 0]], [[0, 0], [-1, 0]], [[0, 0], [0, 0]]], ["A"]))
     h, w = np.array(tile.shape[:2]) // 4
     assert tile[h, 3 * w].tolist() == [255, 128, 128] and tile[3 * h, w].tolist() == [128, 0, 128]
 
@@ -327,7 +342,7 @@ def test_every_band_has_its_colour(count):
 
 
 def test_spectra_show_power_and_ratio():
-    power, ratio = plots.spectra([0.1, 0.2, 0.5], [9, 4, 1], [9, 5, 3]).axes
+    power, ratio = plots.spectra([0.1, 0.2, 0.5], estimate([9, 4, 1]), estimate([9, 5, 3])).axes
     assert [line.get_label() for line in power.lines] == ["real", "generated"]
     np.testing.assert_array_equal(power.lines[0].get_ydata(), [9, 4, 1])
     np.testing.assert_array_equal(power.lines[1].get_ydata(), [9, 5, 3])
@@ -337,7 +352,7 @@ def test_spectra_show_power_and_ratio():
 
 
 def test_band_energy_shows_heights_and_ratios():
-    figure = plots.band_energy("AHVD", ENERGY, ENERGY * [1, 2, 0.5, 1.23])
+    figure = plots.band_energy("AHVD", estimate(ENERGY), estimate(ENERGY * [1, 2, 0.5, 1.23]))
     heights = [patch.get_height() for patch in figure.axes[0].patches]
     np.testing.assert_allclose(heights, [*ENERGY, *ENERGY * [1, 2, 0.5, 1.23]])
     assert texts(figure) == ["×1.00", "×2.00", "×0.50", "×1.23"]
@@ -345,17 +360,19 @@ def test_band_energy_shows_heights_and_ratios():
 
 
 def test_intervals_are_drawn_where_they_are():
-    figure = plots.band_energy("AHVD", ENERGY, ENERGY * 2, [ENERGY / 2, ENERGY * 2], [ENERGY, ENERGY * 3])
+    real, generated = estimate(ENERGY, ENERGY / 2, ENERGY * 2), estimate(ENERGY * 2, ENERGY, ENERGY * 3)
+    figure = plots.band_energy("AHVD", real, generated)
     bars = np.concatenate([lines.get_segments() for lines in figure.axes[0].collections])
     np.testing.assert_allclose(bars[:4, :, 1].T, [ENERGY / 2, ENERGY * 2])
     np.testing.assert_allclose(bars[4:, :, 1].T, [ENERGY, ENERGY * 3])
     # the ratio spans each interval at its worst: low over the real high, high over the real low
-    power, ratio = plots.spectra([0.1, 0.5], [9, 4], [9, 3], [[8, 3], [10, 5]], [[7, 2], [11, 6]]).axes
+    real, generated = estimate([9, 4], [8, 3], [10, 5]), estimate([9, 3], [7, 2], [11, 6])
+    power, ratio = plots.spectra([0.1, 0.5], real, generated).axes
     for axes, area, low, high in ((power, 0, 3, 10), (power, 1, 2, 11), (ratio, 0, 2 / 5, 6 / 3)):
         heights = axes.collections[area].get_paths()[0].vertices[:, 1]
         assert (heights.min(), heights.max()) == (low, high)
     axes = FIGURES["band_kurtosis"]().axes[0]
-    np.testing.assert_array_equal(np.array(axes.collections[1].get_segments())[:, :, 1].T, SPANS[1])
+    np.testing.assert_array_equal(np.array(axes.collections[1].get_segments())[:, :, 1].T, KURTOSIS[1][1:])
     np.testing.assert_array_equal(axes.lines[0].get_ydata(), [0, 2, 9, 40])
     assert axes.get_ylim()[1] > 70  # some room above 60 on a logarithmic scale
 
@@ -401,6 +418,15 @@ def test_speedups_far_apart_stand_on_positive_axes():
     rows = [row | {"flop_ratio": r, "speedup": r / 4, "low": r / 5, "high": r / 3} for r in (2, 60)]
     (axes,) = plots.speedup_against_flops(rows).axes
     assert axes.get_xlim() == axes.get_ylim() and 0 < axes.get_xlim()[0] < 0.4 and axes.get_xlim()[1] > 60
+
+
+def test_work_that_was_never_run_is_an_empty_panel():
+    row = {"dataset": "digits", "kind": "unet", "level": 1, "network": "wavelets"}
+    row |= {f"training_images_per_s{end}": None for end in ("", "_q1", "_q3")}
+    row |= {f"sampling_images_per_s{end}": 9 for end in ("", "_q1", "_q3")}
+    figure = plots.rates_by_level([row])
+    figure.draw_without_rendering()
+    assert [len(axes.lines) for axes in figure.axes] == [0, 1]
 
 
 def test_learning_curves_are_mean_and_range_over_seeds():
@@ -453,60 +479,57 @@ def test_band_histograms_are_densities_with_their_spread():
 def test_channel_histograms_count_each_channel():
     images = np.zeros((2, 4, 4, 3), np.uint8)
     images[..., 1], images[0, ..., 2] = 255, 130
-    figure = plots.channel_histograms(images, images)
+    figure = plots.channel_histograms(images)
     assert [axes.get_title() for axes in figure.axes] == ["Red", "Green", "Blue"]
     wanted = [{0: 100}, {252: 100}, {0: 50, 128: 50}]
     for axes, bins in zip(figure.axes, wanted, strict=True):
         for patch in axes.patches:
             share, edges, _ = patch.get_data()
             assert {int(edge): value for edge, value in zip(edges, share, strict=False) if value} == bins
-    assert len(figure.legends) == 1
     single = plots.channel_histograms(GREY)
     assert len(single.axes) == 1 and not single.legends
 
 
-@pytest.mark.parametrize("order", ["codec", "path"])
 @pytest.mark.parametrize("level", [1, 2, 3])
-def test_packet_map_agrees_with_pywavelets_frequency_order(level, order):
+def test_packet_map_agrees_with_pywavelets_frequency_order(level):
     image = RNG.normal(size=(16, 16))
     tree = pywt.WaveletPacket2D(image, "haar", maxlevel=level)
     wanted = [[np.square(node.data).sum() for node in row] for row in tree.get_level(level, "freq")]
-    figure = plots.packet_map(packets(image, level, order), level, order)
+    figure = plots.packet_map(packets(image, level), level)
     np.testing.assert_allclose(cells(figure), wanted)
     for text in figure.axes[0].texts:
         column, row = np.array(text.get_position()).astype(int)
         assert text.get_text() == f"{wanted[row][column]:.2g}"
 
 
-@pytest.mark.parametrize("order", ["codec", "path"])
-def test_packet_map_places_oscillations_by_frequency(order):
+def test_packet_map_places_oscillations_by_frequency():
     n, level = 64, 2
     for cell in range(4):
         wave = np.cos(np.pi * (cell + 0.5) / 4 * np.arange(n) + 0.3)  # mid of the cell's frequencies
         across, down = np.broadcast_to(wave, (n, n)), np.broadcast_to(wave[:, None], (n, n))
         for image, place in ((across, (0, cell)), (down, (cell, 0))):
-            drawn = cells(plots.packet_map(packets(image, level, order), level, order))
+            drawn = cells(plots.packet_map(packets(image, level), level))
             assert np.unravel_index(drawn.argmax(), (4, 4)) == place
 
 
 def test_packet_map_says_how_far_each_may_be_off():
     values = np.arange(1.0, 17)
-    interval = values * np.linspace(0.01, 0.16, 16) * [[-1], [1]] + values
-    figure = plots.packet_map(values, 2, interval=interval)
+    low, high = values * np.linspace(0.01, 0.16, 16) * [[-1], [1]] + values
+    figure = plots.packet_map(estimate(values, low, high), 2)
     assert sorted(texts(figure), key=lambda text: float(text.split()[0])) == [
         f"{value:.2g}\n±{value:.0f}%" for value in values
     ]
 
 
 def test_packet_map_axes_are_cycles_per_pixel_and_the_bar_is_named():
-    axes, bar = plots.packet_map(np.arange(16), 2).axes
+    axes, bar = plots.packet_map(estimate(np.arange(16)), 2).axes
     for axis, ends in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim()[::-1])):
         at = [float(tick.label1.get_text()) for tick in axis.get_major_ticks()]
         np.testing.assert_allclose(axis.get_ticklocs(), np.array(at) * 8)  # 4 packets span half a cycle
         assert ends == (0, 4) and (at[0], at[-1]) == (0, 0.5)
     assert bar.get_ylabel() == "Fréchet distance"
     for values in (np.zeros(4), np.full(4, 3.0), [0, 1, 2, 1e9]):
-        pixels(agg(plots.packet_map(values, 1)))
+        pixels(agg(plots.packet_map(estimate(values), 1)))
 
 
 def test_neighbours_are_under_their_samples_with_distances():
@@ -555,25 +578,24 @@ def test_confidence_is_the_distribution_and_counts_below_the_threshold():
         lambda: plots.neighbours(RGB[:2], RGB[:2], [1, 2]),
         lambda: plots.neighbours(RGB[:2], RGB[None, :2], [[1, 2]]),
         lambda: plots.neighbours(RGB[:2], RGB[:2, None], [[1, 2]]),
-        lambda: plots.coefficient_bands(STATES, list("AHVD"), 3),
-        lambda: plots.coefficient_bands(STATES[0], list("AHV"), 3),
-        lambda: plots.coefficient_bands(STATES[0, :11], list("AHVD"), 3),
-        lambda: plots.trajectory(STATES, list("AHVD"), TIMES[:2]),
-        lambda: plots.trajectory(STATES, list("AHVDX"), TIMES),
+        lambda: plots.coefficient_bands(STATES, list("AHVD")),
+        lambda: plots.coefficient_bands(STATES[0], list("AHV")),
+        lambda: plots.coefficient_bands(STATES[0, :11], list("AHVD")),
+        lambda: plots.trajectory(STATES, list("AHVD"), TIMES[:2], RGB[:3]),
+        lambda: plots.trajectory(STATES, list("AHVDX"), TIMES, RGB[:3]),
         lambda: plots.trajectory(STATES, list("AHVD"), TIMES, RGB[:3, :6]),
         lambda: plots.trajectory(STATES, list("AHVD"), TIMES, RGB[:2]),
         lambda: plots.band_trajectory(TIMES, {"A": [1, 2]}),
         lambda: plots.noise_schedule(TIMES, {"A": STATES}),
         lambda: plots.training_curves([]),
         lambda: plots.training_curves([{"loss": 1}]),
-        lambda: plots.spectra([0.1, 0.2], [1, 2], [1, 2, 3]),
-        lambda: plots.band_energy("AHV", ENERGY, ENERGY),
+        lambda: plots.spectra([0.1, 0.2], estimate([1, 2]), estimate([1, 2, 3])),
+        lambda: plots.band_energy("AHV", estimate(ENERGY), estimate(ENERGY)),
         lambda: plots.band_histograms({"A": STATES}),
         lambda: plots.channel_histograms(STATES),
-        lambda: plots.packet_map(np.ones(15), 2),
-        lambda: plots.packet_map(np.ones(16), 1),
-        lambda: plots.packet_map(np.ones(16), 2, "AHVD"),
-        lambda: plots.band_kurtosis("AHV", [0, 2, 9, 40], [-1, 0.2, 3, 9], *SPANS),
+        lambda: plots.packet_map(estimate(np.ones(15)), 2),
+        lambda: plots.packet_map(estimate(np.ones(16)), 1),
+        lambda: plots.band_kurtosis("AHV", *KURTOSIS),
         lambda: plots.score_chart({}),
         lambda: plots.nearest_distances([1, 2], [[1, 2]]),
         lambda: plots.quality_curves({}, "FWD", "steps"),

@@ -1,24 +1,35 @@
-"""The house style of all figures: 900 pixels wide, colour-blind safe, grey for real data, blue for generated images.
+"""The house style (900 pixels wide, colour-blind safe, grey for real data, blue for generated images); image figures.
 
-Importing it costs matplotlib alone; seaborn is imported by the functions that need it, because it takes a second.
+Images are uint8 (N, H, W, C), C = 1 or 3, and enlarged by whole pixels. Coefficients are stacked as by the codec,
+channel = band * C + colour. Each tile of a band has a symmetric scale: blue is negative, white zero, red positive;
+three channels are colours about mid-grey.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import matplotlib.style
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import ArrayLike
+
+__all__ = ["coefficient_bands", "compare_grids", "compose", "image_grid", "neighbours", "stacked", "trajectory"]
 
 WIDTH, DPI = 6.0, 150  # inches, dots per inch: 900 pixels
 REAL, GENERATED, ACCENT = "0.45", "#0173b2", "#d55e00"
+SIDES = ("real", REAL), ("generated", GENERATED)
+DASHED: dict[str, Any] = {"linestyle": "--", "linewidth": 0.8}
 COLORS = [
     "#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9",
 ]  # fmt: skip
 MARKERS = "osD^vP*Xdph"
 ROUND = [1, 2, 5, 10]  # steps of ticks
+Texts = Sequence[str]
 STYLE: dict[str, Any] = {
     "font.size": 8.2, "axes.titlesize": 8.2, "legend.fontsize": 7.5, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5,
     "text.color": "0.15", "axes.labelcolor": "0.15", "xtick.color": "0.15", "ytick.color": "0.15",
@@ -29,14 +40,27 @@ STYLE: dict[str, Any] = {
 
 
 @contextmanager
-def panels(height: float, layout: str = "A", **options: Any) -> Iterator[tuple[Figure, list[Axes]]]:
+def panels(
+    height: float, layout: str = "A", log: str = "", legend: str = "", **options: Any
+) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure of this `height` (inches) and its panels, in the house style whatever rcParams hold.
 
-    The layout and its options are those of matplotlib's subplot_mosaic.
+    Once drawn, the axes named in `log` ("x", "y", "xy") become logarithmic, and all panels share one legend outside
+    them, at a place such as "upper right". The layout and its options are those of matplotlib's subplot_mosaic.
     """
     with matplotlib.style.context(["default", STYLE]):
         figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-        yield figure, list(figure.subplot_mosaic(layout, **options).values())
+        axs = list(figure.subplot_mosaic(layout, **options).values())
+        yield figure, axs
+        named: dict[str, Any] = {}
+        for axes in axs:
+            logarithmic(axes, log)
+            named |= {str(label): handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        if legend and named:
+            beside, place = legend.startswith("right"), f"outside {legend}"
+            columns = 1 + len(named) // 20 if beside else min(4, max(1, 100 // (7 + max(map(len, named)))))
+            figure.set_figheight(height + (0 if beside else 0.17 * max(0, len(named) // columns - 2)))
+            figure.legend(list(named.values()), list(named), loc=place, ncols=columns)  # type: ignore[call-overload]
         for axes in figure.axes:  # ticks are made lazily, from rcParams at that moment: make them now
             axes.tick_params(which="both", labelsize=STYLE["xtick.labelsize"])
 
@@ -47,16 +71,21 @@ def need(condition: object, got: object, wanted: object, remedy: str) -> None:
         raise ValueError(f"got {got}, wanted {wanted}: {remedy}")
 
 
+def shaped(name: str, values: ArrayLike, shape: tuple[int | str, ...], remedy: str) -> np.ndarray:
+    """Values as an array of this shape, in which a letter stands for any length but 0. ValueError for another."""
+    array = np.asarray(values)
+    fits = array.ndim == len(shape) and all(
+        n > 0 if isinstance(wanted, str) else n == wanted for n, wanted in zip(array.shape, shape, strict=True)
+    )
+    need(fits, f"{name} {array.shape}", f"({', '.join(map(str, shape))})", remedy)
+    return array
+
+
 def palette(count: int) -> list[Any]:
     """A colour for each of `count` curves; bands, 16 or more, get a hue per last split and shades for the earlier."""
-    if count <= len(COLORS):
-        return COLORS[:count]
-    import seaborn as sns  # takes a second
-
-    if count % 4:
-        return sns.color_palette("husl", count)
-    shades = count // 4
-    return [color for hue in COLORS[:4] for color in sns.light_palette(hue, shades + 2, reverse=True)[:shades]]
+    depths = np.linspace(1, 0, -(-count // 4) + 2)[:-2]
+    shades = [1 - depth * (1 - np.array(to_rgb(hue))) for hue in COLORS[:4] for depth in depths]
+    return (COLORS if count <= len(COLORS) else shades)[:count]
 
 
 def ticks(low: float, high: float) -> Locator:
@@ -66,7 +95,7 @@ def ticks(low: float, high: float) -> Locator:
     return LogLocator(subs=(1, 2, 5) if high < 40 * low else (1, 3) if high < 300 * low else (1,))
 
 
-def logarithmic(axes: Axes, names: str = "y") -> None:
+def logarithmic(axes: Axes, names: str) -> None:
     """Make the axes named, "x", "y" or "xy", logarithmic; one under four decades is labelled 0.1, not as a power."""
     for name in names:
         axes.set(**{f"{name}scale": "log"})
@@ -78,11 +107,109 @@ def logarithmic(axes: Axes, names: str = "y") -> None:
             axis.set_major_formatter("{x:g}")
 
 
-def legend(figure: Figure, where: str = "right center", columns: int = 1) -> None:
-    """One legend beside, over or under all panels; what several panels name alike is in it once."""
-    named: dict[str, Any] = {}
-    for axes in figure.axes:
-        named |= {str(label): handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        if own := axes.get_legend():
-            own.remove()
-    figure.legend(named.values(), named.keys(), loc=f"outside {where}", ncols=columns)
+def checked(images: ArrayLike) -> np.ndarray:
+    """Images (N, H, W, C) as RGB (N, H, W, 3). ValueError for another shape or type."""
+    images = np.asarray(images)
+    fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] in (1, 3) and images.size
+    need(fits, f"{images.dtype} images {images.shape}", "uint8 (N, H, W, 1 or 3)", "convert, channels last")
+    return np.broadcast_to(images, (*images.shape[:3], 3))
+
+
+def compose(images: ArrayLike, columns: int, gap: tuple[int, int] = (1, 1)) -> np.ndarray:
+    """White canvas with image k at row k // columns; `gap` in pixels between rows and between columns."""
+    images, (y, x) = checked(images), gap
+    (count, height, width, _), rows = images.shape, -(-len(images) // columns)
+    tiles = np.full((rows * columns, height + y, width + x, 3), 255, np.uint8)
+    tiles[:count, :height, :width] = images
+    grid = tiles.reshape(rows, columns, height + y, width + x, 3).swapaxes(1, 2)
+    return grid.reshape(rows * (height + y), columns * (width + x), 3)[: -y or None, : -x or None]
+
+
+def image_grid(
+    images: ArrayLike, columns: int = 16, titles: Texts = (), sides: Texts = (), gap: int = 3, below: bool = False
+) -> Figure:
+    """Images (N, H, W, C) in a tight grid, row by row; titles (N) over or below them, `sides` at the left of rows."""
+    images, columns = checked(images), max(1, min(columns, len(images)))
+    need(len(titles) in (0, len(images)), f"{len(titles)} titles", len(images), "pass one per image")
+    fitting, largest = round(WIDTH * DPI / columns / (images.shape[2] + 1)), max(6, 220 // images.shape[2])
+    scale = max(1, min(fitting, largest))
+    images = images.repeat(scale, 1).repeat(scale, 2)  # from here on lengths are in pixels of the figure
+    (height, width), line = images.shape[1:3], 24 * any(titles)
+    space = line if any(titles[:-columns] if below else titles[columns:]) else gap
+    canvas = compose(images, columns, (space, gap))
+    left = 14 + 9 * max(map(len, sides)) if sides else 0
+    w, h = left + canvas.shape[1], line + canvas.shape[0]
+    with panels(1) as (figure, (axes,)):
+        figure.set(layout_engine="none", size_inches=(w / DPI, h / DPI))
+        axes.set_position((left / w, line * below / h, 1 - left / w, 1 - line / h))
+        axes.imshow(canvas, interpolation="nearest", aspect="auto")
+        axes.set_axis_off()
+        size = min(7, 110 / DPI * width / max(map(len, titles), default=1))
+        for k, text in enumerate(titles):
+            x, y = k % columns * (width + gap) + width / 2, k // columns * (height + space)
+            y, where = (y + height + 4, "top") if below else (y - 4, "bottom")
+            if text:
+                axes.text(x, y, text, size=size, ha="center", va=where)
+        for row, text in enumerate(sides):
+            axes.text(-8, row * (height + space) + height / 2, text, size=7, ha="right", va="center")
+    return figure
+
+
+def compare_grids(real: ArrayLike, generated: ArrayLike, columns: int = 8) -> Figure:
+    """Two grids of equally many images (N, H, W, C) side by side, titled Real and Generated."""
+    generated = shaped("generated images", generated, np.shape(real), "pass equally many")
+    columns = max(1, min(columns, len(generated)))
+    return image_grid([compose(real, columns), compose(generated, columns)], 2, ("Real", "Generated"), gap=24)
+
+
+def stacked(pictures: Mapping[str, ArrayLike]) -> Figure:
+    """Pictures (H, W, C) of one size under each other, each with its name at the left."""
+    return image_grid(np.stack([np.asarray(picture) for picture in pictures.values()]), 1, sides=list(pictures), gap=6)
+
+
+def neighbours(samples: ArrayLike, nearest: ArrayLike, distances: ArrayLike) -> Figure:
+    """Samples (N, H, W, C) over their nearest training images (N, k, H, W, C), distances (N, k) beneath."""
+    samples = checked(samples)
+    count, height, width, _ = samples.shape
+    nearest = shaped("nearest", nearest, (count, "k", height, width, "C"), "index real")
+    distances = shaped("distances", distances, nearest.shape[:2], "pass one per neighbour")
+    ranked = nearest.swapaxes(0, 1).reshape(-1, *nearest.shape[2:])
+    titles = [""] * count + [f"{distance:#.3g}".rstrip(".") for distance in distances.T.flat]
+    sides = ["sample", "nearest", *(f"nearest {rank}" for rank in range(2, nearest.shape[1] + 1))]
+    return image_grid(np.concatenate([samples, checked(ranked)]), count, titles, sides, below=True)
+
+
+def _split(coefficients: np.ndarray, labels: Texts) -> np.ndarray:
+    """Stacked coefficients (S, bands * C, h, w) as (S, bands, C, h, w), C = 1 or 3."""
+    shape, bands = coefficients.shape, len(labels)
+    fits = len(shape) == 4 and shape[1] in (bands, 3 * bands)
+    need(fits, f"coefficients {shape[1:]}", f"({bands} or {3 * bands}, h, w)", "pass a label per band")
+    return coefficients.reshape(len(coefficients), bands, -1, *shape[2:])
+
+
+def _band_tile(band: np.ndarray) -> np.ndarray:
+    """Band (C, h, w) as uint8 (h, w, 3), zero amid a scale that ends at the 99.5th percentile of |value|."""
+    scaled = np.clip(band / (np.percentile(np.abs(band), 99.5) or 1) / 2 + 0.5, 0, 1)
+    rgb = colormaps["RdBu_r"](scaled[0])[..., :3] if len(band) == 1 else scaled.transpose(1, 2, 0)
+    return np.round(255 * rgb).astype(np.uint8)
+
+
+def coefficient_bands(coefficients: ArrayLike, labels: Texts) -> Figure:
+    """Bands (4^L C, h, w) of an image, C = 1 or 3, each titled with its label and spread."""
+    (bands,) = _split(np.asarray(coefficients)[None], labels)
+    titles = [f"{name}  std {band.std():#.2g}" for name, band in zip(labels, bands, strict=True)]
+    return image_grid([_band_tile(band) for band in bands], 4 if len(bands) <= 4 else 8, titles)
+
+
+def trajectory(states: ArrayLike, labels: Texts, times: Sequence[float], images: ArrayLike) -> Figure:
+    """Denoising by band: states (S, bands * C, h, w), a column per time (S,), a row per label.
+
+    The decoded images (S, H, W, C), H a multiple of h, are on top. About ten steps read best.
+    """
+    states, images = np.asarray(states), checked(images)
+    tiles = np.stack([_band_tile(band) for row in _split(states, labels).swapaxes(0, 1) for band in row])
+    tiles = tiles.repeat(images.shape[1] // states.shape[2], 1).repeat(images.shape[2] // states.shape[3], 2)
+    images = shaped("images", images, (len(times), *tiles.shape[1:]), "decode the states")
+    shaped("states", states, (len(times), "C", "h", "w"), "pass a time per state")
+    titles = [f"t = {t:.4g}" for t in times] + [""] * len(tiles)
+    return image_grid(np.concatenate([images, tiles]), len(times), titles, ["image", *labels])

@@ -8,7 +8,7 @@ import html
 import math
 import re
 from contextlib import suppress
-from numbers import Number
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,22 @@ from wddm.workbook.records import read_json, read_status, write_json, write_text
 TEMPLATES = Path(__file__).parent / "templates"
 PROGRESS_LINE = re.compile(r"\[(\d+:)?\d\d:\d\d[<,]")  # tqdm's [elapsed<remaining, rate]
 WIDGET = "application/vnd.jupyter.widget-view+json"  # what lives in JupyterLab alone, beside a picture of itself
-HEADER = re.compile(r"<header>.*?</header>", re.DOTALL)
 MARKUP = re.compile(r"[&<>\"'`*\[\]$\\~|{}\n]")  # what HTML or Markdown could take for more than a character
 WORST_FIRST = ("running", "failed", "killed", "pending", "ok")
 HEADLINES = ("fwd", "fid", "kid", "inception_score", "precision", "recall")  # numbers that a card shows first
 
 
-# ------------------------------------------------------------------------------------------ numbers and tables
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, Real) and not isinstance(value, bool))
 
 
 def format_number(value: Any) -> str:
     """Four significant digits, or whole with thousands: 0.012345 -> 0.01235, 26194435 -> 26,194,435."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    if isinstance(value, bool) or not isinstance(value, Number):
+    if not _is_number(value):
         return str(value)
-    if isinstance(value, int) or (math.isfinite(value) and abs(value) >= 10_000):
+    if value is None or math.isnan(value):
+        return "–"
+    if isinstance(value, Integral) or (math.isfinite(value) and abs(value) >= 10_000):
         return f"{value:,.0f}"
     return f"{value:.4g}"
 
@@ -54,19 +54,13 @@ def format_table(rows: list[dict[str, Any]], caption: str) -> tuple[str, str]:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     titles = ["" if column == "index" else str(column) for column in columns]  # pandas' name for no name
     cells = [[format_number(row.get(column)) for column in columns] for row in rows]
-    right = [all(_is_number(row.get(column)) for row in rows) for column in columns]
-    widths = [max(map(len, texts)) for texts in zip(titles, *cells, strict=True)]
-    lines = [
-        "  ".join(f"{text:{'>' if r else '<'}{width}}" for text, width, r in zip(texts, widths, right, strict=True))
-        for texts in (titles, *cells)
-    ]
-    sides = ["right" if r else "left" for r in right]
+    sides = ["right" if all(_is_number(row.get(column)) for row in rows) else "left" for column in columns]
     as_html = _template("table").render(caption=caption, titles=titles, cells=cells, sides=sides)
-    return as_html, "\n".join([caption, *(line.rstrip() for line in lines)])
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, Number) and not isinstance(value, bool))
+    texts = []
+    for side, column in zip(sides, zip(titles, *cells, strict=True), strict=True):
+        width = max(map(len, column))
+        texts.append([text.rjust(width) if side == "right" else text.ljust(width) for text in column])
+    return as_html, "\n".join([caption, *("  ".join(line).rstrip() for line in zip(*texts, strict=True))])
 
 
 def write_rows(rows: list[dict[str, Any]], as_csv: Path, as_json: Path) -> None:
@@ -85,9 +79,6 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# ------------------------------------------------------------------------------------------------------ pages
-
-
 def render(folder: Path, name: str) -> Path:
     """reports/<run>/<name>.ipynb -> .html, and new headers for the run's other pages."""
     import nbformat
@@ -97,16 +88,15 @@ def render(folder: Path, name: str) -> Path:
     declared = tagged(notebook, "parameters")
     given = notebook.metadata.get("papermill", {}).get("parameters", {})
     schema = parse_parameters(declared.source, "") if declared else {}
-    parameters = [(parameter, given.get(key, parameter.default)) for key, parameter in schema.items()]
-    prose = next((cell for cell in notebook.cells if cell.cell_type == "markdown"), None)
-    if prose:
-        prose.source = _fill_in(prose.source, {parameter.name: value for parameter, value in parameters})
+    values = {key: given.get(key, parameter.default) for key, parameter in schema.items()}
+    if prose := next((cell for cell in notebook.cells if cell.cell_type == "markdown"), None):
+        prose.source = _fill_in(prose.source, values)
     hidden = {"injected-parameters", "papermill-error-cell-tag"}
     notebook.cells = [_tidy(cell) for cell in notebook.cells if not hidden & set(cell.metadata.get("tags", []))]
     resources = {
         "title": f"{name} · {folder.name}",
         "page_header": _header(folder, name),
-        "parameters": parameters,
+        "parameters": [(parameter, values[key]) for key, parameter in schema.items()],
         "css": (TEMPLATES / "style.css").read_text(encoding="utf-8"),
         "code_css": HtmlFormatter(style="default").get_style_defs(".highlight"),
         "dark_code_css": HtmlFormatter(style="github-dark").get_style_defs(".highlight"),
@@ -115,8 +105,8 @@ def render(folder: Path, name: str) -> Path:
     write_text(page, _exporter().from_notebook_node(notebook, resources)[0])
     for other in read_status(folder).keys() - {name}:
         if (path := folder / f"{other}.html").exists():
-            header = _header(folder, other)
-            write_text(path, HEADER.sub(lambda _, new=header: new, path.read_text(encoding="utf-8"), count=1))
+            before, _, after = path.read_text(encoding="utf-8").partition("<header>")
+            write_text(path, before + _header(folder, other) + after.partition("</header>")[2])
     return page
 
 
@@ -145,31 +135,25 @@ def _fill_in(source: str, values: dict[str, Any]) -> str:
 
 def _exporter() -> Any:
     """nbconvert's exporter to HTML, with formulas as MathML, which browsers draw without a script."""
+    from latex2mathml.converter import convert
     from nbconvert import HTMLExporter
     from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
     class Renderer(IPythonRenderer):
-        def inline_math(self, body: str) -> str:
-            return _mathml(body, "inline")
+        def inline_math(self, body: str, display: str = "inline") -> str:
+            try:
+                return convert(body, display=display)
+            except Exception:  # its errors have no common name; the formula stays as it was typed
+                return f"<code>{html.escape(body)}</code>"
 
         def block_math(self, body: str) -> str:
-            return _mathml(body, "block")
+            return self.inline_math(body, "block")
 
     class Exporter(HTMLExporter):
         def markdown2html(self, source: str) -> str:
             return MarkdownWithMath(renderer=Renderer(escape=False, exclude_anchor_links=True)).render(source)
 
     return Exporter(template_name="report", extra_template_basedirs=[str(TEMPLATES)])
-
-
-def _mathml(formula: str, display: str) -> str:
-    """A formula in LaTeX as MathML; one that cannot be read stays as it was typed."""
-    from latex2mathml.converter import convert
-
-    try:
-        return convert(formula, display=display)
-    except Exception:  # its errors have no common name
-        return f"<code>{html.escape(formula)}</code>"
 
 
 def _tidy(cell: Any) -> Any:
@@ -194,19 +178,19 @@ def _template(name: str) -> Any:
     """One of templates/, which escapes what is put into it."""
     import jinja2
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(number=format_number, seconds=format_seconds)
     return environment.get_template(f"{name}.html.j2")
 
 
-# ------------------------------------------------------------------------------------------------------ index
-
-
 def write_index(root: Path) -> Path:
     """reports/index.html: every run as a card, the latest first: its state, picture, main numbers, what was changed."""
-    defaults, runs = _defaults(root), []
+    defaults: dict[str, Any] = {}
+    runs: list[dict[str, Any]] = []
+    for path in (*pipeline_notebooks(root), *sorted(root.glob("notebooks/analysis/*.ipynb"))):
+        with suppress(ValueError):  # a notebook that cannot be read does not stand in the way
+            defaults |= {name: parameter.default for name, parameter in read_schema(path).items()}
     for folder in sorted(path.parent for path in (root / "reports").glob("*/status.json")):
         try:
             runs.append(_card(folder, defaults))
@@ -225,7 +209,7 @@ def _card(folder: Path, defaults: dict[str, Any]) -> dict[str, Any]:
     entries, states = status.values(), {entry["state"] for entry in status.values()}
     metrics, timings, made_by = (read_json(folder / f"{name}.json") for name in ("metrics", "timings", "environment"))
     figures = sorted(folder.glob("figures/*.png"), key=lambda path: (path.stem != "samples", path.name))
-    changed = {key: value for key, value in _read_parameters(folder).items() if value != defaults.get(key, ...)}
+    first = sorted(metrics, key=lambda key: ([not key.startswith(name) for name in HEADLINES], key))
     return {
         "name": folder.name,
         "status": status,
@@ -235,35 +219,18 @@ def _card(folder: Path, defaults: dict[str, Any]) -> dict[str, Any]:
         "started": max((entry.get("started") or "" for entry in entries), default=""),
         "seconds": sum(entry.get("seconds") or 0 for entry in entries),
         "thumbnail": figures[0].relative_to(folder.parent).as_posix() if figures else None,
-        "metrics": {key: metrics[key] for key in sorted(metrics, key=_headline)[:6]},
+        "metrics": {key: metrics[key] for key in first[:6]},
         "timings": dict(list(timings.items())[:3]),
-        "changed": changed,
+        "changed": {key: value for key, value in _read_parameters(folder).items() if value != defaults.get(key, ...)},
         "commit": (made_by.get("commit") or "")[:7],
     }
-
-
-def _headline(key: str) -> tuple[int, str]:
-    """Sort key of a metric: those of HEADLINES first."""
-    return next((rank for rank, name in enumerate(HEADLINES) if key.startswith(name)), len(HEADLINES)), key
 
 
 def _read_parameters(folder: Path) -> dict[str, Any]:
     """The resolved parameters of a run but for its name; {} where they are missing or damaged."""
     import yaml
 
-    try:
+    with suppress(AttributeError, OSError, ValueError, yaml.YAMLError):
         content = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return (
-        {key: content[key] for key in content if key not in ("run", "notebooks")} if isinstance(content, dict) else {}
-    )
-
-
-def _defaults(root: Path) -> dict[str, Any]:
-    """name -> default over all notebooks; one that cannot be read does not stand in the way of the index."""
-    defaults: dict[str, Any] = {}
-    for path in (*pipeline_notebooks(root), *sorted(root.glob("notebooks/analysis/*.ipynb"))):
-        with suppress(ValueError):
-            defaults |= {name: parameter.default for name, parameter in read_schema(path).items()}
-    return defaults
+        return {key: value for key, value in content.items() if key not in ("run", "notebooks")}
+    return {}
