@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,7 +27,7 @@ from wddm.files import sha256, written_aside
 KEEP = 2
 LAYOUT = 2  # of what a checkpoint holds; those of another layout are refused
 # what comes before or after training, so that a change there does not change what is learned
-ELSEWHERE = {"__init__", "__main__", "cli", "experiment", "runs", "processes", "sources", "decoding"}
+ELSEWHERE = {"__init__", "__main__", "cli", "experiment", "sources", "decoding"}
 ELSEWHERE |= {"pipeline", "bandrate", "loading", "cards", "sampling"}
 
 Tensors = dict[str, dict[str, Tensor]]
@@ -49,7 +49,7 @@ def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], name:
                 file = aside / f"{group}.safetensors"
                 save_file({key: tensor.detach().cpu().contiguous() for key, tensor in members.items()}, file)
                 checksums[file.name] = sha256(file)
-            state = {"step": step, "layout": LAYOUT, **state, "sha256": checksums}
+            state = {"step": step, "layout": LAYOUT, "code": code(), **state, "sha256": checksums}
             (aside / "state.json").write_text(json.dumps(state, indent=1))
     except (OSError, SafetensorError) as error:
         kept = listed(folder)
@@ -92,34 +92,36 @@ def difference(before: dict[str, Any], after: dict[str, Any]) -> str:
     return ", ".join(f"{name} {before.get(name)} -> {after.get(name)}" for name in names)
 
 
-def outdated(folder: Path, state: dict[str, Any], now: dict[str, Any], *, extend: bool, restart: bool) -> str:
+def outdated(folder: Path, state: dict[str, Any], settings: dict[str, Any], *, extend: bool, restart: bool) -> str:
     """What has changed since the finished run of `state`, its last checkpoint; empty if that can be gone on with.
 
-    Args:
-        now: "settings" and "code" of the run that begins. Other code makes a finished run outdated, no unfinished one.
-        extend: a larger train_kimg is no change.
-        restart: a finished run of other settings is outdated, which is an error otherwise.
+    Other code makes a finished run outdated, no unfinished one. To `extend`, a larger train_kimg is no change; to
+    `restart`, a finished run of other settings is outdated, where it is refused otherwise.
 
     Raises:
         ValueError: the checkpoint is of other settings, or of an older layout, and may not be left behind.
     """
-    before, wanted = state["settings"], now["settings"]
+    before = state["settings"]
+    longer = extend and before["train_kimg"] < settings["train_kimg"]
     finished = state["step"] * before["batch_size"] >= before["train_kimg"] * 1000
     if state.get("layout") != LAYOUT:
-        if finished and restart:
-            return "the layout of checkpoints"
-        raise ValueError(
-            f"got checkpoints of an older layout in {folder}, which this version cannot go on with, wanted its own: "
-            f"rename {folder.name}/, give the run another name, or finish it with the version that began it"
+        changed, refusal = (
+            "the layout of checkpoints",
+            (
+                f"got checkpoints of an older layout in {folder}, which this version cannot go on with, wanted its own: "
+                f"rename {folder.name}/, give the run another name, or finish it with the version that began it"
+            ),
         )
-    longer = extend and before["train_kimg"] < wanted["train_kimg"]
-    changed = difference(before | ({"train_kimg": wanted["train_kimg"]} if longer else {}), wanted)
-    if changed and not (finished and restart):
-        raise ValueError(
+    elif changed := difference(before | ({"train_kimg": settings["train_kimg"]} if longer else {}), settings):
+        refusal = (
             f"got other settings than {folder.parent} began with ({changed}), wanted the same: set them back, give "
             "the run another name, or, for more train_kimg alone, --extend it"
         )
-    return changed or ("the code" if state["code"] != now["code"] and finished and not longer else "")
+    else:
+        return "the code" if finished and not longer and state["code"] != code() else ""
+    if not (finished and restart):
+        raise ValueError(refusal)
+    return changed
 
 
 def code() -> str:
@@ -136,21 +138,15 @@ def set_aside(folder: Path) -> Path:
     return kept
 
 
-@contextmanager
-def reserved(folder: Path) -> Iterator[None]:
-    """Within it, `folder` is this process's own, which ends when the process does; ValueError if another one has it."""
+def reserved(folder: Path) -> AcquireReturnProxy:
+    """A context: until it ends, or the process does, `folder` is this process's own; ValueError if another has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".training.lock", timeout=0, thread_local=False, is_singleton=True)
     try:
-        lock.acquire()
+        return FileLock(folder / ".training.lock", timeout=0, thread_local=False, is_singleton=True).acquire()
     except Timeout:
         raise ValueError(
             f"got {folder}, where another process trains, wanted one at a time: wait, stop it, or name another run"
         ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager

@@ -1,0 +1,151 @@
+"""What training takes to make a step, beside the Trainer: precision, seeds, clipping, the average, held-out rows."""
+
+import json
+import math
+import resource
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from wddm.files import read_rows, whole
+from wddm.wavelets import check_choice
+
+# name -> share of the learning rate, of the share of the steps after the warm-up that are done, 0 to 1
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant_with_warmup": lambda done: 1.0,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+}
+VARYING = ("images_per_s", "memory_gb")  # of a Step; all else is the same whenever the settings are
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where training is. Losses and norms are means since the last `Step`; the rate leaves out the caller's time."""
+
+    step: int
+    images_seen: int
+    loss: float
+    lr: float
+    grad_norm: float
+    images_per_s: float
+    memory_gb: float  # peak, of the GPU, or of the process where there is none
+    band_loss: dict[str, float]  # squared error of the prediction in each band, unweighted
+    validation_loss: float | None = None  # on held-out images, where it was measured at this step
+    fwd: float | None = None  # what `measure` says of samples, where it was asked at this step
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """Rows of a run's log.jsonl, one per `Step`; a last line cut short by a crash is left out."""
+    return read_rows(Path(folder) / "log.jsonl")
+
+
+def forget_after(folder: Path, step: int, images_seen: int) -> None:
+    """Cut a run's log and previews to the step that it is taken up at."""
+    rows = [row for row in read_log(folder) if row["step"] <= step]
+    with whole(folder / "log.jsonl") as log:
+        log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for picture in (folder / "previews").glob("*.png"):
+        if int(picture.stem) > images_seen:
+            picture.unlink()
+
+
+def resolve_precision(precision: str, cpu: bool = False) -> str:
+    """accelerate's name of the precision; "auto" is bf16 where a GPU has it, else "no"."""
+    check_choice("precision", precision, ("auto", "no", "fp16", "bf16"))
+    if precision != "auto":
+        return precision
+    return "bf16" if not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+
+
+def tune(model: nn.Module, device: torch.device) -> None:
+    """On a GPU, TF32 in matrix products and channels last in the model; nothing on the CPU."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        model.to(memory_format=torch.channels_last)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Of a CUDA device since the start, in GiB; of this process where it is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def derived_seed(*key: int) -> int:
+    """An independent seed for every key, such as (seed, step)."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0])
+
+
+def seed_device(device: torch.device, seed: int) -> None:
+    """Seed this device alone: `torch.manual_seed` asks after every kind of device, a third of a millisecond."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.get_device_module(device).manual_seed(seed)
+
+
+def clip(parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
+    """Scale the gradients down to norm 1; their norm before, all together and of every parameter (P,)."""
+    norms = torch.stack(torch._foreach_norm([cast(Tensor, p.grad) for p in parameters]))
+    norm = torch.linalg.vector_norm(norms)
+    torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
+    return norm, norms
+
+
+def check(unread: list[tuple[Tensor, ...]], parameters: list[str], step: int, learning_rate: float) -> None:
+    """Raise FloatingPointError if a loss or gradient, as `Trainer.optimise` gives them, was not finite until `step`."""
+    loss, _, norm, norms = (torch.stack(values) for values in zip(*unread, strict=True))
+    finite = loss.isfinite() & norm.isfinite()
+    if finite.all():
+        return
+    first = int(finite.int().argmin())
+    bad = [name for name, norm in zip(parameters, norms[first].tolist(), strict=True) if not math.isfinite(norm)]
+    raise FloatingPointError(
+        f"got numbers that are not finite in {f'the gradient of {bad[0]}' if bad else 'the loss'} at step "
+        f"{step - len(unread) + 1 + first}, wanted finite ones: lower learning_rate (now {learning_rate:g}); the last "
+        "good checkpoint is kept"
+    )
+
+
+@torch.no_grad()
+def average(ema: EMAModel, weights: list[Tensor]) -> None:
+    """`ema.step(weights)`, up to rounding, in one pass over the weights: small networks feel the three of that."""
+    ema.optimization_step += 1
+    torch._foreach_lerp_(ema.shadow_params, weights, 1 - ema.get_decay(ema.optimization_step))
+
+
+@dataclass
+class Rows:
+    """Some rows of images (N, H, W, C), not copied: as much of an array as `batches` asks for."""
+
+    images: np.ndarray
+    rows: np.ndarray
+
+    def __post_init__(self) -> None:
+        self.dtype, self.ndim, self.shape = self.images.dtype, self.images.ndim, (len(self), *self.images.shape[1:])
+        self.nbytes = len(self) * self.images[0].nbytes
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
+        return self.images[self.rows[index]]
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        return self[:]
+
+
+def hold_out(images: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(images to train on, `count` others spread evenly over the set)."""
+    if not 0 < count < len(images):
+        raise ValueError(f"got validation_images={count} of {len(images)} images, wanted 1 or more, and fewer than all")
+    held = np.linspace(0, len(images) - 1, count).round().astype(int)
+    rest = Rows(images, np.setdiff1d(np.arange(len(images)), held))
+    return cast(np.ndarray, rest), images[held]  # for `batches`, that is
