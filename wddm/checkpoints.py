@@ -102,8 +102,13 @@ def outdated(folder: Path, state: dict[str, Any], settings: dict[str, Any], *, e
         ValueError: the checkpoint is of other settings, or of an older layout, and may not be left behind.
     """
     before = state["settings"]
-    longer = extend and before["train_kimg"] < settings["train_kimg"]
     finished = state["step"] * before["batch_size"] >= before["train_kimg"] * 1000
+    longer = extend and before["train_kimg"] < settings["train_kimg"]
+    changed = difference(before | ({"train_kimg": settings["train_kimg"]} if longer else {}), settings)
+    refusal = (
+        f"got other settings than {folder.parent} began with ({changed}), wanted the same: set them back, give the run "
+        "another name, or, for more train_kimg alone, --extend it"
+    )
     if state.get("layout") != LAYOUT:
         changed, refusal = (
             "the layout of checkpoints",
@@ -112,16 +117,21 @@ def outdated(folder: Path, state: dict[str, Any], settings: dict[str, Any], *, e
                 f"rename {folder.name}/, give the run another name, or finish it with the version that began it"
             ),
         )
-    elif changed := difference(before | ({"train_kimg": settings["train_kimg"]} if longer else {}), settings):
-        refusal = (
-            f"got other settings than {folder.parent} began with ({changed}), wanted the same: set them back, give "
-            "the run another name, or, for more train_kimg alone, --extend it"
-        )
-    else:
-        return "the code" if finished and not longer and state["code"] != code() else ""
-    if not (finished and restart):
+    if changed and not (finished and restart):
         raise ValueError(refusal)
-    return changed
+    return changed or ("the code" if finished and not longer and state["code"] != code() else "")
+
+
+def changes(state: dict[str, Any], train_kimg: float, total_steps: int, lr: float) -> list[str]:
+    """What to tell of a run that goes on from `state` to a length of `train_kimg`, at the learning rate `lr`."""
+    aside = "" if state["code"] == code() else ", with code that has changed"
+    notes = [f"resumed at step {state['step']} of {total_steps}{aside}"]
+    if (before := state["settings"]["train_kimg"]) != train_kimg:
+        notes.append(
+            f"extended from {before:g} to {train_kimg:g} kimg: the schedule is now that of the longer run, so the "
+            f"learning rate goes from {state['lr']:.3g} to {lr:.3g} at this step"
+        )
+    return notes
 
 
 def code() -> str:

@@ -4,6 +4,7 @@ import json
 import math
 import resource
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from wddm.files import read_rows, whole
+from wddm.objective import NOISE
 from wddm.wavelets import check_choice
 
 # name -> share of the learning rate, of the share of the steps after the warm-up that are done, 0 to 1
@@ -112,6 +115,27 @@ def check(unread: list[tuple[Tensor, ...]], parameters: list[str], step: int, le
         f"{step - len(unread) + 1 + first}, wanted finite ones: lower learning_rate (now {learning_rate:g}); the last "
         "good checkpoint is kept"
     )
+
+
+def draw_noise(generator: torch.Generator, count: int, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Noise (count, *shape) and timesteps (count,), on the generator's device."""
+    noise = torch.randn(count, *shape, generator=generator, device=generator.device)
+    return noise, torch.randint(NOISE["num_train_timesteps"], (count,), generator=generator, device=generator.device)
+
+
+def moments(optimizer: Optimizer) -> dict[str, Tensor]:
+    """What an optimiser keeps of every parameter, as `<number of the parameter>.<name>`."""
+    kept = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": value for i, state in kept.items() for name, value in state.items()}
+
+
+def load_moments(optimizer: Optimizer, flat: dict[str, Tensor]) -> None:
+    """Put back what `moments` gave."""
+    kept: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for key, value in flat.items():
+        index, name = key.split(".")
+        kept[int(index)][name] = value
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": kept})
 
 
 @torch.no_grad()

@@ -1,19 +1,18 @@
 """Training as a generator of `Step`: a network, the average of its weights and their optimiser, in a folder of its own.
 
-All randomness is a function of (seed, step): order and flips of the images, noise, timesteps, dropout; validation and
-samples draw from none of it. A checkpoint is therefore weights, their average, optimiser, what was not yet logged and
-the number of steps, and resuming is exact. accelerate gives devices, precision and processes. Lengths are counted in
-images (kimg: thousands), batches are global: N processes share one batch.
+All randomness is a function of (seed, step), and what watches training draws from none of it: a checkpoint is therefore
+weights, average, optimiser, what was not yet logged and the number of steps, and resuming is exact. Lengths are counted
+in images (kimg: thousands), batches are global: N processes share one batch.
 """
 
 import json
 import math
 import time
 import zlib
-from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,12 @@ from accelerate.utils import gather_object
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid, numpy_to_pil
-from torch import Tensor, nn
+from torch import Tensor
 
 from wddm import checkpoints, steps
 from wddm.data import batches
-from wddm.files import append_row, written_aside
-from wddm.objective import WEIGHTINGS, Loss, build_solver, diffusion_loss, noise_scheduler
+from wddm.files import append_row, whole, written_aside
+from wddm.objective import WEIGHTINGS, build_solver, diffusion_loss, noise_scheduler
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
 from wddm.steps import SCHEDULES, Step
@@ -46,12 +45,8 @@ class Trainer:
     """One training run in `folder`: checkpoints/, log.jsonl, previews/ and, in the end, pipeline/ with the averaged
     weights and training.json, which says what they were trained on, how, and for how many images.
 
-    Made again with the same settings, it goes on where it was stopped, exactly; with others, it refuses and says what
-    has changed. `notes` holds what the caller should be told.
-
-    Raises:
-        ValueError: checkpoints of other settings are there, another process trains there, an option is not known, or
-            the batch does not divide among processes and micro-batches.
+    Made again with the same settings, it goes on where it was stopped, exactly; with others, or where another process
+    trains, it refuses with a ValueError that says why. `notes` holds what the caller should be told.
     """
 
     model: ModelMixin
@@ -112,9 +107,21 @@ class Trainer:
             )
         self.total_steps = math.ceil(self.train_kimg * 1000 / self.batch_size)
         self.total_images = self.total_steps * self.batch_size
+        steps.tune(self.model, self.device)
+        if self.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
         self.codec.to(self.device)
+        self.parameters = {name: p for name, p in self.model.train().named_parameters() if p.requires_grad}
+        plain = torch.optim.AdamW(self.parameters.values(), weight_decay=self.weight_decay, fused=True)
+        network = torch.compile(self.model) if self.compile else self.model
+        self.network, prepared = self.accelerator.prepare(network, plain)
+        self.optimizer = plain if self.accelerator.scaler is None else prepared  # fp16 alone needs accelerate's
+        half_life_steps = self.ema_half_life_kimg * 1000 / self.batch_size
+        decay = 0.5 ** (1 / half_life_steps) if half_life_steps else 0.0
+        self.weights: list[Tensor] = list(self.model.parameters())  # once: small networks feel a walk through them
+        self.ema = EMAModel(self.weights, decay=decay, foreach=True)
         self.noise_scheduler = noise_scheduler(self.prediction_type)
-        self._prepare()
+        self.loss = partial(diffusion_loss, weighting=self.weighting, reconstruction=self.reconstruction)
         self.step = 0
         self.best: float | None = None  # the lowest loss on the held-out images
         self.unread: list[tuple[Tensor, ...]] = []  # what `optimise` gave in every step since the last `Step`
@@ -126,28 +133,11 @@ class Trainer:
             self.held = held.pop_all()
         self.accelerator.init_trackers("tensorboard")
 
-    def _prepare(self) -> None:
-        """Network, optimiser and average, on the device."""
-        steps.tune(self.model, self.device)
-        if self.gradient_checkpointing:
-            self.model.enable_gradient_checkpointing()
-        self.model.train()
-        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        plain = torch.optim.AdamW(self.parameters.values(), weight_decay=self.weight_decay, fused=True)
-        network = torch.compile(self.model) if self.compile else self.model
-        self.network, prepared = self.accelerator.prepare(network, plain)
-        self.optimizer = plain if self.accelerator.scaler is None else prepared  # fp16 alone needs accelerate's
-        half_life_steps = self.ema_half_life_kimg * 1000 / self.batch_size
-        decay = 0.5 ** (1 / half_life_steps) if half_life_steps else 0.0
-        self.weights: list[Tensor] = list(self.model.parameters())  # once: small networks feel a walk through them
-        self.ema = EMAModel(self.weights, decay=decay, foreach=True)
-
     def steps(self) -> Generator[Step]:
         """Train to the end, a `Step` every `log_every` steps; then the pipeline is saved.
 
         Raises:
-            FloatingPointError: a loss or gradient was not finite; the last good checkpoint stays.
-            OSError: a checkpoint could not be written; the last good one stays.
+            FloatingPointError, OSError: not finite, or no room for a checkpoint; the last good checkpoint stays.
             KeyboardInterrupt: once the current step is finished and a checkpoint of it written.
         """
         stream = batches(
@@ -202,7 +192,7 @@ class Trainer:
         losses = []
         for part in zip(*(x.chunk(self.accumulation) for x in (images, noise, t)), strict=True):
             with self.accelerator.accumulate(self.network):
-                losses.append(self._loss(self.network, *part))
+                losses.append(self.loss(self.network, self.codec, self.noise_scheduler, *part))
                 self.accelerator.backward(losses[-1].total)
         self.accelerator.unscale_gradients()
         norm, norms = steps.clip(self.parameters.values())
@@ -226,19 +216,11 @@ class Trainer:
     def images_seen(self) -> int:
         return self.step * self.batch_size
 
-    def draw_noise(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def draw_noise(self, images: Tensor) -> tuple[Tensor, ...]:
         """Noise (b, 4^L C, h, w) and timesteps (b,) of this process's share, cut from those of the whole batch."""
         generator = torch.Generator(self.device).manual_seed(steps.derived_seed(self.seed, self.step))
-        shape, count = self.codec.shape(*images.shape[1:]), len(self.noise_scheduler.alphas_cumprod)
-        noise = torch.randn(self.batch_size, *shape, generator=generator, device=self.device)
-        t = torch.randint(count, (self.batch_size,), generator=generator, device=self.device)
-        return noise.chunk(self.world_size)[self.rank], t.chunk(self.world_size)[self.rank]
-
-    def _loss(self, network: nn.Module, images: Tensor, noise: Tensor, t: Tensor) -> Loss:
-        return diffusion_loss(
-            network, self.codec, self.noise_scheduler, images, noise, t,
-            weighting=self.weighting, reconstruction=self.reconstruction,
-        )  # fmt: skip
+        drawn = steps.draw_noise(generator, self.batch_size, self.codec.shape(*images.shape[1:]))
+        return tuple(x.chunk(self.world_size)[self.rank] for x in drawn)
 
     @contextmanager
     def averaged(self) -> Iterator[WaveletPipeline]:
@@ -258,31 +240,29 @@ class Trainer:
 
         Every process takes its share. Noise and timestep are a function of the image's number alone.
         """
-        losses, count = [], len(self.noise_scheduler.alphas_cumprod)
+        losses: list[tuple[float, int]] = []
         with self.averaged() as pipeline:
             for start in range(0, len(self.held_out), self.batch_size)[self.rank :: self.world_size]:
                 pixels = torch.from_numpy(self.held_out[start : start + self.batch_size])
                 images = pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)
-                generators = [torch.Generator().manual_seed(start + k) for k in range(len(images))]
-                shape = self.codec.shape(*images.shape[1:])
-                noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-                t = torch.cat([torch.randint(count, (1,), generator=generator) for generator in generators])
-                loss = self._loss(pipeline.backbone, *(x.to(self.device) for x in (images, noise, t))).total
-                losses.append((loss.item() * len(images), len(images)))
-        total, count = np.sum(gather_object(losses), axis=0)
-        loss = float(total / count)
-        if self.best is None or loss < self.best:
-            self.best = loss
+                shape, rows = self.codec.shape(*images.shape[1:]), range(start, start + len(images))
+                drawn = [steps.draw_noise(torch.Generator().manual_seed(row), 1, shape) for row in rows]
+                batch = [x.to(self.device) for x in (images, *map(torch.cat, zip(*drawn, strict=True)))]
+                loss = self.loss(pipeline.backbone, self.codec, self.noise_scheduler, *batch)
+                losses.append((loss.total.item() * len(images), len(images)))
+        total, count = np.sum(gather_object(losses), axis=0).tolist()
+        if self.best is None or total / count < self.best:
+            self.best = total / count
             self.save("best")
-        return loss
+        return total / count
 
     def samples(self, count: int) -> np.ndarray:
         """uint8 (count, H, W, C) of the averaged weights, by DDIM in 25 steps, from the same seeds every time."""
+        share = {"rank": self.rank, "world_size": self.world_size, "num_inference_steps": 25}
         with self.averaged() as pipeline:
             pipeline.set_progress_bar_config(disable=True)
-            shares = sample_images(pipeline, count, rank=self.rank, world_size=self.world_size, num_inference_steps=25)
-            drawn = gather_object(list(enumerate(shares)))  # every process draws every world_size-th batch
-        return np.concatenate([images for _, images in sorted(drawn, key=lambda one: one[0])])
+            batches = gather_object(list(enumerate(sample_images(pipeline, count, **share))))
+        return np.concatenate([images for _, images in sorted(batches, key=lambda batch: batch[0])])
 
     def _preview(self) -> None:
         """Draw previews/<images seen>.png."""
@@ -290,8 +270,8 @@ class Trainer:
         if self.main:
             colors = samples[..., : 3 if samples.shape[-1] >= 3 else 1]  # of more or of two channels, the first
             grid = make_image_grid(numpy_to_pil(colors / 255), PREVIEWED // COLUMNS, COLUMNS)
-            (self.folder / "previews").mkdir(exist_ok=True)
-            grid.save(self.folder / "previews" / f"{self.images_seen:09d}.png")
+            with whole(self.folder / "previews" / f"{self.images_seen:09d}.png") as file:
+                grid.save(file, "PNG")
             for tracker in self.accelerator.trackers:
                 tracker.log_images({"samples": np.asarray(grid)[None]}, self.images_seen, dataformats="NHWC")
 
@@ -334,11 +314,10 @@ class Trainer:
 
     def state_dict(self) -> tuple[checkpoints.Tensors, dict[str, Any]]:
         """What `load_state_dict` puts back: tensors, and the rest, which JSON can hold."""
-        moments = self.optimizer.state_dict()["state"]
         tensors = {
             "weights": self.model.state_dict(),
             "ema": dict(zip(dict(self.model.named_parameters()), self.ema.shadow_params, strict=True)),
-            "optimizer": {f"{i}.{key}": value for i, state in moments.items() for key, value in state.items()},
+            "optimizer": steps.moments(self.optimizer),
             "unread": {str(i): torch.stack(values) for i, values in enumerate(zip(*self.unread, strict=True))},
         }
         return tensors, {"best": self.best, "lr": self.lr, "settings": self.settings()}
@@ -350,11 +329,7 @@ class Trainer:
         self.model.load_state_dict(tensors["weights"])
         for shadow, (name, _) in zip(self.ema.shadow_params, self.model.named_parameters(), strict=True):
             shadow.copy_(tensors["ema"][name])
-        moments: dict[int, dict[str, Tensor]] = defaultdict(dict)
-        for name, value in tensors["optimizer"].items():
-            index, key = name.split(".")
-            moments[int(index)][key] = value
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        steps.load_moments(self.optimizer, tensors["optimizer"])
         columns = [tensors["unread"][str(i)].to(self.device) for i in range(len(tensors["unread"]))]
         self.unread = list(zip(*columns, strict=True))
 
@@ -371,23 +346,15 @@ class Trainer:
     def _take_up(self) -> None:
         """Go on from the newest checkpoint, or begin; refuse one of other settings, as `extend` and `restart` allow."""
         folder = self.folder / "checkpoints"
-        found = checkpoints.load_latest(folder, self.notes)
-        tensors, state = found or ({}, {})
-        if found and (
-            why := checkpoints.outdated(folder, state, self.settings(), extend=self.extend, restart=self.restart)
-        ):
-            self.accelerator.wait_for_everyone()  # to have read it
-            if self.main:
-                kept = checkpoints.set_aside(folder).name
-                self.notes.append(f"changed since the earlier run: {why}; starting anew, that run is in {kept}")
-        elif found:
-            self.load_state_dict(tensors, state)
-            aside = "" if state["code"] == checkpoints.code() else ", with code that has changed"
-            self.notes.append(f"resumed at step {self.step} of {self.total_steps}{aside}")
-            if (before := state["settings"]["train_kimg"]) != self.train_kimg:
-                self.notes.append(
-                    f"extended from {before:g} to {self.train_kimg:g} kimg: the schedule is now that of the longer "
-                    f"run, so the learning rate goes from {state['lr']:.3g} to {self.lr:.3g} at this step"
-                )
+        if found := checkpoints.load_latest(folder, self.notes):
+            tensors, state = found
+            if why := checkpoints.outdated(folder, state, self.settings(), extend=self.extend, restart=self.restart):
+                self.accelerator.wait_for_everyone()  # to have read it
+                if self.main:
+                    kept = checkpoints.set_aside(folder).name
+                    self.notes.append(f"changed since the earlier run: {why}; starting anew, that run is in {kept}")
+            else:
+                self.load_state_dict(tensors, state)
+                self.notes += checkpoints.changes(state, self.train_kimg, self.total_steps, self.lr)
         if self.main:
             steps.forget_after(self.folder, self.step, self.images_seen)
