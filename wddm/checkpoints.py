@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from filelock import AcquireReturnProxy, FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -74,6 +75,20 @@ def load_latest(folder: Path, notes: list[str]) -> tuple[Tensors, dict[str, Any]
             return {Path(name).stem: load_file(path / name) for name in state["sha256"]}, state
         notes.append(f"{path}: {', '.join(damaged)} damaged, going back to the checkpoint before")
     return None
+
+
+def take_up(
+    folder: Path, settings: dict[str, Any], notes: list[str], *, extend: bool, restart: bool
+) -> tuple[Tensors, dict[str, Any]] | None:
+    """What `load_latest` gives, for a run of these settings; None if there is nothing or it was `outdated`."""
+    if (found := load_latest(folder, notes)) is None:
+        return None
+    if why := outdated(folder, found[1], settings, extend=extend, restart=restart):
+        PartialState().wait_for_everyone()  # to have read it
+        if PartialState().is_main_process:
+            notes.append(f"changed since the earlier run: {why}; starting anew, that run is in {set_aside(folder)}")
+        return None
+    return found
 
 
 def listed(folder: Path) -> list[Path]:

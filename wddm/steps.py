@@ -13,6 +13,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid, numpy_to_pil
+from PIL.Image import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -65,6 +67,15 @@ def resolve_precision(precision: str, cpu: bool = False) -> str:
     if precision != "auto":
         return precision
     return "bf16" if not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+
+
+def check_batch(batch_size: int, accumulation: int, processes: int) -> None:
+    """ValueError if a batch does not divide among processes and micro-batches."""
+    if batch_size % (accumulation * processes):
+        raise ValueError(
+            f"got batch_size={batch_size}, wanted a multiple of {accumulation} (accumulation) times {processes} "
+            "(processes): change one of them"
+        )
 
 
 def tune(model: nn.Module, device: torch.device) -> None:
@@ -138,6 +149,12 @@ def load_moments(optimizer: Optimizer, flat: dict[str, Tensor]) -> None:
     optimizer.load_state_dict(optimizer.state_dict() | {"state": kept})
 
 
+def picture(samples: np.ndarray, columns: int) -> Image:
+    """Samples uint8 (N, H, W, C) side by side, so many in a row, which divides N; without colour, the first channel."""
+    colors = samples[..., : 3 if samples.shape[-1] >= 3 else 1]
+    return make_image_grid(numpy_to_pil(colors / 255), len(samples) // columns, columns)
+
+
 @torch.no_grad()
 def average(ema: EMAModel, weights: list[Tensor]) -> None:
     """`ema.step(weights)`, up to rounding, in one pass over the weights: small networks feel the three of that."""
@@ -166,8 +183,10 @@ class Rows:
         return self[:]
 
 
-def hold_out(images: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(images to train on, `count` others spread evenly over the set)."""
+def hold_out(images: np.ndarray, count: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """(images to train on, `count` others spread evenly over the set); None holds nothing out."""
+    if count is None:
+        return images, images[:0]
     if not 0 < count < len(images):
         raise ValueError(f"got validation_images={count} of {len(images)} images, wanted 1 or more, and fewer than all")
     held = np.linspace(0, len(images) - 1, count).round().astype(int)

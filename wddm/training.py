@@ -22,7 +22,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid, numpy_to_pil
 from torch import Tensor
 
 from wddm import checkpoints, steps
@@ -37,7 +36,6 @@ from wddm.wavelets import WaveletCodec, check_choice
 # what no weight depends on, or settings describe in another way: may change from one start of a run to the next
 FREE = {"cpu", "extend", "restart", "checkpoint_kimg", "preview_kimg", "tensorboard", "gradient_checkpointing"}
 FREE |= {"measure", "fwd_kimg", "fwd_images", "data_sha256", "model", "codec", "images", "folder"}
-PREVIEWED, COLUMNS = 32, 16  # samples in a preview, and in a row of it
 
 
 @dataclass(kw_only=True)
@@ -88,9 +86,8 @@ class Trainer:
         check_choice("weighting", self.weighting, WEIGHTINGS)
         if self.fwd_kimg and self.measure is None:
             raise ValueError(f"got fwd_kimg={self.fwd_kimg:g} without measure, wanted a function of samples: give both")
-        self.trained, self.held_out = self.images, self.images[:0]
-        if self.validation_kimg:
-            self.trained, self.held_out = steps.hold_out(self.images, self.validation_images)
+        held_out = self.validation_images if self.validation_kimg else None
+        self.trained, self.held_out = steps.hold_out(self.images, held_out)
         self.accelerator = Accelerator(
             mixed_precision=steps.resolve_precision(self.precision, self.cpu),
             gradient_accumulation_steps=self.accumulation,
@@ -100,11 +97,7 @@ class Trainer:
         )
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
-        if self.batch_size % (self.accumulation * self.world_size):
-            raise ValueError(
-                f"got batch_size={self.batch_size}, wanted a multiple of {self.accumulation} (accumulation) times "
-                f"{self.world_size} (processes): change one of them"
-            )
+        steps.check_batch(self.batch_size, self.accumulation, self.world_size)
         self.total_steps = math.ceil(self.train_kimg * 1000 / self.batch_size)
         self.total_images = self.total_steps * self.batch_size
         steps.tune(self.model, self.device)
@@ -129,7 +122,12 @@ class Trainer:
         with ExitStack() as held:  # let go if something is refused
             if self.main:
                 held.enter_context(checkpoints.reserved(self.folder))
-            self._take_up()
+            options = {"extend": self.extend, "restart": self.restart}
+            if found := checkpoints.take_up(self.folder / "checkpoints", self.settings(), self.notes, **options):
+                self.load_state_dict(*found)
+                self.notes += checkpoints.changes(found[1], self.train_kimg, self.total_steps, self.lr)
+            if self.main:
+                steps.forget_after(self.folder, self.step, self.images_seen)
             self.held = held.pop_all()
         self.accelerator.init_trackers("tensorboard")
 
@@ -266,10 +264,9 @@ class Trainer:
 
     def _preview(self) -> None:
         """Draw previews/<images seen>.png."""
-        samples = self.samples(PREVIEWED)
+        samples = self.samples(32)
         if self.main:
-            colors = samples[..., : 3 if samples.shape[-1] >= 3 else 1]  # of more or of two channels, the first
-            grid = make_image_grid(numpy_to_pil(colors / 255), PREVIEWED // COLUMNS, COLUMNS)
+            grid = steps.picture(samples, columns=16)
             with whole(self.folder / "previews" / f"{self.images_seen:09d}.png") as file:
                 grid.save(file, "PNG")
             for tracker in self.accelerator.trackers:
@@ -342,19 +339,3 @@ class Trainer:
             "images": [*self.images.shape, self.data_sha256 or zlib.crc32(some.tobytes())],
         }
         return json.loads(json.dumps(described))
-
-    def _take_up(self) -> None:
-        """Go on from the newest checkpoint, or begin; refuse one of other settings, as `extend` and `restart` allow."""
-        folder = self.folder / "checkpoints"
-        if found := checkpoints.load_latest(folder, self.notes):
-            tensors, state = found
-            if why := checkpoints.outdated(folder, state, self.settings(), extend=self.extend, restart=self.restart):
-                self.accelerator.wait_for_everyone()  # to have read it
-                if self.main:
-                    kept = checkpoints.set_aside(folder).name
-                    self.notes.append(f"changed since the earlier run: {why}; starting anew, that run is in {kept}")
-            else:
-                self.load_state_dict(tensors, state)
-                self.notes += checkpoints.changes(state, self.train_kimg, self.total_steps, self.lr)
-        if self.main:
-            steps.forget_after(self.folder, self.step, self.images_seen)
