@@ -8,7 +8,6 @@ Nothing pickled is written or read. The last two are kept, and best/, where the 
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import signal
 import threading
@@ -34,7 +33,7 @@ ELSEWHERE |= {"pipeline", "bandrate", "loading", "cards", "sampling"}
 Tensors = dict[str, dict[str, Tensor]]
 
 
-def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], name: str | None = None) -> Path:
+def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], name: str | None = None) -> None:
     """Write the checkpoint of `step`: a safetensors file per entry of `tensors`, and `state` as JSON.
 
     One with a `name` is kept apart from those of the steps, of which the last two stay.
@@ -42,9 +41,8 @@ def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], name:
     Raises:
         OSError: it could not be written, for want of room perhaps; the earlier ones stay.
     """
-    final = folder / (name or f"step-{step:08d}")
     try:
-        with written_aside(final) as aside:
+        with written_aside(folder / (name or f"step-{step:08d}")) as aside:
             checksums = {}
             for group, members in tensors.items():
                 file = aside / f"{group}.safetensors"
@@ -60,7 +58,6 @@ def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], name:
         ) from error
     for old in listed(folder)[:-KEEP]:
         shutil.rmtree(old)
-    return final
 
 
 def load_latest(folder: Path, notes: list[str]) -> tuple[Tensors, dict[str, Any]] | None:
@@ -78,17 +75,43 @@ def load_latest(folder: Path, notes: list[str]) -> tuple[Tensors, dict[str, Any]
 
 
 def take_up(
-    folder: Path, settings: dict[str, Any], notes: list[str], *, extend: bool, restart: bool
+    run: Path, settings: dict[str, Any], notes: list[str], extend: bool, restart: bool
 ) -> tuple[Tensors, dict[str, Any]] | None:
-    """What `load_latest` gives, for a run of these settings; None if there is nothing or it was `outdated`."""
+    """`load_latest` of <run>/checkpoints, if a run of these settings can go on with it; None if it begins anew.
+
+    That is after a finished run of other code or, to `restart`, of other settings: it is set aside. To `extend`, a
+    larger train_kimg is no other setting.
+
+    Raises:
+        ValueError: the checkpoint is of other settings, or of an older layout, and may not be left behind.
+    """
+    folder = run / "checkpoints"
     if (found := load_latest(folder, notes)) is None:
         return None
-    if why := outdated(folder, found[1], settings, extend=extend, restart=restart):
-        PartialState().wait_for_everyone()  # to have read it
-        if PartialState().is_main_process:
-            notes.append(f"changed since the earlier run: {why}; starting anew, that run is in {set_aside(folder)}")
-        return None
-    return found
+    state, before = found[1], found[1]["settings"]
+    finished = state["step"] * before["batch_size"] >= before["train_kimg"] * 1000
+    longer = extend and before["train_kimg"] < settings["train_kimg"]
+    changed = difference(before | ({"train_kimg": settings["train_kimg"]} if longer else {}), settings)
+    refusal = (
+        f"got other settings than {run} began with ({changed}), wanted the same: set them back, give the run "
+        "another name, or, for more train_kimg alone, --extend it"
+    )
+    if state.get("layout") != LAYOUT:
+        changed = "the layout of checkpoints"
+        refusal = (
+            f"got checkpoints of an older layout in {folder}, wanted those of this version: rename {folder.name}/, "
+            "give the run another name, or finish it with the version that began it"
+        )
+    if changed and not (finished and restart):
+        raise ValueError(refusal)
+    if not changed and finished and not longer and state["code"] != code():
+        changed = "the code"
+    if not changed:
+        return found
+    PartialState().wait_for_everyone()  # to have read it
+    if PartialState().is_main_process:
+        notes.append(f"changed since the earlier run: {changed}; starting anew, that run is in {set_aside(folder)}")
+    return None
 
 
 def listed(folder: Path) -> list[Path]:
@@ -107,44 +130,14 @@ def difference(before: dict[str, Any], after: dict[str, Any]) -> str:
     return ", ".join(f"{name} {before.get(name)} -> {after.get(name)}" for name in names)
 
 
-def outdated(folder: Path, state: dict[str, Any], settings: dict[str, Any], *, extend: bool, restart: bool) -> str:
-    """What has changed since the finished run of `state`, its last checkpoint; empty if that can be gone on with.
-
-    Other code makes a finished run outdated, no unfinished one. To `extend`, a larger train_kimg is no change; to
-    `restart`, a finished run of other settings is outdated, where it is refused otherwise.
-
-    Raises:
-        ValueError: the checkpoint is of other settings, or of an older layout, and may not be left behind.
-    """
-    before = state["settings"]
-    finished = state["step"] * before["batch_size"] >= before["train_kimg"] * 1000
-    longer = extend and before["train_kimg"] < settings["train_kimg"]
-    changed = difference(before | ({"train_kimg": settings["train_kimg"]} if longer else {}), settings)
-    refusal = (
-        f"got other settings than {folder.parent} began with ({changed}), wanted the same: set them back, give the run "
-        "another name, or, for more train_kimg alone, --extend it"
-    )
-    if state.get("layout") != LAYOUT:
-        changed, refusal = (
-            "the layout of checkpoints",
-            (
-                f"got checkpoints of an older layout in {folder}, which this version cannot go on with, wanted its own: "
-                f"rename {folder.name}/, give the run another name, or finish it with the version that began it"
-            ),
-        )
-    if changed and not (finished and restart):
-        raise ValueError(refusal)
-    return changed or ("the code" if finished and not longer and state["code"] != code() else "")
-
-
 def changes(state: dict[str, Any], train_kimg: float, total_steps: int, lr: float) -> list[str]:
     """What to tell of a run that goes on from `state` to a length of `train_kimg`, at the learning rate `lr`."""
     aside = "" if state["code"] == code() else ", with code that has changed"
     notes = [f"resumed at step {state['step']} of {total_steps}{aside}"]
     if (before := state["settings"]["train_kimg"]) != train_kimg:
         notes.append(
-            f"extended from {before:g} to {train_kimg:g} kimg: the schedule is now that of the longer run, so the "
-            f"learning rate goes from {state['lr']:.3g} to {lr:.3g} at this step"
+            f"extended from {before:g} to {train_kimg:g} kimg, whose schedule takes the learning rate from "
+            f"{state['lr']:.3g} to {lr:.3g} at this step"
         )
     return notes
 
@@ -158,9 +151,7 @@ def code() -> str:
 def set_aside(folder: Path) -> Path:
     """Rename a folder to the first free `<folder>-1`, `-2`, ...: nothing is lost."""
     places = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(1))
-    kept = next(place for place in places if not place.exists())
-    os.replace(folder, kept)
-    return kept
+    return folder.rename(next(place for place in places if not place.exists()))
 
 
 def reserved(folder: Path) -> AcquireReturnProxy:

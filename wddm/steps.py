@@ -1,21 +1,22 @@
-"""What training takes to make a step, beside the Trainer: precision, seeds, clipping, the average, held-out rows."""
+"""What a step of training takes, beside the Trainer: precision, seeds, noise, clipping, the average; and its log."""
 
 import json
 import math
 import resource
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid, numpy_to_pil
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
 from wddm.files import read_rows, whole
@@ -59,6 +60,13 @@ def forget_after(folder: Path, step: int, images_seen: int) -> None:
     for picture in (folder / "previews").glob("*.png"):
         if int(picture.stem) > images_seen:
             picture.unlink()
+
+
+def scheduled(learning_rate: float, schedule: str, step: int, warmup: int, total: int) -> float:
+    """Learning rate after `step` steps of `total`, of which `warmup` are the warm-up."""
+    if step < warmup:
+        return learning_rate * step / warmup
+    return learning_rate * SCHEDULES[schedule]((step - warmup) / max(1, total - warmup))
 
 
 def resolve_precision(precision: str, cpu: bool = False) -> str:
@@ -105,33 +113,38 @@ def seed_device(device: torch.device, seed: int) -> None:
         torch.get_device_module(device).manual_seed(seed)
 
 
-def clip(parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
+def clip(accelerator: Accelerator, parameters: Collection[nn.Parameter]) -> tuple[Tensor, Tensor]:
     """Scale the gradients down to norm 1; their norm before, all together and of every parameter (P,)."""
+    accelerator.unscale_gradients()
     norms = torch.stack(torch._foreach_norm([cast(Tensor, p.grad) for p in parameters]))
     norm = torch.linalg.vector_norm(norms)
     torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
+    if accelerator.scaler is not None:  # fp16: a step whose gradients overflow is left out, not wrong
+        norm, norms = norm.nan_to_num(0, 0, 0), norms.nan_to_num(0, 0, 0)
     return norm, norms
 
 
 def check(unread: list[tuple[Tensor, ...]], parameters: list[str], step: int, learning_rate: float) -> None:
     """Raise FloatingPointError if a loss or gradient, as `Trainer.optimise` gives them, was not finite until `step`."""
     loss, _, norm, norms = (torch.stack(values) for values in zip(*unread, strict=True))
-    finite = loss.isfinite() & norm.isfinite()
-    if finite.all():
-        return
-    first = int(finite.int().argmin())
-    bad = [name for name, norm in zip(parameters, norms[first].tolist(), strict=True) if not math.isfinite(norm)]
-    raise FloatingPointError(
-        f"got numbers that are not finite in {f'the gradient of {bad[0]}' if bad else 'the loss'} at step "
-        f"{step - len(unread) + 1 + first}, wanted finite ones: lower learning_rate (now {learning_rate:g}); the last "
-        "good checkpoint is kept"
-    )
+    finite = (loss.isfinite() & norm.isfinite()).tolist()
+    if not all(finite):
+        first = finite.index(False)
+        bad = [name for name, norm in zip(parameters, norms[first].tolist(), strict=True) if not math.isfinite(norm)]
+        raise FloatingPointError(
+            f"got numbers that are not finite in {f'the gradient of {bad[0]}' if bad else 'the loss'} at step "
+            f"{step - len(unread) + 1 + first}, wanted finite ones: lower learning_rate (now {learning_rate:g}); the "
+            "last good checkpoint is kept"
+        )
 
 
-def draw_noise(generator: torch.Generator, count: int, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Noise (count, *shape) and timesteps (count,), on the generator's device."""
-    noise = torch.randn(count, *shape, generator=generator, device=generator.device)
-    return noise, torch.randint(NOISE["num_train_timesteps"], (count,), generator=generator, device=generator.device)
+def draw_noise(
+    generators: list[Generator], each: int, shape: tuple[int, int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Noise (N, *shape) and timesteps (N,), of which every generator gives `each` so many."""
+    noise = [torch.randn(each, *shape, generator=one, device=one.device) for one in generators]
+    t = [torch.randint(NOISE["num_train_timesteps"], (each,), generator=one, device=one.device) for one in generators]
+    return torch.cat(noise).to(device), torch.cat(t).to(device)
 
 
 def moments(optimizer: Optimizer) -> dict[str, Tensor]:
@@ -162,25 +175,18 @@ def average(ema: EMAModel, weights: list[Tensor]) -> None:
     torch._foreach_lerp_(ema.shadow_params, weights, 1 - ema.get_decay(ema.optimization_step))
 
 
-@dataclass
 class Rows:
     """Some rows of images (N, H, W, C), not copied: as much of an array as `batches` asks for."""
 
-    images: np.ndarray
-    rows: np.ndarray
-
-    def __post_init__(self) -> None:
-        self.dtype, self.ndim, self.shape = self.images.dtype, self.images.ndim, (len(self), *self.images.shape[1:])
-        self.nbytes = len(self) * self.images[0].nbytes
+    def __init__(self, images: np.ndarray, rows: np.ndarray) -> None:
+        self.images, self.rows = images, rows
+        self.dtype, self.ndim, self.shape, self.nbytes = images.dtype, images.ndim, images.shape, images.nbytes
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
+    def __getitem__(self, index: np.ndarray | int) -> np.ndarray:
         return self.images[self.rows[index]]
-
-    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
-        return self[:]
 
 
 def hold_out(images: np.ndarray, count: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -190,5 +196,5 @@ def hold_out(images: np.ndarray, count: int | None) -> tuple[np.ndarray, np.ndar
     if not 0 < count < len(images):
         raise ValueError(f"got validation_images={count} of {len(images)} images, wanted 1 or more, and fewer than all")
     held = np.linspace(0, len(images) - 1, count).round().astype(int)
-    rest = Rows(images, np.setdiff1d(np.arange(len(images)), held))
+    rest = Rows(images, np.delete(np.arange(len(images)), held))
     return cast(np.ndarray, rest), images[held]  # for `batches`, that is

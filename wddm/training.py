@@ -1,8 +1,7 @@
 """Training as a generator of `Step`: a network, the average of its weights and their optimiser, in a folder of its own.
 
-All randomness is a function of (seed, step), and what watches training draws from none of it: a checkpoint is therefore
-weights, average, optimiser, what was not yet logged and the number of steps, and resuming is exact. Lengths are counted
-in images (kimg: thousands), batches are global: N processes share one batch.
+All randomness is a function of (seed, step), and what watches training draws from none of it: resuming is exact.
+Lengths are counted in images (kimg: thousands), batches are global: N processes share one batch.
 """
 
 import json
@@ -25,7 +24,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from wddm import checkpoints, steps
-from wddm.data import batches
+from wddm.data import batches, to_batch
 from wddm.files import append_row, whole, written_aside
 from wddm.objective import WEIGHTINGS, build_solver, diffusion_loss, noise_scheduler
 from wddm.pipeline import WaveletPipeline
@@ -109,8 +108,7 @@ class Trainer:
         network = torch.compile(self.model) if self.compile else self.model
         self.network, prepared = self.accelerator.prepare(network, plain)
         self.optimizer = plain if self.accelerator.scaler is None else prepared  # fp16 alone needs accelerate's
-        half_life_steps = self.ema_half_life_kimg * 1000 / self.batch_size
-        decay = 0.5 ** (1 / half_life_steps) if half_life_steps else 0.0
+        decay = 0.5 ** (1 / (self.ema_half_life_kimg * 1000 / self.batch_size)) if self.ema_half_life_kimg else 0.0
         self.weights: list[Tensor] = list(self.model.parameters())  # once: small networks feel a walk through them
         self.ema = EMAModel(self.weights, decay=decay, foreach=True)
         self.noise_scheduler = noise_scheduler(self.prediction_type)
@@ -122,8 +120,7 @@ class Trainer:
         with ExitStack() as held:  # let go if something is refused
             if self.main:
                 held.enter_context(checkpoints.reserved(self.folder))
-            options = {"extend": self.extend, "restart": self.restart}
-            if found := checkpoints.take_up(self.folder / "checkpoints", self.settings(), self.notes, **options):
+            if found := checkpoints.take_up(self.folder, self.settings(), self.notes, self.extend, self.restart):
                 self.load_state_dict(*found)
                 self.notes += checkpoints.changes(found[1], self.train_kimg, self.total_steps, self.lr)
             if self.main:
@@ -134,9 +131,8 @@ class Trainer:
     def steps(self) -> Generator[Step]:
         """Train to the end, a `Step` every `log_every` steps; then the pipeline is saved.
 
-        Raises:
-            FloatingPointError, OSError: not finite, or no room for a checkpoint; the last good checkpoint stays.
-            KeyboardInterrupt: once the current step is finished and a checkpoint of it written.
+        Ctrl-C ends it after the step under way, with a checkpoint; a FloatingPointError (loss or gradient not finite)
+        and an OSError (no room for a checkpoint) leave the last one.
         """
         stream = batches(
             self.trained, self.batch_size, seed=self.seed, start=self.images_seen, flip=self.flip,
@@ -192,10 +188,7 @@ class Trainer:
             with self.accelerator.accumulate(self.network):
                 losses.append(self.loss(self.network, self.codec, self.noise_scheduler, *part))
                 self.accelerator.backward(losses[-1].total)
-        self.accelerator.unscale_gradients()
-        norm, norms = steps.clip(self.parameters.values())
-        if self.accelerator.scaler is not None:  # fp16: a step whose gradients overflow is left out, not wrong
-            norm, norms = norm.nan_to_num(0, 0, 0), norms.nan_to_num(0, 0, 0)
+        norm, norms = steps.clip(self.accelerator, self.parameters.values())
         self.optimizer.step()
         self.optimizer.zero_grad()
         steps.average(self.ema, self.weights)
@@ -206,9 +199,7 @@ class Trainer:
     def lr(self) -> float:
         """Learning rate of the next step."""
         warmup = math.ceil(self.warmup_kimg * 1000 / self.batch_size)
-        if self.step < warmup:
-            return self.learning_rate * self.step / warmup
-        return self.learning_rate * SCHEDULES[self.schedule]((self.step - warmup) / max(1, self.total_steps - warmup))
+        return steps.scheduled(self.learning_rate, self.schedule, self.step, warmup, self.total_steps)
 
     @property
     def images_seen(self) -> int:
@@ -217,7 +208,7 @@ class Trainer:
     def draw_noise(self, images: Tensor) -> tuple[Tensor, ...]:
         """Noise (b, 4^L C, h, w) and timesteps (b,) of this process's share, cut from those of the whole batch."""
         generator = torch.Generator(self.device).manual_seed(steps.derived_seed(self.seed, self.step))
-        drawn = steps.draw_noise(generator, self.batch_size, self.codec.shape(*images.shape[1:]))
+        drawn = steps.draw_noise([generator], self.batch_size, self.codec.shape(*images.shape[1:]), self.device)
         return tuple(x.chunk(self.world_size)[self.rank] for x in drawn)
 
     @contextmanager
@@ -241,13 +232,12 @@ class Trainer:
         losses: list[tuple[float, int]] = []
         with self.averaged() as pipeline:
             for start in range(0, len(self.held_out), self.batch_size)[self.rank :: self.world_size]:
-                pixels = torch.from_numpy(self.held_out[start : start + self.batch_size])
-                images = pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)
-                shape, rows = self.codec.shape(*images.shape[1:]), range(start, start + len(images))
-                drawn = [steps.draw_noise(torch.Generator().manual_seed(row), 1, shape) for row in rows]
-                batch = [x.to(self.device) for x in (images, *map(torch.cat, zip(*drawn, strict=True)))]
-                loss = self.loss(pipeline.backbone, self.codec, self.noise_scheduler, *batch)
-                losses.append((loss.total.item() * len(images), len(images)))
+                pixels = self.held_out[start : start + self.batch_size]
+                images = to_batch(pixels, np.zeros(len(pixels), bool), self.device)
+                generators = [torch.Generator().manual_seed(start + k) for k in range(len(pixels))]
+                noise, t = steps.draw_noise(generators, 1, self.codec.shape(*images.shape[1:]), self.device)
+                loss = self.loss(pipeline.backbone, self.codec, self.noise_scheduler, images, noise, t)
+                losses.append((loss.total.item() * len(pixels), len(pixels)))
         total, count = np.sum(gather_object(losses), axis=0).tolist()
         if self.best is None or total / count < self.best:
             self.best = total / count
@@ -311,13 +301,12 @@ class Trainer:
 
     def state_dict(self) -> tuple[checkpoints.Tensors, dict[str, Any]]:
         """What `load_state_dict` puts back: tensors, and the rest, which JSON can hold."""
-        tensors = {
+        return {
             "weights": self.model.state_dict(),
             "ema": dict(zip(dict(self.model.named_parameters()), self.ema.shadow_params, strict=True)),
             "optimizer": steps.moments(self.optimizer),
             "unread": {str(i): torch.stack(values) for i, values in enumerate(zip(*self.unread, strict=True))},
-        }
-        return tensors, {"best": self.best, "lr": self.lr, "settings": self.settings()}
+        }, {"best": self.best, "lr": self.lr, "settings": self.settings()}
 
     def load_state_dict(self, tensors: checkpoints.Tensors, state: dict[str, Any]) -> None:
         """Put what `state_dict` gave back in its place, and `state["step"]`, which a checkpoint adds."""
