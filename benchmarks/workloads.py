@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks import plain
 from wddm.data import batches
 from wddm.kan import SplineLinear
-from wddm.learner import resolve_precision, tune
+from wddm.steps import resolve_precision, tune
 from wddm.studies.efficiency import Network, build, device, noise_images
 
 

@@ -16,7 +16,7 @@ from conftest import ROOT, launcher
 from torch.testing import assert_close
 
 from wddm.cli import main
-from wddm.training import VARYING, read_log
+from wddm.steps import VARYING, read_log
 
 TINY = {
     "dataset": "digits", "resolution": 8, "limit": 64, "widths": [8, 16], "dropout": 0.1, "train_kimg": 3.2,

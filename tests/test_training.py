@@ -24,10 +24,10 @@ from torch.testing import assert_close
 from wddm import checkpoints
 from wddm.backbones import build_backbone
 from wddm.checkpoints import deferred_interrupt, difference
-from wddm.learner import average, derived_seed, resolve_precision
 from wddm.metrics import frechet_wavelet_distance
 from wddm.pipeline import WaveletPipeline
-from wddm.training import VARYING, Trainer, read_log
+from wddm.steps import VARYING, average, derived_seed, read_log, resolve_precision
+from wddm.training import Trainer
 from wddm.wavelets import WaveletCodec
 
 RAMPS = np.linspace(0, 255, 8)[None, :] * np.random.default_rng(0).uniform(0.2, 1, (40, 1))  # (40, 8)
@@ -403,7 +403,7 @@ def test_held_out_loss_is_the_same_every_time_and_least_at_the_best(tmp_path) ->
     assert everything == {image.tobytes() for image in IMAGES}
     rows = [row for row in trainer.steps() if row.validation_loss is not None]
     assert [row.step for row in rows] == [10, 20, 30, 40, 50]
-    assert rows[-1].validation_loss == trainer.validation_loss(trainer.held_out)  # with dropout it would differ
+    assert rows[-1].validation_loss == trainer.validate()  # with dropout it would differ
     assert len({row.validation_loss for row in rows}) == 5
     assert trainer.model.training
     best = json.loads((tmp_path / "checkpoints/best/state.json").read_text())

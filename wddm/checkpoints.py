@@ -8,7 +8,6 @@ Nothing pickled is written or read. The last two are kept, and best/, where the 
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import signal
 import threading
@@ -17,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from accelerate import PartialState
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,13 +27,13 @@ from wddm.files import sha256, written_aside
 KEEP = 2
 LAYOUT = 2  # of what a checkpoint holds; those of another layout are refused
 # what comes before or after training, so that a change there does not change what is learned
-ELSEWHERE = {"__init__", "__main__", "cli", "experiment", "runs", "processes", "sources", "decoding"}
+ELSEWHERE = {"__init__", "__main__", "cli", "experiment", "sources", "decoding"}
 ELSEWHERE |= {"pipeline", "bandrate", "loading", "cards", "sampling"}
 
 Tensors = dict[str, dict[str, Tensor]]
 
 
-def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], name: str | None = None) -> Path:
+def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], name: str | None = None) -> None:
     """Write the checkpoint of `step`: a safetensors file per entry of `tensors`, and `state` as JSON.
 
     One with a `name` is kept apart from those of the steps, of which the last two stay.
@@ -41,15 +41,14 @@ def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], name:
     Raises:
         OSError: it could not be written, for want of room perhaps; the earlier ones stay.
     """
-    final = folder / (name or f"step-{step:08d}")
     try:
-        with written_aside(final) as aside:
+        with written_aside(folder / (name or f"step-{step:08d}")) as aside:
             checksums = {}
             for group, members in tensors.items():
                 file = aside / f"{group}.safetensors"
                 save_file({key: tensor.detach().cpu().contiguous() for key, tensor in members.items()}, file)
                 checksums[file.name] = sha256(file)
-            state = {"step": step, "layout": LAYOUT, **state, "sha256": checksums}
+            state = {"step": step, "layout": LAYOUT, "code": code(), **state, "sha256": checksums}
             (aside / "state.json").write_text(json.dumps(state, indent=1))
     except (OSError, SafetensorError) as error:
         kept = listed(folder)
@@ -59,7 +58,6 @@ def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], name:
         ) from error
     for old in listed(folder)[:-KEEP]:
         shutil.rmtree(old)
-    return final
 
 
 def load_latest(folder: Path, notes: list[str]) -> tuple[Tensors, dict[str, Any]] | None:
@@ -73,6 +71,46 @@ def load_latest(folder: Path, notes: list[str]) -> tuple[Tensors, dict[str, Any]
         if not damaged:
             return {Path(name).stem: load_file(path / name) for name in state["sha256"]}, state
         notes.append(f"{path}: {', '.join(damaged)} damaged, going back to the checkpoint before")
+    return None
+
+
+def take_up(
+    run: Path, settings: dict[str, Any], notes: list[str], extend: bool, restart: bool
+) -> tuple[Tensors, dict[str, Any]] | None:
+    """`load_latest` of <run>/checkpoints, if a run of these settings can go on with it; None if it begins anew.
+
+    That is after a finished run of other code or, to `restart`, of other settings: it is set aside. To `extend`, a
+    larger train_kimg is no other setting.
+
+    Raises:
+        ValueError: the checkpoint is of other settings, or of an older layout, and may not be left behind.
+    """
+    folder = run / "checkpoints"
+    if (found := load_latest(folder, notes)) is None:
+        return None
+    state, before = found[1], found[1]["settings"]
+    finished = state["step"] * before["batch_size"] >= before["train_kimg"] * 1000
+    longer = extend and before["train_kimg"] < settings["train_kimg"]
+    changed = difference(before | ({"train_kimg": settings["train_kimg"]} if longer else {}), settings)
+    refusal = (
+        f"got other settings than {run} began with ({changed}), wanted the same: set them back, give the run "
+        "another name, or, for more train_kimg alone, --extend it"
+    )
+    if state.get("layout") != LAYOUT:
+        changed = "the layout of checkpoints"
+        refusal = (
+            f"got checkpoints of an older layout in {folder}, wanted those of this version: rename {folder.name}/, "
+            "give the run another name, or finish it with the version that began it"
+        )
+    if changed and not (finished and restart):
+        raise ValueError(refusal)
+    if not changed and finished and not longer and state["code"] != code():
+        changed = "the code"
+    if not changed:
+        return found
+    PartialState().wait_for_everyone()  # to have read it
+    if PartialState().is_main_process:
+        notes.append(f"changed since the earlier run: {changed}; starting anew, that run is in {set_aside(folder)}")
     return None
 
 
@@ -92,34 +130,16 @@ def difference(before: dict[str, Any], after: dict[str, Any]) -> str:
     return ", ".join(f"{name} {before.get(name)} -> {after.get(name)}" for name in names)
 
 
-def outdated(folder: Path, state: dict[str, Any], now: dict[str, Any], *, extend: bool, restart: bool) -> str:
-    """What has changed since the finished run of `state`, its last checkpoint; empty if that can be gone on with.
-
-    Args:
-        now: "settings" and "code" of the run that begins. Other code makes a finished run outdated, no unfinished one.
-        extend: a larger train_kimg is no change.
-        restart: a finished run of other settings is outdated, which is an error otherwise.
-
-    Raises:
-        ValueError: the checkpoint is of other settings, or of an older layout, and may not be left behind.
-    """
-    before, wanted = state["settings"], now["settings"]
-    finished = state["step"] * before["batch_size"] >= before["train_kimg"] * 1000
-    if state.get("layout") != LAYOUT:
-        if finished and restart:
-            return "the layout of checkpoints"
-        raise ValueError(
-            f"got checkpoints of an older layout in {folder}, which this version cannot go on with, wanted its own: "
-            f"rename {folder.name}/, give the run another name, or finish it with the version that began it"
+def changes(state: dict[str, Any], train_kimg: float, total_steps: int, lr: float) -> list[str]:
+    """What to tell of a run that goes on from `state` to a length of `train_kimg`, at the learning rate `lr`."""
+    aside = "" if state["code"] == code() else ", with code that has changed"
+    notes = [f"resumed at step {state['step']} of {total_steps}{aside}"]
+    if (before := state["settings"]["train_kimg"]) != train_kimg:
+        notes.append(
+            f"extended from {before:g} to {train_kimg:g} kimg, whose schedule takes the learning rate from "
+            f"{state['lr']:.3g} to {lr:.3g} at this step"
         )
-    longer = extend and before["train_kimg"] < wanted["train_kimg"]
-    changed = difference(before | ({"train_kimg": wanted["train_kimg"]} if longer else {}), wanted)
-    if changed and not (finished and restart):
-        raise ValueError(
-            f"got other settings than {folder.parent} began with ({changed}), wanted the same: set them back, give "
-            "the run another name, or, for more train_kimg alone, --extend it"
-        )
-    return changed or ("the code" if state["code"] != now["code"] and finished and not longer else "")
+    return notes
 
 
 def code() -> str:
@@ -131,26 +151,18 @@ def code() -> str:
 def set_aside(folder: Path) -> Path:
     """Rename a folder to the first free `<folder>-1`, `-2`, ...: nothing is lost."""
     places = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(1))
-    kept = next(place for place in places if not place.exists())
-    os.replace(folder, kept)
-    return kept
+    return folder.rename(next(place for place in places if not place.exists()))
 
 
-@contextmanager
-def reserved(folder: Path) -> Iterator[None]:
-    """Within it, `folder` is this process's own, which ends when the process does; ValueError if another one has it."""
+def reserved(folder: Path) -> AcquireReturnProxy:
+    """A context: until it ends, or the process does, `folder` is this process's own; ValueError if another has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".training.lock", timeout=0, thread_local=False, is_singleton=True)
     try:
-        lock.acquire()
+        return FileLock(folder / ".training.lock", timeout=0, thread_local=False, is_singleton=True).acquire()
     except Timeout:
         raise ValueError(
             f"got {folder}, where another process trains, wanted one at a time: wait, stop it, or name another run"
         ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager

@@ -19,9 +19,9 @@ from diffusers import ModelMixin
 from wddm import data
 from wddm.backbones import BACKBONES, IMAGES, build_backbone
 from wddm.data import Dataset
-from wddm.learner import SCHEDULES, resolve_precision
 from wddm.metrics.frechet import frechet_wavelet_distance, packet_moments
 from wddm.objective import PREDICTION_TYPES, WEIGHTINGS, build_solver, check_options
+from wddm.steps import SCHEDULES, resolve_precision
 from wddm.training import Step, Trainer
 from wddm.wavelets import WaveletCodec, check_choice
 from wddm.workbook import Run, progress

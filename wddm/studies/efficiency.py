@@ -17,9 +17,9 @@ import torch
 from diffusers import ModelMixin
 
 from wddm.backbones import IMAGES, PRESETS, build_backbone, preset_sizes
-from wddm.learner import resolve_precision, tune
 from wddm.objective import build_solver
 from wddm.pipeline import WaveletPipeline
+from wddm.steps import resolve_precision, tune
 from wddm.studies.profiling import (
     PASSES,
     Maker,

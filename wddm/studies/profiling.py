@@ -27,8 +27,8 @@ import torch
 from diffusers import ModelMixin
 from torch.utils.flop_counter import FlopCounterMode
 
-from wddm.learner import resolve_precision
 from wddm.metrics.intervals import median
+from wddm.steps import resolve_precision
 
 Maker = Callable[..., Generator]
 

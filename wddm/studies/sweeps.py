@@ -17,8 +17,8 @@ from wddm.backbones import load_backbone
 from wddm.data import Dataset
 from wddm.metrics import scores
 from wddm.metrics.frechet import split_floor
+from wddm.steps import read_log
 from wddm.studies.profiling import PASSES, forward_flops
-from wddm.training import read_log
 
 Curve = tuple[np.ndarray, np.ndarray]  # images seen (K,), or seconds, and a logged quantity of S runs (S, K)
 
