@@ -16,11 +16,11 @@ import diffusers
 import torch
 from diffusers import ConfigMixin, ModelMixin, SchedulerMixin
 from diffusers.utils import logging
-from huggingface_hub import HfApi, snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor
 
 from wddm.kan import knots
+from wddm.sources import snapshot
 
 HUB_OPTIONS = ("cache_dir", "revision", "token", "local_files_only")  # where a Hub repository is looked for
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -65,19 +65,10 @@ def fetched(path: str | Path, options: dict[str, Any]) -> Path:
     hub = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
     if Path(path).is_dir():
         return Path(path)
-    reason = "no such folder"
-    try:  # one request that is not retried, so that a machine without network says so at once
-        about = HfApi(token=hub.get("token")).model_info(str(path), revision=hub.get("revision"), timeout=10)
-        hub["revision"] = about.sha
-    except Exception as error:  # of whichever HTTP library the Hub's client uses
-        reason, hub["local_files_only"] = type(error).__name__, True
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"], **hub))
-    except Exception as error:
-        raise ValueError(
-            f"got {path}, wanted a folder that is there, or a Hub repository that can be reached ({reason}) or is in "
-            "the Hub's cache: check the name, or connect to the network"
-        ) from error
+        return snapshot(str(path), ["*.json", "*.safetensors"], repo_type="model", **hub)
+    except ConnectionError as error:
+        raise ValueError(f"got {path}, which is no folder here; {error}") from error
 
 
 def read_config(kind: type[ConfigMixin], folder: Path) -> dict[str, Any]:

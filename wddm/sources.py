@@ -58,8 +58,8 @@ def digits(resolution: int, dataset_path: str | None, seed: int) -> Source:
 
         bunch = load_digits()
         pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-        read = partial(_chunks, pixels, bunch.target, "digits")
-        return Images(len(pixels), read, 1, [str(digit) for digit in range(10)])
+        names = [str(digit) for digit in range(10)]
+        return Images(len(pixels), _each(lambda i: (pixels[i], int(bunch.target[i]), f"digits {i}")), 1, names)
 
     return _embedded("digits", dataset_path, "load_digits", ["data/digits.csv.gz"], opened)
 
@@ -71,18 +71,15 @@ def patches(resolution: int, dataset_path: str | None, seed: int) -> Source:
         from sklearn.datasets import load_sample_images
 
         bunch = load_sample_images()
-        photographs = np.stack(bunch.images)
         rng = np.random.default_rng(seed)
-        photo = rng.integers(len(photographs), size=PATCHES)
-        top, left = (rng.integers(side - resolution + 1, size=PATCHES) for side in photographs.shape[1:3])
-        crops = np.lib.stride_tricks.sliding_window_view(photographs, (resolution, resolution), axis=(1, 2))
+        photo = rng.integers(len(bunch.images), size=PATCHES)
+        top, left = (rng.integers(side - resolution + 1, size=PATCHES) for side in bunch.images[0].shape[:2])
 
-        def read(rows: np.ndarray, size: int) -> Iterator[list[Item]]:
-            for part in np.split(rows, range(size, len(rows), size)):
-                pixels = crops[photo[part], top[part], left[part]].transpose(0, 2, 3, 1)  # (n, r, r, C)
-                yield from _chunks(pixels, photo[part], "patches", np.arange(len(part)), size)
+        def crop(i: int) -> Item:
+            y, x = top[i], left[i]
+            return bunch.images[photo[i]][y : y + resolution, x : x + resolution], int(photo[i]), f"patches {i}"
 
-        return Images(PATCHES, read, class_names=[Path(name).stem for name in bunch.filenames])
+        return Images(PATCHES, _each(crop), class_names=[Path(name).stem for name in bunch.filenames])
 
     if resolution > 427:
         raise ValueError(f"got resolution={resolution}, wanted at most 426 for patches: choose a smaller one")
@@ -112,10 +109,10 @@ def hub(resolution: int, dataset_path: str | None, seed: int, *, repo: str, spli
 
     def content(_: Digests) -> str:
         pinned = re.fullmatch("[0-9a-f]{40}", revision)
-        return f"{name}@{revision if pinned else _snapshot(name, revision, []).name}"
+        return f"{name}@{revision if pinned else snapshot(name, [], revision=revision or None).name}"
 
     def opened() -> Images:
-        root = _snapshot(name, revision, [f"*{part}*.parquet" for part in split.split("+")])
+        root = snapshot(name, [f"*{part}*.parquet" for part in split.split("+")], revision=revision or None)
         return replace(_tables(shards(root, split)), revision=root.name)
 
     return Source(name, content, opened, split)
@@ -189,22 +186,17 @@ def _embedded(
 
 
 def _pictures(root: Path, files: list[Path]) -> Images:
+    """Files of images; the folders at the top are classes if all files are in one and there are several."""
     tops = [file.relative_to(root).parts[:-1][:1] for file in files]
     names = sorted({top[0] for top in tops if top})
     labelled = all(tops) and len(names) > 1
-    labels = [names.index(top[0]) for top in tops] if labelled else None
-    return Images(len(files), partial(_chunks, files, labels, ""), class_names=names if labelled else None)
+    read = _each(lambda i: (files[i], names.index(tops[i][0]) if labelled else None, str(files[i])))
+    return Images(len(files), read, class_names=names if labelled else None)
 
 
-def _chunks(
-    images: np.ndarray | list[Path], labels: np.ndarray | list[int] | None, name: str, rows: np.ndarray, size: int
-) -> Iterator[list[Item]]:
-    """Chunks of an indexable of pixels or, where there is no name, of files."""
-    for part in np.split(rows, range(size, len(rows), size)):
-        yield [
-            (images[i], None if labels is None else int(labels[i]), f"{name} {i}" if name else str(images[i]))
-            for i in part
-        ]
+def _each(image: Callable[[int], Item]) -> Callable[[np.ndarray, int], Iterator[list[Item]]]:
+    """`Images.read` of what is at hand one by one."""
+    return lambda rows, size: ([image(row) for row in part] for part in np.split(rows, range(size, len(rows), size)))
 
 
 def _tables(files: list[Path]) -> Images:
@@ -247,20 +239,19 @@ def _cells(file: Path, columns: list[str], rows: np.ndarray, size: int) -> Itera
     """Chunks of the given rows of one Parquet file; columns: of images, perhaps of labels."""
     import pyarrow as pa
 
-    first = 0
+    first, parquet = 0, _parquet(file)
     try:
-        for batch in _parquet(file).iter_batches(size, columns=columns):
+        for batch in parquet.iter_batches(size, columns=columns):
             part = rows[slice(*np.searchsorted(rows, (first, first + len(batch))))]
-            taken = zip(part, batch.take(pa.array(part - first)).to_pylist(), strict=True)
-            cells = [(row, cell[columns[0]] or {}, cell.get("label")) for row, cell in taken]
-            yield [
-                (cell.get("bytes"), label, f"{file}, row {row} {cell.get('path') or ''}".rstrip())
-                for row, cell, label in cells
-            ]
+            chunk: list[Item] = []
+            for row, values in zip(part, batch.take(pa.array(part - first)).to_pylist(), strict=True):
+                cell = values[columns[0]] or {}
+                where = f"{file}, row {row} {cell.get('path') or ''}".rstrip()
+                chunk.append((cell.get("bytes"), values.get("label"), where))
+            yield chunk
             first += len(batch)
     except (pa.ArrowException, OSError) as error:
-        message = " ".join(str(error).split())
-        raise ValueError(f"got {file}, which is damaged after row {first} ({message}): fetch it again") from None
+        raise _unreadable(file, f"which is damaged after row {first}", error) from None
 
 
 def _parquet(file: Path) -> "ParquetFile":
@@ -271,33 +262,37 @@ def _parquet(file: Path) -> "ParquetFile":
     try:
         return pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
     except (pa.ArrowException, OSError) as error:
-        message = " ".join(str(error).split())
-        raise ValueError(f"got {file}, wanted a whole Parquet file ({message}): fetch it again") from None
+        raise _unreadable(file, "wanted a whole Parquet file", error) from None
 
 
-def _snapshot(repo: str, revision: str, patterns: list[str]) -> Path:
-    """Folder of the files of a Hub data set, named after the commit that the revision stands for.
+def _unreadable(file: Path, how: str, error: Exception) -> ValueError:
+    return ValueError(f"got {file}, {how} ({' '.join(str(error).split())}): fetch it again")
+
+
+def snapshot(
+    repo: str, patterns: list[str], *, repo_type: str = "dataset", revision: str | None = None, **hub: Any
+) -> Path:
+    """Folder of the files of a Hub repository, named after the commit that the revision stands for.
 
     Without patterns nothing is fetched: the name is all that is asked for. Files that are there already are not
     fetched again, and one whose connection breaks is taken up where it broke. While the Hub is out of reach, its cache
-    on this machine answers.
+    on this machine answers, or else it is a ConnectionError. `hub`: cache_dir, token, local_files_only.
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    at = revision or None
-    fetch = partial(snapshot_download, repo, repo_type="dataset", revision=at, allow_patterns=patterns)
-    try:
-        commit = HfApi().dataset_info(repo, revision=at, timeout=10).sha  # one request, which is not retried
-        return Path(fetch(tqdm_class=_Bar) if patterns else commit)
+    fetch = partial(snapshot_download, repo, repo_type=repo_type, revision=revision, allow_patterns=patterns)
+    try:  # one request that is not retried, so that a machine without network says so at once
+        about = HfApi(token=hub.get("token")).repo_info(repo, repo_type=repo_type, revision=revision, timeout=10)
+        return Path(fetch(tqdm_class=_Bar, **hub) if patterns else str(about.sha))
     except Exception as error:  # of whichever HTTP library the Hub's client uses
         try:
-            return Path(fetch(local_files_only=True))
+            return Path(fetch(**{**hub, "local_files_only": True}))
         except Exception:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     raise ConnectionError(
         f"got nothing from the Hugging Face Hub for {repo} ({reason}), wanted it or a copy in its cache: connect to "
-        "the network, or give dataset_path a folder of its Parquet files, or bring here the cache of "
-        f"`hf download {repo} --repo-type dataset`"
+        f"the network, or give a folder of its files ({'dataset_path' if repo_type == 'dataset' else 'as its path'}), or "
+        f"bring here the cache of `hf download {repo} --repo-type {repo_type}`"
     )
 
 
