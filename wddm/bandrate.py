@@ -73,16 +73,16 @@ class Group:
 class BandRates:
     """Groups of bands sampled as one, by the names that a diffusers scheduler has: they take its place in the loop."""
 
-    def __init__(self, groups: Sequence[Group]) -> None:
+    def __init__(self, *groups: Group) -> None:
         self.groups = groups
         times = {visit: t for group in groups for visit, t in group.times.items()}
         self.timesteps = [times[visit] for visit in sorted(times)]
         self._visits = iter(sorted(times))
-        scales = [
-            torch.full((group.channels.stop - group.channels.start, 1, 1), float(group.solver.init_noise_sigma))
-            for group in groups
-        ]
-        self.init_noise_sigma = torch.cat(scales).to(self.timesteps[0].device)  # (C, 1, 1)
+        sigmas = [float(group.solver.init_noise_sigma) for group in groups]
+        widths = torch.tensor([group.channels.stop - group.channels.start for group in groups])
+        self.init_noise_sigma = (
+            torch.tensor(sigmas).repeat_interleave(widths).view(-1, 1, 1).to(self.timesteps[0].device)
+        )
 
     def scale_model_input(self, z: Tensor, t: Tensor) -> Tensor:
         """What the network is shown at t."""

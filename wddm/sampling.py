@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypedDict, TypeVar, Unpack
+from typing import TypedDict, Unpack
 
 import numpy as np
 from accelerate import PartialState
@@ -20,7 +20,6 @@ from wddm.objective import build_solver
 from wddm.pipeline import WaveletPipeline, image_generators
 
 GRID = 64  # images in the grid picture
-Expected = TypeVar("Expected", str, int)
 
 
 class Solving(TypedDict, total=False):
@@ -54,23 +53,23 @@ def open_pipeline(
     folder = fetched(path, {})
     if (folder / WaveletPipeline.config_name).is_file():
         pipeline = WaveletPipeline.from_pretrained(folder)
-        stored = expect("prediction_type", prediction_type, pipeline.scheduler.config.prediction_type, path)
+        stored = pipeline.scheduler.config.prediction_type
         pipeline.scheduler = build_solver(scheduler, stored, spacing=spacing, codec=pipeline.codec)
     else:
         pipeline = WaveletPipeline.from_published(
             folder, level=None, prediction_type=prediction_type, solver=scheduler, spacing=spacing or "leading"
         )
-    expect("model_type", model_type and model_type.lower(), backbone_name(type(pipeline.backbone).__name__), path)
-    expect("wavelet_level", level, pipeline.codec.config.level, path)
-    expect("resolution", resolution, pipeline.image_size, path)
+    for name, wanted, found in (
+        ("model_type", model_type and model_type.lower(), backbone_name(type(pipeline.backbone).__name__)),
+        ("wavelet_level", level, pipeline.codec.config.level),
+        ("resolution", resolution, pipeline.image_size),
+        ("prediction_type", prediction_type, pipeline.scheduler.config.prediction_type),
+    ):
+        if wanted not in (None, found):
+            raise ValueError(
+                f"got {name}={wanted!r}, but {path} holds {found!r}: leave {name} out, or give another folder"
+            )
     return pipeline
-
-
-def expect(name: str, wanted: Expected | None, found: Expected, path: str | Path) -> Expected:
-    """What the checkpoint holds, if that is what was asked for or nothing was."""
-    if wanted not in (None, found):
-        raise ValueError(f"got {name}={wanted!r}, but {path} holds {found!r}: leave {name} out, or give another folder")
-    return found
 
 
 def draw(
@@ -96,13 +95,11 @@ def draw(
         ValueError: the folder is not empty.
     """
     processes = PartialState()
-    rank, world_size = processes.process_index, processes.num_processes
+    share = {"rank": processes.process_index, "world_size": processes.num_processes}
     new_folder(folder)
     processes.wait_for_everyone()  # to have looked, before anybody writes
-    starts = range(0, count, images_per_call(pipeline, batch_size))[rank::world_size]
-    batches = sample_images(
-        pipeline, count, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, **solving
-    )
+    starts = range(0, count, images_per_call(pipeline, batch_size))[share["rank"] :: share["world_size"]]
+    batches = sample_images(pipeline, count, batch_size=batch_size, seed=seed, **share, **solving)
     for start, batch in zip(starts, progress(batches, len(starts)), strict=True):
         write_images(folder, batch, start)
     processes.wait_for_everyone()
@@ -147,9 +144,7 @@ def new_folder(folder: str | Path) -> None:
     """Make a folder; ValueError if it is there and not empty."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     if any(Path(folder).iterdir()):
-        raise ValueError(
-            f"got {folder}, which is not empty, wanted a new folder: nothing is overwritten, choose another"
-        )
+        raise ValueError(f"got {folder}, which is not empty, wanted a new folder: nothing is overwritten, give another")
 
 
 def write_images(folder: str | Path, images: np.ndarray, start: int = 0) -> None:

@@ -286,13 +286,13 @@ def snapshot(
         return Path(fetch(tqdm_class=_Bar, **hub) if patterns else str(about.sha))
     except Exception as error:  # of whichever HTTP library the Hub's client uses
         try:
-            return Path(fetch(**{**hub, "local_files_only": True}))
+            return Path(fetch(**hub | {"local_files_only": True}))
         except Exception:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     raise ConnectionError(
         f"got nothing from the Hugging Face Hub for {repo} ({reason}), wanted it or a copy in its cache: connect to "
-        f"the network, or give a folder of its files ({'dataset_path' if repo_type == 'dataset' else 'as its path'}), or "
-        f"bring here the cache of `hf download {repo} --repo-type {repo_type}`"
+        f"the network, or give{' dataset_path' * (repo_type == 'dataset')} a folder of its files, or bring here the "
+        f"cache of `hf download {repo} --repo-type {repo_type}`"
     )
 
 
