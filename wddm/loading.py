@@ -72,11 +72,7 @@ def fetched(path: str | Path, options: dict[str, Any]) -> Path:
 
 
 def read_config(kind: type[ConfigMixin], folder: Path) -> dict[str, Any]:
-    """The JSON object in `folder`: in config.json, or in the file that `kind` keeps its config in.
-
-    Raises:
-        ValueError: there is none, or it is not a JSON object.
-    """
+    """The JSON object in the file of a folder that `kind` keeps its config in; ValueError if there is none."""
     file = folder / kind.config_name
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -88,11 +84,7 @@ def read_config(kind: type[ConfigMixin], folder: Path) -> dict[str, Any]:
 
 
 def load_strictly(from_pretrained: Callable[..., Any], folder: Path, **options: Any) -> ModelMixin:
-    """What a diffusers class's `from_pretrained` makes of `folder`, in eval mode.
-
-    Args:
-        from_pretrained: the bound class method.
-        options: for it: torch_dtype, ...
+    """What a diffusers class's `from_pretrained(folder, **options)` makes of a folder, in eval mode.
 
     Raises:
         ValueError: config or weights are absent, damaged, pickled, or not each other's, with their names.
@@ -106,15 +98,10 @@ def load_strictly(from_pretrained: Callable[..., Any], folder: Path, **options: 
 
 
 def load_scheduler(folder: Path) -> SchedulerMixin:
-    """The solver in a folder, of the diffusers class that its config names.
-
-    Raises:
-        ValueError: the config is absent or damaged, or names no scheduler of diffusers.
-    """
+    """The solver in a folder, of the diffusers class that its config names; ValueError if that is none."""
     config = read_config(SchedulerMixin, folder)
-    name = config.get("_class_name")
-    kind = getattr(diffusers, str(name), None)
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+    kind: Any = getattr(diffusers, name := str(config.get("_class_name")), None)
+    if SchedulerMixin not in getattr(kind, "__mro__", ()):
         raise ValueError(f"got {name!r} in {folder}, wanted a scheduler of diffusers: give another folder")
     with one_line_errors(folder):
         return kind.from_config(config)
@@ -136,17 +123,11 @@ def load_published(build: Callable[..., ModelMixin], folder: Path, config: dict[
     keys = ("in_channels", "T", "ch", "ch_mult", "num_res_blocks", "dropout", "sample_size")
     if missing := [key for key in keys if key not in config]:
         raise ValueError(f"got a {CLASS_NAME} config.json without {', '.join(missing)}, wanted it: fetch it again")
+    channels, timesteps, width, factors, layers, dropout, side = (config[key] for key in keys)
     with one_line_errors(folder):
-        model = build(
-            sample_size=config["sample_size"],
-            in_channels=config["in_channels"],
-            out_channels=config["in_channels"],
-            block_out_channels=tuple(config["ch"] * factor for factor in config["ch_mult"]),
-            layers_per_block=config["num_res_blocks"],
-            dropout=config["dropout"],
-            num_train_timesteps=config["T"],
-            base_channels=config["ch"],
-        )
+        widths = tuple(width * factor for factor in factors)
+        times = {"num_train_timesteps": timesteps, "base_channels": width}
+        model = build(side, channels, channels, widths, layers, dropout=dropout, **times)
         theirs = load_file(folder / WEIGHTS)
     ours, wanted = renamed(theirs), model.state_dict()
     if model.bottleneck is None:  # which depends on the config alone, not on what the file holds

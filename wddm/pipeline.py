@@ -96,7 +96,7 @@ class WaveletPipeline(DiffusionPipeline):
                 state = {"latents": z, "denoised": getattr(done, "pred_original_sample", None)}
                 z = (callback_on_step_end(self, i, t, state) or {}).get("latents", z)
 
-        images = self.decode(z)
+        images: Any = self.decode(z)
         if output_type != "pt":
             images = images.permute(0, 2, 3, 1).float().cpu().numpy()
         if output_type == "pil":

@@ -23,7 +23,7 @@ GRID = 64  # images in the grid picture
 
 
 class Solving(TypedDict, total=False):
-    """How the solver runs: arguments of a `WaveletPipeline`'s call."""
+    """How the solver runs: arguments of a `WaveletPipeline`'s call, and of the functions that draw by it."""
 
     num_inference_steps: int
     eta: float
@@ -85,14 +85,8 @@ def draw(
     """Write images 00000.png ..., grid.png of the first 64, and samples.json that says how they were made.
 
     Under `accelerate launch` each process draws its share of the batches; the files are those of one process.
-
-    Args:
-        folder: made, or empty.
-        progress: wraps this process's batches, of which it is told the number, to show a bar.
-        solving: num_inference_steps, eta, detail_steps.
-
-    Raises:
-        ValueError: the folder is not empty.
+    `progress` wraps this process's batches, of which it is told the number, to show a bar. The folder is made, or a
+    ValueError if it is not empty.
     """
     processes = PartialState()
     share = {"rank": processes.process_index, "world_size": processes.num_processes}
@@ -120,15 +114,14 @@ def sample_images(
 ) -> Iterator[np.ndarray]:
     """Draw `count` images batch by batch, uint8 (b, H, W, C), image k seeded `seed + k`; the last batch is shorter.
 
-    Of the batches, this process draws every `world_size`-th from the `rank`-th on. `solving` is num_inference_steps,
-    eta, detail_steps, as of the pipeline's call.
+    Of the batches, this process draws every `world_size`-th from the `rank`-th on.
     """
     size = images_per_call(pipeline, batch_size)
     for start in range(rank * size, count, world_size * size):
         stop = start + size if pipeline.device.type == "cpu" else min(start + size, count)
         generators = image_generators(range(seed + start, seed + stop))
-        images = pipeline(len(generators), generators, output_type="np", **solving).images[: count - start]
-        yield (images * 255).round().astype(np.uint8)
+        (images,) = pipeline(len(generators), generators, output_type="np", return_dict=False, **solving)
+        yield (images[: count - start] * 255).round().astype(np.uint8)
 
 
 def images_per_call(pipeline: WaveletPipeline, batch_size: int) -> int:
