@@ -41,7 +41,7 @@ Metrics compare with others only at the same protocol; Fréchet distances depend
 """
 
 
-def card_of(pipeline: DiffusionPipeline, name: str, report: str | Path | None = None) -> str:
+def card_of(pipeline: DiffusionPipeline, name: str, report: str | Path | None) -> str:
     """The card by `report`, or by that of the run that the pipeline was loaded from; or else the one it came with."""
     folder = Path(pipeline.config.get("_name_or_path") or "nowhere")
     run = folder.resolve().parent

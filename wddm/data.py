@@ -178,7 +178,8 @@ def _write(source: Source, settings: dict[str, Any], to: Path, progress: bool) -
     if limit is not None and limit < len(rows):
         rows = np.sort(np.random.default_rng(settings["seed"]).choice(rows, limit, replace=False))
     shape = (settings["resolution"], settings["resolution"], images.channels)
-    chunks = images.read(rows, max(1, min(256, 2**22 // math.prod(shape))))
+    items, size = images.read(rows), max(1, min(images.chunk, 2**22 // math.prod(shape)))
+    chunks = iter(lambda: list(itertools.islice(items, size)), [])
     found, skipped = write_images(chunks, len(rows), shape, to / "images.npy", settings["on_error"], progress)
     if not found:
         raise ValueError(f"got {source.name} with no images ({len(skipped)} skipped), wanted some: give other files")

@@ -23,7 +23,7 @@ from wddm.bandrate import BandRates, Group
 from wddm.cards import card_of
 from wddm.loading import fetched, load_scheduler, load_strictly, read_config
 from wddm.objective import NOISE, SOLVERS, build_solver, check_options, exact_step
-from wddm.wavelets import WaveletCodec, check_choice
+from wddm.wavelets import WaveletCodec
 
 
 class WaveletPipeline(DiffusionPipeline):
@@ -76,7 +76,8 @@ class WaveletPipeline(DiffusionPipeline):
             ValueError: unknown output type, latents of another shape, a wrong number of generators or steps, eta or
                 detail_steps for a solver that cannot honour them, coefficients or images that are not finite.
         """
-        check_choice("output_type", output_type, ("pil", "np", "pt"))
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"got output_type={output_type!r}, wanted pil, np or pt: choose one of them")
         self._check_solver(num_inference_steps, eta, detail_steps)
         if generator is None:
             generator = image_generators(range(seed, seed + batch_size))
@@ -147,19 +148,11 @@ class WaveletPipeline(DiffusionPipeline):
         )
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        *,
-        backbone: ModelMixin | None = None,
-        scheduler: SchedulerMixin | None = None,
-        codec: WaveletCodec | None = None,
-        **options: Any,
-    ) -> Self:
+    def from_pretrained(cls, path: str | Path, *, scheduler: SchedulerMixin | None = None, **options: Any) -> Self:
         """A pipeline folder or Hub repository of ours. No module that its files name is imported.
 
         Args:
-            backbone, scheduler, codec: taken in the place of the stored ones.
+            scheduler: taken in the place of the stored one.
             options: revision, cache_dir, token, local_files_only, torch_dtype.
 
         Raises:
@@ -168,9 +161,9 @@ class WaveletPipeline(DiffusionPipeline):
         folder = fetched(path, options)
         read_config(cls, folder)
         pipeline = cls(
-            backbone or load_backbone(folder / "backbone", **options),
+            load_backbone(folder / "backbone", **options),
             scheduler or load_scheduler(folder / "scheduler"),
-            codec or load_strictly(WaveletCodec.from_pretrained, folder / "codec", **options),
+            load_strictly(WaveletCodec.from_pretrained, folder / "codec", **options),
         )
         pipeline.register_to_config(_name_or_path=str(folder))
         return pipeline
@@ -204,8 +197,7 @@ class WaveletPipeline(DiffusionPipeline):
             level = round(math.log(max(channels, 3) / 3, 4))
         if channels % 4**level or channels // 4**level not in (1, 3):
             raise ValueError(
-                f"got level={level} for a checkpoint of {channels} channels, wanted channels = 3 x 4^level: "
-                "give the level that it was trained at"
+                f"got level={level} for a checkpoint of {channels} channels, wanted 3 x 4^level: give its own level"
             )
         timesteps, wanted = backbone.config.get("num_train_timesteps"), NOISE["num_train_timesteps"]
         if timesteps not in (None, wanted):
@@ -214,10 +206,8 @@ class WaveletPipeline(DiffusionPipeline):
         codec = WaveletCodec("haar", level, "packet", "dyadic", "AVHD")
         pipeline = cls(backbone, build_solver(solver, prediction_type, spacing=spacing), codec)
         if image_size not in (None, pipeline.image_size):
-            raise ValueError(
-                f"got image_size={image_size} at level {level}, wanted {pipeline.image_size}, as the checkpoint's maps "
-                "have it: leave image_size out or change the level"
-            )
+            size = f"wanted {pipeline.image_size}, as its maps say: leave image_size out or change the level"
+            raise ValueError(f"got image_size={image_size} at level {level}, {size}")
         return pipeline
 
     def push_to_hub(
@@ -226,8 +216,7 @@ class WaveletPipeline(DiffusionPipeline):
         """Upload this pipeline with a model card (see cards.py) to the Hub; its address is returned.
 
         Args:
-            repo_id: name on the Hub, or a local folder, which is then all that is written to: one that exists, or a
-                path that starts with "." or "/" or lies in a folder that exists.
+            repo_id: name on the Hub, or a local folder (see `is_path`), which is then all that is written to.
             report: reports/<run> of its training, for the card; found if it was loaded from runs/<run>/pipeline.
                 Without a report, the card that it was loaded with is kept.
         """
@@ -252,6 +241,6 @@ def image_generators(seeds: range) -> list[Generator]:
 
 
 def is_path(name: str) -> bool:
-    """Whether a name means a folder here, rather than a repository on the Hub."""
+    """Whether a name means a folder here, not one on the Hub: it or its parent exists, or it starts with . or /."""
     folder = Path(name)
     return folder.is_dir() or name.startswith((".", "/")) or (len(folder.parts) > 1 and folder.parent.is_dir())

@@ -43,12 +43,9 @@ def open_pipeline(
     """A pipeline folder of ours, or a published checkpoint (folder or Hub repository), with the solver asked for.
 
     Args:
-        model_type, level, resolution, prediction_type: what the checkpoint is expected to be. A published one does not
-            store its prediction type: as `from_published` has it unless given.
+        model_type, level, resolution, prediction_type: what the checkpoint is expected to be, a ValueError if it is
+            not. A published one does not store its prediction type: as `from_published` has it unless given.
         spacing: of the solver's steps; unless given `default_spacing` for ours, "leading" for published ones.
-
-    Raises:
-        ValueError: an expectation that the checkpoint contradicts.
     """
     folder = fetched(path, {})
     if (folder / WaveletPipeline.config_name).is_file():
@@ -66,9 +63,7 @@ def open_pipeline(
         ("prediction_type", prediction_type, pipeline.scheduler.config.prediction_type),
     ):
         if wanted not in (None, found):
-            raise ValueError(
-                f"got {name}={wanted!r}, but {path} holds {found!r}: leave {name} out, or give another folder"
-            )
+            raise ValueError(f"got {name}={wanted!r}, but {path} holds {found!r}: leave {name} out, or give another")
     return pipeline
 
 

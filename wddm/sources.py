@@ -1,7 +1,7 @@
 """sources: where images come from. A new data set is one function and a line in `SOURCES`.
 
 Such a function takes (resolution, dataset_path, seed), refuses what it can without the network, and returns a
-`Source`: what tells its images from all others, and how to open them. Opened `Images` are handed over in chunks,
+`Source`: what tells its images from all others, and how to open them. Opened `Images` are handed over one by one,
 encoded or as pixels; what is made of them is the rule at the top of `decoding.py`.
 """
 
@@ -26,18 +26,19 @@ if TYPE_CHECKING:
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 PATCHES = 10_000  # crops in `patches`
-CHUNK_BYTES = 2**22  # that a chunk of encoded images takes, on average
+CHUNK, CHUNK_BYTES = 256, 2**22  # images that are decoded at a time, and what encoded ones take on average, at most
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images to decode. `read(rows, size)` yields those of ascending rows in order, up to `size` at a time."""
+    """Images to decode. `read` yields those of ascending rows in order; `chunk` of them are decoded at a time."""
 
     count: int
-    read: Callable[[np.ndarray, int], Iterator[list[Item]]]
+    read: Callable[[np.ndarray], Iterator[Item]]
     channels: int = 3
     class_names: list[str] | None = None
     revision: str | None = None
+    chunk: int = CHUNK
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ def digits(resolution: int, dataset_path: str | None, seed: int) -> Source:
 
         bunch = load_digits()
         pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-        names = [str(digit) for digit in range(10)]
-        return Images(len(pixels), _each(lambda i: (pixels[i], int(bunch.target[i]), f"digits {i}")), 1, names)
+        read = partial(map, lambda i: (pixels[i], int(bunch.target[i]), f"digits {i}"))
+        return Images(len(pixels), read, 1, [str(digit) for digit in range(10)])
 
     return _embedded("digits", dataset_path, "load_digits", ["data/digits.csv.gz"], opened)
 
@@ -79,7 +80,7 @@ def patches(resolution: int, dataset_path: str | None, seed: int) -> Source:
             y, x = top[i], left[i]
             return bunch.images[photo[i]][y : y + resolution, x : x + resolution], int(photo[i]), f"patches {i}"
 
-        return Images(PATCHES, _each(crop), class_names=[Path(name).stem for name in bunch.filenames])
+        return Images(PATCHES, partial(map, crop), class_names=[Path(name).stem for name in bunch.filenames])
 
     if resolution > 427:
         raise ValueError(f"got resolution={resolution}, wanted at most 426 for patches: choose a smaller one")
@@ -124,9 +125,7 @@ SOURCES: dict[str, Callable[[int, str | None, int], Source]] = {
     "cifar10": partial(hub, repo="uoft-cs/cifar10@0b2714987fa478483af9968de7c934580d0bb9a2", split="train"),
     "stl10": partial(hub, repo="jxie/stl10", split="unlabeled"),
     "celebahq": partial(
-        hub,
-        repo="korexyz/celeba-hq-256x256@42078a1fb27b6079eaab8cf453efd3d79a8b7bda",
-        split="train+validation",
+        hub, repo="korexyz/celeba-hq-256x256@42078a1fb27b6079eaab8cf453efd3d79a8b7bda", split="train+validation"
     ),
     "folder": folder,
 }
@@ -148,10 +147,9 @@ def shards(root: str | Path, split: str) -> list[Path]:
         found = [file for file in files if pattern.search(file.relative_to(root).as_posix())]
         total = re.search(r"-of-(\d+)", found[0].name) if found else None
         if not found or (total and len(found) != int(total[1])):
-            wanted = f"{int(total[1])} files" if total else "files"
+            wanted = f"{int(total[1]) if total else ''} files ({part}-*.parquet)".lstrip()
             raise ValueError(
-                f"got {len(found)} Parquet files of split {part!r} in {root}, wanted {wanted} "
-                f"({part}-*.parquet): give dataset_path a complete copy in the Hub's layout"
+                f"got {len(found)} Parquet files of split {part!r} in {root}, wanted {wanted}: give a complete copy"
             )
         chosen += found
     return chosen
@@ -169,7 +167,7 @@ def _local(name: str, root: Path, files: list[Path], opened: Callable[[], Images
 
     def content(digests: Digests) -> str:
         readable = [file for file in files if file.is_file() and os.access(file, os.R_OK)]
-        others = [str(file.relative_to(root)) for file in sorted({*files} - {*readable})]  # which will not decode
+        others = [str(file.relative_to(root)) for file in sorted({*files} - {*readable})]  # they will not decode
         return digests.of_files(root, readable) + f", not readable: {others}" * bool(others)
 
     return Source(name, content, opened, split)
@@ -190,13 +188,8 @@ def _pictures(root: Path, files: list[Path]) -> Images:
     tops = [file.relative_to(root).parts[:-1][:1] for file in files]
     names = sorted({top[0] for top in tops if top})
     labelled = all(tops) and len(names) > 1
-    read = _each(lambda i: (files[i], names.index(tops[i][0]) if labelled else None, str(files[i])))
+    read = partial(map, lambda i: (files[i], names.index(tops[i][0]) if labelled else None, str(files[i])))
     return Images(len(files), read, class_names=names if labelled else None)
-
-
-def _each(image: Callable[[int], Item]) -> Callable[[np.ndarray, int], Iterator[list[Item]]]:
-    """`Images.read` of what is at hand one by one."""
-    return lambda rows, size: ([image(row) for row in part] for part in np.split(rows, range(size, len(rows), size)))
 
 
 def _tables(files: list[Path]) -> Images:
@@ -224,38 +217,38 @@ def _tables(files: list[Path]) -> Images:
             raise ValueError(f"got columns {other.names} in {file}, wanted those of {files[0]}: separate them")
     stored = sum(one.row_group(i).total_byte_size for one in headers for i in range(one.num_row_groups))
 
-    def read(rows: np.ndarray, size: int) -> Iterator[list[Item]]:
-        first, size = 0, max(1, min(size, CHUNK_BYTES * sum(counts) // max(1, stored)))
+    chunk = max(1, min(CHUNK, CHUNK_BYTES * sum(counts) // max(1, stored)))
+
+    def read(rows: np.ndarray) -> Iterator[Item]:
+        first = 0
         for file, count in zip(files, counts, strict=True):
             chosen = rows[slice(*np.searchsorted(rows, (first, first + count)))] - first
             if len(chosen):
-                yield from _cells(file, columns, chosen, size)
+                yield from _cells(file, columns, chosen, chunk)
             first += count
 
-    return Images(sum(counts), read, class_names=feature.names if isinstance(feature, ClassLabel) else None)
+    names = feature.names if isinstance(feature, ClassLabel) else None
+    return Images(sum(counts), read, class_names=names, chunk=chunk)
 
 
-def _cells(file: Path, columns: list[str], rows: np.ndarray, size: int) -> Iterator[list[Item]]:
-    """Chunks of the given rows of one Parquet file; columns: of images, perhaps of labels."""
+def _cells(file: Path, columns: list[str], rows: np.ndarray, chunk: int) -> Iterator[Item]:
+    """The given rows of a Parquet file, of which `chunk` are held at a time; columns: of images, perhaps of labels."""
     import pyarrow as pa
 
     first, parquet = 0, _parquet(file)
     try:
-        for batch in parquet.iter_batches(size, columns=columns):
+        for batch in parquet.iter_batches(chunk, columns=columns):
             part = rows[slice(*np.searchsorted(rows, (first, first + len(batch))))]
-            chunk: list[Item] = []
             for row, values in zip(part, batch.take(pa.array(part - first)).to_pylist(), strict=True):
                 cell = values[columns[0]] or {}
-                where = f"{file}, row {row} {cell.get('path') or ''}".rstrip()
-                chunk.append((cell.get("bytes"), values.get("label"), where))
-            yield chunk
+                yield cell.get("bytes"), values.get("label"), f"{file}, row {row} {cell.get('path') or ''}".rstrip()
             first += len(batch)
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(file, f"which is damaged after row {first}", error) from None
 
 
 def _parquet(file: Path) -> "ParquetFile":
-    """pyarrow's reader, which so holds some pages of a file in memory, where by default it holds a row group."""
+    """pyarrow's reader, made to hold some pages of a file in memory, where by default it holds a row group."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
