@@ -9,7 +9,6 @@ group that is between two of its own steps is shown as its last estimate has it 
 Tensors are whole, (B, C, h, w), also where only a group's channels of them are meant.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,11 +35,8 @@ class Group:
     def __init__(self, solver: SchedulerMixin, channels: slice, generators: Generator | list[Generator]) -> None:
         self.solver, self.channels, self.generators = solver, channels, generators
         self.step = exact_step(solver)
-        self.times: dict[Visit, Tensor] = {}
-        calls: Counter[float] = Counter()
-        for t, value in zip(solver.timesteps, solver.timesteps.tolist(), strict=True):
-            self.times[-value, calls[value]] = t
-            calls[value] += 1
+        times = solver.timesteps.tolist()
+        self.times: dict[Visit, Tensor] = {(-t, times[:i].count(t)): solver.timesteps[i] for i, t in enumerate(times)}
         self.denoised: Tensor | None = None  # the estimate of the clean coefficients, from the last step
 
     def seen_at(self, visit: Visit, t: Tensor, z: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def prepare(
         limit: at most so many images, drawn at random from all.
         on_error: "stop" at an image that does not decode, or "skip" it; the manifest counts the skipped ones. A
             Parquet file that is damaged itself stops either.
-        progress: whether to print a progress bar.
+        progress: print a progress bar.
 
     Raises:
         ValueError: a bad argument, an image that does not decode. ConnectionError: the Hub is out of reach.
@@ -136,9 +136,8 @@ def check_source(
 ) -> tuple[dict[str, Any], Source]:
     """The options that the prepared bytes depend on (a seed without influence is None), and the source.
 
-    Raises:
-        ValueError: the one that `prepare` would raise, as far as it can be known without network and decoding, and
-            without the `headers` of Parquet files unless they are asked for.
+    Raises the ValueError that `prepare` would, as far as it can be known without network and decoding, and, unless they
+    are asked for, without the `headers` of Parquet files.
     """
     if dataset not in SOURCES:
         close = get_close_matches(str(dataset), SOURCES, n=1)

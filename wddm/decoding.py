@@ -90,10 +90,9 @@ def _pixels(image: bytes | Path | np.ndarray | None, shape: Shape) -> np.ndarray
 def write_images(
     chunks: Iterable[list[Item]], count: int, shape: Shape, to: Path, on_error: str, progress: bool
 ) -> tuple[list[int | None], list[str]]:
-    """Decode `count` images into the file `to`, a few chunks at a time; their labels, and where skipped ones are from.
+    """Decode `count` images into the .npy file `to`; their labels, and where skipped ones are from.
 
-    Raises:
-        ValueError: an image does not decode, where `on_error` is not "skip".
+    An image that does not decode is a ValueError, where `on_error` is not "skip".
     """
     labels: list[int | None] = []
     skipped: list[str] = []

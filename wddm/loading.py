@@ -22,7 +22,6 @@ from torch import Tensor
 from wddm.kan import knots
 from wddm.sources import snapshot
 
-HUB_OPTIONS = ("cache_dir", "revision", "token", "local_files_only")  # where a Hub repository is looked for
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 CLASS_NAME = "UKANHybrid"  # of a published U-KAN, in its config.json
@@ -54,15 +53,12 @@ NAMES = (  # tensors of a published U-KAN: what is replaced, by what, in this or
 
 
 def fetched(path: str | Path, options: dict[str, Any]) -> Path:
-    """The folder itself, or the local copy of a Hub repository, downloaded the first time.
+    """The folder itself, or the local copy of a Hub repository, downloaded the first time; ValueError without either.
 
-    Args:
-        options: of a `from_pretrained`, of which those in `HUB_OPTIONS` are taken out.
-
-    Raises:
-        ValueError: there is no such folder, and no such repository in reach or in the Hub's cache.
+    `options` are those of a `from_pretrained`, of which the ones that concern the Hub are taken out.
     """
-    hub = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
+    names = ("cache_dir", "revision", "token", "local_files_only")
+    hub = {name: options.pop(name) for name in names if name in options}
     if Path(path).is_dir():
         return Path(path)
     try:
@@ -108,14 +104,10 @@ def load_scheduler(folder: Path) -> SchedulerMixin:
 
 
 def load_published(build: Callable[..., ModelMixin], folder: Path, config: dict[str, Any]) -> ModelMixin:
-    """A published U-KAN, in eval mode.
+    """A published U-KAN of this config.json, in eval mode; `build` is `UKANModel`.
 
     Its tensors differ from ours in their `NAMES`, in the order of a spline weight's axes, and by the grid. The `attn`
     of its config is dropped: those weights never existed.
-
-    Args:
-        build: `UKANModel`.
-        config: what its config.json holds.
 
     Raises:
         ValueError: config or weights are absent, damaged, pickled, or not each other's; a spline grid is another.

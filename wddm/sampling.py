@@ -4,7 +4,8 @@ What the checkpoint says need not be given; what is given and contradicts it is 
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -12,6 +13,7 @@ from typing import TypedDict, Unpack
 import numpy as np
 from accelerate import PartialState
 from PIL import Image
+from tqdm import tqdm
 
 from wddm.backbones import backbone_name
 from wddm.checkpoints import public
@@ -74,14 +76,12 @@ def draw(
     *,
     batch_size: int = 64,
     seed: int = 0,
-    progress: Callable[[Iterable, int], Iterable] = lambda batches, total: batches,
     **solving: Unpack[Solving],
 ) -> None:
     """Write images 00000.png ..., grid.png of the first 64, and samples.json that says how they were made.
 
-    Under `accelerate launch` each process draws its share of the batches; the files are those of one process.
-    `progress` wraps this process's batches, of which it is told the number, to show a bar. The folder is made, or a
-    ValueError if it is not empty.
+    Under `accelerate launch` each process draws its share of the batches, the main one with a progress bar; the files
+    are those of one process. The folder is made, or a ValueError if it is not empty.
     """
     processes = PartialState()
     share = {"rank": processes.process_index, "world_size": processes.num_processes}
@@ -89,7 +89,8 @@ def draw(
     processes.wait_for_everyone()  # to have looked, before anybody writes
     starts = range(0, count, images_per_call(pipeline, batch_size))[share["rank"] :: share["world_size"]]
     batches = sample_images(pipeline, count, batch_size=batch_size, seed=seed, **share, **solving)
-    for start, batch in zip(starts, progress(batches, len(starts)), strict=True):
+    bar = tqdm(batches, "sampling", len(starts), unit="batch", file=sys.stdout, disable=not processes.is_main_process)
+    for start, batch in zip(starts, bar, strict=True):
         write_images(folder, batch, start)
     processes.wait_for_everyone()
     if processes.is_main_process:

@@ -216,7 +216,6 @@ def _tables(files: list[Path]) -> Images:
         if not set(columns) <= set(other.names):
             raise ValueError(f"got columns {other.names} in {file}, wanted those of {files[0]}: separate them")
     stored = sum(one.row_group(i).total_byte_size for one in headers for i in range(one.num_row_groups))
-
     chunk = max(1, min(CHUNK, CHUNK_BYTES * sum(counts) // max(1, stored)))
 
     def read(rows: np.ndarray) -> Iterator[Item]:
