@@ -37,7 +37,7 @@ def pipeline(tmp_path) -> WaveletPipeline:
     (report / "params.yaml").write_text(yaml.safe_dump(PARAMETERS))
     (report / "metrics.json").write_text(json.dumps({"fwd": 0.0155, "images": 1797}))
     (report / "environment.json").write_text(json.dumps({"commit": "abc123", "versions": {"torch": "2.14.1"}}))
-    (folder.parent / "record.json").write_text(json.dumps({"data": {"folder": "data/digits-16-0a1b2c"}}))
+    (folder.parent / "record.json").write_text(json.dumps({"data": {"path": "data/digits-16-0a1b2c/manifest.json"}}))
     (data / "manifest.json").write_text(json.dumps({"source": "me/digits", "split": "train", "count": 1797}))
     return WaveletPipeline.from_pretrained(folder)
 
@@ -92,7 +92,7 @@ def test_push_uploads_the_same_to_the_hub(pipeline, tmp_path, monkeypatch) -> No
         def create_repo(self, name, *, private, exist_ok):
             return type("Url", (), {"repo_id": f"me/{name}"})
 
-        def upload_folder(self, *, repo_id, folder_path, commit_message, create_pr):
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
             shutil.copytree(folder_path, tmp_path / repo_id)
             return f"https://huggingface.co/{repo_id}"
 

@@ -121,7 +121,7 @@ def test_the_kind_of_network_is_expected_by_its_name_in_any_case(ours, chaotic) 
         (["--resolution", "32"], "resolution=32, but"),
         (["--model-type", "ukan"], "model_type='ukan', but"),
         (["--scheduler", "dimm"], "wanted one of ddpm"),
-        (["--num-samples", "0"], "wanted an integer, 1 or more"),
+        (["--num-samples", "0"], "0 is not in the range x>=1"),
         (["--scheduler", "pndm", "--eta", "0.5"], "eta=0.5 for pndm"),
         (["--scheduler", "lms", "--detail-steps", "9"], "detail_steps for lms"),
     ],

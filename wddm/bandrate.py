@@ -9,7 +9,6 @@ group that is between two of its own steps is shown as its last estimate has it 
 Tensors are whole, (B, C, h, w), also where only a group's channels of them are meant.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,11 +35,8 @@ class Group:
     def __init__(self, solver: SchedulerMixin, channels: slice, generators: Generator | list[Generator]) -> None:
         self.solver, self.channels, self.generators = solver, channels, generators
         self.step = exact_step(solver)
-        self.times: dict[Visit, Tensor] = {}
-        calls: Counter[float] = Counter()
-        for t, value in zip(solver.timesteps, solver.timesteps.tolist(), strict=True):
-            self.times[-value, calls[value]] = t
-            calls[value] += 1
+        times = solver.timesteps.tolist()
+        self.times: dict[Visit, Tensor] = {(-t, times[:i].count(t)): solver.timesteps[i] for i, t in enumerate(times)}
         self.denoised: Tensor | None = None  # the estimate of the clean coefficients, from the last step
 
     def seen_at(self, visit: Visit, t: Tensor, z: Tensor) -> Tensor:
@@ -73,16 +69,16 @@ class Group:
 class BandRates:
     """Groups of bands sampled as one, by the names that a diffusers scheduler has: they take its place in the loop."""
 
-    def __init__(self, groups: Sequence[Group]) -> None:
+    def __init__(self, *groups: Group) -> None:
         self.groups = groups
         times = {visit: t for group in groups for visit, t in group.times.items()}
         self.timesteps = [times[visit] for visit in sorted(times)]
         self._visits = iter(sorted(times))
-        scales = [
-            torch.full((group.channels.stop - group.channels.start, 1, 1), float(group.solver.init_noise_sigma))
-            for group in groups
-        ]
-        self.init_noise_sigma = torch.cat(scales).to(self.timesteps[0].device)  # (C, 1, 1)
+        sigmas = [float(group.solver.init_noise_sigma) for group in groups]
+        widths = torch.tensor([group.channels.stop - group.channels.start for group in groups])
+        self.init_noise_sigma = (
+            torch.tensor(sigmas).repeat_interleave(widths).view(-1, 1, 1).to(self.timesteps[0].device)
+        )
 
     def scale_model_input(self, z: Tensor, t: Tensor) -> Tensor:
         """What the network is shown at t."""

@@ -27,7 +27,8 @@ images = pipe(batch_size=16, num_inference_steps={{ run.sampling_steps or 50 }},
 ```
 
 ```bash
-wddm sample --model-dir {{ name }} --output-dir samples{{ flags }}
+wddm sample --model-dir {{ name }} --output-dir samples
+{%- for key, value in flags.items() %} --{{ key.replace("_", "-") }} {{ value }}{% endfor %}
 ```
 {% for title, values in tables.items() %}
 ## {{ title }}
@@ -40,13 +41,16 @@ Metrics compare with others only at the same protocol; Fréchet distances depend
 """
 
 
-def card_of(pipeline: DiffusionPipeline, name: str, report: str | Path | None = None) -> str:
+def card_of(pipeline: DiffusionPipeline, name: str, report: str | Path | None) -> str:
     """The card by `report`, or by that of the run that the pipeline was loaded from; or else the one it came with."""
     folder = Path(pipeline.config.get("_name_or_path") or "nowhere")
-    found = Path(report) if report else find_report(folder)
-    if found is None and (folder / "README.md").is_file():
+    run = folder.resolve().parent
+    beside = run.parents[1] / "reports" / run.name if run.parent.name == "runs" else run
+    if report is None and (beside / "params.yaml").is_file():
+        report = beside
+    if report is None and (folder / "README.md").is_file():
         return (folder / "README.md").read_text(encoding="utf-8")
-    return model_card(pipeline, name, found)
+    return model_card(pipeline, name, Path(report) if report else None)
 
 
 def model_card(pipeline: DiffusionPipeline, name: str, report: Path | None) -> str:
@@ -61,44 +65,36 @@ def model_card(pipeline: DiffusionPipeline, name: str, report: Path | None) -> s
     """
     run, metrics, data, made_with = recorded(report) if report else ({}, {}, {}, {})
     network, codec = pipeline.backbone, pipeline.codec
-    model = {
-        "backbone": type(network).__name__,
-        "parameters": f"{network.num_parameters():,}",
-        "widths": ", ".join(map(str, network.config.block_out_channels)),
-        "images": f"{pipeline.image_size} x {pipeline.image_size} pixels",
-        "coefficients": f"{network.config.in_channels} channels, side {network.config.sample_size}",
-        "codec": ", ".join(f"{key} {codec.config[key]}" for key in ("wavelet", "level", "transform", "scaling")),
-        "predicts": pipeline.scheduler.config.prediction_type,
-    }
     tables = {
         "Data": data,
-        "Model": model,
+        "Model": {
+            "backbone": type(network).__name__,
+            "parameters": f"{network.num_parameters():,}",
+            "widths": ", ".join(map(str, network.config.block_out_channels)),
+            "images": f"{pipeline.image_size} x {pipeline.image_size} pixels",
+            "coefficients": f"{network.config.in_channels} channels, side {network.config.sample_size}",
+            "codec": ", ".join(f"{key} {codec.config[key]}" for key in ("wavelet", "level", "transform", "scaling")),
+            "predicts": pipeline.scheduler.config.prediction_type,
+        },
         "Recipe": {key: value for key, value in run.items() if key not in PROTOCOL + ELSEWHERE},
         "Metrics": {key: value for key, value in metrics.items() if key not in SIZES},
         "Protocol": known(run, *PROTOCOL) | made_with,
     }
-    source = str(data.get("source", data.get("dataset", "unknown")))
-    task, distances = "unconditional-image-generation", known(metrics, "fid", "kid", "fwd")
+    source, task = str(data.get("source", data.get("dataset", "unknown"))), "unconditional-image-generation"
+    results = [EvalResult(task, "image", source, *distance) for distance in known(metrics, "fid", "kid", "fwd").items()]
     card_data = ModelCardData(
         license="apache-2.0",
         library_name="diffusers",
         pipeline_tag=task,
         tags=["wavelets", "wddm"],
         datasets=[source.split("@")[0]] if source.count("/") == 1 else None,
-        model_name=name.split("/")[-1] if distances else None,
-        eval_results=[EvalResult(task, "image", source, *distance) for distance in distances.items()] or None,
+        model_name=name.split("/")[-1] if results else None,
+        eval_results=results or None,
     )
     flags = known(run, "scheduler", "sampling_steps", "eta", "spacing")
-    line = "".join(f" --{key.replace('_', '-')} {value}" for key, value in flags.items())
-    card = ModelCard.from_template(card_data, template_str=TEMPLATE, name=name, run=run, flags=line, tables=tables)
-    return str(card)
-
-
-def find_report(folder: Path) -> Path | None:
-    """reports/<run> of a pipeline in runs/<run>/pipeline, if it is there."""
-    run = folder.resolve().parent
-    report = run.parents[1] / "reports" / run.name if run.parent.name == "runs" else run
-    return report if (report / "params.yaml").is_file() else None
+    return str(
+        ModelCard.from_template(card_data, template_str=TEMPLATE, name=name, run=run, flags=flags, tables=tables)
+    )
 
 
 def recorded(report: Path) -> tuple[dict[str, Any], ...]:
@@ -108,12 +104,11 @@ def recorded(report: Path) -> tuple[dict[str, Any], ...]:
     parameters = yaml.safe_load((report / "params.yaml").read_text(encoding="utf-8"))
     metrics, environment = read_json(report / "metrics.json"), read_json(report / "environment.json")
     root, name = report.resolve().parents[1], report.resolve().name
-    prepared = read_json(root / "runs" / name / "record.json").get("data", {}).get("folder", "nowhere")
-    manifest = read_json(root / prepared / "manifest.json")
+    record = read_json(root / "runs" / name / "record.json")
+    manifest = read_json(root / record.get("data", {}).get("path", "nowhere"))
     data = known(parameters, "dataset", "resolution") | known(manifest, "source", "revision", "split", "count")
     versions = known(environment.get("versions", {}), "wddm", "torch", "diffusers")
-    run = {key: value for key, value in parameters.items() if value is not None}
-    return run, metrics, data, known(environment, "commit", "device") | versions
+    return known(parameters, *parameters), metrics, data, known(environment, "commit", "device") | versions
 
 
 def read_json(file: Path) -> dict[str, Any]:

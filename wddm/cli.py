@@ -151,7 +151,6 @@ def sample(
 
     import diffusers
 
-    from wddm import workbook
     from wddm.sampling import draw, open_pipeline
 
     diffusers.utils.logging.disable_progress_bar()
@@ -159,18 +158,12 @@ def sample(
     pipeline = open_pipeline(model_dir, level=wavelet_level, **names).to(device or state.device)
     pipeline.set_progress_bar_config(disable=True)
 
-    def progress(batches: Iterable, total: int) -> Iterable:
-        if not state.is_main_process:
-            return batches
-        return workbook.progress(batches, total=total, desc="sampling", unit="batch")
-
     draw(
         pipeline,
         output_dir,
         num_samples,
         batch_size=batch_size,
         seed=seed,
-        progress=progress,
         num_inference_steps=sampling_steps,
         eta=eta,
         detail_steps=detail_steps,

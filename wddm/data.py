@@ -3,18 +3,16 @@
 `prepare` makes `<root>/<dataset>-<resolution>-<key>/`. The key stands for the content of the source and the options,
 so that two sets never share a folder and one that is there is found. It holds `images.npy` (uint8, (N, H, W, C)),
 `labels.npy` (int64, (N,), where there are any) and, written last, `manifest.json`. `load` opens it.
-
-`batches` is an endless stream of tensors (B, C, H, W) in [-1, 1], which is the same bytes however often it was resumed.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -71,25 +69,28 @@ def prepare(
         limit: at most so many images, drawn at random from all.
         on_error: "stop" at an image that does not decode, or "skip" it; the manifest counts the skipped ones. A
             Parquet file that is damaged itself stops either.
-        progress: whether to print a progress bar.
+        progress: print a progress bar.
 
     Raises:
         ValueError: a bad argument, an image that does not decode. ConnectionError: the Hub is out of reach.
     """
-    settings, source = _checked(dataset, resolution, dataset_path, seed, limit, on_error)
+    settings, source = check_source(
+        dataset, resolution, dataset_path=dataset_path, seed=seed, limit=limit, on_error=on_error, headers=False
+    )
     root = Path(root)
     digests = Digests(root / ".digests.json")  # a large file that did not change is not read again
     settings["content"] = source.content(digests)
     digests.save()
     key = hashlib.sha256(json.dumps([RULE, settings]).encode()).hexdigest()[:10]
-    folder = root / f"{dataset}-{resolution}-{key}"
+    folder, older = root / f"{dataset}-{resolution}-{key}", root / f"{dataset}-{resolution}"
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f".{folder.name}.lock"):  # a second process waits, then finds it done
-        _remove_leftovers(folder)
+        for end in ("preparing", "old"):  # of processes that were killed while they prepared this folder
+            final = Path(os.path.realpath(folder))
+            shutil.rmtree(final.with_name(f".{final.name}.{end}"), ignore_errors=True)
         try:
             return load(folder, verify=True)
         except FileNotFoundError:
-            older = root / f"{dataset}-{resolution}"
             if (older / "manifest.json").exists():
                 print(f"{older} is of an older layout: it is not used and may be removed")
         except ValueError as error:
@@ -114,10 +115,8 @@ def load(folder: str | Path, verify: bool = False) -> Dataset:
         labels = np.load(folder / "labels.npy") if "labels" in manifest["sha256"] else None
         if images.dtype != np.uint8 or list(images.shape) != manifest["shape"]:
             raise ValueError(f"images.npy is {images.dtype} {list(images.shape)}, not uint8 {manifest['shape']}")
-        if labels is not None and labels.shape != (len(images),):
-            raise ValueError(f"labels.npy holds {len(labels)} labels for {len(images)} images")
-        for name, written in manifest["sha256"].items() if verify else ():
-            if sha256(folder / f"{name}.npy") != written:
+        for name, digest in manifest["sha256"].items() if verify else ():
+            if sha256(folder / f"{name}.npy") != digest:
                 raise ValueError(f"the sha256 of {name}.npy is not the one in the manifest")
         return Dataset(images, labels, manifest["class_names"], manifest, folder)
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
@@ -133,25 +132,13 @@ def check_source(
     seed: int = 0,
     limit: int | None = None,
     on_error: str = "stop",
-) -> None:
-    """Raise the ValueError that `prepare` would, as far as it can be known without network and decoding."""
-    _, source = _checked(dataset, resolution, dataset_path, seed, limit, on_error)
-    if dataset_path is not None:
-        source.open()
-
-
-def duplicates(images: np.ndarray) -> list[list[int]]:
-    """Groups of rows of uint8 (N, H, W, C) that are the same in every pixel, the largest first; by their hashes."""
-    rows: dict[bytes, list[int]] = defaultdict(list)
-    for row, image in enumerate(images):
-        rows[hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()].append(row)
-    return sorted((same for same in rows.values() if len(same) > 1), key=lambda same: (-len(same), same[0]))
-
-
-def _checked(
-    dataset: str, resolution: int, dataset_path: str | Path | None, seed: int, limit: int | None, on_error: str
+    headers: bool = True,
 ) -> tuple[dict[str, Any], Source]:
-    """The options that the prepared bytes depend on (a seed without influence is None), and the source."""
+    """The options that the prepared bytes depend on (a seed without influence is None), and the source.
+
+    Raises the ValueError that `prepare` would, as far as it can be known without network and decoding, and, unless they
+    are asked for, without the `headers` of Parquet files.
+    """
     if dataset not in SOURCES:
         close = get_close_matches(str(dataset), SOURCES, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "choose one of them"
@@ -168,16 +155,19 @@ def _checked(
     if dataset_path is not None and not Path(dataset_path).exists():
         raise ValueError(f"got dataset_path={dataset_path}, which does not exist: give a folder of images or Parquet")
     source = SOURCES[dataset](resolution, None if dataset_path is None else str(dataset_path), seed)
+    if headers and dataset_path is not None:
+        source.open()
+    options = {"dataset": dataset, "resolution": resolution}
     seed_used = seed if limit is not None or dataset == "patches" else None
-    options = {"seed": seed_used, "limit": limit, "on_error": on_error, "split": source.split}
-    return {"dataset": dataset, "resolution": resolution, **options}, source
+    return options | {"seed": seed_used, "limit": limit, "on_error": on_error, "split": source.split}, source
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Of processes that were killed while they prepared this folder."""
-    final = Path(os.path.realpath(folder))
-    for end in ("preparing", "old"):
-        shutil.rmtree(final.with_name(f".{final.name}.{end}"), ignore_errors=True)
+def duplicates(images: np.ndarray) -> list[list[int]]:
+    """Groups of rows of uint8 (N, H, W, C) that are the same in every pixel, the largest first; by their hashes."""
+    rows: dict[bytes, list[int]] = defaultdict(list)
+    for row, image in enumerate(images):
+        rows[hashlib.blake2b(image.tobytes(), digest_size=16).digest()].append(row)
+    return sorted((same for same in rows.values() if len(same) > 1), key=lambda same: (-len(same), same[0]))
 
 
 def _write(source: Source, settings: dict[str, Any], to: Path, progress: bool) -> None:
@@ -187,26 +177,24 @@ def _write(source: Source, settings: dict[str, Any], to: Path, progress: bool) -
     if limit is not None and limit < len(rows):
         rows = np.sort(np.random.default_rng(settings["seed"]).choice(rows, limit, replace=False))
     shape = (settings["resolution"], settings["resolution"], images.channels)
-    chunks = images.read(rows, max(1, min(256, 2**22 // math.prod(shape))))
-    labels, skipped = write_images(chunks, len(rows), shape, to / "images.npy", settings["on_error"], progress)
-    if not labels:
+    items, size = images.read(rows), max(1, min(images.chunk, 2**22 // math.prod(shape)))
+    chunks = iter(lambda: list(itertools.islice(items, size)), [])
+    found, skipped = write_images(chunks, len(rows), shape, to / "images.npy", settings["on_error"], progress)
+    if not found:
         raise ValueError(f"got {source.name} with no images ({len(skipped)} skipped), wanted some: give other files")
-    known = [label for label in labels if label is not None]
-    labelled = len(known) == len(labels) and max(known) >= 0  # unlabelled splits on the Hub say -1
-    names = images.class_names if labelled else None
-    counts: dict[str, int] | None = None
-    if labelled:
-        np.save(to / "labels.npy", np.array(known, np.int64))
-        values, sizes = (v.tolist() for v in np.unique(known, return_counts=True))
-        counts = {names[v] if names else str(v): size for v, size in zip(values, sizes, strict=True)}
+    labels, names, counts = np.array(found, float), None, None  # NaN for None
+    if labels.max() >= 0:  # not if one is NaN; unlabelled splits on the Hub say -1
+        np.save(to / "labels.npy", numbers := labels.astype(np.int64))
+        names, known = images.class_names, sorted(Counter(numbers.tolist()).items())
+        counts = {names[label] if names else str(label): count for label, count in known}
     manifest = {
         **settings,
         "source": source.name,
         "revision": images.revision,
-        "count": len(labels),
+        "count": len(found),
         "skipped": {"count": len(skipped), "first": skipped[:NAMED]},
-        "shape": [len(labels), *shape],
-        "sha256": {name: sha256(to / f"{name}.npy") for name in ("images", "labels")[: 1 + labelled]},
+        "shape": [len(found), *shape],
+        "sha256": {file.stem: sha256(file) for file in sorted(to.glob("*.npy"))},
         "class_names": names,
         "class_counts": counts,
     }
@@ -244,7 +232,7 @@ def batches(
     """
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
         raise ValueError(
-            f"got {images.dtype} images {images.shape}, wanted uint8 (N, H, W, C): give load(folder).images"
+            f"got {images.dtype} images {images.shape}, wanted uint8 (N, H, W, C): give those of a Dataset"
         )
     if batch_size < 1 or start < 0 or not 0 <= rank < world_size or batch_size % world_size:
         raise ValueError(
@@ -257,7 +245,10 @@ def batches(
     share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
     order = _order(len(images), batch_size, seed, start)
     order = ((rows[share], mirrored[share] & flip) for rows, mirrored in order)
-    return _from_device(images, order, device) if on_device else _from_host(images, order, device)
+    if not on_device:
+        return ahead(lambda drawn: to_batch(images[drawn[0]], drawn[1], device), order, threads=1)
+    resident = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).contiguous()
+    return (_finish(resident[torch.from_numpy(rows).to(device)], mirrored) for rows, mirrored in order)
 
 
 def fits(nbytes: int, device: torch.device) -> bool:
@@ -280,41 +271,21 @@ def to_batch(pixels: np.ndarray, mirrored: np.ndarray, device: torch.device) -> 
     return _finish(x.permute(0, 3, 1, 2), mirrored)
 
 
-def _order(count: int, batch_size: int, seed: int, start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Row numbers and coin flips (batch_size,) of the batches that follow `start` images."""
-    epoch, offset = divmod(start, count)
-    rows, coins = (drawn[offset:] for drawn in _epoch(count, seed, epoch))
-    while True:
-        while len(rows) < batch_size:
-            epoch += 1
-            more = _epoch(count, seed, epoch)
-            rows, coins = np.concatenate([rows, more[0]]), np.concatenate([coins, more[1]])
-        yield rows[:batch_size], coins[:batch_size]
-        rows, coins = rows[batch_size:], coins[batch_size:]
-
-
-def _epoch(count: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng([seed, epoch])
-    return rng.permutation(count), rng.random(count) < 0.5
-
-
 def _finish(x: Tensor, mirrored: np.ndarray) -> Tensor:
     """Mirrored, float32 and contiguous, of uint8 (B, C, H, W) on a device."""
-    mirrored = torch.from_numpy(mirrored).to(x.device).view(-1, 1, 1, 1)
-    x = torch.where(mirrored, x.flip(-1), x)
+    flipped = torch.from_numpy(mirrored).to(x.device).view(-1, 1, 1, 1)
+    x = torch.where(flipped, x.flip(-1), x)
     return x.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 
-def _from_device(images: np.ndarray, order: Iterator, device: torch.device) -> Iterator[Tensor]:
-    resident = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).contiguous()
-    for rows, mirrored in order:
-        yield _finish(resident[torch.from_numpy(rows).to(device)], mirrored)
-
-
-def _from_host(images: np.ndarray, order: Iterator, device: torch.device) -> Iterator[Tensor]:
-    def gather(drawn: tuple[np.ndarray, np.ndarray]) -> Tensor:
-        rows, mirrored = drawn
-        return to_batch(images[rows], mirrored, device)
-
-    with ThreadPoolExecutor(1) as pool:
-        yield from ahead(pool, gather, order, depth=2)
+def _order(count: int, batch_size: int, seed: int, start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Row numbers and coin flips (batch_size,) of the batches that follow `start` images."""
+    rows, coins, seen = np.empty(0, np.int64), np.empty(0, bool), start % count
+    for epoch in itertools.count(start // count):
+        rng = np.random.default_rng([seed, epoch])
+        rows = np.concatenate([rows, rng.permutation(count)[seen:]])
+        coins = np.concatenate([coins, rng.random(count)[seen:] < 0.5])
+        seen = 0
+        while len(rows) >= batch_size:
+            yield rows[:batch_size], coins[:batch_size]
+            rows, coins = rows[batch_size:], coins[batch_size:]

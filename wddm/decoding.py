@@ -15,18 +15,19 @@ No torch here: processes that decode import this module alone.
 
 import io
 import os
-import pickle
 import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
-from typing import IO, BinaryIO, cast
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -38,6 +39,7 @@ SERVE = "from wddm.decoding import _serve; _serve()"
 
 Item = tuple[bytes | Path | np.ndarray | None, int | None, str]  # image, label, where it is from
 Shape = tuple[int, int, int]  # height, width, channels
+Result = TypeVar("Result")
 Decoded = tuple[np.ndarray, list[int | None], list[tuple[str, str]]]
 
 
@@ -88,17 +90,17 @@ def _pixels(image: bytes | Path | np.ndarray | None, shape: Shape) -> np.ndarray
 def write_images(
     chunks: Iterable[list[Item]], count: int, shape: Shape, to: Path, on_error: str, progress: bool
 ) -> tuple[list[int | None], list[str]]:
-    """Decode `count` images into the file `to`, a few chunks at a time; their labels, and where skipped ones are from.
+    """Decode `count` images into the .npy file `to`; their labels, and where skipped ones are from.
 
-    Raises:
-        ValueError: an image does not decode, where `on_error` is not "skip".
+    An image that does not decode is a ValueError, where `on_error` is not "skip".
     """
     labels: list[int | None] = []
     skipped: list[str] = []
     bar = tqdm(total=count, desc="decoding", unit="image", file=sys.stdout, disable=not progress)
     decoding = decoded(chunks, shape, processes=count // IMAGES_PER_PROCESS)
     with to.open("wb") as file, bar, decoding as results:
-        _write_header(file, (count, *shape))
+        header = partial(np.lib.format.write_array_header_1_0, file)  # as long for any number of images
+        header({"descr": "|u1", "fortran_order": False, "shape": (count, *shape)})
         for pixels, chunk_labels, failed in results:
             if failed and on_error != "skip":
                 where, why = failed[0]
@@ -108,13 +110,8 @@ def write_images(
             skipped += [where for where, _ in failed]
             bar.update(len(pixels) + len(failed))
         file.seek(0)
-        _write_header(file, (len(labels), *shape))
+        header({"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)})
     return labels, skipped
-
-
-def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
-    """Of an .npy file, uint8; as long for any number of images, so that it can be written over."""
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
 @contextmanager
@@ -122,72 +119,70 @@ def decoded(chunks: Iterable[list[Item]], shape: Shape, *, processes: int | None
     """`decode` of every chunk, in order and a few chunks ahead, in a process per core or at most so many.
 
     PIL holds the interpreter's lock for most of the time that a small image takes: on two cores, two threads decode
-    CIFAR-10 at half the speed of one, two processes at 1.6 times. A process ends when its input does, so none is left
-    behind by a parent that was killed, as those of a ProcessPoolExecutor are; nor do they import the caller's script.
-    They take a fifth of a second to start, so with fewer than two there are none, but threads.
+    CIFAR-10 at half the speed of one, two processes at 1.6 times. They take a fifth of a second to start, so with fewer
+    than two there are none, but threads.
     """
     number = cores() if processes is None else min(cores(), processes)
     with ExitStack() as stack:
-        idle: SimpleQueue[subprocess.Popen] = SimpleQueue()
+        idle: SimpleQueue[Callable[..., Decoded]] = SimpleQueue()
         for _ in range(number) if number > 1 else ():
-            command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {SERVE}"]
-            idle.put(process := subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-            stack.callback(_end, process)
-        function: Callable[..., Decoded] = decode if idle.empty() else partial(_decode_elsewhere, idle)
-        threads = cores() if idle.empty() else number
-        pool = stack.enter_context(ThreadPoolExecutor(threads))
-        yield ahead(pool, partial(function, shape=shape), chunks, depth=threads + 2)
+            idle.put(stack.enter_context(worker()))
+
+        def elsewhere(chunk: list[Item]) -> Decoded:
+            there = idle.get()
+            try:
+                return there(chunk, shape)
+            finally:
+                idle.put(there)
+
+        function, threads = (elsewhere, number) if number > 1 else (partial(decode, shape=shape), cores())
+        yield stack.enter_context(closing(ahead(function, chunks, threads)))
 
 
-def ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, depth: int) -> Iterator:
-    """`map(function, items)`, in order, with at most `depth` results computed before they are asked for."""
-    waiting: deque[Future] = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > depth:
+@contextmanager
+def worker() -> Iterator[Callable[[list[Item], Shape], Decoded]]:
+    """`decode`, in a process that ends when its socket is closed.
+
+    So none is left behind by a parent that was killed, as those of a ProcessPoolExecutor are; nor does it import the
+    caller's script.
+    """
+    ours, theirs = Pipe()
+    command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {SERVE}", str(theirs.fileno())]
+
+    def there(chunk: list[Item], shape: Shape) -> Decoded:
+        try:
+            ours.send((chunk, shape))
+            return ours.recv()
+        except (EOFError, OSError):
+            code, near = process.wait(), chunk[0][2]
+            raise RuntimeError(f"a decoding process died with code {code} at or after {near}") from None
+
+    with subprocess.Popen(command, pass_fds=[theirs.fileno()]) as process, ours:
+        theirs.close()
+        yield there
+
+
+def _serve() -> None:
+    """What the process of a `worker` runs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    connection = Connection(int(sys.argv[1]))
+    with suppress(EOFError, ConnectionError):  # the parent has gone, or was killed
+        while True:
+            connection.send(decode(*connection.recv()))
+
+
+def ahead(function: Callable[[Any], Result], items: Iterable, threads: int) -> Generator[Result, None, None]:
+    """`map(function, items)`, in order, with a few results computed in threads before they are asked for."""
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
             yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def cores() -> int:
     """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _decode_elsewhere(idle: SimpleQueue[subprocess.Popen], chunk: list[Item], shape: Shape) -> Decoded:
-    """`decode`, in one of the idle processes."""
-    process = idle.get()
-    to, back = _pipes(process)
-    try:
-        pickle.dump((chunk, shape), to, pickle.HIGHEST_PROTOCOL)
-        to.flush()
-        return pickle.load(back)
-    except (EOFError, OSError, pickle.UnpicklingError):
-        near = chunk[0][2] if chunk else "nothing"
-        raise RuntimeError(f"a decoding process died with code {process.wait()} at or after {near}") from None
-    finally:
-        idle.put(process)
-
-
-def _pipes(process: subprocess.Popen) -> tuple[IO[bytes], IO[bytes]]:
-    """Its standard input and output."""
-    return cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
-
-
-def _end(process: subprocess.Popen) -> None:
-    to, back = _pipes(process)
-    back.close()  # first, in case it is writing
-    with suppress(OSError):  # of what it did not read, being dead
-        to.close()
-    process.wait()
-
-
-def _serve() -> None:
-    """Decode what comes in at standard input, until it ends: what the processes of `decoded` run."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    with suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):  # the parent has gone, or was killed
-        while True:
-            results = decode(*pickle.load(sys.stdin.buffer))
-            pickle.dump(results, sys.stdout.buffer, pickle.HIGHEST_PROTOCOL)
-            sys.stdout.buffer.flush()

@@ -16,13 +16,12 @@ import diffusers
 import torch
 from diffusers import ConfigMixin, ModelMixin, SchedulerMixin
 from diffusers.utils import logging
-from huggingface_hub import HfApi, snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor
 
 from wddm.kan import knots
+from wddm.sources import snapshot
 
-HUB_OPTIONS = ("cache_dir", "revision", "token", "local_files_only")  # where a Hub repository is looked for
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 CLASS_NAME = "UKANHybrid"  # of a published U-KAN, in its config.json
@@ -54,38 +53,22 @@ NAMES = (  # tensors of a published U-KAN: what is replaced, by what, in this or
 
 
 def fetched(path: str | Path, options: dict[str, Any]) -> Path:
-    """The folder itself, or the local copy of a Hub repository, downloaded the first time.
+    """The folder itself, or the local copy of a Hub repository, downloaded the first time; ValueError without either.
 
-    Args:
-        options: of a `from_pretrained`, of which those in `HUB_OPTIONS` are taken out.
-
-    Raises:
-        ValueError: there is no such folder, and no such repository in reach or in the Hub's cache.
+    `options` are those of a `from_pretrained`, of which the ones that concern the Hub are taken out.
     """
-    hub = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
+    names = ("cache_dir", "revision", "token", "local_files_only")
+    hub = {name: options.pop(name) for name in names if name in options}
     if Path(path).is_dir():
         return Path(path)
-    reason = "no such folder"
-    try:  # one request that is not retried, so that a machine without network says so at once
-        about = HfApi(token=hub.get("token")).model_info(str(path), revision=hub.get("revision"), timeout=10)
-        hub["revision"] = about.sha
-    except Exception as error:  # of whichever HTTP library the Hub's client uses
-        reason, hub["local_files_only"] = type(error).__name__, True
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"], **hub))
-    except Exception as error:
-        raise ValueError(
-            f"got {path}, wanted a folder that is there, or a Hub repository that can be reached ({reason}) or is in "
-            "the Hub's cache: check the name, or connect to the network"
-        ) from error
+        return snapshot(str(path), ["*.json", "*.safetensors"], repo_type="model", **hub)
+    except ConnectionError as error:
+        raise ValueError(f"got {path}, which is no folder here; {error}") from error
 
 
 def read_config(kind: type[ConfigMixin], folder: Path) -> dict[str, Any]:
-    """The JSON object in `folder`: in config.json, or in the file that `kind` keeps its config in.
-
-    Raises:
-        ValueError: there is none, or it is not a JSON object.
-    """
+    """The JSON object in the file of a folder that `kind` keeps its config in; ValueError if there is none."""
     file = folder / kind.config_name
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -97,11 +80,7 @@ def read_config(kind: type[ConfigMixin], folder: Path) -> dict[str, Any]:
 
 
 def load_strictly(from_pretrained: Callable[..., Any], folder: Path, **options: Any) -> ModelMixin:
-    """What a diffusers class's `from_pretrained` makes of `folder`, in eval mode.
-
-    Args:
-        from_pretrained: the bound class method.
-        options: for it: torch_dtype, ...
+    """What a diffusers class's `from_pretrained(folder, **options)` makes of a folder, in eval mode.
 
     Raises:
         ValueError: config or weights are absent, damaged, pickled, or not each other's, with their names.
@@ -115,29 +94,20 @@ def load_strictly(from_pretrained: Callable[..., Any], folder: Path, **options: 
 
 
 def load_scheduler(folder: Path) -> SchedulerMixin:
-    """The solver in a folder, of the diffusers class that its config names.
-
-    Raises:
-        ValueError: the config is absent or damaged, or names no scheduler of diffusers.
-    """
+    """The solver in a folder, of the diffusers class that its config names; ValueError if that is none."""
     config = read_config(SchedulerMixin, folder)
-    name = config.get("_class_name")
-    kind = getattr(diffusers, str(name), None)
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+    kind: Any = getattr(diffusers, name := str(config.get("_class_name")), None)
+    if SchedulerMixin not in getattr(kind, "__mro__", ()):
         raise ValueError(f"got {name!r} in {folder}, wanted a scheduler of diffusers: give another folder")
     with one_line_errors(folder):
         return kind.from_config(config)
 
 
 def load_published(build: Callable[..., ModelMixin], folder: Path, config: dict[str, Any]) -> ModelMixin:
-    """A published U-KAN, in eval mode.
+    """A published U-KAN of this config.json, in eval mode; `build` is `UKANModel`.
 
     Its tensors differ from ours in their `NAMES`, in the order of a spline weight's axes, and by the grid. The `attn`
     of its config is dropped: those weights never existed.
-
-    Args:
-        build: `UKANModel`.
-        config: what its config.json holds.
 
     Raises:
         ValueError: config or weights are absent, damaged, pickled, or not each other's; a spline grid is another.
@@ -145,17 +115,11 @@ def load_published(build: Callable[..., ModelMixin], folder: Path, config: dict[
     keys = ("in_channels", "T", "ch", "ch_mult", "num_res_blocks", "dropout", "sample_size")
     if missing := [key for key in keys if key not in config]:
         raise ValueError(f"got a {CLASS_NAME} config.json without {', '.join(missing)}, wanted it: fetch it again")
+    channels, timesteps, width, factors, layers, dropout, side = (config[key] for key in keys)
     with one_line_errors(folder):
-        model = build(
-            sample_size=config["sample_size"],
-            in_channels=config["in_channels"],
-            out_channels=config["in_channels"],
-            block_out_channels=tuple(config["ch"] * factor for factor in config["ch_mult"]),
-            layers_per_block=config["num_res_blocks"],
-            dropout=config["dropout"],
-            num_train_timesteps=config["T"],
-            base_channels=config["ch"],
-        )
+        widths = tuple(width * factor for factor in factors)
+        times = {"num_train_timesteps": timesteps, "base_channels": width}
+        model = build(side, channels, channels, widths, layers, dropout=dropout, **times)
         theirs = load_file(folder / WEIGHTS)
     ours, wanted = renamed(theirs), model.state_dict()
     if model.bottleneck is None:  # which depends on the config alone, not on what the file holds

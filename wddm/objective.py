@@ -199,7 +199,7 @@ def exact_step(solver: SchedulerMixin) -> Callable[..., Any]:
     """
     if type(solver).__name__ not in ASSUME_EQUAL_GAPS:
         return solver.step
-    count, gaps = solver.num_inference_steps, []
+    count, gaps = solver.num_inference_steps, list[int]()
     for t, after in pairwise([*solver.timesteps.tolist(), -1]):
         gaps.append(t - after or gaps[-1])  # PNDM visits its second timestep twice, to do the first step again
     remaining = iter(gaps)

@@ -12,12 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import HfApi
-from PIL.Image import Image
 from torch import Generator, Tensor
 
 from wddm.backbones import load_backbone
@@ -35,6 +33,9 @@ class WaveletPipeline(DiffusionPipeline):
 
     def __init__(self, backbone: ModelMixin, scheduler: SchedulerMixin, codec: WaveletCodec) -> None:
         super().__init__()
+        side = backbone.config.sample_size
+        if not isinstance(side, int):
+            raise ValueError(f"got a backbone of sample_size {side!r}, wanted a whole number: give another")
         self.register_modules(backbone=backbone, scheduler=scheduler, codec=codec)
 
     @property
@@ -80,13 +81,13 @@ class WaveletPipeline(DiffusionPipeline):
         self._check_solver(num_inference_steps, eta, detail_steps)
         if generator is None:
             generator = image_generators(range(seed, seed + batch_size))
-        noise = self._noise(latents, batch_size, generator)
+        z = self._noise(latents, batch_size, generator)  # (B, 4^L C, h, w)
         self.scheduler.set_timesteps(num_inference_steps, device=self.device)
         scheduler = self.scheduler if detail_steps is None else self._band_rates(detail_steps, generator)
         known = inspect.signature(self.scheduler.step).parameters
         options = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in known}
 
-        z = (noise * scheduler.init_noise_sigma).to(noise.dtype)  # (B, 4^L C, h, w)
+        z = (z * scheduler.init_noise_sigma).to(z.dtype)
         step = exact_step(scheduler)
         for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
             output = self.backbone(scheduler.scale_model_input(z, t), t).sample
@@ -96,7 +97,11 @@ class WaveletPipeline(DiffusionPipeline):
                 state = {"latents": z, "denoised": getattr(done, "pred_original_sample", None)}
                 z = (callback_on_step_end(self, i, t, state) or {}).get("latents", z)
 
-        images = self._images(z, output_type)
+        images: Any = self.decode(z)
+        if output_type != "pt":
+            images = images.permute(0, 2, 3, 1).float().cpu().numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _check_solver(self, steps: int, eta: float, detail_steps: int | None) -> None:
@@ -120,22 +125,14 @@ class WaveletPipeline(DiffusionPipeline):
 
     def _band_rates(self, detail_steps: int, generator: Generator | list[Generator]) -> BandRates:
         """The coarse band by this pipeline's solver, the details by another of `detail_steps` steps."""
-        channels = self.backbone.config.in_channels
-        coarse = channels // 4**self.codec.config.level  # the coarse band comes first
         copies = [one.clone_state() for one in generator] if isinstance(generator, list) else generator.clone_state()
         details = deepcopy(self.scheduler)
         details.set_timesteps(detail_steps, device=self.device)
+        channels = self.backbone.config.in_channels
+        coarse = channels // 4**self.codec.config.level  # the coarse band comes first
         return BandRates(
-            (Group(self.scheduler, slice(0, coarse), generator), Group(details, slice(coarse, channels), copies))
+            Group(self.scheduler, slice(0, coarse), generator), Group(details, slice(coarse, channels), copies)
         )
-
-    def _images(self, z: Tensor, output_type: str) -> Tensor | np.ndarray | list[Image]:
-        """Coefficients as images of that type."""
-        images = self.decode(z)
-        if output_type == "pt":
-            return images
-        images = images.permute(0, 2, 3, 1).float().cpu().numpy()
-        return self.numpy_to_pil(images) if output_type == "pil" else images
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1] of coefficients (B, 4^L C, h, w); ValueError if they are not finite."""
@@ -151,20 +148,12 @@ class WaveletPipeline(DiffusionPipeline):
         )
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        *,
-        backbone: ModelMixin | None = None,
-        scheduler: SchedulerMixin | None = None,
-        codec: WaveletCodec | None = None,
-        **options: Any,
-    ) -> Self:
+    def from_pretrained(cls, path: str | Path, *, scheduler: SchedulerMixin | None = None, **options: Any) -> Self:
         """A pipeline folder or Hub repository of ours. No module that its files name is imported.
 
         Args:
-            backbone, scheduler, codec: taken in the place of the stored ones.
-            options: revision, cache_dir, token, local_files_only, torch_dtype and others that parts of it load with.
+            scheduler: taken in the place of the stored one.
+            options: revision, cache_dir, token, local_files_only, torch_dtype.
 
         Raises:
             ValueError: a part is absent, damaged, pickled, or its tensors are not those of its config.
@@ -172,9 +161,9 @@ class WaveletPipeline(DiffusionPipeline):
         folder = fetched(path, options)
         read_config(cls, folder)
         pipeline = cls(
-            backbone or load_denoiser(folder / "backbone", **options),
+            load_backbone(folder / "backbone", **options),
             scheduler or load_scheduler(folder / "scheduler"),
-            codec or load_strictly(WaveletCodec.from_pretrained, folder / "codec", **options),
+            load_strictly(WaveletCodec.from_pretrained, folder / "codec", **options),
         )
         pipeline.register_to_config(_name_or_path=str(folder))
         return pipeline
@@ -202,57 +191,48 @@ class WaveletPipeline(DiffusionPipeline):
             ValueError: `image_size` or `level` contradict the checkpoint, or it is damaged.
         """
         folder = fetched(path, options) / (options.pop("subfolder", None) or "")
-        backbone = load_denoiser(folder, **options)
-        side, channels = backbone.config.sample_size, backbone.config.in_channels
+        backbone = load_backbone(folder, **options)
+        channels = backbone.config.in_channels
         if level is None:
             level = round(math.log(max(channels, 3) / 3, 4))
         if channels % 4**level or channels // 4**level not in (1, 3):
             raise ValueError(
-                f"got level={level} for a checkpoint of {channels} channels, wanted channels = 3 x 4^level: "
-                "give the level that it was trained at"
-            )
-        if image_size not in (None, side * 2**level):
-            raise ValueError(
-                f"got image_size={image_size} at level {level}, wanted {side * 2**level}: the checkpoint's maps have "
-                f"side {side}; leave image_size out or change the level"
+                f"got level={level} for a checkpoint of {channels} channels, wanted 3 x 4^level: give its own level"
             )
         timesteps, wanted = backbone.config.get("num_train_timesteps"), NOISE["num_train_timesteps"]
         if timesteps not in (None, wanted):
             raise ValueError(f"got a checkpoint of {timesteps} timesteps, wanted {wanted}, as published: give another")
         prediction_type = prediction_type or ("sample" if "celeba" in str(path).lower() else "epsilon")
         codec = WaveletCodec("haar", level, "packet", "dyadic", "AVHD")
-        return cls(backbone, build_solver(solver, prediction_type, spacing=spacing), codec)
+        pipeline = cls(backbone, build_solver(solver, prediction_type, spacing=spacing), codec)
+        if image_size not in (None, pipeline.image_size):
+            size = f"wanted {pipeline.image_size}, as its maps say: leave image_size out or change the level"
+            raise ValueError(f"got image_size={image_size} at level {level}, {size}")
+        return pipeline
 
     def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        report: str | Path | None = None,
-        commit_message: str = "Upload WaveletPipeline",
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
+        self, repo_id: str, *, report: str | Path | None = None, private: bool | None = None, token: str | None = None
     ) -> str:
         """Upload this pipeline with a model card (see cards.py) to the Hub; its address is returned.
 
         Args:
-            repo_id: name on the Hub, or a local folder, which is then all that is written to: one that exists, or a
-                path that starts with "." or "/" or lies in a folder that exists.
+            repo_id: name on the Hub, or a local folder (see `is_path`), which is then all that is written to.
             report: reports/<run> of its training, for the card; found if it was loaded from runs/<run>/pipeline.
                 Without a report, the card that it was loaded with is kept.
         """
-        local, hub = is_path(repo_id), HfApi(token=token)
-        name = repo_id if local else hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        card = card_of(self, name, report)
-        with TemporaryDirectory() as aside:
-            folder = Path(repo_id if local else aside)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "README.md").write_text(card, encoding="utf-8")
-            self.save_pretrained(folder)
-            if local:
-                return name
-            options = {"commit_message": commit_message, "create_pr": create_pr}
-            return str(hub.upload_folder(repo_id=name, folder_path=folder, **options))
+        if is_path(repo_id):
+            self._write(Path(repo_id), card_of(self, repo_id, report))
+            return repo_id
+        hub = HfApi(token=token)
+        name = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with TemporaryDirectory() as folder:
+            self._write(Path(folder), card_of(self, name, report))
+            return str(hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload WaveletPipeline"))
+
+    def _write(self, folder: Path, card: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        self.save_pretrained(folder)
 
 
 def image_generators(seeds: range) -> list[Generator]:
@@ -260,16 +240,7 @@ def image_generators(seeds: range) -> list[Generator]:
     return [Generator().manual_seed(seed) for seed in seeds]
 
 
-def load_denoiser(folder: Path, **options: Any) -> ModelMixin:
-    """The network in a folder; ValueError if it is damaged or does not say the side of its maps."""
-    backbone = load_backbone(folder, **options)
-    side = backbone.config.sample_size
-    if not isinstance(side, int):
-        raise ValueError(f"got sample_size {side!r} in {folder}/config.json, wanted a whole number: give another")
-    return backbone
-
-
 def is_path(name: str) -> bool:
-    """Whether a name means a folder here, rather than a repository on the Hub."""
+    """Whether a name means a folder here, not one on the Hub: it or its parent exists, or it starts with . or /."""
     folder = Path(name)
     return folder.is_dir() or name.startswith((".", "/")) or (len(folder.parts) > 1 and folder.parent.is_dir())

@@ -4,14 +4,16 @@ What the checkpoint says need not be given; what is given and contradicts it is 
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypedDict, TypeVar, Unpack
+from typing import TypedDict, Unpack
 
 import numpy as np
 from accelerate import PartialState
 from PIL import Image
+from tqdm import tqdm
 
 from wddm.backbones import backbone_name
 from wddm.checkpoints import public
@@ -20,11 +22,10 @@ from wddm.objective import build_solver
 from wddm.pipeline import WaveletPipeline, image_generators
 
 GRID = 64  # images in the grid picture
-Expected = TypeVar("Expected", str, int)
 
 
 class Solving(TypedDict, total=False):
-    """How the solver runs: arguments of a `WaveletPipeline`'s call."""
+    """How the solver runs: arguments of a `WaveletPipeline`'s call, and of the functions that draw by it."""
 
     num_inference_steps: int
     eta: float
@@ -44,33 +45,28 @@ def open_pipeline(
     """A pipeline folder of ours, or a published checkpoint (folder or Hub repository), with the solver asked for.
 
     Args:
-        model_type, level, resolution, prediction_type: what the checkpoint is expected to be. A published one does not
-            store its prediction type: as `from_published` has it unless given.
+        model_type, level, resolution, prediction_type: what the checkpoint is expected to be, a ValueError if it is
+            not. A published one does not store its prediction type: as `from_published` has it unless given.
         spacing: of the solver's steps; unless given `default_spacing` for ours, "leading" for published ones.
-
-    Raises:
-        ValueError: an expectation that the checkpoint contradicts.
     """
     folder = fetched(path, {})
     if (folder / WaveletPipeline.config_name).is_file():
         pipeline = WaveletPipeline.from_pretrained(folder)
-        stored = expect("prediction_type", prediction_type, pipeline.scheduler.config.prediction_type, path)
+        stored = pipeline.scheduler.config.prediction_type
         pipeline.scheduler = build_solver(scheduler, stored, spacing=spacing, codec=pipeline.codec)
     else:
         pipeline = WaveletPipeline.from_published(
             folder, level=None, prediction_type=prediction_type, solver=scheduler, spacing=spacing or "leading"
         )
-    expect("model_type", model_type and model_type.lower(), backbone_name(type(pipeline.backbone).__name__), path)
-    expect("wavelet_level", level, pipeline.codec.config.level, path)
-    expect("resolution", resolution, pipeline.image_size, path)
+    for name, wanted, found in (
+        ("model_type", model_type and model_type.lower(), backbone_name(type(pipeline.backbone).__name__)),
+        ("wavelet_level", level, pipeline.codec.config.level),
+        ("resolution", resolution, pipeline.image_size),
+        ("prediction_type", prediction_type, pipeline.scheduler.config.prediction_type),
+    ):
+        if wanted not in (None, found):
+            raise ValueError(f"got {name}={wanted!r}, but {path} holds {found!r}: leave {name} out, or give another")
     return pipeline
-
-
-def expect(name: str, wanted: Expected | None, found: Expected, path: str | Path) -> Expected:
-    """What the checkpoint holds, if that is what was asked for or nothing was."""
-    if wanted not in (None, found):
-        raise ValueError(f"got {name}={wanted!r}, but {path} holds {found!r}: leave {name} out, or give another folder")
-    return found
 
 
 def draw(
@@ -80,30 +76,21 @@ def draw(
     *,
     batch_size: int = 64,
     seed: int = 0,
-    progress: Callable[[Iterable, int], Iterable] = lambda batches, total: batches,
     **solving: Unpack[Solving],
 ) -> None:
     """Write images 00000.png ..., grid.png of the first 64, and samples.json that says how they were made.
 
-    Under `accelerate launch` each process draws its share of the batches; the files are those of one process.
-
-    Args:
-        folder: made, or empty.
-        progress: wraps this process's batches, of which it is told the number, to show a bar.
-        solving: num_inference_steps, eta, detail_steps.
-
-    Raises:
-        ValueError: the folder is not empty.
+    Under `accelerate launch` each process draws its share of the batches, the main one with a progress bar; the files
+    are those of one process. The folder is made, or a ValueError if it is not empty.
     """
     processes = PartialState()
-    rank, world_size = processes.process_index, processes.num_processes
+    share = {"rank": processes.process_index, "world_size": processes.num_processes}
     new_folder(folder)
     processes.wait_for_everyone()  # to have looked, before anybody writes
-    starts = range(0, count, images_per_call(pipeline, batch_size))[rank::world_size]
-    batches = sample_images(
-        pipeline, count, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, **solving
-    )
-    for start, batch in zip(starts, progress(batches, len(starts)), strict=True):
+    starts = range(0, count, images_per_call(pipeline, batch_size))[share["rank"] :: share["world_size"]]
+    batches = sample_images(pipeline, count, batch_size=batch_size, seed=seed, **share, **solving)
+    bar = tqdm(batches, "sampling", len(starts), unit="batch", file=sys.stdout, disable=not processes.is_main_process)
+    for start, batch in zip(starts, bar, strict=True):
         write_images(folder, batch, start)
     processes.wait_for_everyone()
     if processes.is_main_process:
@@ -123,15 +110,14 @@ def sample_images(
 ) -> Iterator[np.ndarray]:
     """Draw `count` images batch by batch, uint8 (b, H, W, C), image k seeded `seed + k`; the last batch is shorter.
 
-    Of the batches, this process draws every `world_size`-th from the `rank`-th on. `solving` is num_inference_steps,
-    eta, detail_steps, as of the pipeline's call.
+    Of the batches, this process draws every `world_size`-th from the `rank`-th on.
     """
     size = images_per_call(pipeline, batch_size)
     for start in range(rank * size, count, world_size * size):
         stop = start + size if pipeline.device.type == "cpu" else min(start + size, count)
         generators = image_generators(range(seed + start, seed + stop))
-        images = pipeline(len(generators), generators, output_type="np", **solving).images[: count - start]
-        yield (images * 255).round().astype(np.uint8)
+        (images,) = pipeline(len(generators), generators, output_type="np", return_dict=False, **solving)
+        yield (images[: count - start] * 255).round().astype(np.uint8)
 
 
 def images_per_call(pipeline: WaveletPipeline, batch_size: int) -> int:
@@ -147,9 +133,7 @@ def new_folder(folder: str | Path) -> None:
     """Make a folder; ValueError if it is there and not empty."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     if any(Path(folder).iterdir()):
-        raise ValueError(
-            f"got {folder}, which is not empty, wanted a new folder: nothing is overwritten, choose another"
-        )
+        raise ValueError(f"got {folder}, which is not empty, wanted a new folder: nothing is overwritten, give another")
 
 
 def write_images(folder: str | Path, images: np.ndarray, start: int = 0) -> None:

@@ -1,7 +1,7 @@
 """sources: where images come from. A new data set is one function and a line in `SOURCES`.
 
 Such a function takes (resolution, dataset_path, seed), refuses what it can without the network, and returns a
-`Source`: what tells its images from all others, and how to open them. Opened `Images` are handed over in chunks,
+`Source`: what tells its images from all others, and how to open them. Opened `Images` are handed over one by one,
 encoded or as pixels; what is made of them is the rule at the top of `decoding.py`.
 """
 
@@ -26,18 +26,19 @@ if TYPE_CHECKING:
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 PATCHES = 10_000  # crops in `patches`
-CHUNK_BYTES = 2**22  # that a chunk of encoded images takes, on average
+CHUNK, CHUNK_BYTES = 256, 2**22  # images that are decoded at a time, and what encoded ones take on average, at most
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images to decode. `read(rows, size)` yields those of ascending rows in order, up to `size` at a time."""
+    """Images to decode. `read` yields those of ascending rows in order; `chunk` of them are decoded at a time."""
 
     count: int
-    read: Callable[[np.ndarray, int], Iterator[list[Item]]]
+    read: Callable[[np.ndarray], Iterator[Item]]
     channels: int = 3
     class_names: list[str] | None = None
     revision: str | None = None
+    chunk: int = CHUNK
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def digits(resolution: int, dataset_path: str | None, seed: int) -> Source:
 
         bunch = load_digits()
         pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-        read = partial(_chunks, pixels, bunch.target, "digits")
+        read = partial(map, lambda i: (pixels[i], int(bunch.target[i]), f"digits {i}"))
         return Images(len(pixels), read, 1, [str(digit) for digit in range(10)])
 
     return _embedded("digits", dataset_path, "load_digits", ["data/digits.csv.gz"], opened)
@@ -71,18 +72,15 @@ def patches(resolution: int, dataset_path: str | None, seed: int) -> Source:
         from sklearn.datasets import load_sample_images
 
         bunch = load_sample_images()
-        photographs = np.stack(bunch.images)
         rng = np.random.default_rng(seed)
-        photo = rng.integers(len(photographs), size=PATCHES)
-        top, left = (rng.integers(side - resolution + 1, size=PATCHES) for side in photographs.shape[1:3])
-        crops = np.lib.stride_tricks.sliding_window_view(photographs, (resolution, resolution), axis=(1, 2))
+        photo = rng.integers(len(bunch.images), size=PATCHES)
+        top, left = (rng.integers(side - resolution + 1, size=PATCHES) for side in bunch.images[0].shape[:2])
 
-        def read(rows: np.ndarray, size: int) -> Iterator[list[Item]]:
-            for part in np.split(rows, range(size, len(rows), size)):
-                pixels = crops[photo[part], top[part], left[part]].transpose(0, 2, 3, 1)  # (n, r, r, C)
-                yield from _chunks(pixels, photo[part], "patches", np.arange(len(part)), size)
+        def crop(i: int) -> Item:
+            y, x = top[i], left[i]
+            return bunch.images[photo[i]][y : y + resolution, x : x + resolution], int(photo[i]), f"patches {i}"
 
-        return Images(PATCHES, read, class_names=[Path(name).stem for name in bunch.filenames])
+        return Images(PATCHES, partial(map, crop), class_names=[Path(name).stem for name in bunch.filenames])
 
     if resolution > 427:
         raise ValueError(f"got resolution={resolution}, wanted at most 426 for patches: choose a smaller one")
@@ -112,10 +110,10 @@ def hub(resolution: int, dataset_path: str | None, seed: int, *, repo: str, spli
 
     def content(_: Digests) -> str:
         pinned = re.fullmatch("[0-9a-f]{40}", revision)
-        return f"{name}@{revision if pinned else _snapshot(name, revision, []).name}"
+        return f"{name}@{revision if pinned else snapshot(name, [], revision=revision or None).name}"
 
     def opened() -> Images:
-        root = _snapshot(name, revision, [f"*{part}*.parquet" for part in split.split("+")])
+        root = snapshot(name, [f"*{part}*.parquet" for part in split.split("+")], revision=revision or None)
         return replace(_tables(shards(root, split)), revision=root.name)
 
     return Source(name, content, opened, split)
@@ -127,9 +125,7 @@ SOURCES: dict[str, Callable[[int, str | None, int], Source]] = {
     "cifar10": partial(hub, repo="uoft-cs/cifar10@0b2714987fa478483af9968de7c934580d0bb9a2", split="train"),
     "stl10": partial(hub, repo="jxie/stl10", split="unlabeled"),
     "celebahq": partial(
-        hub,
-        repo="korexyz/celeba-hq-256x256@42078a1fb27b6079eaab8cf453efd3d79a8b7bda",
-        split="train+validation",
+        hub, repo="korexyz/celeba-hq-256x256@42078a1fb27b6079eaab8cf453efd3d79a8b7bda", split="train+validation"
     ),
     "folder": folder,
 }
@@ -151,10 +147,9 @@ def shards(root: str | Path, split: str) -> list[Path]:
         found = [file for file in files if pattern.search(file.relative_to(root).as_posix())]
         total = re.search(r"-of-(\d+)", found[0].name) if found else None
         if not found or (total and len(found) != int(total[1])):
-            wanted = f"{int(total[1])} files" if total else "files"
+            wanted = f"{int(total[1]) if total else ''} files ({part}-*.parquet)".lstrip()
             raise ValueError(
-                f"got {len(found)} Parquet files of split {part!r} in {root}, wanted {wanted} "
-                f"({part}-*.parquet): give dataset_path a complete copy in the Hub's layout"
+                f"got {len(found)} Parquet files of split {part!r} in {root}, wanted {wanted}: give a complete copy"
             )
         chosen += found
     return chosen
@@ -172,7 +167,7 @@ def _local(name: str, root: Path, files: list[Path], opened: Callable[[], Images
 
     def content(digests: Digests) -> str:
         readable = [file for file in files if file.is_file() and os.access(file, os.R_OK)]
-        others = [str(file.relative_to(root)) for file in sorted({*files} - {*readable})]  # which will not decode
+        others = [str(file.relative_to(root)) for file in sorted({*files} - {*readable})]  # they will not decode
         return digests.of_files(root, readable) + f", not readable: {others}" * bool(others)
 
     return Source(name, content, opened, split)
@@ -189,22 +184,12 @@ def _embedded(
 
 
 def _pictures(root: Path, files: list[Path]) -> Images:
+    """Files of images; the folders at the top are classes if all files are in one and there are several."""
     tops = [file.relative_to(root).parts[:-1][:1] for file in files]
     names = sorted({top[0] for top in tops if top})
     labelled = all(tops) and len(names) > 1
-    labels = [names.index(top[0]) for top in tops] if labelled else None
-    return Images(len(files), partial(_chunks, files, labels, ""), class_names=names if labelled else None)
-
-
-def _chunks(
-    images: np.ndarray | list[Path], labels: np.ndarray | list[int] | None, name: str, rows: np.ndarray, size: int
-) -> Iterator[list[Item]]:
-    """Chunks of an indexable of pixels or, where there is no name, of files."""
-    for part in np.split(rows, range(size, len(rows), size)):
-        yield [
-            (images[i], None if labels is None else int(labels[i]), f"{name} {i}" if name else str(images[i]))
-            for i in part
-        ]
+    read = partial(map, lambda i: (files[i], names.index(tops[i][0]) if labelled else None, str(files[i])))
+    return Images(len(files), read, class_names=names if labelled else None)
 
 
 def _tables(files: list[Path]) -> Images:
@@ -231,73 +216,75 @@ def _tables(files: list[Path]) -> Images:
         if not set(columns) <= set(other.names):
             raise ValueError(f"got columns {other.names} in {file}, wanted those of {files[0]}: separate them")
     stored = sum(one.row_group(i).total_byte_size for one in headers for i in range(one.num_row_groups))
+    chunk = max(1, min(CHUNK, CHUNK_BYTES * sum(counts) // max(1, stored)))
 
-    def read(rows: np.ndarray, size: int) -> Iterator[list[Item]]:
-        first, size = 0, max(1, min(size, CHUNK_BYTES * sum(counts) // max(1, stored)))
+    def read(rows: np.ndarray) -> Iterator[Item]:
+        first = 0
         for file, count in zip(files, counts, strict=True):
             chosen = rows[slice(*np.searchsorted(rows, (first, first + count)))] - first
             if len(chosen):
-                yield from _cells(file, columns, chosen, size)
+                yield from _cells(file, columns, chosen, chunk)
             first += count
 
-    return Images(sum(counts), read, class_names=feature.names if isinstance(feature, ClassLabel) else None)
+    names = feature.names if isinstance(feature, ClassLabel) else None
+    return Images(sum(counts), read, class_names=names, chunk=chunk)
 
 
-def _cells(file: Path, columns: list[str], rows: np.ndarray, size: int) -> Iterator[list[Item]]:
-    """Chunks of the given rows of one Parquet file; columns: of images, perhaps of labels."""
+def _cells(file: Path, columns: list[str], rows: np.ndarray, chunk: int) -> Iterator[Item]:
+    """The given rows of a Parquet file, of which `chunk` are held at a time; columns: of images, perhaps of labels."""
     import pyarrow as pa
 
-    first = 0
+    first, parquet = 0, _parquet(file)
     try:
-        for batch in _parquet(file).iter_batches(size, columns=columns):
+        for batch in parquet.iter_batches(chunk, columns=columns):
             part = rows[slice(*np.searchsorted(rows, (first, first + len(batch))))]
-            taken = zip(part, batch.take(pa.array(part - first)).to_pylist(), strict=True)
-            cells = [(row, cell[columns[0]] or {}, cell.get("label")) for row, cell in taken]
-            yield [
-                (cell.get("bytes"), label, f"{file}, row {row} {cell.get('path') or ''}".rstrip())
-                for row, cell, label in cells
-            ]
+            for row, values in zip(part, batch.take(pa.array(part - first)).to_pylist(), strict=True):
+                cell = values[columns[0]] or {}
+                yield cell.get("bytes"), values.get("label"), f"{file}, row {row} {cell.get('path') or ''}".rstrip()
             first += len(batch)
     except (pa.ArrowException, OSError) as error:
-        message = " ".join(str(error).split())
-        raise ValueError(f"got {file}, which is damaged after row {first} ({message}): fetch it again") from None
+        raise _unreadable(file, f"which is damaged after row {first}", error) from None
 
 
 def _parquet(file: Path) -> "ParquetFile":
-    """pyarrow's reader, which so holds some pages of a file in memory, where by default it holds a row group."""
+    """pyarrow's reader, made to hold some pages of a file in memory, where by default it holds a row group."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         return pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
     except (pa.ArrowException, OSError) as error:
-        message = " ".join(str(error).split())
-        raise ValueError(f"got {file}, wanted a whole Parquet file ({message}): fetch it again") from None
+        raise _unreadable(file, "wanted a whole Parquet file", error) from None
 
 
-def _snapshot(repo: str, revision: str, patterns: list[str]) -> Path:
-    """Folder of the files of a Hub data set, named after the commit that the revision stands for.
+def _unreadable(file: Path, how: str, error: Exception) -> ValueError:
+    return ValueError(f"got {file}, {how} ({' '.join(str(error).split())}): fetch it again")
+
+
+def snapshot(
+    repo: str, patterns: list[str], *, repo_type: str = "dataset", revision: str | None = None, **hub: Any
+) -> Path:
+    """Folder of the files of a Hub repository, named after the commit that the revision stands for.
 
     Without patterns nothing is fetched: the name is all that is asked for. Files that are there already are not
     fetched again, and one whose connection breaks is taken up where it broke. While the Hub is out of reach, its cache
-    on this machine answers.
+    on this machine answers, or else it is a ConnectionError. `hub`: cache_dir, token, local_files_only.
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    at = revision or None
-    fetch = partial(snapshot_download, repo, repo_type="dataset", revision=at, allow_patterns=patterns)
-    try:
-        commit = HfApi().dataset_info(repo, revision=at, timeout=10).sha  # one request, which is not retried
-        return Path(fetch(tqdm_class=_Bar) if patterns else commit)
+    fetch = partial(snapshot_download, repo, repo_type=repo_type, revision=revision, allow_patterns=patterns)
+    try:  # one request that is not retried, so that a machine without network says so at once
+        about = HfApi(token=hub.get("token")).repo_info(repo, repo_type=repo_type, revision=revision, timeout=10)
+        return Path(fetch(tqdm_class=_Bar, **hub) if patterns else str(about.sha))
     except Exception as error:  # of whichever HTTP library the Hub's client uses
         try:
-            return Path(fetch(local_files_only=True))
+            return Path(fetch(**hub | {"local_files_only": True}))
         except Exception:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     raise ConnectionError(
         f"got nothing from the Hugging Face Hub for {repo} ({reason}), wanted it or a copy in its cache: connect to "
-        "the network, or give dataset_path a folder of its Parquet files, or bring here the cache of "
-        f"`hf download {repo} --repo-type dataset`"
+        f"the network, or give{' dataset_path' * (repo_type == 'dataset')} a folder of its files, or bring here the "
+        f"cache of `hf download {repo} --repo-type {repo_type}`"
     )
 
 
