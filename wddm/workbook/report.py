@@ -14,6 +14,7 @@ from typing import Any
 
 from wddm.workbook.experiments import pipeline_notebooks
 from wddm.workbook.parameters import parse_parameters, read_schema, tagged
+from wddm.workbook.provenance import data_folder
 from wddm.workbook.records import read_json, read_status, write_json, write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -90,7 +91,7 @@ def render(folder: Path, name: str) -> Path:
     schema = parse_parameters(declared.source, "") if declared else {}
     values = {key: given.get(key, parameter.default) for key, parameter in schema.items()}
     if prose := next((cell for cell in notebook.cells if cell.cell_type == "markdown"), None):
-        prose.source = _fill_in(prose.source, values)
+        prose.source = _fill_in(prose.source, {"data": data_folder(folder.absolute().parents[1], folder.name)} | values)
     hidden = {"injected-parameters", "papermill-error-cell-tag"}
     notebook.cells = [_tidy(cell) for cell in notebook.cells if not hidden & set(cell.metadata.get("tags", []))]
     resources = {
