@@ -7,7 +7,8 @@ Level 0 is the identity, so that a model of pixels is a setting of the codec and
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from itertools import product
 from typing import Self
 
 import numpy as np
@@ -88,32 +89,31 @@ class WaveletCodec(ModelMixin, ConfigMixin):
             ValueError: the channels are not those of this level; "band" scaling was not fitted.
         """
         channels, bands = coefficients.shape[1], 4**self.config.level
-        check_multiple("channels:", channels, bands, "decode with the level that encoded")
+        check_multiple("channels", channels, 4, self.config.level, "decode with the level that encoded")
         self._check_statistics(channels // bands)
         return self._unstack(coefficients * self.scale + self.shift, self.config.level)
 
     @torch.no_grad()
     def fit(self, images: np.ndarray, batch_size: int = 1024) -> Self:
         """Measure uint8 images (N, H, W, C): the channel statistics of "band" scaling, and `clip_value`."""
-        if self.config.scaling == "band":
-            totals, count = torch.zeros(2, 4**self.config.level * images.shape[-1], dtype=torch.float64), 0
-            for batch in self._batches(images, batch_size):
-                z = self._stack(batch, self.config.level).double()
-                totals += torch.stack((z.sum((0, 2, 3)), z.square().sum((0, 2, 3)))).cpu()
-                count += z[:, 0].numel()
-            mean, square = totals / count
-            std = (square - mean.square()).clamp_min(1e-8).sqrt()
-            self.register_to_config(channels=images.shape[-1])
-            self.shift, self.scale = (value.view(-1, 1, 1).to(self.scale) for value in (mean, std))
-        largest = max(self.encode(batch).abs().max().item() for batch in self._batches(images, batch_size))
-        self.clip_value = torch.tensor(max(1.0, largest)).to(self.clip_value)
-        return self
-
-    def _batches(self, images: np.ndarray, batch_size: int) -> Iterator[Tensor]:
-        """uint8 (N, H, W, C) -> (B, C, H, W) in [-1, 1], of the codec's type and on its device, batch by batch."""
+        level, (height, width, channels) = self.config.level, images.shape[1:]
+        self.check_size(height, width)
+        sums, count, extremes = torch.zeros(2, 4**level * channels, dtype=torch.float64), 0, []
         for start in range(0, len(images), batch_size):
-            batch = torch.from_numpy(np.array(images[start : start + batch_size]))
-            yield (batch.permute(0, 3, 1, 2).float() / 127.5 - 1).to(self.clip_value)
+            batch = torch.from_numpy(np.array(images[start : start + batch_size])).permute(0, 3, 1, 2)
+            z = self._stack((batch.float() / 127.5 - 1).to(self.clip_value), level)
+            extremes += [z.amin((0, 2, 3)), z.amax((0, 2, 3))]
+            z = z.double()
+            sums += torch.stack((z.sum((0, 2, 3)), z.square().sum((0, 2, 3)))).cpu()
+            count += z[:, 0].numel()
+        if self.config.scaling == "band":
+            mean, square = sums / count
+            std = (square - mean.square()).clamp_min(1e-8).sqrt()
+            self.register_to_config(channels=channels)
+            self.shift, self.scale = (value.view(-1, 1, 1).to(self.scale) for value in (mean, std))
+        scaled = (torch.stack(extremes)[..., None, None] - self.shift) / self.scale  # (2 batches, 4^L C, 1, 1)
+        self.clip_value = scaled.abs().max().clamp_min(1.0)
+        return self
 
     def bands(self) -> list[str]:
         """Names of the 4^L bands in channel order, each standing for C consecutive channels.
@@ -124,14 +124,10 @@ class WaveletCodec(ModelMixin, ConfigMixin):
         order, level = self.config.band_order, self.config.level
         if level == 0:
             return ["pixels"]
-        names = list(order)
-        for depth in range(2, level + 1):
-            if self.config.transform == "packet":
-                names = [path + band for band in order for path in names]
-            else:
-                cells = range(4 ** (depth - 1))
-                names = names + [f"{band}{level - depth + 1}.{i}" for band in order[1:] for i in cells]
-        return names
+        if self.config.transform == "packet":
+            return ["".join(reversed(path)) for path in product(order, repeat=level)]
+        cells = ((depth, band, i) for depth in range(1, level) for band in order[1:] for i in range(4**depth))
+        return [*order, *(f"{band}{level - depth}.{i}" for depth, band, i in cells)]
 
     def shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
         """(4^L C, H/2^L, W/2^L): the shape of one image's coefficients."""
@@ -142,7 +138,7 @@ class WaveletCodec(ModelMixin, ConfigMixin):
         """Raise ValueError, saying which side and what to do, if images of this size cannot be encoded."""
         level, taps = self.config.level, self.filter_length
         for name, side in (("height", height), ("width", width)):
-            check_multiple(name, side, 2**level, "resize the images, or choose a smaller level")
+            check_multiple(name, side, 2, level, "resize the images, or choose a smaller level")
             shortest = 2 * side // 2**level  # what the last split is given
             if level and shortest < taps:
                 raise ValueError(
@@ -167,7 +163,10 @@ class WaveletCodec(ModelMixin, ConfigMixin):
         if self.config.transform == "packet" or level == 1:
             return self._stack(z, level - 1)
         a, details = z.tensor_split([x.shape[1]], dim=1)
-        return torch.cat((self._stack(a, level - 1), _fold(details, 2 ** (level - 1))), dim=1)
+        cell = 2 ** (level - 1)  # of the finer grid, in one position of the coarsest
+        maps = details.unflatten(3, (-1, cell)).unflatten(2, (-1, cell)).unflatten(1, (3, -1))
+        folded = maps.permute(0, 1, 4, 6, 2, 3, 5).flatten(1, 4)  # (B, 3, C, h, cell, w, cell) -> (B, 3 cell^2 C, h, w)
+        return torch.cat((self._stack(a, level - 1), folded), dim=1)
 
     def _unstack(self, z: Tensor, level: int) -> Tensor:
         """Inverse of `_stack`."""
@@ -176,7 +175,10 @@ class WaveletCodec(ModelMixin, ConfigMixin):
         if self.config.transform == "packet" or level == 1:
             return self._merge(self._unstack(z, level - 1))
         a, folded = z.tensor_split([z.shape[1] // 4], dim=1)
-        return self._merge(torch.cat((self._unstack(a, level - 1), _unfold(folded, 2 ** (level - 1))), dim=1))
+        cell = 2 ** (level - 1)
+        maps = folded.unflatten(1, (3, cell, cell, -1)).permute(0, 1, 4, 5, 2, 6, 3)  # (B, 3, C, h, cell, w, cell)
+        details = maps.flatten(5, 6).flatten(3, 4).flatten(1, 2)  # (B, 3C, h cell, w cell)
+        return self._merge(torch.cat((self._unstack(a, level - 1), details), dim=1))
 
     def _split(self, x: Tensor) -> Tensor:
         """One split (B, C, H, W) -> (B, 4C, H/2, W/2): A of all channels, then the details in `band_order`."""
@@ -196,10 +198,9 @@ class WaveletCodec(ModelMixin, ConfigMixin):
         h, v, d = self._ordered(*details)
         if self.config.wavelet not in HAAR:
             return self.synthesis((a, [torch.stack((h, v, d), dim=2)]))
-        top, low = (a + h, v + d), (a - h, v - d)
         x = a.new_empty(*a.shape[:-2], 2 * a.shape[-2], 2 * a.shape[-1])
-        x[..., 0::2, 0::2], x[..., 0::2, 1::2] = top[0] + top[1], top[0] - top[1]
-        x[..., 1::2, 0::2], x[..., 1::2, 1::2] = low[0] + low[1], low[0] - low[1]
+        for row, even, odd in ((0, a + h, v + d), (1, a - h, v - d)):
+            x[..., row::2, 0::2], x[..., row::2, 1::2] = even + odd, even - odd
         return x / 2
 
     def _ordered(self, h: Tensor, v: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,35 +220,20 @@ def check_choice(name: str, got: str, wanted: Iterable[str]) -> None:
         raise ValueError(f"got {name}={got!r}, wanted one of {', '.join(wanted)}: choose one of them")
 
 
-def check_multiple(name: str, got: int, factor: int, remedy: str) -> None:
-    """Raise a ValueError that says what to do, if `got` is no multiple of `factor`."""
+def check_multiple(name: str, got: int, base: int, level: int, remedy: str) -> None:
+    """Raise a ValueError that says what to do, if `got` is no multiple of base^level."""
+    factor = base**level
     if got % factor:
-        raise ValueError(f"got {name} {got}, wanted a multiple of {factor}: {remedy}")
+        raise ValueError(f"got {name} {got}, wanted a multiple of {factor} ({base}^level, level={level}): {remedy}")
 
 
 def filter_length(wavelet: str) -> int:
-    """Length of the longest filter of a PyWavelets family.
-
-    Raises:
-        ValueError: the family is unknown or continuous, or its inverse is not exact (`dmey`).
-    """
+    """Length of a family's longest filter; ValueError if it is unknown, continuous or not exactly invertible (dmey)."""
     if wavelet not in pywt.wavelist(kind="discrete"):
-        raise ValueError(f"got wavelet={wavelet!r}, wanted an orthogonal or biorthogonal family: choose haar, db2, sym4")
+        raise ValueError(f"got wavelet={wavelet!r}, wanted an orthogonal or biorthogonal one: choose haar, db2, sym4")
     low, high, low_inverse, high_inverse = pywt.Wavelet(wavelet).filter_bank
     response = np.convolve(low, low_inverse) + np.convolve(high, high_inverse)  # ideally 0, ..., 0, 2, 0, ..., 0
     response[len(response) // 2] -= 2
     if np.abs(response).max() > 1e-6:
         raise ValueError(f"got wavelet={wavelet!r}, wanted one that reconstructs perfectly: choose haar, db2, sym4")
     return max(len(low), len(high), len(low_inverse), len(high_inverse))
-
-
-def _fold(details: Tensor, cell: int) -> Tensor:
-    """Space-to-depth of (B, 3C, H, W) by `cell`, ordered band, position, colour: bands stay contiguous."""
-    x = details.unflatten(3, (-1, cell)).unflatten(2, (-1, cell)).unflatten(1, (3, -1))  # (B, 3, C, h, cell, w, cell)
-    return x.permute(0, 1, 4, 6, 2, 3, 5).flatten(1, 4)
-
-
-def _unfold(folded: Tensor, cell: int) -> Tensor:
-    """Inverse of `_fold`."""
-    x = folded.unflatten(1, (3, cell, cell, -1)).permute(0, 1, 4, 5, 2, 6, 3)  # (B, 3, C, h, cell, w, cell)
-    return x.flatten(5, 6).flatten(3, 4).flatten(1, 2)
