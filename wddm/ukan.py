@@ -6,7 +6,7 @@ Checkpoints in the published format (class name `UKANHybrid`, see loading.py) lo
 
 import math
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -18,6 +18,9 @@ from torch.nn import functional as F
 
 from wddm.kan import KANBlock
 from wddm.loading import CLASS_NAME, fetched, load_published, load_strictly, read_config
+from wddm.wavelets import check_multiple
+
+FEWER_WIDTHS = "give fewer widths, a smaller level or another resolution"
 
 
 class UKANModel(ModelMixin, ConfigMixin):
@@ -58,11 +61,7 @@ class UKANModel(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         width, levels = base_channels or block_out_channels[0], len(block_out_channels)
-        if sample_size % 2 ** (levels - 1):
-            raise ValueError(
-                f"got sample_size={sample_size} with {levels} levels, wanted a multiple of {2 ** (levels - 1)}: "
-                "give fewer widths, a smaller wavelet level or another resolution"
-            )
+        check_multiple("maps of side", sample_size, 2 ** (levels - 1), f"{levels} widths", FEWER_WIDTHS)
         self.gradient_checkpointing = False
         time_width = 4 * width
         self.time_embedding = TimeEmbedding(num_train_timesteps, width, time_width)
@@ -118,7 +117,7 @@ class UKANModel(ModelMixin, ConfigMixin):
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **kwargs) -> Self:
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> Self:
         """Load from a folder or Hub repository, in our format or the published one, in eval mode.
 
         Raises:

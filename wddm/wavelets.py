@@ -89,7 +89,7 @@ class WaveletCodec(ModelMixin, ConfigMixin):
             ValueError: the channels are not those of this level; "band" scaling was not fitted.
         """
         channels, bands = coefficients.shape[1], 4**self.config.level
-        check_multiple("channels", channels, 4, self.config.level, "decode with the level that encoded")
+        check_multiple("channels", channels, bands, "4^level", "decode with the level that encoded")
         self._check_statistics(channels // bands)
         return self._unstack(coefficients * self.scale + self.shift, self.config.level)
 
@@ -138,7 +138,8 @@ class WaveletCodec(ModelMixin, ConfigMixin):
         """Raise ValueError, saying which side and what to do, if images of this size cannot be encoded."""
         level, taps = self.config.level, self.filter_length
         for name, side in (("height", height), ("width", width)):
-            check_multiple(name, side, 2, level, "resize the images, or choose a smaller level")
+            why = f"2^level, level={level}"
+            check_multiple(name, side, 2**level, why, "resize the images, or choose a smaller level")
             shortest = 2 * side // 2**level  # what the last split is given
             if level and shortest < taps:
                 raise ValueError(
@@ -220,11 +221,10 @@ def check_choice(name: str, got: str, wanted: Iterable[str]) -> None:
         raise ValueError(f"got {name}={got!r}, wanted one of {', '.join(wanted)}: choose one of them")
 
 
-def check_multiple(name: str, got: int, base: int, level: int, remedy: str) -> None:
-    """Raise a ValueError that says what to do, if `got` is no multiple of base^level."""
-    factor = base**level
+def check_multiple(name: str, got: int, factor: int, reason: str, remedy: str) -> None:
+    """Raise a ValueError that says why and what to do, if `got` is no multiple of `factor`."""
     if got % factor:
-        raise ValueError(f"got {name} {got}, wanted a multiple of {factor} ({base}^level, level={level}): {remedy}")
+        raise ValueError(f"got {name} {got}, wanted a multiple of {factor} ({reason}): {remedy}")
 
 
 def filter_length(wavelet: str) -> int:
