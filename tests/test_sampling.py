@@ -102,7 +102,7 @@ def test_clip_and_prediction_are_those_of_the_checkpoint(ours) -> None:
     pipeline = open_pipeline(ours, scheduler="ddpm")
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     assert pipeline.scheduler.config.timestep_spacing == "trailing"
-    assert pipeline.scheduler.config.clip_sample_range == pipeline.codec.limit.item()
+    assert pipeline.scheduler.config.clip_sample_range == pipeline.codec.clip_value.item()
     assert open_pipeline(ours, scheduler="heun").scheduler.config.timestep_spacing == "leading"
 
 
@@ -121,7 +121,7 @@ def test_the_kind_of_network_is_expected_by_its_name_in_any_case(ours, chaotic) 
         (["--resolution", "32"], "resolution=32, but"),
         (["--model-type", "ukan"], "model_type='ukan', but"),
         (["--scheduler", "dimm"], "wanted one of ddpm"),
-        (["--num-samples", "0"], "wanted an integer, 1 or more"),
+        (["--num-samples", "0"], "0 is not in the range x>=1"),
         (["--scheduler", "pndm", "--eta", "0.5"], "eta=0.5 for pndm"),
         (["--scheduler", "lms", "--detail-steps", "9"], "detail_steps for lms"),
     ],
