@@ -91,7 +91,7 @@ def test_a_parameter_that_nothing_takes_is_refused(root):
     """In a notebook that reports on a run; those that every run has (run, seed) are recorded anyway."""
     opens, more = "from wddm import workbook\nbook = workbook.open_run(run)", "extra: list[int] = [1]\n"
     for cells, refused in ((["1 + 1"], False), ([opens], True), ([opens, "print(level, extra)"], False),
-                           (["workbook.open_run(run, '02_train', globals())"], False)):  # fmt: skip
+                           ([f"{opens}\nexperiment.prepare(book)"], False)):  # fmt: skip
         write_notebook(root / "notebooks/02_train.ipynb", SECOND + more, *cells)
         if refused:
             with pytest.raises(ValueError, match=r"^02_train.ipynb: nothing takes the parameter 'level': use it"):

@@ -93,16 +93,19 @@ class Task:
         return found
 
     def stale(self) -> list[str]:
-        """What notebooks that are left out made with other parameters than this experiment has, a line each."""
+        """What notebooks that are left out have not finished, or made with other parameters, a line each."""
         made, found = {entry["by"]: entry for entry in read_record(self.root, self.experiment.run).values()}, []
         notebooks = self.experiment.notebooks
         for notebook in notebooks[: notebooks.index(self.chosen[0])]:
-            before, now = made.get(notebook.stem, {}).get("parameters"), self.experiment.values(notebook)
-            if before and (names := [name for name in now if before.get(name) != now[name]]):
-                changed = ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in names)
+            if (entry := made.get(notebook.stem)) is None:
+                continue  # the notebook that wants it says so
+            before, now = entry["parameters"], self.experiment.values(notebook)
+            why = ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name])
+            if why or "sha256" not in entry:
+                got = f"ran with other parameters ({why})" if why else "was begun and is not finished"
                 found.append(
-                    f"run {self.experiment.run!r}: {notebook.stem} ran with other parameters ({changed}), wanted the "
-                    "same: set them back, or let it run too (without --only and --from)"
+                    f"run {self.experiment.run!r}: {notebook.stem} {got}: let it run too (without --only and --from)"
+                    + ", or set them back" * bool(why)
                 )
         return found
 
