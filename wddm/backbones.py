@@ -1,9 +1,8 @@
 """Denoisers by name and size: `build_backbone("unet" | "ukan" | "dit", dataset=..., level=...)`.
 
 A UNet is diffusers' `UNet2DModel`, U-KAN and DiT are ours; all are called `model(sample, timestep).sample` on
-coefficients (B, 4^L C, H/2^L, W/2^L). A backbone is a function that builds it, whose arguments are its options, and an
-entry in `BACKBONES`. The UNets and U-KANs among the presets are the published models, whose parameter counts the tests
-hold us to; rows marked `ours` complete the grid.
+coefficients (B, 4^L C, H/2^L, W/2^L). To add one, write a function that builds it, whose arguments are its options, and
+enter it in `BACKBONES`. The presets of UNet and U-KAN are the published models; those marked `ours` fill the gaps.
 """
 
 import inspect
@@ -76,9 +75,9 @@ def build_backbone(
         dataset: name of a preset; without one (a folder of your own), give image_size, image_channels and widths.
         level: wavelet level L; the network sees 4^L C channels of side image_size / 2^L.
         image_size, image_channels, widths, attention_levels, layers_per_block, dropout: override the preset.
-        attention_head_dim: channels of an attention head, or the most of them that divides the widths. Published
-            models have 8; with wider ones a UNet trains faster, the more so the larger the maps it attends on.
-        matched: the pixel-space (level 0) network with as many parameters as the one described, for fair comparison.
+        attention_head_dim: channels of an attention head, or its greatest common divisor with the widths. Published
+            models have 8; wider heads train faster, above all on large maps.
+        matched: build a pixel-space (level 0) network with as many parameters instead, for a fair comparison.
 
     Raises:
         ValueError: unknown backbone, no preset for (dataset, level) and no widths, sides that do not divide, an
@@ -184,7 +183,7 @@ def build_unet(
 
 
 class Backbone(NamedTuple):
-    """What builds a network of this kind (its arguments are its options), and by class name what loads a checkpoint."""
+    """A function that builds a network of this kind, and by class name the functions that load its checkpoints."""
 
     build: Callable[..., ModelMixin]
     load: dict[str, Callable[..., ModelMixin]]

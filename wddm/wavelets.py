@@ -3,7 +3,7 @@
 An image (B, C, H, W) in [-1, 1] becomes (B, 4^L C, H/2^L, W/2^L): L levels of a periodised, separable discrete
 wavelet transform (Mallat 1989), bands stacked as channels, every channel shifted and scaled. Bands are named as in
 PyWavelets: A approximation, H horizontal detail (high-pass along the height), V vertical, D diagonal.
-Level 0 is the identity, so that a model of pixels is a setting of the codec and of nothing else.
+Level 0 is the identity, so that a model of pixels needs no code of its own.
 """
 
 import warnings
@@ -35,7 +35,7 @@ class WaveletCodec(ModelMixin, ConfigMixin):
         channels: image channels; only "band" scaling needs it, and `fit` fills it in.
 
     Raises:
-        ValueError: unknown wavelet, transform, scaling or band order; a wavelet that loses something; negative level.
+        ValueError: unknown wavelet, transform, scaling or band order; a wavelet without exact inverse; negative level.
     """
 
     shift: Tensor
