@@ -7,7 +7,6 @@ has is an error.
 import inspect
 import socket
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from typing import Any
@@ -80,7 +79,8 @@ def train(
         if trainer.accelerator.is_main_process:
             _watch(trainer, book, show)
         else:
-            deque(trainer.steps(), maxlen=0)
+            for _ in trainer.steps():
+                pass
 
     _launch(work, **share(_launch, book.parameters))
 
