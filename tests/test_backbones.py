@@ -95,7 +95,7 @@ def test_a_folder_of_ones_own_needs_its_sizes() -> None:
             r"maps of side 8, wanted a multiple of 16 \(5 widths\)",
         ),
         ({"backbone": "ukan", "dataset": "digits", "widths": (30,)}, "wanted multiples of 8"),
-        ({"backbone": "ukan", "dataset": "digits", "widths": (32, 64, 64, 64, 64)}, "got maps of side 8, .* give fewer"),
+        ({"backbone": "ukan", "dataset": "digits", "widths": (32, 64, 64, 64, 64)}, "maps of side 8, .* give fewer"),
         ({"backbone": "unet", "dataset": "digits", "attention_head_dim": 0}, "got attention_head_dim 0"),
         (
             {"backbone": "unet", "dataset": "digits", "attention_levels": [9]},

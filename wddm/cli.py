@@ -40,7 +40,7 @@ def commands() -> None:
 @click.option("--only", metavar="NAME", help="This notebook alone, e.g. train.")
 @click.option("--from", "start", metavar="NAME", help="This notebook and those after it.")
 @click.option("--force", is_flag=True, help="Run what is unchanged, too.")
-@click.option("--jobs", type=COUNT, default=1, metavar="N", help="So many runs of a sweep at a time.")
+@click.option("--jobs", type=COUNT, default=1, metavar="N", help="Runs of a sweep at a time.")
 @click.option("--held", type=int, hidden=True, help="The lock that this process inherits from the one that started it.")
 def run(params: tuple[Path, ...], overrides: tuple[str, ...], held: int | None, **options: Any) -> int:
     """Execute the notebooks with the parameters of YAML files."""
@@ -70,7 +70,7 @@ def preflight(one: "Experiment") -> None:
 @commands.command()
 @takes_parameters
 @click.option("--extend", is_flag=True, help="Go on with a run that had a smaller train_kimg.")
-def train(params: tuple[Path, ...], overrides: tuple[str, ...], extend: bool) -> int:
+def train(params: tuple[Path, ...], overrides: tuple[str, ...], extend: bool) -> None:
     """Prepare and train alone, also under `accelerate launch -m wddm train`."""
     from wddm.workbook import lock, open_run
 
@@ -93,7 +93,6 @@ def train(params: tuple[Path, ...], overrides: tuple[str, ...], extend: bool) ->
             experiment.train(book, prepared, *experiment.build(book.parameters, prepared), extend=extend)
             if first:
                 print(f"{book.folder.relative_to(root)}/pipeline is trained")
-    return 0
 
 
 def experiments_of(params: Sequence[Path], overrides: Iterable[str]) -> tuple[Path, list["Experiment"]]:
@@ -130,18 +129,18 @@ def workbook_root(start: Path | None = None) -> Path | None:
 @click.option("--scheduler", default="ddim", help="ddpm ddim pndm dpmsolver++ unipc heun euler euler_a deis lms")
 @click.option("--sampling-steps", "num_inference_steps", type=COUNT, default=50)
 @click.option("--eta", type=float, default=0.0, help="Randomness of ddim: 0 none, 1 as much as ddpm.")
-@click.option("--detail-steps", type=COUNT, metavar="N", help="Solver steps of the detail bands, if others.")
+@click.option("--detail-steps", type=COUNT, metavar="N", help="Solver steps of the detail bands, if their number is another.")
 @click.option("--spacing", help="leading, trailing or linspace")
 @click.option("--seed", type=int, default=0, help="Image k is drawn from seed + k, whatever the batch size.")
 @click.option("--device", help="A GPU if there is one, else cpu.")
 @click.option("--model-type", help="unet, ukan, ...: read from the checkpoint; refused where it is another.")
-@click.option("--prediction-type", help="Published checkpoints do not store it: epsilon, for CelebA-HQ sample.")
+@click.option("--prediction-type", help="Of a published checkpoint, which does not store it: epsilon; sample for CelebA-HQ.")
 @click.option("--wavelet-level", "level", type=int, help="Read from the checkpoint; refused where it is another.")
 @click.option("--resolution", type=int, help="Read from the checkpoint; refused where it is another.")
 def sample(
     model_dir: str, output_dir: Path, num_samples: int, batch_size: int, seed: int, device: str | None,
     num_inference_steps: int, eta: float, detail_steps: int | None, **checkpoint: Any,
-) -> int:  # fmt: skip
+) -> None:  # fmt: skip
     """Draw images from a checkpoint, ours or published, into a folder."""
     import diffusers
     import torch
@@ -165,7 +164,6 @@ def sample(
     draw(pipeline, output_dir, num_samples, batch_size=batch_size, seed=seed, **options)
     if state.is_main_process:
         print(f"{num_samples} images, grid.png and samples.json are in {output_dir}")
-    return 0
 
 
 @commands.command()
@@ -175,12 +173,12 @@ def sample(
 @click.option("--fwd-level", type=COUNT, default=2, help="Level of the packets of the Fréchet wavelet distance.")
 @click.option("--inception-weights", type=PATH, metavar="FILE", help="torch-fidelity's file.")
 @click.option("--output", type=PATH, default=Path("metrics.json"), help="Where the numbers go.")
-@click.option("--seed", type=int, default=0, help="Of the resamples and halves of intervals and floors.")
+@click.option("--seed", type=int, default=0, help="Of the resamples that make the intervals, and of the halves that make the floors.")
 @click.option("--device", help="A GPU if there is one, else cpu.")
 def evaluate(
     images: Path, reference: str, resolution: int | None, fwd_level: int, inception_weights: Path | None, output: Path,
     seed: int, device: str | None,
-) -> int:  # fmt: skip
+) -> None:  # fmt: skip
     """Score a folder of images against a prepared data set."""
     from accelerate import PartialState
 
@@ -199,16 +197,14 @@ def evaluate(
     if found["inception"][0].value is None:
         print(f"This gets Inception's weights:\n{inception.remedy()}")
     write_json(output, scores.as_json(found, images, real))
-    return 0
 
 
 @commands.command()
-def index() -> int:
+def index() -> None:
     """Rewrite reports/index.html."""
     from wddm import workbook
 
     print(workbook.write_index(workbook.find_root()))
-    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
