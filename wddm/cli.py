@@ -129,12 +129,12 @@ def workbook_root(start: Path | None = None) -> Path | None:
 @click.option("--scheduler", default="ddim", help="ddpm ddim pndm dpmsolver++ unipc heun euler euler_a deis lms")
 @click.option("--sampling-steps", "num_inference_steps", type=COUNT, default=50)
 @click.option("--eta", type=float, default=0.0, help="Randomness of ddim: 0 none, 1 as much as ddpm.")
-@click.option("--detail-steps", type=COUNT, metavar="N", help="Solver steps of the detail bands, if their number is another.")
+@click.option("--detail-steps", type=COUNT, metavar="N", help="Solver steps of the detail bands, if not the same.")
 @click.option("--spacing", help="leading, trailing or linspace")
 @click.option("--seed", type=int, default=0, help="Image k is drawn from seed + k, whatever the batch size.")
 @click.option("--device", help="A GPU if there is one, else cpu.")
 @click.option("--model-type", help="unet, ukan, ...: read from the checkpoint; refused where it is another.")
-@click.option("--prediction-type", help="Of a published checkpoint, which does not store it: epsilon; sample for CelebA-HQ.")
+@click.option("--prediction-type", help="Of a published checkpoint: epsilon, or sample for CelebA-HQ.")
 @click.option("--wavelet-level", "level", type=int, help="Read from the checkpoint; refused where it is another.")
 @click.option("--resolution", type=int, help="Read from the checkpoint; refused where it is another.")
 def sample(
@@ -173,7 +173,7 @@ def sample(
 @click.option("--fwd-level", type=COUNT, default=2, help="Level of the packets of the Fréchet wavelet distance.")
 @click.option("--inception-weights", type=PATH, metavar="FILE", help="torch-fidelity's file.")
 @click.option("--output", type=PATH, default=Path("metrics.json"), help="Where the numbers go.")
-@click.option("--seed", type=int, default=0, help="Of the resamples that make the intervals, and of the halves that make the floors.")
+@click.option("--seed", type=int, default=0, help="Of the resampling for intervals and floors.")
 @click.option("--device", help="A GPU if there is one, else cpu.")
 def evaluate(
     images: Path, reference: str, resolution: int | None, fwd_level: int, inception_weights: Path | None, output: Path,
