@@ -151,7 +151,7 @@ def _client(job: Job, stop: Stop) -> type:
                 stop.listeners.discard(self.hear)
 
         def hear(self, kill: bool) -> None:
-            group = self.km and self.km.provisioner and self.km.provisioner.pgid
+            group = self.km and getattr(self.km.provisioner, "pgid", None)
             if group and (kill or self.cell_runs):
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(group, signal.SIGKILL if kill else signal.SIGINT)

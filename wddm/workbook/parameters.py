@@ -47,11 +47,9 @@ class Parameter:
         return self._item(value, kind["item"], value)
 
     def _item(self, item: Any, kind: str, value: Any) -> Any:
-        if kind == "float" and isinstance(item, str) and EXPONENT.fullmatch(item):
-            item = float(item)
-        if kind == "float" and isinstance(item, int) and not isinstance(item, bool):
-            item = float(item)
-        if type(item) is not TYPES[kind] or (kind == "float" and not math.isfinite(item)):
+        number = type(item) is int or (isinstance(item, str) and EXPONENT.fullmatch(item))
+        item = float(item) if kind == "float" and number else item
+        if type(item) is not TYPES[kind] or (isinstance(item, float) and not math.isfinite(item)):
             raise self._refusal(value)
         return item
 

@@ -6,7 +6,6 @@ where state is pending, running, ok, failed or killed.
 """
 
 import contextlib
-import io
 import os
 import re
 import signal
@@ -99,8 +98,8 @@ class Task:
         for notebook in notebooks[: notebooks.index(self.chosen[0])]:
             if (entry := made.get(notebook.stem)) is None:
                 continue  # the notebook that wants it says so
-            before, now = entry["parameters"], self.experiment.values(notebook)
-            why = ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name])
+            then, now = entry["parameters"], self.experiment.values(notebook)
+            why = ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name])
             if why or "sha256" not in entry:
                 got = f"ran with other parameters ({why})" if why else "was begun and is not finished"
                 found.append(
@@ -115,9 +114,10 @@ class Task:
         return (
             not self.force
             and entry.get("state") == "ok"
-            and all((self.folder / f"{name}{suffix}").exists() for suffix in (".ipynb", ".html"))
+            and (self.folder / f"{name}.html").exists()
             and entry.get("fingerprint") == provenance.fingerprint(self.experiment, notebook, self.known)
             and entry.get("outputs") == provenance.outputs(self.experiment, notebook, self.known)
+            and all(numbers.items() <= self.recorded()[kind].items() for kind, numbers in entry["recorded"].items())
             and all(self.known.of(self.root / path) == digest for path, digest in entry.get("opened", {}).items())
         )
 
@@ -175,13 +175,16 @@ class Task:
             state=state,
             error=error,
             seconds=seconds,
-            recorded={kind: sorted(keys - before[kind]) for kind, keys in self.recorded().items()},
+            recorded={
+                kind: {key: number for key, number in numbers.items() if key not in before[kind]}
+                for kind, numbers in self.recorded().items()
+            },
             outputs=provenance.outputs(self.experiment, notebook, self.known),
             opened=provenance.hashes(self.root, opened, self.known) if state == "ok" else {},
         )
         self.known.save()
         try:
-            page = render(self.folder, name).relative_to(self.root)
+            page = str(render(self.folder, name).relative_to(self.root))
         except Exception as problem:  # hours of training outlive a page that cannot be drawn
             page = f"none, {problem!r}"
         if state != "ok":
@@ -207,9 +210,9 @@ class Task:
             self.status[notebook.stem] = {"state": "pending", "seconds": None, "error": None}
         write_json(self.folder / "status.json", self.status)
 
-    def recorded(self) -> dict[str, set[str]]:
-        """The names in metrics.json and timings.json."""
-        return {kind: set(read_json(self.folder / f"{kind}.json")) for kind in RECORDS}
+    def recorded(self) -> dict[str, dict[str, Any]]:
+        """The numbers in metrics.json and timings.json."""
+        return {kind: read_json(self.folder / f"{kind}.json") for kind in RECORDS}
 
 
 def write_parameters(experiment: Experiment, path: Path) -> None:
@@ -227,7 +230,7 @@ def write_parameters(experiment: Experiment, path: Path) -> None:
 
 def _choose(experiments: list[Experiment], only: str | None, start: str | None) -> dict[Path, list[Path]]:
     """Of every YAML the notebooks that --only and --from leave, given as 02_train or train."""
-    chosen = {}
+    chosen: dict[Path, list[Path]] = {}
     for experiment in experiments:  # a summary comes last
         known = chosen.setdefault(experiment.source, [])
         known += [notebook for notebook in experiment.notebooks if notebook not in known]
@@ -235,8 +238,8 @@ def _choose(experiments: list[Experiment], only: str | None, start: str | None) 
         for name in filter(None, (only, start)):
             found = [notebook for notebook in notebooks if name in (notebook.stem, re.sub(r"^\d+_", "", notebook.stem))]
             if not found:
-                known = ", ".join(notebook.stem for notebook in notebooks)
-                raise ValueError(f"there is no notebook {name!r} in this run; known: {known}")
+                names = ", ".join(notebook.stem for notebook in notebooks)
+                raise ValueError(f"there is no notebook {name!r} in this run; known: {names}")
             left = chosen[source]
             chosen[source] = found if name is only else left[left.index(found[0]) :] if found[0] in left else []
     return chosen
@@ -262,16 +265,21 @@ def _run_as_process(task: Task, stop: kernel.Stop) -> int:
         *["--force"] * task.force,
         *(word for option, value in options.items() if value for word in (option, value)),
     ]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(
-        command, cwd=task.root, start_new_session=True, pass_fds=(task.lock,), **pipes
+        command,
+        cwd=task.root,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        pass_fds=(task.lock,),
     ) as process:
 
         def listener(kill: bool) -> None:
             process.send_signal(signal.SIGINT)  # it knows itself what a second one means
 
         stop.listeners.add(listener)
-        for line in io.TextIOWrapper(process.stdout, newline="\n"):
-            print(f"{name} | {line.rstrip().rpartition(chr(13))[2]}", flush=True)
+        for line in process.stdout or ():
+            print(f"{name} | {line.decode(errors='replace').rstrip().rpartition(chr(13))[2]}", flush=True)
         stop.listeners.discard(listener)
     return process.returncode
