@@ -1,9 +1,8 @@
 """Denoisers by name and size: `build_backbone("unet" | "ukan" | "dit", dataset=..., level=...)`.
 
 A UNet is diffusers' `UNet2DModel`, U-KAN and DiT are ours; all are called `model(sample, timestep).sample` on
-coefficients (B, 4^L C, H/2^L, W/2^L). A backbone is a function that builds it, whose arguments are its options, and an
-entry in `BACKBONES`. The UNets and U-KANs among the presets are the published models, whose parameter counts the tests
-hold us to; rows marked `ours` complete the grid.
+coefficients (B, 4^L C, H/2^L, W/2^L). To add one, write a function that builds it, whose arguments are its options, and
+enter it in `BACKBONES`. The presets of UNet and U-KAN are the published models; those marked `ours` fill the gaps.
 """
 
 import inspect
@@ -19,12 +18,11 @@ from diffusers import ModelMixin, UNet2DModel
 
 from wddm.dit import DiTModel
 from wddm.loading import CLASS_NAME, load_strictly, read_config
-from wddm.ukan import UKANModel
-from wddm.wavelets import check_choice
+from wddm.ukan import FEWER_WIDTHS, UKANModel
+from wddm.wavelets import check_choice, check_multiple
 
 IMAGES = {"digits": (16, 1), "patches": (32, 3), "cifar10": (32, 3), "stl10": (64, 3), "celebahq": (256, 3)}
-DROPOUT = {"cifar10": 0.1}  # elsewhere 0
-LAYERS_PER_BLOCK = {"digits": 1}  # elsewhere 2
+Options = dict[str, Any]  # arguments of a network, by name
 
 
 class Preset(NamedTuple):
@@ -77,75 +75,62 @@ def build_backbone(
         dataset: name of a preset; without one (a folder of your own), give image_size, image_channels and widths.
         level: wavelet level L; the network sees 4^L C channels of side image_size / 2^L.
         image_size, image_channels, widths, attention_levels, layers_per_block, dropout: override the preset.
-        attention_head_dim: channels of an attention head, or the most of them that divides the widths. Published
-            models have 8; with wider ones a UNet trains faster, the more so the larger the maps it attends on.
-        matched: the pixel-space (level 0) network with as many parameters as the one described, for fair comparison.
+        attention_head_dim: channels of an attention head, or its greatest common divisor with the widths. Published
+            models have 8; wider heads train faster, above all on large maps.
+        matched: build a pixel-space (level 0) network with as many parameters instead, for a fair comparison.
 
     Raises:
         ValueError: unknown backbone, no preset for (dataset, level) and no widths, sides that do not divide, an
             option that this backbone does not have.
     """
     check_choice("backbone", backbone, BACKBONES)
-    if dataset in IMAGES:
-        image_size, image_channels = image_size or IMAGES[dataset][0], image_channels or IMAGES[dataset][1]
-    if image_size is None or image_channels is None:
+    size, channels = IMAGES.get(dataset or "", (0, 0))
+    size, channels = image_size or size, image_channels or channels
+    if not size or not channels:
         raise ValueError(f"got dataset={dataset!r} without image_size and image_channels, wanted both: give them")
-    if image_size % 2**level:
-        raise ValueError(
-            f"got image_size {image_size}, wanted a multiple of {2**level} (2^level, level={level}): "
-            "choose a smaller level or another resolution"
-        )
+    why = f"2^level, level={level}"
+    check_multiple("image_size", size, 2**level, why, "choose a smaller level or another resolution")
     if attention_head_dim < 1:
         raise ValueError(f"got attention_head_dim {attention_head_dim}, wanted 1 or more: take 8, as published, or 64")
 
-    def build(level: int, options: dict[str, Any]) -> ModelMixin:
-        channels, head_dim = 4**level * image_channels, math.gcd(attention_head_dim, *options["block_out_channels"])
-        maps = {"sample_size": image_size // 2**level, "in_channels": channels, "out_channels": channels}
-        return BACKBONES[backbone].build(**maps, attention_head_dim=head_dim, **options)
+    def build(level: int, options: Options) -> ModelMixin:
+        side, stacked = size // 2**level, 4**level * channels
+        head_dim = math.gcd(attention_head_dim, *options["block_out_channels"])
+        return BACKBONES[backbone].build(side, stacked, stacked, attention_head_dim=head_dim, **options)
 
-    dataset = dataset or "none"
-    given = {"block_out_channels": widths, "attention_levels": attention_levels}
     common = {"layers_per_block": layers_per_block, "dropout": dropout}
-    options = resolve_options(backbone, dataset, level, given | common)
-    if not matched or level == 0:
-        return build(level, options)
-    with torch.device("meta"):
-        parameters = build(level, options).num_parameters()
-    return build(0, matched_options(partial(build, 0), resolve_options(backbone, dataset, 0, common), parameters))
+    given = common | {"block_out_channels": widths, "attention_levels": attention_levels}
+    options = resolve_options(backbone, dataset, level, given)
+    if matched and level:
+        with torch.device("meta"):
+            parameters = build(level, options).num_parameters()
+        level, options = 0, resolve_options(backbone, dataset, 0, common)
+        options["block_out_channels"] = matched_widths(partial(build, 0), options, parameters)
+    return build(level, options)
 
 
-def resolve_options(backbone: str, dataset: str, level: int, given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a network: the given ones that are not None, else those of the preset.
-
-    Raises:
-        ValueError: one that this backbone does not have; no widths and no preset; widths or levels out of range.
-    """
-    has = inspect.signature(BACKBONES[backbone].build).parameters
+def resolve_options(backbone: str, dataset: str | None, level: int, given: Options) -> Options:
+    """Arguments of a network: the given ones that are not None, else the preset's; ValueError if one does not fit."""
+    accepted = inspect.signature(BACKBONES[backbone].build).parameters
     given = {name: value for name, value in given.items() if value is not None}
-    if foreign := [name for name in given if name not in has]:
+    if foreign := [name for name in given if name not in accepted]:
         raise ValueError(f"got {', '.join(foreign)} for a {backbone}, which does not have it: leave it out")
-    preset: dict[str, Any] = {
-        "attention_levels": (),
-        "layers_per_block": LAYERS_PER_BLOCK.get(dataset, 2),
-        "dropout": DROPOUT.get(dataset, 0.0),
-        **({} if "block_out_channels" in given else preset_sizes(backbone, dataset, level)),
-    }
-    options = {name: value for name, value in (preset | given).items() if name in has}
-    widths, attends = (tuple(options.get(name, ())) for name in ("block_out_channels", "attention_levels"))
+    options: Options = {"attention_levels": (), "layers_per_block": 1 if dataset == "digits" else 2}
+    options["dropout"] = 0.1 if dataset == "cifar10" else 0.0
+    if "block_out_channels" not in given:
+        options |= preset_sizes(backbone, dataset, level)
+    options = {name: value for name, value in (options | given).items() if name in accepted}
+    widths, attending = tuple(options["block_out_channels"]), list(options.get("attention_levels", ()))
     if not widths or any(width < 8 or width % 8 for width in widths):
         raise ValueError(f"got widths {list(widths)}, wanted multiples of 8: for example [64, 128]")
-    if any(not 0 <= attending < len(widths) for attending in attends):
-        raise ValueError(f"got attention_levels {list(attends)}, wanted levels of 0 to {len(widths) - 1}: change them")
+    if not set(attending) <= set(range(len(widths))):
+        raise ValueError(f"got attention_levels {attending}, wanted levels of 0 to {len(widths) - 1}: change them")
     return options | {"block_out_channels": widths}
 
 
-def preset_sizes(backbone: str, dataset: str, level: int) -> dict[str, tuple[int, ...]]:
-    """Widths of a preset, and the UNet's attention levels, by the names of the networks' arguments.
-
-    Raises:
-        ValueError: there is no preset of this backbone for (dataset, level).
-    """
-    preset = PRESETS.get((dataset, level))
+def preset_sizes(backbone: str, dataset: str | None, level: int) -> dict[str, tuple[int, ...]]:
+    """Widths of a preset and a UNet's attention levels, as arguments of the network; ValueError if there is none."""
+    preset = PRESETS.get((dataset or "", level))
     widths = getattr(preset, backbone, None)
     if preset is None or widths is None:
         known = ", ".join(sorted({name for name, _ in PRESETS}))
@@ -153,14 +138,11 @@ def preset_sizes(backbone: str, dataset: str, level: int) -> dict[str, tuple[int
             f"got no widths and no preset for dataset {dataset!r} at level {level}, wanted one of them: give widths, "
             f"e.g. [64, 128], or choose among {known} at the levels that have a {backbone}"
         )
-    attention = {"attention_levels": preset.attention} if backbone == "unet" else {}
-    return {"block_out_channels": widths} | attention
+    return {"block_out_channels": widths} | ({"attention_levels": preset.attention} if backbone == "unet" else {})
 
 
-def matched_options(
-    build: Callable[[dict[str, Any]], ModelMixin], options: dict[str, Any], parameters: int
-) -> dict[str, Any]:
-    """`options` with all widths scaled by the one factor, to multiples of 8, that comes closest to `parameters`."""
+def matched_widths(build: Callable[[Options], ModelMixin], options: Options, parameters: int) -> tuple[int, ...]:
+    """The widths, scaled by the one factor, to multiples of 8, whose network comes closest to so many parameters."""
 
     def count(widths: tuple[int, ...]) -> int:
         return build(options | {"block_out_channels": widths}).num_parameters()
@@ -169,8 +151,7 @@ def matched_options(
     scaled = sorted({tuple(max(8, 8 * round(width * percent / 800)) for width in widths) for percent in percents})
     with torch.device("meta"):
         larger = bisect_left(scaled, parameters, key=count)
-        closest = min(scaled[max(0, larger - 1) : larger + 1], key=lambda widths: abs(count(widths) - parameters))
-    return options | {"block_out_channels": closest}
+        return min(scaled[max(0, larger - 1) : larger + 1], key=lambda widths: abs(count(widths) - parameters))
 
 
 def build_unet(
@@ -185,11 +166,7 @@ def build_unet(
 ) -> UNet2DModel:
     """diffusers' UNet with self-attention in the middle and at `attention_levels` (0 = finest)."""
     levels = len(block_out_channels)
-    if sample_size % 2 ** (levels - 1):
-        raise ValueError(
-            f"got maps of side {sample_size} for {levels} widths, wanted a multiple of {2 ** (levels - 1)}: "
-            "give fewer widths, a smaller level or another resolution"
-        )
+    check_multiple("maps of side", sample_size, 2 ** (levels - 1), f"{levels} widths", FEWER_WIDTHS)
     attends = [level in attention_levels for level in range(levels)]
     return UNet2DModel(
         sample_size=sample_size,
@@ -206,7 +183,7 @@ def build_unet(
 
 
 class Backbone(NamedTuple):
-    """What builds a network of this kind (its arguments are its options), and by class name what loads a checkpoint."""
+    """A function that builds a network of this kind, and by class name the functions that load its checkpoints."""
 
     build: Callable[..., ModelMixin]
     load: dict[str, Callable[..., ModelMixin]]
@@ -221,11 +198,10 @@ BACKBONES = {
 
 def backbone_name(class_name: str) -> str:
     """Key in `BACKBONES` of a network's class name; ValueError if it is none of theirs."""
-    for name, entry in BACKBONES.items():
-        if class_name in entry.load:
-            return name
-    wanted = ", ".join(known for entry in BACKBONES.values() for known in entry.load)
-    raise ValueError(f"got a network of class {class_name}, wanted one of {wanted}: give another folder")
+    names = {known: name for name, entry in BACKBONES.items() for known in entry.load}
+    if class_name not in names:
+        raise ValueError(f"got a network of class {class_name}, wanted one of {', '.join(names)}: give another folder")
+    return names[class_name]
 
 
 def load_backbone(folder: Path, **options: Any) -> ModelMixin:

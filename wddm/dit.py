@@ -1,4 +1,4 @@
-"""DiTModel: a transformer of coefficients, without convolutions (DiT, Peebles & Xie 2023, arXiv 2212.09748).
+"""DiTModel: a transformer on coefficients, without convolutions (DiT, Peebles & Xie 2023, arXiv 2212.09748).
 
 Every position of the coefficient maps is one token: the wavelet level takes the place of DiT's patch size.
 Called and configured as diffusers' `UNet2DModel`: `model(sample, timestep).sample`, (B, C, h, w) in and out.
@@ -14,14 +14,14 @@ from torch.nn import functional as F
 
 
 class DiTModel(ModelMixin, ConfigMixin):
-    """Denoiser of self-attention and token-wise layers, steered by the time (adaLN-Zero).
+    """Denoiser of self-attention and MLP blocks, which the time embedding modulates (adaLN-Zero).
 
     Args:
         sample_size: side of the (square) coefficient maps.
         in_channels, out_channels: channels of `sample` and of the output.
         block_out_channels: width of every block, all the same.
         attention_head_dim: channels of an attention head.
-        dropout: probability inside the token-wise layers, in training only.
+        dropout: probability inside the MLPs, in training only.
     """
 
     _supports_gradient_checkpointing = True
@@ -59,11 +59,11 @@ class DiTModel(ModelMixin, ConfigMixin):
         """Denoise `sample` (B, C, h, w) at `timestep`, a number or one per sample (B,), fractions allowed."""
         timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
         time = F.silu(self.time(self.frequencies(timestep).to(self.dtype)))  # (B, width)
-        again = self.gradient_checkpointing and torch.is_grad_enabled()
-        through = self._gradient_checkpointing_func if again else nn.Module.__call__
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        call = self._gradient_checkpointing_func if recompute else nn.Module.__call__
         x = self.proj_in(sample.flatten(2).transpose(1, 2)) + self.positions  # (B, h w, width)
         for block in self.blocks:
-            x = through(block, x, time)
+            x = call(block, x, time)
         shift, scale = self.modulation_out(time).unsqueeze(1).chunk(2, dim=-1)
         x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)
         x = x.transpose(1, 2).unflatten(2, sample.shape[-2:])
@@ -71,7 +71,7 @@ class DiTModel(ModelMixin, ConfigMixin):
 
 
 class DiTBlock(nn.Module):
-    """Self-attention, then two token-wise layers; the time shifts and scales what enters both and gates what leaves."""
+    """Self-attention, then an MLP. The time embedding shifts and scales the input of each and gates its output."""
 
     def __init__(self, width: int, head_dim: int, dropout: float) -> None:
         super().__init__()
@@ -91,5 +91,5 @@ class DiTBlock(nn.Module):
 
 
 def plain_norm(width: int) -> nn.LayerNorm:
-    """LayerNorm whose scale and shift come from the time instead."""
+    """LayerNorm without weights: its scale and shift come from the time embedding."""
     return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)

@@ -9,9 +9,9 @@ import socket
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
-from functools import partial
 from typing import Any
 
+import accelerate
 import numpy as np
 import torch
 from diffusers import ModelMixin
@@ -32,7 +32,7 @@ Parameters = Mapping[str, Any]
 
 def prepare(book: Run, show: bool = True) -> Dataset:
     """What notebook 01 makes: the prepared set that the run's parameters ask for, recorded as the run's own."""
-    refuse_untaken(book.parameters, [data.prepare])
+    refuse_untaken(book.parameters, TAKEN_BY["01_prepare"])
     prepared = data.prepare(root=book.root / "data", progress=show, **share(data.prepare, book.parameters))
     book.made("data", prepared.folder / "manifest.json")
     return prepared
@@ -42,12 +42,12 @@ def build(parameters: Parameters, prepared: Dataset) -> tuple[WaveletCodec, Mode
     """The codec, fitted to the images, and the network with initial weights drawn from `seed`.
 
     Raises:
-        ValueError: a parameter that neither codec, network, training nor measuring takes; what they refuse themselves.
+        ValueError: a parameter that notebook 02 declares and nothing takes; what codec and network refuse.
     """
-    refuse_untaken(parameters, [WaveletCodec, build_backbone, Trainer, distance_to, _launch])
+    refuse_untaken(parameters, TAKEN_BY["02_train"])
     codec = WaveletCodec(**share(WaveletCodec, parameters)).fit(prepared.images)
-    facts = prepared.manifest
-    return codec, _network(parameters, facts["dataset"], facts["resolution"], prepared.images.shape[-1])
+    about = prepared.manifest
+    return codec, _network(parameters, about["dataset"], about["resolution"], prepared.images.shape[-1])
 
 
 def train(
@@ -63,26 +63,26 @@ def train(
 
     Args:
         show: called for every `Step`, in the main process alone.
-        options: `extend`, `restart` and `cpu` of the Trainer.
-
-    Raises:
-        ValueError, FloatingPointError, OSError, KeyboardInterrupt: as the Trainer does.
+        options: `extend`, `restart` and `cpu` of the Trainer, whose errors this function raises.
     """
     settings = share(Trainer, book.parameters) | options
 
-    def make() -> Trainer:
-        measure = partial(distance_to, prepared.images, **share(distance_to, book.parameters))
-        return Trainer(
-            model=network,
-            codec=codec,
-            images=prepared.images,
-            data_sha256=prepared.manifest["sha256"]["images"],
-            folder=book.folder,
-            measure=measure() if settings.get("fwd_kimg") else None,
-            **settings,
-        )
+    def work(forked: bool) -> None:
+        if forked and not torch.cuda.is_available():
+            torch.set_num_threads(1)  # the processes share the cores; OpenMP's threads do not survive a fork
+            warnings.filterwarnings("ignore", "OMP_NUM_THREADS")
+        measure, sha256 = None, prepared.manifest["sha256"]["images"]
+        if settings.get("fwd_kimg"):
+            measure = distance_to(prepared.images, **share(distance_to, book.parameters))
+        parts = {"model": network, "codec": codec, "images": prepared.images, "folder": book.folder}
+        trainer = Trainer(**parts, data_sha256=sha256, measure=measure, **settings)
+        if trainer.accelerator.is_main_process:
+            _watch(trainer, book, show)
+        else:
+            for _ in trainer.steps():
+                pass
 
-    _launch(partial(_train, make, book, show), **share(_launch, book.parameters))
+    _launch(work, **share(_launch, book.parameters))
 
 
 def distance_to(images: np.ndarray, train_fwd_level: int = 2) -> Callable[[np.ndarray], float]:
@@ -92,31 +92,22 @@ def distance_to(images: np.ndarray, train_fwd_level: int = 2) -> Callable[[np.nd
 
 
 def _launch(function: Callable[[bool], None], num_processes: int = 1) -> None:
-    """Call function(forked) here, or in as many processes, as a notebook has to start them."""
+    """Call function(forked) here, or, as a notebook has to, in as many forks of this process."""
     if num_processes == 1:
-        return function(False)
-    from accelerate import notebook_launcher
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    notebook_launcher(function, (True,), num_processes=num_processes, use_port=port)
-    return None
+        function(False)
+    else:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = str(probe.getsockname()[1])
+        accelerate.notebook_launcher(function, (True,), num_processes=num_processes, use_port=port)
 
 
-def _train(make: Callable[[], Trainer], book: Run, show: Callable[[Step], None], forked: bool) -> None:
-    if forked and not torch.cuda.is_available():
-        torch.set_num_threads(1)  # the processes share the cores; OpenMP's threads do not survive a fork
-        warnings.filterwarnings("ignore", "OMP_NUM_THREADS")
-    trainer = make()
-    if not trainer.accelerator.is_main_process:
-        for _ in trainer.steps():
-            pass
-        return
+def _watch(trainer: Trainer, book: Run, show: Callable[[Step], None]) -> None:
+    """Train to the end in the main process: with a progress bar, and recorded."""
     book.begin("pipeline")
     print(*trainer.notes, sep="\n", end="\n" * bool(trainer.notes))
     bar = progress(total=trainer.total_images, initial=trainer.images_seen, desc="training", unit="img")
-    with bar, closing(trainer.steps()) as steps:
+    steps: Any = trainer.steps()
+    with bar, closing(steps):
         for step in steps:
             bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
             bar.update(step.images_seen - bar.n)
@@ -124,30 +115,32 @@ def _train(make: Callable[[], Trainer], book: Run, show: Callable[[Step], None],
     book.made("pipeline", book.folder / "pipeline", images_seen=trainer.images_seen)
 
 
+CHOICES: dict[str, Iterable[str]] = {
+    "weighting": WEIGHTINGS, "schedule": SCHEDULES, "prediction_type": PREDICTION_TYPES, "backbone": BACKBONES,
+}  # fmt: skip
+TAKEN_BY: dict[str, list[Callable]] = {  # notebook: what takes its parameters
+    "01_prepare": [data.prepare],
+    "02_train": [WaveletCodec, build_backbone, Trainer, distance_to, _launch],
+}
+
+
 def check(experiment: Experiment) -> None:
     """Refuse what the notebooks would only find out later: sizes that do not divide, a data set that is not there.
 
     Builds codec, network and solver from the parameters that are there, without memory and without weights.
-
-    Raises:
-        ValueError: as the part that refuses says it.
+    ValueError: as the part that refuses says it.
     """
     parameters = experiment.parameters
-    tables: dict[str, Iterable[str]] = {
-        "weighting": WEIGHTINGS, "schedule": SCHEDULES, "prediction_type": PREDICTION_TYPES, "backbone": BACKBONES,
-    }  # fmt: skip
-    for name, table in tables.items():
+    for name, table in CHOICES.items():
         if parameters.get(name) is not None:
             check_choice(name, parameters[name], table)
+    for notebook in experiment.notebooks:
+        if notebook.stem in TAKEN_BY:
+            refuse_untaken(experiment.values(notebook), TAKEN_BY[notebook.stem])
     if "precision" in parameters:
         resolve_precision(parameters["precision"])
     if {"dataset", "resolution"} <= parameters.keys():
         data.check_source(**share(data.check_source, parameters))
-    for notebook in experiment.notebooks:
-        if notebook.stem == "01_prepare":
-            refuse_untaken(experiment.values(notebook), [data.prepare])
-        if notebook.stem == "02_train":
-            refuse_untaken(experiment.values(notebook), [WaveletCodec, build_backbone, Trainer, distance_to, _launch])
     with torch.device("meta"):
         if {"wavelet", "resolution"} <= parameters.keys():
             WaveletCodec(**share(WaveletCodec, parameters)).check_size(*[parameters["resolution"]] * 2)
@@ -170,15 +163,11 @@ def share(function: Callable, parameters: Parameters) -> dict[str, Any]:
 def refuse_untaken(parameters: Parameters, functions: Iterable[Callable]) -> None:
     """ValueError that names a parameter which none of the functions has an argument for, if there is one."""
     known = {name for function in functions for name in inspect.signature(function).parameters}
-    if untaken := [name for name in parameters if name != "run" and name not in known]:
-        raise ValueError(
-            f"got a parameter {untaken[0]!r} that nothing takes, wanted each to be used: give it to what should take "
-            "it, or remove it from the notebook's cell"
-        )
+    if untaken := parameters.keys() - known - {"run"}:
+        raise ValueError(f"got a parameter {min(untaken)!r} that nothing takes: remove it from the notebook's cell")
 
 
 def _network(parameters: Parameters, dataset: str, size: int, channels: int) -> ModelMixin:
     torch.manual_seed(parameters.get("seed", 0))
     given = share(build_backbone, parameters) | {"dataset": dataset, "image_size": size, "image_channels": channels}
     return build_backbone(**given)
-

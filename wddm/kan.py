@@ -28,16 +28,16 @@ def spline_basis(x: Tensor) -> Tensor:
     """Values of the 8 cubic B-splines at x: (...,) -> (..., 8).
 
     On a uniform grid every basis is the same piecewise cubic of the distance d to its centre, in knots:
-    B(d) = ((2 - d)_+^3 - 4 (1 - d)_+^3) / 6, so no recursion over orders and no tensor of 11 intervals.
+    B(d) = ((2 - d)_+^3 - 4 (1 - d)_+^3) / 6, which needs no recursion over orders.
     """
     return _basis(*_ramps(_offsets(x.unsqueeze(-1)))).squeeze(-1)
 
 
 class SplineSum(torch.autograd.Function):
-    """y_o = sum_ik W_oki B_k(x_i): (n, in), (out, 8, in) -> (n, out), some rows at a time. Differentiable once.
+    """y_o = sum_ik W_oki B_k(x_i): (n, in), (out, 8, in) -> (n, out), for some rows at a time. Differentiable once.
 
-    The basis values take 8 times the memory of x. They are not kept; the backward pass computes them again. Under
-    autocast the matrix products have its type.
+    The basis values would take 8 times the memory of x, so they are not kept: the backward pass computes them again.
+    Under autocast the matrix products run in its dtype.
     """
 
     @staticmethod
@@ -59,7 +59,7 @@ class SplineSum(torch.autograd.Function):
 
 
 def _bases(x: Tensor, grad_bases: Tensor | None = None, grad_x: Tensor | None = None) -> Tensor:
-    """Basis values (n, 8, in) at x (n, in); given the gradient of the values, that of x is written to `grad_x`.
+    """Basis values (n, 8, in) at x (n, in). If their gradient is given, the gradient of x is written to `grad_x`.
 
     B'(d) = -((2 - d)_+^2 - 4 (1 - d)_+^2) / 2, and d' = sign / SPACING.
     """
@@ -76,7 +76,7 @@ def _bases(x: Tensor, grad_bases: Tensor | None = None, grad_x: Tensor | None = 
 
 
 def _rows(x: Tensor, values: int) -> int:
-    """How many rows of x (n, in) have `values` basis values; on a GPU, which has memory for more, 2^26 of them."""
+    """How many rows of x (n, in) have `values` basis values in all; on a GPU, which has more memory, 2^26 values."""
     return max(1, (values if x.device.type == "cpu" else 2**26) // (BASES * x.shape[1]))
 
 
@@ -93,7 +93,7 @@ def _ramps(offsets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _basis(outer: Tensor, inner: Tensor, out: Tensor | None = None) -> Tensor:
-    """B of the two ramps."""
+    """B(d) of the two ramps of d, written to `out` if it is given."""
     return torch.sub(outer.pow(3), inner.pow(3), alpha=4, out=out).div_(6)
 
 

@@ -1,11 +1,11 @@
-"""What the denoiser learns, and the solvers that undo the noise it learns of, on coefficients z of images x.
+"""What the denoiser learns, and the solvers that remove noise with it; z are the coefficients of images x.
 
     z_t = sqrt(a_t) z + sqrt(1 - a_t) eps        a_t: `alphas_cumprod[t]` of the scheduler (Ho et al. 2020)
     epsilon: eps      sample: z      v_prediction: sqrt(a_t) eps - sqrt(1 - a_t) z   (Salimans & Ho 2022)
     SNR(t) = a_t / (1 - a_t)
 
-The network is shown z_t and t and nothing else. A weighting is a function in `WEIGHTINGS`, a solver a diffusers class
-in `SOLVERS`.
+The network is shown z_t and t and nothing else. To add a weighting, write a function and enter it in `WEIGHTINGS`; to
+add a solver, enter its diffusers class in `SOLVERS`.
 """
 
 import inspect
@@ -50,10 +50,9 @@ def target(scheduler: SchedulerMixin, z: Tensor, noise: Tensor, t: Tensor) -> Te
 
 def clean_estimate(scheduler: SchedulerMixin, noisy: Tensor, output: Tensor, t: Tensor) -> Tensor:
     """The estimate of z (B, 4^L C, h, w) that the network's `output` for `noisy` implies, at each sample's own t."""
-    prediction_type = scheduler.config.prediction_type
+    prediction_type, a = scheduler.config.prediction_type, alphas_cumprod(scheduler, t)  # (B, 1, 1, 1)
     if prediction_type == "sample":
         return output
-    a = alphas_cumprod(scheduler, t)  # (B, 1, 1, 1)
     if prediction_type == "epsilon":
         return (noisy - (1 - a).sqrt() * output) / a.sqrt()
     return a.sqrt() * noisy - (1 - a).sqrt() * output
@@ -98,8 +97,8 @@ def diffusion_loss(
 ) -> Loss:
     """Loss of a batch of images (B, C, H, W) in [-1, 1], with noise shaped as their coefficients and t (B,).
 
-    The reconstruction term is the smooth L1 distance between the decoded clean estimate and the image, times a_t, so
-    that the estimates at large t, where 1/sqrt(a_t) blows up any error of the noise, do not drown the others.
+    `reconstruction` weights a second term: the smooth L1 distance between the decoded clean estimate and the image,
+    times a_t, because at large t the division by sqrt(a_t) makes any error of the noise large.
     """
     z = codec.encode(images)
     noisy = scheduler.add_noise(z, noise, t)
@@ -126,7 +125,7 @@ SOLVERS = {  # name: class of diffusers
     "deis": "DEISMultistepScheduler",
     "lms": "LMSDiscreteScheduler",
 }
-SETTINGS: dict[str, dict[str, Any]] = {  # of single solvers, beside those that all of them share
+SETTINGS: dict[str, dict[str, Any]] = {  # of one solver each
     "ddpm": {"variance_type": "fixed_small"},
     "pndm": {"skip_prk_steps": True},  # the Runge-Kutta start diverges where the schedule leaves no signal
 }
@@ -136,11 +135,8 @@ SINGLE_STEP = ("ddpm", "ddim", "euler", "euler_a", "heun")  # they keep nothing 
 
 
 def default_spacing(name: str) -> str:
-    """ "trailing", which starts at pure noise; but "leading" for heun.
-
-    From pure noise (sigma near 20,000 on our schedule) heun's correction takes a derivative from far below over all of
-    the first step: the network's error grows a hundredfold, and no image comes of it.
-    """
+    """Spacing that starts at pure noise ("trailing"), but "leading" for heun: its first step from there, where sigma is
+    near 20,000, multiplies the network's error a hundredfold, and no image comes out."""
     return "leading" if name == "heun" else "trailing"
 
 
@@ -170,10 +166,9 @@ def build_solver(
     known = inspect.signature(solver.__init__).parameters
     options = {**NOISE, "prediction_type": prediction_type, **SETTINGS.get(name, {})}
     if "timestep_spacing" in known:
-        spacing = spacing or default_spacing(name)
-        check_choice("spacing", spacing, ("leading", "trailing", "linspace"))
-        options["timestep_spacing"] = spacing
-    elif spacing is not None:
+        options["timestep_spacing"] = spacing or default_spacing(name)
+        check_choice("spacing", options["timestep_spacing"], ("leading", "trailing", "linspace"))
+    elif spacing:
         raise ValueError(f"got spacing={spacing!r} for {name}, which spaces its steps itself: leave spacing out")
     if "clip_sample" in known:
         options |= {"clip_sample": True, "clip_sample_range": codec.clip_value.item() if codec else 1.0}
@@ -181,7 +176,7 @@ def build_solver(
 
 
 def check_options(name: str, *, eta: float = 0.0, detail_steps: int | None = None) -> None:
-    """Raise a ValueError that says which option of sampling a solver cannot honour, if there is one."""
+    """Raise a ValueError if the solver called `name` does not have one of these options of sampling."""
     if eta and name != "ddim":
         raise ValueError(f"got eta={eta} for {name}, wanted 0: only ddim knows eta, take it or leave eta out")
     if not 0 <= eta <= 1:
@@ -193,13 +188,14 @@ def check_options(name: str, *, eta: float = 0.0, detail_steps: int | None = Non
 def exact_step(solver: SchedulerMixin) -> Callable[..., Any]:
     """`solver.step`, made to end exactly at the next of the timesteps that are set.
 
-    DDIM and PNDM take t - 1000 // num_inference_steps for the next timestep, which is another one where the steps do
-    not divide 1000: at 300 steps, spaced trailing, the spread of a Gaussian came out 18 % too wide. So before each step
-    they are told the number of steps that the gap to the next timestep stands for.
+    DDIM and PNDM step to t - 1000 // num_inference_steps, which is another timestep where the number of steps does not
+    divide 1000: at 300 steps, spaced trailing, a Gaussian's standard deviation came out 18 % too large. So before each
+    step `num_inference_steps` is set to 1000 divided by the gap to the next timestep.
     """
     if type(solver).__name__ not in ASSUME_EQUAL_GAPS:
         return solver.step
-    count, gaps = solver.num_inference_steps, list[int]()
+    count = solver.num_inference_steps
+    gaps: list[int] = []
     for t, after in pairwise([*solver.timesteps.tolist(), -1]):
         gaps.append(t - after or gaps[-1])  # PNDM visits its second timestep twice, to do the first step again
     remaining = iter(gaps)

@@ -6,7 +6,7 @@ Checkpoints in the published format (class name `UKANHybrid`, see loading.py) lo
 
 import math
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -18,6 +18,9 @@ from torch.nn import functional as F
 
 from wddm.kan import KANBlock
 from wddm.loading import CLASS_NAME, fetched, load_published, load_strictly, read_config
+from wddm.wavelets import check_multiple
+
+FEWER_WIDTHS = "give fewer widths, a smaller level or another resolution"
 
 
 class UKANModel(ModelMixin, ConfigMixin):
@@ -29,11 +32,11 @@ class UKANModel(ModelMixin, ConfigMixin):
         block_out_channels: width of every level; each level but the last halves the side.
         layers_per_block: residual blocks per level on the way down; one more on the way up.
         attention_levels: levels (0 = finest) whose residual blocks are followed by self-attention.
-        attention_head_dim: channels of an attention head, or their greatest common divisor with the level's width.
+        attention_head_dim: channels of an attention head, or its greatest common divisor with the level's width.
         dropout: probability inside the residual blocks, in training only.
-        norm_num_groups: groups of GroupNorm, or their greatest common divisor with the width.
+        norm_num_groups: groups of GroupNorm, or its greatest common divisor with the width.
         num_train_timesteps: rows of the time table; timesteps lie in [0, num_train_timesteps - 1].
-        base_channels: width of the first convolution and a quarter of the time embedding's; None: the first level's.
+        base_channels: width of the first convolution, and a quarter of the time embedding's; None: the first level's.
 
     Raises:
         ValueError: maps that cannot be halved once per level after the first.
@@ -58,11 +61,7 @@ class UKANModel(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         width, levels = base_channels or block_out_channels[0], len(block_out_channels)
-        if sample_size % 2 ** (levels - 1):
-            raise ValueError(
-                f"got sample_size={sample_size} with {levels} levels, wanted a multiple of {2 ** (levels - 1)}: "
-                "give fewer widths, a smaller wavelet level or another resolution"
-            )
+        check_multiple("maps of side", sample_size, 2 ** (levels - 1), f"{levels} widths", FEWER_WIDTHS)
         self.gradient_checkpointing = False
         time_width = 4 * width
         self.time_embedding = TimeEmbedding(num_train_timesteps, width, time_width)
@@ -101,24 +100,24 @@ class UKANModel(ModelMixin, ConfigMixin):
         """Denoise `sample` (B, C, h, w) at `timestep`, a number or one per sample (B,), fractions allowed."""
         timestep = torch.as_tensor(timestep, device=sample.device)
         time = self.time_embedding(timestep.reshape(-1).expand(len(sample)))
-        again = self.gradient_checkpointing and torch.is_grad_enabled()
-        through = self._gradient_checkpointing_func if again else nn.Module.__call__
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        call = self._gradient_checkpointing_func if recompute else nn.Module.__call__
         x = self.conv_in(sample)
         skips = [x]
         for block in self.down:
-            x = through(block, x, time)
+            x = call(block, x, time)
             skips.append(x)
         if self.bottleneck is not None:
-            x = through(self.bottleneck, x, time)
+            x = call(self.bottleneck, x, time)
         for block in self.up:
             if isinstance(block, ResidualBlock):
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = through(block, x, time)
+            x = call(block, x, time)
         x = self.conv_out(F.silu(self.norm_out(x)))
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **kwargs) -> Self:
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> Self:
         """Load from a folder or Hub repository, in our format or the published one, in eval mode.
 
         Raises:
@@ -219,10 +218,10 @@ class KANBottleneck(nn.Module):
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(middle), nn.LayerNorm(deep), nn.LayerNorm(middle)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        half = tokens_through(self.kan1, self.norm1, self.embed1(x), time)  # (B, 3c/2, h/2, w/2)
-        quarter = tokens_through(self.kan2, self.norm2, self.embed2(half), time)  # (B, 2c, h/4, w/4)
+        half = on_tokens(self.kan1, self.norm1, self.embed1(x), time)  # (B, 3c/2, h/2, w/2)
+        quarter = on_tokens(self.kan2, self.norm2, self.embed2(half), time)  # (B, 2c, h/4, w/4)
         half = half + self.decode1(quarter, time, half.shape[-2:])
-        half = tokens_through(self.kan3, self.norm3, half, time)
+        half = on_tokens(self.kan3, self.norm3, half, time)
         return x + self.decode2(half, time, x.shape[-2:])
 
 
@@ -250,8 +249,8 @@ class Decode(nn.Module):
         return F.silu(F.interpolate(x, size=size, mode="bilinear"))
 
 
-def tokens_through(block: KANBlock, norm: nn.LayerNorm, x: Tensor, time: Tensor) -> Tensor:
-    """Run a token block and its norm on a map (B, c, h, w)."""
+def on_tokens(block: KANBlock, norm: nn.LayerNorm, x: Tensor, time: Tensor) -> Tensor:
+    """Apply a token block and its norm to a map (B, c, h, w), whose positions are the tokens."""
     tokens = x.flatten(2).transpose(1, 2)  # (B, hw, c)
     return norm(block(tokens, time)).transpose(1, 2).unflatten(2, x.shape[-2:])
 

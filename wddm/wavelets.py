@@ -3,11 +3,12 @@
 An image (B, C, H, W) in [-1, 1] becomes (B, 4^L C, H/2^L, W/2^L): L levels of a periodised, separable discrete
 wavelet transform (Mallat 1989), bands stacked as channels, every channel shifted and scaled. Bands are named as in
 PyWavelets: A approximation, H horizontal detail (high-pass along the height), V vertical, D diagonal.
-Level 0 is the identity, so that a model of pixels is a setting of the codec and of nothing else.
+Level 0 is the identity, so that a model of pixels needs no code of its own.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from itertools import product
 from typing import Self
 
 import numpy as np
@@ -34,7 +35,7 @@ class WaveletCodec(ModelMixin, ConfigMixin):
         channels: image channels; only "band" scaling needs it, and `fit` fills it in.
 
     Raises:
-        ValueError: unknown wavelet, transform, scaling or band order; a wavelet that loses something; negative level.
+        ValueError: unknown wavelet, transform, scaling or band order; a wavelet without exact inverse; negative level.
     """
 
     shift: Tensor
@@ -59,7 +60,11 @@ class WaveletCodec(ModelMixin, ConfigMixin):
             raise ValueError(f"got level={level}, wanted 0 or more: level 0 works on pixels")
         self.filter_length = filter_length(wavelet)
         if wavelet not in HAAR and level > 0:
-            self.analysis, self.synthesis = filter_banks(wavelet)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # pytorch-wavelets imports the deprecated pkg_resources
+                from pytorch_wavelets import DWTForward, DWTInverse
+            self.analysis = DWTForward(1, wavelet, mode="periodization")
+            self.synthesis = DWTInverse(wavelet, mode="periodization")
         statistics = (4**level * channels, 1, 1) if scaling == "band" and channels else (1, 1, 1)
         self.register_buffer("shift", torch.zeros(statistics))
         self.register_buffer("scale", torch.full(statistics, 2.0**level if scaling == "dyadic" else 1.0))
@@ -73,7 +78,7 @@ class WaveletCodec(ModelMixin, ConfigMixin):
         """
         self.check_size(*images.shape[-2:])
         self._check_statistics(images.shape[1])
-        return (self._stack(images) - self.shift) / self.scale
+        return (self._stack(images, self.config.level) - self.shift) / self.scale
 
     forward = encode  # so that a codec is exported, compiled and hooked as any module
 
@@ -84,23 +89,30 @@ class WaveletCodec(ModelMixin, ConfigMixin):
             ValueError: the channels are not those of this level; "band" scaling was not fitted.
         """
         channels, bands = coefficients.shape[1], 4**self.config.level
-        if channels % bands:
-            raise ValueError(
-                f"got {channels} channels, wanted a multiple of {bands} (4^level, level={self.config.level}): "
-                "decode with the level that encoded"
-            )
+        check_multiple("channels", channels, bands, "4^level", "decode with the level that encoded")
         self._check_statistics(channels // bands)
-        return self._unstack(coefficients * self.scale + self.shift)
+        return self._unstack(coefficients * self.scale + self.shift, self.config.level)
 
     @torch.no_grad()
     def fit(self, images: np.ndarray, batch_size: int = 1024) -> Self:
         """Measure uint8 images (N, H, W, C): the channel statistics of "band" scaling, and `clip_value`."""
+        level, (height, width, channels) = self.config.level, images.shape[1:]
+        self.check_size(height, width)
+        sums, count, extremes = torch.zeros(2, 4**level * channels, dtype=torch.float64), 0, []
+        for start in range(0, len(images), batch_size):
+            batch = torch.from_numpy(np.array(images[start : start + batch_size])).permute(0, 3, 1, 2)
+            z = self._stack((batch.float() / 127.5 - 1).to(self.clip_value), level)
+            extremes += [z.amin((0, 2, 3)), z.amax((0, 2, 3))]
+            z = z.double()
+            sums += torch.stack((z.sum((0, 2, 3)), z.square().sum((0, 2, 3)))).cpu()
+            count += z[:, 0].numel()
         if self.config.scaling == "band":
-            mean, std = self._moments(images, batch_size)
-            self.register_to_config(channels=images.shape[-1])
+            mean, square = sums / count
+            std = (square - mean.square()).clamp_min(1e-8).sqrt()
+            self.register_to_config(channels=channels)
             self.shift, self.scale = (value.view(-1, 1, 1).to(self.scale) for value in (mean, std))
-        largest = max(self.encode(batch).abs().max().item() for batch in self._batches(images, batch_size))
-        self.clip_value = torch.tensor(max(1.0, largest)).to(self.clip_value)
+        scaled = (torch.stack(extremes)[..., None, None] - self.shift) / self.scale  # (2 batches, 4^L C, 1, 1)
+        self.clip_value = scaled.abs().max().clamp_min(1.0)
         return self
 
     def bands(self) -> list[str]:
@@ -112,14 +124,10 @@ class WaveletCodec(ModelMixin, ConfigMixin):
         order, level = self.config.band_order, self.config.level
         if level == 0:
             return ["pixels"]
-        names = list(order)
-        for depth in range(2, level + 1):
-            if self.config.transform == "packet":
-                names = [path + band for band in order for path in names]
-            else:
-                cells = range(4 ** (depth - 1))
-                names = names + [f"{band}{level - depth + 1}.{i}" for band in order[1:] for i in cells]
-        return names
+        if self.config.transform == "packet":
+            return ["".join(reversed(path)) for path in product(order, repeat=level)]
+        cells = ((depth, band, i) for depth in range(1, level) for band in order[1:] for i in range(4**depth))
+        return [*order, *(f"{band}{level - depth}.{i}" for depth, band, i in cells)]
 
     def shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
         """(4^L C, H/2^L, W/2^L): the shape of one image's coefficients."""
@@ -128,18 +136,15 @@ class WaveletCodec(ModelMixin, ConfigMixin):
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError, saying which side and what to do, if images of this size cannot be encoded."""
-        level, wavelet = self.config.level, self.config.wavelet
+        level, taps = self.config.level, self.filter_length
         for name, side in (("height", height), ("width", width)):
-            if side % 2**level:
+            why = f"2^level, level={level}"
+            check_multiple(name, side, 2**level, why, "resize the images, or choose a smaller level")
+            shortest = 2 * side // 2**level  # what the last split is given
+            if level and shortest < taps:
                 raise ValueError(
-                    f"got {name} {side}, wanted a multiple of {2**level} (2^level, level={level}): "
-                    f"resize the images, or choose a smaller level"
-                )
-            if level and side // 2 ** (level - 1) < self.filter_length:
-                raise ValueError(
-                    f"got {name} {side}, which is {side // 2 ** (level - 1)} at level {level}, wanted at least "
-                    f"{self.filter_length} (the filter of {wavelet!r}): choose a shorter wavelet, a smaller level "
-                    "or larger images"
+                    f"got {name} {side}, which is {shortest} at level {level}, wanted at least {taps} (the filter of "
+                    f"{self.config.wavelet!r}): choose a shorter wavelet, a smaller level or larger images"
                 )
 
     def _check_statistics(self, channels: int) -> None:
@@ -151,28 +156,30 @@ class WaveletCodec(ModelMixin, ConfigMixin):
                 'scaling="band": call codec.fit(images) first'
             )
 
-    def _stack(self, x: Tensor) -> Tensor:
-        """Unscaled coefficients: `level` splits of everything (packet) or of A only (pyramid)."""
-        folded: list[Tensor] = []
-        for depth in range(1, self.config.level + 1):
-            x = self._split(x)
-            if self.config.transform == "pyramid" and depth < self.config.level:
-                x, details = x.tensor_split([x.shape[1] // 4], dim=1)
-                folded.insert(0, _fold(details, 2 ** (self.config.level - depth)))
-        return torch.cat([x, *folded], dim=1) if folded else x
+    def _stack(self, x: Tensor, level: int) -> Tensor:
+        """Unscaled coefficients after `level` more splits: of all bands (packet), or of A alone (pyramid)."""
+        if level == 0:
+            return x
+        z = self._split(x)
+        if self.config.transform == "packet" or level == 1:
+            return self._stack(z, level - 1)
+        a, details = z.tensor_split([x.shape[1]], dim=1)
+        cell = 2 ** (level - 1)  # of the finer grid, in one position of the coarsest
+        maps = details.unflatten(3, (-1, cell)).unflatten(2, (-1, cell)).unflatten(1, (3, -1))
+        folded = maps.permute(0, 1, 4, 6, 2, 3, 5).flatten(1, 4)  # (B, 3, C, h, cell, w, cell) -> (B, 3 cell^2 C, h, w)
+        return torch.cat((self._stack(a, level - 1), folded), dim=1)
 
-    def _unstack(self, z: Tensor) -> Tensor:
+    def _unstack(self, z: Tensor, level: int) -> Tensor:
         """Inverse of `_stack`."""
-        level, channels = self.config.level, z.shape[1]
-        sizes = [channels]
-        if self.config.transform == "pyramid" and level:
-            sizes = [channels // 4 ** (level - 1), *(3 * channels // 4 ** (level - d) for d in range(1, level))]
-        x, *folded = z.split(sizes, dim=1)
-        for depth in range(level):
-            if depth and folded:
-                x = torch.cat([x, _unfold(folded[depth - 1], 2**depth)], dim=1)
-            x = self._merge(x)
-        return x
+        if level == 0:
+            return z
+        if self.config.transform == "packet" or level == 1:
+            return self._merge(self._unstack(z, level - 1))
+        a, folded = z.tensor_split([z.shape[1] // 4], dim=1)
+        cell = 2 ** (level - 1)
+        maps = folded.unflatten(1, (3, cell, cell, -1)).permute(0, 1, 4, 5, 2, 6, 3)  # (B, 3, C, h, cell, w, cell)
+        details = maps.flatten(5, 6).flatten(3, 4).flatten(1, 2)  # (B, 3C, h cell, w cell)
+        return self._merge(torch.cat((self._unstack(a, level - 1), details), dim=1))
 
     def _split(self, x: Tensor) -> Tensor:
         """One split (B, C, H, W) -> (B, 4C, H/2, W/2): A of all channels, then the details in `band_order`."""
@@ -192,31 +199,14 @@ class WaveletCodec(ModelMixin, ConfigMixin):
         h, v, d = self._ordered(*details)
         if self.config.wavelet not in HAAR:
             return self.synthesis((a, [torch.stack((h, v, d), dim=2)]))
-        top, low = (a + h, v + d), (a - h, v - d)
         x = a.new_empty(*a.shape[:-2], 2 * a.shape[-2], 2 * a.shape[-1])
-        x[..., 0::2, 0::2], x[..., 0::2, 1::2] = top[0] + top[1], top[0] - top[1]
-        x[..., 1::2, 0::2], x[..., 1::2, 1::2] = low[0] + low[1], low[0] - low[1]
+        for row, even, odd in ((0, a + h, v + d), (1, a - h, v - d)):
+            x[..., row::2, 0::2], x[..., row::2, 1::2] = even + odd, even - odd
         return x / 2
 
     def _ordered(self, h: Tensor, v: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Details from PyWavelets' order to `band_order`, or back: V and H swap, or nothing does."""
         return (v, h, d) if self.config.band_order == "AVHD" else (h, v, d)
-
-    def _moments(self, images: np.ndarray, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (float64) of every unscaled coefficient channel."""
-        totals, values = torch.zeros(2, 4**self.config.level * images.shape[-1], dtype=torch.float64), 0
-        for batch in self._batches(images, batch_size):
-            z = self._stack(batch).double()
-            totals += torch.stack((z.sum((0, 2, 3)), z.square().sum((0, 2, 3)))).cpu()
-            values += z[:, 0].numel()
-        mean, square = totals / values
-        return mean, (square - mean.square()).clamp_min(1e-8).sqrt()
-
-    def _batches(self, images: np.ndarray, batch_size: int) -> Iterator[Tensor]:
-        """uint8 (N, H, W, C) -> (B, C, H, W) in [-1, 1], of the codec's type and on its device, batch by batch."""
-        for start in range(0, len(images), batch_size):
-            batch = torch.from_numpy(np.array(images[start : start + batch_size]))
-            yield (batch.permute(0, 3, 1, 2).float() / 127.5 - 1).to(self.clip_value)
 
     def _fix_state_dict_keys_on_load(self, state_dict: dict[str, Tensor]) -> None:
         """Take `clip_value` from codecs that were saved when it was called `limit`."""
@@ -226,48 +216,24 @@ class WaveletCodec(ModelMixin, ConfigMixin):
 
 
 def check_choice(name: str, got: str, wanted: Iterable[str]) -> None:
-    """Raise a ValueError that lists what there is, if `got` is none of it."""
+    """Raise a ValueError that lists the choices, if `got` is none of them."""
     if got not in wanted:
         raise ValueError(f"got {name}={got!r}, wanted one of {', '.join(wanted)}: choose one of them")
 
 
-def filter_length(wavelet: str) -> int:
-    """Length of the longest filter of a PyWavelets family.
+def check_multiple(name: str, got: int, factor: int, reason: str, remedy: str) -> None:
+    """Raise a ValueError that says why and what to do, if `got` is no multiple of `factor`."""
+    if got % factor:
+        raise ValueError(f"got {name} {got}, wanted a multiple of {factor} ({reason}): {remedy}")
 
-    Raises:
-        ValueError: the family is unknown or continuous, or what it splits cannot be put together again (`dmey`).
-    """
+
+def filter_length(wavelet: str) -> int:
+    """Length of a family's longest filter; ValueError if it is unknown, continuous or not exactly invertible (dmey)."""
     if wavelet not in pywt.wavelist(kind="discrete"):
-        raise ValueError(
-            f"got wavelet={wavelet!r}, wanted an orthogonal or biorthogonal PyWavelets family such as haar, db2, "
-            "sym4, bior4.4: see pywt.wavelist(kind='discrete')"
-        )
+        raise ValueError(f"got wavelet={wavelet!r}, wanted an orthogonal or biorthogonal one: choose haar, db2, sym4")
     low, high, low_inverse, high_inverse = pywt.Wavelet(wavelet).filter_bank
     response = np.convolve(low, low_inverse) + np.convolve(high, high_inverse)  # ideally 0, ..., 0, 2, 0, ..., 0
     response[len(response) // 2] -= 2
     if np.abs(response).max() > 1e-6:
         raise ValueError(f"got wavelet={wavelet!r}, wanted one that reconstructs perfectly: choose haar, db2, sym4")
     return max(len(low), len(high), len(low_inverse), len(high_inverse))
-
-
-def filter_banks(wavelet: str) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """One level of analysis and synthesis by pytorch-wavelets, periodised."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pytorch-wavelets imports the deprecated pkg_resources
-        from pytorch_wavelets import DWTForward, DWTInverse
-    return DWTForward(1, wavelet, mode="periodization"), DWTInverse(wavelet, mode="periodization")
-
-
-def _fold(details: Tensor, cell: int) -> Tensor:
-    """Space-to-depth of (B, 3C, H, W) by `cell`, ordered band, position, colour: bands stay contiguous."""
-    batch, channels = details.shape[:2]
-    x = torch.nn.functional.pixel_unshuffle(details, cell)
-    x = x.view(batch, 3, channels // 3, cell**2, *x.shape[-2:]).transpose(2, 3)
-    return x.flatten(1, 3)
-
-
-def _unfold(folded: Tensor, cell: int) -> Tensor:
-    """Inverse of `_fold`."""
-    batch, channels = folded.shape[:2]
-    x = folded.view(batch, 3, cell**2, channels // (3 * cell**2), *folded.shape[-2:]).transpose(2, 3)
-    return torch.nn.functional.pixel_shuffle(x.flatten(1, 3), cell)
