@@ -78,19 +78,18 @@ def scores(generated: Features, real: Features, *, resamples: int = 20, seed: in
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     pools = [torch.from_numpy(side["2048"]) for side in (generated, real)]
-    fid = fid_statistics_to_metric(*map(fid_features_to_statistics, pools), False)["frechet_inception_distance"]
-    kid = kid_features_to_metric(*pools, kid_subset_size=min(SUBSET, *map(len, pools)), verbose=False)
-    parts = isc_features_to_metric(torch.from_numpy(generated["logits_unbiased"]), splits=SPLITS)
-    covered = prc_features_to_metric(*pools, save_cpu_ram=True, prc_batch_size=2000, verbose=False)
-    return {
-        "fid": fid_interval(fid, generated, real, resamples=resamples, seed=seed),
-        "kid": _gaussian(kid["kernel_inception_distance_mean"], kid["kernel_inception_distance_std"]),
-        "inception_score": _gaussian(parts["inception_score_mean"], parts["inception_score_std"], SPLITS),
-        **{
-            name: share(round(covered[name] * len(pool)), len(pool))._replace(value=covered[name])
-            for name, pool in zip(("precision", "recall"), pools, strict=True)
-        },
-    }
+    found = fid_statistics_to_metric(*map(fid_features_to_statistics, pools), False)
+    found |= kid_features_to_metric(*pools, kid_subset_size=min(SUBSET, *map(len, pools)), verbose=False)
+    found |= isc_features_to_metric(torch.from_numpy(generated["logits_unbiased"]), splits=SPLITS)
+    found |= prc_features_to_metric(*pools, save_cpu_ram=True, prc_batch_size=2000, verbose=False)
+    fid = found["frechet_inception_distance"]
+    estimates = {"fid": fid_interval(fid, generated, real, resamples=resamples, seed=seed)}
+    for key, name, parts in (("kid", "kernel_inception_distance", 1), ("inception_score", "inception_score", SPLITS)):
+        mean, half = found[f"{name}_mean"], NORMAL90 * found[f"{name}_std"] / parts**0.5
+        estimates[key] = Estimate(mean, mean - half, mean + half)
+    for key, pool in zip(("precision", "recall"), pools, strict=True):
+        estimates[key] = share(round(found[key] * len(pool)), len(pool))._replace(value=found[key])
+    return estimates
 
 
 def fid_interval(
@@ -113,12 +112,6 @@ def fid_interval(
         variance = (weights @ (x - mean) ** 2).sum() / (count - 1)
         distances.append(mean @ mean + variance - 2 * cross)  # the trace of the real covariance is left out
     return distance_estimate(fid, np.array(distances))
-
-
-def _gaussian(mean: float, std: float, count: int = 1) -> Estimate[float]:
-    """A mean over `count` parts, with the interval of a Gaussian."""
-    half = NORMAL90 * std / count**0.5
-    return Estimate(mean, mean - half, mean + half)
 
 
 def _downloaded() -> Path:

@@ -2,12 +2,12 @@
 
 Every metric is a function of samples (uint8, (N, H, W, C)), a reference and `Options` that returns scores, each with
 its interval and its floor. A new one is a function and its entry in METRICS. What depends on the reference alone is
-kept in `statistics/` of its folder, under the sha256 of its images.
+kept in `.statistics/` of its folder, under the sha256 of its images.
 """
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 from PIL import Image
 
 from wddm.data import Dataset, load
@@ -32,23 +33,16 @@ Floors = dict[str, Estimate[float]]
 
 @dataclass(frozen=True)
 class Options:
-    """What the metrics are told; each takes what it needs.
+    """What the metrics are told; each takes what it needs."""
 
-    level: level of the FWD's wavelet packets.
-    seed: seed of everything random.
-    device: where networks run and moments are added up.
-    inception_weights: torch-fidelity's file; None: where torch-fidelity downloads it to.
-    progress: wraps a range of batches, to show a bar.
-    """
-
-    level: int = 3
-    seed: int = 0
-    device: diagnostics.Device = "cpu"
-    inception_weights: str | Path | None = None
-    progress: Callable[[range], Iterable[int]] = lambda batches: batches
+    level: int = 3  # of the FWD's wavelet packets
+    seed: int = 0  # of everything random
+    device: diagnostics.Device = "cpu"  # where networks run and moments are added up
+    inception_weights: str | Path | None = None  # torch-fidelity's file; None: where torch-fidelity downloads it to
+    progress: Callable[[range], Iterable[int]] = lambda batches: batches  # wraps a range of batches, to show a bar
 
     @property
-    def bootstrap(self) -> dict[str, Any]:
+    def bootstrap(self) -> dict[str, int]:
         """How intervals are drawn."""
         return {"resamples": RESAMPLES, "seed": self.seed}
 
@@ -111,7 +105,8 @@ def evaluate(samples: np.ndarray, reference: Dataset, options: Options = Options
 
 def wavelet(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
     """FWD; `detail` is the `frechet.Frechet` with all packets."""
-    found, floor = _frechet(f"fwd-level{options.level}", samples, reference, options)
+    vectors = diagnostics.haar_packets(options.level)
+    found, floor = _distance(f"fwd-level{options.level}", vectors, samples, reference, options)
     counts, name = (len(samples), len(reference.images)), f"FWD, level {options.level}"
     return [Score("fwd", name, found.distance, floor, *counts, options.protocol, found)]
 
@@ -122,10 +117,12 @@ def classifier(samples: np.ndarray, reference: Dataset, options: Options) -> lis
     key, name = f"fd_{known_as.replace('-', '_')}", f"FD, {known_as} (not FID)"
     counts = len(samples), len(reference.images)
     try:
-        network = reference_classifier(reference, options.seed).to(options.device)  # type: ignore[arg-type]
-        found, floor = _frechet(f"{known_as}-{_digest(network)}", samples, reference, options, network)
+        network = reference_classifier(reference, options.seed)
+        stem = f"{known_as}-{hashlib.sha256(safetensors.torch.save(network.state_dict())).hexdigest()[:8]}"
+        network.to(options.device)
+        found, floor = _distance(stem, frechet.features(network), samples, reference, options)
     except ValueError as error:  # no labels, or too few images
-        return [_none(key, name, *counts, str(error))]
+        return [Score(key, name, None, None, *counts, f"not computed: {error}")]
     judged = f"classifier right on {network.accuracy.value:.1%} of {len(network.right):,} held-out images"
     return [Score(key, name, found.distance, floor, *counts, f"{options.protocol}; {judged}", network)]
 
@@ -134,9 +131,13 @@ def by_inception(samples: np.ndarray, reference: Dataset, options: Options) -> l
     """FID, KID, Inception score, precision and recall; one score without a value where there are no weights."""
     counts, path = (len(samples), len(reference.images)), inception.find_weights(options.inception_weights)
     if path is None:
-        return [_none("fid", ", ".join(INCEPTION.values()), *counts, "no Inception weights")]
+        why = "not computed: no Inception weights"
+        return [Score("fid", ", ".join(INCEPTION.values()), None, None, *counts, why)]
     network, digest = inception.build(path, options.device), sha256(path)
-    extract = lambda images: inception.features(images, network, options.progress)  # noqa: E731
+
+    def extract(images: np.ndarray) -> inception.Features:
+        return inception.features(images, network, options.progress)
+
     real = _kept(reference, f"inception-{digest[:16]}", lambda: extract(reference.images))
     found = inception.scores(extract(samples), real, **options.bootstrap)
 
@@ -155,24 +156,20 @@ def copies(samples: np.ndarray, reference: Dataset, options: Options) -> list[Sc
     Of the first SEARCHED samples, and as many real images and the nearest of the others to each. `detail`:
     rows and distances (n, 3) of the samples' neighbours, distances (m, 2) of the real images'.
     """
-    real, drawn = reference.images, min(SEARCHED, len(reference.images))
+    real = reference.images
     rows, distances = diagnostics.nearest_neighbours(samples[:SEARCHED], real, k=3)
-    chosen = np.sort(np.random.default_rng(options.seed).choice(len(real), drawn, replace=False))
-    apart = diagnostics.nearest_neighbours(real[chosen], real, k=3)[1][:, 1:]  # the nearest is the image itself
-    near, counts, protocol = np.quantile(apart[:, 0], 0.01), (len(distances), len(real)), f"seed {options.seed}"
-    detail = {"rows": rows, "distances": distances, "apart": apart}
-
-    def score(key: str, name: str, of_samples: Estimate[float], of_real: Estimate[float]) -> Score:
-        return Score(key, name, of_samples, of_real, *counts, protocol, detail)
-
-    def shares(hits: Callable[[np.ndarray], np.ndarray]) -> list[Estimate[float]]:
-        return [share(hits(each).sum(), len(each)) for each in (distances, apart)]
-
-    nearest = median(distances[:, 0]), median(apart[:, 0])
+    drawn = np.random.default_rng(options.seed).choice(len(real), min(SEARCHED, len(real)), replace=False)
+    apart = diagnostics.nearest_neighbours(real[np.sort(drawn)], real, k=3)[1][:, 1:]  # the nearest is the image itself
+    near, memorised = np.quantile(apart[:, 0], 0.01), diagnostics.memorised
+    statistics: dict[str, tuple[str, Callable[[np.ndarray], Estimate[float]]]] = {
+        "nearest_distance": ("median distance to the nearest real image", lambda d: median(d[:, 0])),
+        "copies_share": ("share nearer to one than 99 % of those are", lambda d: share((d[:, 0] < near).sum(), len(d))),
+        "memorised_share": ("share memorised", lambda d: share(memorised(d).sum(), len(d))),
+    }
+    counts, detail = (len(distances), len(real)), {"rows": rows, "distances": distances, "apart": apart}
     return [
-        score("nearest_distance", "median distance to the nearest real image", *nearest),
-        score("copies_share", "share nearer to one than 99 % of those are", *shares(lambda each: each[:, 0] < near)),
-        score("memorised_share", "share memorised", *shares(diagnostics.memorised)),
+        Score(key, name, estimate(distances), estimate(apart), *counts, f"seed {options.seed}", detail)
+        for key, (name, estimate) in statistics.items()
     ]
 
 
@@ -181,18 +178,14 @@ METRICS: dict[str, Callable[[np.ndarray, Dataset, Options], list[Score]]] = {
 }  # fmt: skip
 
 
-def caveat(samples: Sequence) -> str:
-    """What must be said beside numbers of so many images."""
+def fairness(count: int, reference: Dataset) -> str:
+    """What must be said beside scores of so many samples: how many images scores and floors compare, and what a
+    perfect model would score by the bias of distances."""
+    total, half = len(reference.images), min(count, len(reference.images) // 2)
+    expected, others = (1 / count + 1 / total) / (1 / half + 1 / (total - half)), total - half
     few = "Fewer than 10,000 images: compares only within this workbook, and only at this number. "
-    return few if len(samples) < 10_000 else ""
-
-
-def fairness(samples: Sequence, reference: Dataset) -> str:
-    """How many images scores and floors compare, and what a perfect model would score by the bias of distances."""
-    n, total, half = len(samples), len(reference.images), min(len(samples), len(reference.images) // 2)
-    expected, others = (1 / n + 1 / total) / (1 / half + 1 / (total - half)), total - half
-    return (
-        f"Scores: {n:,} samples against {total:,} real images; floors: {half:,} real images against the {others:,} "
+    return few * (count < 10_000) + (
+        f"Scores: {count:,} samples against {total:,} real images; floors: {half:,} real images against the {others:,} "
         f"others, so that FWD and FD of a perfect model would be about {expected:.2f} times their floor."
     )
 
@@ -223,17 +216,13 @@ def read_images(path: Path) -> np.ndarray:
     files = sorted(file for file in path.glob("*.png") if file.name != "grid.png")  # an overview by `wddm sample`
     if not files:
         raise ValueError(f"got {path}, wanted a folder of PNGs, or samples.npy: give what wddm sample wrote")
-    images: list[np.ndarray] = []
-    for file in files:
-        pixels = np.asarray(Image.open(file))
-        pixels = pixels.reshape(*pixels.shape[:2], -1)
-        first = images[0] if images else pixels
-        if pixels.dtype != np.uint8 or pixels.shape != first.shape or pixels.shape[-1] not in (1, 3):
+    images = [np.atleast_3d(np.asarray(Image.open(file))) for file in files]
+    for file, pixels in zip(files, images, strict=True):
+        if pixels.dtype != np.uint8 or pixels.shape != images[0].shape or pixels.shape[-1] not in (1, 3):
             raise ValueError(
-                f"got {file} of {pixels.dtype} {pixels.shape} beside {first.shape}, wanted 8-bit grey or RGB images of "
-                "one size: convert them"
+                f"got {file} of {pixels.dtype} {pixels.shape} beside {images[0].shape}, wanted 8-bit grey or RGB "
+                "images of one size: convert them"
             )
-        images.append(pixels)
     return np.stack(images)
 
 
@@ -255,7 +244,7 @@ def find_reference(reference: str, root: Path) -> Dataset:
 
 
 def reference_classifier(reference: Dataset, seed: int = 0) -> diagnostics.Classifier:
-    """The classifier of a labelled reference, trained once and kept in `statistics/` if that is allowed."""
+    """The classifier of a labelled reference, trained once and kept in `.statistics/` if that is allowed."""
     if reference.labels is None:
         raise ValueError("got a reference without labels, wanted one for a classifier to learn from: choose another")
     folder = _place(reference, f"classifier-{reference.manifest['sha256']['labels'][:8]}-{seed}")
@@ -267,19 +256,13 @@ def reference_classifier(reference: Dataset, seed: int = 0) -> diagnostics.Class
     return network
 
 
-def _digest(network: diagnostics.Classifier) -> str:
-    """Tells a network from one with other weights."""
-    arrays = (tensor.cpu().numpy().tobytes() for tensor in network.state_dict().values())
-    return hashlib.sha256(b"".join(arrays)).hexdigest()[:8]
-
-
 def _place(reference: Dataset, name: str) -> Path:
     """Where something that depends on the reference alone is kept."""
-    return reference.folder / "statistics" / f"{reference.manifest['sha256']['images'][:16]}-{name}"
+    return reference.folder / ".statistics" / f"{reference.manifest['sha256']['images'][:16]}-{name}"
 
 
 def _kept(reference: Dataset, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` returns, from `statistics/` of the reference if it is there; written there if that is allowed."""
+    """What `make` returns, from `.statistics/` of the reference if it is there; written there if that is allowed."""
     path = _place(reference, f"{name}.npz")
     if path.is_file():
         with np.load(path) as arrays:
@@ -290,26 +273,18 @@ def _kept(reference: Dataset, name: str, make: Callable[[], dict[str, Any]]) -> 
     return made
 
 
-def _frechet(
-    stem: str,
-    samples: np.ndarray,
-    reference: Dataset,
-    options: Options,
-    network: diagnostics.Classifier | None = None,
+def _distance(
+    stem: str, vectors: diagnostics.Vectors, samples: np.ndarray, reference: Dataset, options: Options
 ) -> tuple[frechet.Frechet, Estimate[float] | None]:
-    """A distance and its floor: of the network's features, or the FWD if there is none."""
-    moments: Callable[..., frechet.Moments] = frechet.feature_moments if network else frechet.packet_moments
-    distance: Callable[..., frechet.Frechet] = (
-        frechet.frechet_feature_distance if network else frechet.frechet_wavelet_distance
-    )
-    of: dict[str, Any] = {"feature_extractor": network} if network else {"level": options.level}
-    of["device"] = options.device
-    real = _kept(reference, stem, lambda: moments(reference.images, **of).state())
-    found = distance(frechet.Moments(**real), samples, **of, **options.bootstrap)
+    """A distance and its floor; `stem` begins the names under which moments and floor are kept."""
+    images, device, bootstrap = reference.images, options.device, options.bootstrap
 
     def apart(count: int) -> Floors:
-        return {"distance": frechet.split_floor(reference.images, count=count, **of, **options.bootstrap).distance}
+        floor = frechet.split_floor(images, vectors, count=count, device=device, **bootstrap)
+        return {"distance": floor.distance}
 
+    real = _kept(reference, stem, lambda: frechet.moments(images, vectors, device=device).state())
+    found = frechet.distance(frechet.Moments(**real), samples, vectors, device=device, **bootstrap)
     return found, _floors(reference, stem, len(samples), options.seed, apart).get("distance")
 
 
@@ -322,7 +297,3 @@ def _floors(reference: Dataset, stem: str, count: int, seed: int, apart: Callabl
     except ValueError:  # too few images to be split
         return {}
     return {key: Estimate(*each.tolist()) for key, each in found.items()}
-
-
-def _none(key: str, name: str, count: int, count_real: int, why: str) -> Score:
-    return Score(key, name, None, None, count, count_real, f"not computed: {why}")

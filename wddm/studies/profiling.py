@@ -90,20 +90,17 @@ def time_in_turn(
 
 
 class Measurement(NamedTuple):
-    """What steps of `batch_size` images took: seconds a step in each round (R,), and peak memory in GiB beyond that of
-    Python with all imports; or the reason why not."""
+    """What steps of `batch_size` images took, or the `reason` why it is not known."""
 
-    seconds: np.ndarray | None = None
-    memory_gib: float | None = None
+    seconds: np.ndarray | None = None  # of a step, in each round (R,)
+    memory_gib: float | None = None  # at its peak, beyond that of Python with all imports
     reason: str | None = None
     batch_size: int = 1
 
 
 def speed(one: Measurement) -> list[float | None]:
     """Images a second: the median over rounds, and its quartiles."""
-    if one.seconds is None:
-        return [None] * 3
-    return np.quantile(one.batch_size / one.seconds, [0.5, 0.25, 0.75]).tolist()
+    return [None] * 3 if one.seconds is None else np.quantile(one.batch_size / one.seconds, [0.5, 0.25, 0.75]).tolist()
 
 
 def times_as_fast(ours: Measurement, theirs: Measurement) -> list[float | None]:
@@ -149,10 +146,10 @@ def compare(
     return found
 
 
-def _fits(make: Maker, at_least: float, max_seconds: float) -> Measurement:
-    """What a step takes alone; or the reason why it is not to be timed, as it takes so many seconds at least."""
-    if at_least > max_seconds:
-        return Measurement(reason=f"over {at_least:.3g} s a step")
+def _fits(make: Maker, minimum: float, max_seconds: float) -> Measurement:
+    """What a step takes alone; or the reason why it is not to be timed. It takes `minimum` seconds or more."""
+    if minimum > max_seconds:
+        return Measurement(reason=f"over {minimum:.3g} s a step")
     one = measure_alone(make)
     if one.seconds is not None and one.seconds[-1] > max_seconds:
         return one._replace(reason=f"{one.seconds[-1]:.3g} s a step", seconds=None)
@@ -197,8 +194,8 @@ def _measure_here(make: Maker, calls: int) -> Measurement:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
             return Measurement(reason="out of memory")
         raise
-    gpu = torch.cuda.is_available()
-    taken = torch.cuda.max_memory_allocated() if gpu else _anonymous_bytes(peak=True) - before
+    on_gpu = torch.cuda.is_available()
+    taken = torch.cuda.max_memory_allocated() if on_gpu else _anonymous_bytes(peak=True) - before
     return Measurement(np.array([seconds]), taken / 2**30)
 
 
@@ -210,8 +207,8 @@ def _anonymous_bytes(peak: bool = False) -> int:
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    kib = {line.split(":")[0]: line.split()[1] for line in status.read_text().splitlines() if line.endswith("kB")}
-    return 1024 * (int(kib["VmHWM"]) - int(kib["RssFile"]) if peak else int(kib["RssAnon"]))
+    kib = {name: int(size) for name, size in re.findall(r"^(\w+):\s+(\d+) kB$", status.read_text(), re.M)}
+    return 1024 * (kib["VmHWM"] - kib["RssFile"] if peak else kib["RssAnon"])
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 A setting is {name: value} of SETTING; a cell is a setting and the images that it is measured on: `count` of them, drawn
 from the seeds `first` on. `measured` measures every cell once, `pooled` makes of the cells a table with a row per
-setting, and `picked` to `failures` read that table. The last part looks into the trajectory of one sampler.
+setting, which the functions after it read. The last part looks into the trajectory of one sampler.
 """
 
 import functools
@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,7 @@ from wddm.checkpoints import public
 from wddm.data import Dataset, to_batch
 from wddm.files import append_row, read_rows
 from wddm.metrics import scores
+from wddm.metrics.intervals import Estimate
 from wddm.objective import alphas_cumprod, build_solver, check_options, clean_estimate, default_spacing
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
@@ -47,12 +48,12 @@ def settings(
 
     A spacing of None is the solver's default.
     """
-    found = (
-        (name, count, eta, spacing or default_spacing(name), None if details == count else details)
+    return [
+        dict(zip(SETTING, (name, count, eta, spacing or default_spacing(name), details), strict=True))
         for name, spacing in itertools.product(schedulers, spacings)
-        for eta, count, details in itertools.product(etas if name == "ddim" else (0.0,), steps, detail_steps)
-    )
-    return [dict(zip(SETTING, each, strict=True)) for each in found]
+        for eta, count in itertools.product(etas if name == "ddim" else (0.0,), steps)
+        for details in (None if details == count else details for details in detail_steps)
+    ]
 
 
 def cells(settings: Sequence[Row], sets: int, count: int, seed: int = 0) -> list[Row]:
@@ -64,12 +65,11 @@ def cells(settings: Sequence[Row], sets: int, count: int, seed: int = 0) -> list
 def context(pipeline: WaveletPipeline, reference: Dataset, **also: Any) -> Row:
     """What the numbers depend on beside the setting: checkpoint, real images, device, versions, and what is given."""
     device = pipeline.device
-    return {
+    return also | {
         "checkpoint": checkpoint_hash(pipeline),
         "reference": reference.manifest["sha256"]["images"],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": {name: version(name) for name in ("wddm", "torch", "diffusers")},
-        **also,
     }
 
 
@@ -123,19 +123,11 @@ def timed_samples(pipeline: WaveletPipeline, count: int, **options: Any) -> tupl
 
 
 def quality(
-    pipeline: WaveletPipeline,
-    reference: Dataset,
-    cell: Mapping[str, Any],
-    *,
-    level: int,
-    batch_size: int,
-    seed: int = 0,
-    device: str = "cpu",
+    pipeline: WaveletPipeline, reference: Dataset, cell: Row, *, batch_size: int, measuring: scores.Options
 ) -> Row:
-    """What a cell cost, and its distances: `fwd` at that level and, where the set is labelled, the classifier's `fd`.
+    """What a cell cost, and its distances: `fwd` and, where the set is labelled, the classifier's `fd`.
 
     A setting that a solver cannot do, or that ends in coefficients which are not finite, gives its `error` instead.
-    `seed` and `device` are those of the distances.
     """
     options = {"eta": cell["eta"], "detail_steps": cell["detail_steps"]}
     try:
@@ -145,20 +137,24 @@ def quality(
         samples, cost = timed_samples(solver, cell["count"], **options)
     except (ValueError, IndexError) as error:  # diffusers' own refusals are among them
         return {"error": str(error).splitlines()[0]}
-    measuring = scores.Options(level, seed, device)
     (fwd,), (fd,) = (metric(samples, reference, measuring) for metric in (scores.wavelet, scores.classifier))
     return cost | fwd.record() | replace(fd, key="fd").record()
 
 
-def pooled(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+def pooled(rows: Iterable[Row]) -> pd.DataFrame:
     """A row per setting of measured cells: mean distances with intervals, median seconds; cells with an error left out.
 
     Its `solver` is the scheduler's name with the eta, where that is not 0.
     """
     done = pd.DataFrame([row for row in rows if "error" not in row])
     groups = done.groupby(list(SETTING), sort=False, dropna=False) if len(done) else ()
-    pools = [dict(zip(SETTING, setting, strict=True)) | _pool(sets) for setting, sets in groups]
-    return pd.DataFrame(pools, columns=None if pools else list(SETTING)).astype({"detail_steps": float})
+    return _table([dict(zip(SETTING, setting, strict=True)) | _pool(sets) for setting, sets in groups])
+
+
+def _table(rows: Iterable[Row]) -> pd.DataFrame:
+    """Rows with the columns of SETTING at least."""
+    rows = list(rows)
+    return pd.DataFrame(rows, columns=None if rows else list(SETTING)).astype({"detail_steps": float})
 
 
 def _pool(sets: pd.DataFrame) -> Row:
@@ -177,30 +173,22 @@ def _pool(sets: pd.DataFrame) -> Row:
     return row
 
 
-def mean_interval(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> tuple[float, float, float]:
+def mean_interval(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> Estimate[float]:
     """The mean of independent estimates, and its interval from theirs: errors add up in squares."""
     mean, count = float(np.mean(values)), len(values)
     below, above = (float(np.linalg.norm(np.subtract(values, end))) / count for end in (low, high))
-    return mean, mean - below, mean + above
+    return Estimate(mean, mean - below, mean + above)
 
 
 def picked(table: pd.DataFrame, settings: Iterable[Row]) -> pd.DataFrame:
     """The rows of these settings, in their order, as far as they were measured."""
-    wanted = pd.DataFrame(settings, columns=list(SETTING)).astype({"detail_steps": float})
-    return wanted.merge(table, on=list(SETTING))
-
-
-def interval(row: Mapping[str, Any] | pd.Series, key: str) -> tuple[float, float, float]:
-    """Value, low and high of a distance in a row."""
-    return row[key], row[f"{key}_low"], row[f"{key}_high"]
+    return _table(settings).merge(table, on=list(SETTING))
 
 
 def lines(table: pd.DataFrame, key: str, by: str = "solver") -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """By solver, or by another column: steps (K,), and distances with their intervals (K, 3)."""
-    columns = [key + end for end in ENDS]
-    return {
-        str(name): (group.steps.to_numpy(), group[columns].to_numpy()) for name, group in table.groupby(by, sort=False)
-    }
+    columns, groups = [key + end for end in ENDS], table.groupby(by, sort=False)
+    return {str(name): (group.steps.to_numpy(), group[columns].to_numpy()) for name, group in groups}
 
 
 def grid(table: pd.DataFrame, key: str, steps: Sequence[int]) -> np.ndarray:
@@ -212,14 +200,8 @@ def grid(table: pd.DataFrame, key: str, steps: Sequence[int]) -> np.ndarray:
 def pareto_front(cost: Sequence[float], value: Sequence[float]) -> np.ndarray:
     """Which of N settings no other one beats, by being no more costly and no further off, and less in one of them."""
     points = np.stack([np.asarray(cost, float), np.asarray(value, float)], 1)
-    no_worse = (points[:, None] <= points).all(-1)  # [i, j]: i is no worse than j
-    better = (points[:, None] < points).any(-1)
+    no_worse, better = (points[:, None] <= points).all(-1), (points[:, None] < points).any(-1)  # [i, j]: i than j
     return np.logical_not((no_worse & better).any(0))
-
-
-def front(table: pd.DataFrame, cost: str, key: str) -> np.ndarray:
-    """Cost and distance (n, 2) of the settings on the Pareto front."""
-    return table.loc[pareto_front(table[cost], table[key]), [cost, key]].to_numpy()
 
 
 def fewest_within(steps: Sequence[int], low: Sequence[float], reference_high: float) -> int | None:
@@ -233,7 +215,7 @@ def fewest_within(steps: Sequence[int], low: Sequence[float], reference_high: fl
     return within[-1] if within else None
 
 
-def fewest_steps(table: pd.DataFrame, reference: Mapping[str, Any] | pd.Series, distances: Sequence[str]) -> list[Row]:
+def fewest_steps(table: pd.DataFrame, reference: Row | pd.Series, distances: Sequence[str]) -> list[Row]:
     """A row per solver and distance: `fewest_within`, and how many times cheaper that is than the reference."""
     found = []
     for (solver, group), key in itertools.product(table.groupby("solver", sort=False), distances):
@@ -259,7 +241,7 @@ def shown(table: pd.DataFrame, details: bool = False) -> pd.DataFrame:
     return found
 
 
-def failures(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
+def failures(rows: Iterable[Row]) -> list[Row]:
     """A row per setting that could not be sampled, and why."""
     failed = [{name: row[name] for name in (*SETTING, "error")} for row in rows if "error" in row]
     return [row for k, row in enumerate(failed) if row not in failed[:k]]
