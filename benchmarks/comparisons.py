@@ -35,7 +35,7 @@ from wddm.studies.profiling import (
 def presets(datasets: Sequence[str], levels: Sequence[int], kinds: Sequence[str], attention_head_dim: int) -> list[Row]:
     """The networks of those presets that there are."""
     return [
-        {"kind": kind, "dataset": dataset, "level": level, "attention_head_dim": attention_head_dim}
+        {"backbone": kind, "dataset": dataset, "level": level, "attention_head_dim": attention_head_dim}
         for dataset, level, kind in product(datasets, levels, kinds)
         if (dataset, level) in PRESETS
     ]
@@ -94,7 +94,7 @@ class Benchmarks:
     def splines(self, networks: Iterable[Network]) -> list[Row]:
         """The first spline layer of every U-KAN that has one, alone, and a training step of it, against recursion."""
         rows = []
-        for network in (network for network in networks if network["kind"] == "ukan"):
+        for network in (network for network in networks if network["backbone"] == "ukan"):
             model = on_paper(network)
             if model.bottleneck is None:
                 continue
@@ -112,7 +112,7 @@ class Benchmarks:
     def heads(self, networks: Iterable[Network]) -> list[Row]:
         """A training step of every UNet with its attention heads, against the published heads of 8 channels."""
         rows = []
-        for network in (network for network in networks if network["kind"] == "unet"):
+        for network in (network for network in networks if network["backbone"] == "unet"):
             flops, both = training_flops(network), (network, {**network, "attention_head_dim": 8})
             images = fitting_batch(2 * flops, self.rate, self.batch_size, self.max_seconds)  # narrow ones take double
             makers = (partial(training, one, precision=self.precision) for one in both)
@@ -203,7 +203,8 @@ def loop_table(rows: Sequence[Row]) -> list[Row]:
     table = []
     for row in rows:
         percent = [100 * (1 / row[end] - 1) for end in ("times_as_fast", "high", "low") if row[end] is not None]
-        columns = {"preset": "{dataset} {level} {kind}".format(**row) + " compiled" * row["compiled"], "of": row["of"]}
+        preset = "{dataset} {level} {backbone}".format(**row) + " compiled" * row["compiled"]
+        columns = {"preset": preset, "of": row["of"]}
         columns |= {"ours (images/s)": row["ours_per_s"], "bare (images/s)": row["theirs_per_s"]}
         columns |= {"cost (%)": shown(row, *percent), "share (%)": row["share_of_rate"] and 100 * row["share_of_rate"]}
         table.append(columns | {"ours (GiB)": row["ours_gib"], "bare (GiB)": row["theirs_gib"]})

@@ -31,7 +31,8 @@ def pipeline() -> WaveletPipeline:
     """Untrained, for images of 8 x 8."""
     torch.manual_seed(0)
     backbone = build_backbone("unet", image_size=8, image_channels=1, level=1, widths=(32, 32), layers_per_block=1)
-    made = WaveletPipeline(backbone.eval(), build_solver("ddim", "v_prediction"), WaveletCodec("haar", 1))
+    codec = WaveletCodec("haar", 1, scaling="dyadic")
+    made = WaveletPipeline(backbone.eval(), build_solver("ddim", "v_prediction"), codec)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -372,9 +373,8 @@ def is_clean(page: Path) -> bool:
 def test_sampling_dynamics_is_measured_once_and_written_down(root, tmp_path) -> None:
     torch.manual_seed(0)
     backbone = build_backbone("unet", dataset="digits", level=1, widths=(32,))
-    WaveletPipeline(backbone, build_solver("ddim", "v_prediction"), WaveletCodec("haar", 1)).save_pretrained(
-        root / "runs/tiny/pipeline"
-    )
+    codec = WaveletCodec("haar", 1, scaling="dyadic")
+    WaveletPipeline(backbone, build_solver("ddim", "v_prediction"), codec).save_pretrained(root / "runs/tiny/pipeline")
     options = ["model_dir=runs/tiny/pipeline", "solvers=[ddim, heun]", "steps=[2, 4]", "band_steps=[2, 3]"]
     options += ["reference_steps=6", "sets=2", "num_samples=40", "spacing_solvers=[ddim]"]
     command = ["run", "params/sampling-dynamics.yaml", *(word for option in options for word in ("-p", option))]

@@ -23,13 +23,13 @@ from wddm.studies import efficiency, profiling
 from wddm.studies.profiling import Measurement, ready
 from wddm.wavelets import WaveletCodec
 
-DIGITS = {"kind": "ukan", "dataset": "digits", "level": 1}
+DIGITS = {"backbone": "ukan", "dataset": "digits", "level": 1}
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_the_plain_haar_transform_is_the_codecs(level: int) -> None:
     images = torch.rand(2, 3, 16, 8) * 2 - 1
-    assert_close(plain.haar(images, level), WaveletCodec("haar", level).encode(images))
+    assert_close(plain.haar(images, level), WaveletCodec("haar", level, scaling="dyadic").encode(images))
 
 
 def test_recursion_gives_the_bases_of_the_closed_form() -> None:
@@ -136,7 +136,7 @@ def test_all_networks_get_the_batch_that_the_largest_has_memory_for(monkeypatch)
 
 
 def entry(name: str, level: int, flops: int, seconds: list[float] | None) -> efficiency.Entry:
-    network = {"dataset": "digits", "kind": "unet", "level": level}
+    network = {"dataset": "digits", "backbone": "unet", "level": level}
     one = Measurement(reason="slow") if seconds is None else Measurement(np.array(seconds), 0.5)
     return efficiency.Entry(name, level, network, 1000, flops, {"training": one, "sampling": one})
 

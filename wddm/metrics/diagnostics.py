@@ -65,15 +65,14 @@ class UnitBatches:
         return len(self.images if self.rows is None else self.rows)
 
     def __iter__(self) -> Iterator[Tensor]:
-        images, values = self.images, math.prod(self.images.shape[1:])
-        layout = "NHWC" if images.dtype in (np.uint8, torch.uint8) else "NCHW"
+        images, layout = self.images, "NHWC" if self.images.dtype in (np.uint8, torch.uint8) else "NCHW"
         if images.ndim != 4 or not len(images) or images.shape[layout.index("C")] not in (1, 2, 3, 4):
             raise ValueError(
                 f"got {images.dtype} images {tuple(images.shape)}, wanted uint8 (N, H, W, C) or float "
                 "(N, C, H, W) of 1 to 4 channels: transpose them"
             )
         device = "cpu" if torch.device(self.device).type == "mps" else self.device
-        size = max(1, min(self.batch_size, BATCH_VALUES // values))
+        size = max(1, min(self.batch_size, BATCH_VALUES // math.prod(images.shape[1:])))
         for start in range(0, self.count, size):
             part = slice(start, start + size)
             batch = images[part if self.rows is None else self.rows[part]]

@@ -125,12 +125,7 @@ def factor(matrix: Tensor) -> Tensor:
 
 def features(network: Callable[[Tensor], Tensor]) -> Vectors:
     """What a torch module in eval mode makes of float32 images (B, C, H, W) in [0, 1]: features (B, d)."""
-
-    def vectors(batch: Tensor, part: slice = slice(None)) -> Tensor:
-        with torch.no_grad():
-            return network(batch.float())[None][part]
-
-    return vectors
+    return lambda batch, part: torch.no_grad()(network)(batch.float())[None][part]
 
 
 def moments(images: Images, vectors: Vectors, *, device: Device = "cpu") -> Moments:
@@ -157,8 +152,7 @@ def split_floor(
 ) -> Frechet:
     """The distance of `count` real images chosen at random, by default half of them, to all the others.
 
-    The others are fewer than all real images, so that a perfect generator, compared with all, scores lower: by about
-    (1/n + 1/N) / (1/n + 1/(N - n)) for n = `count` of N.
+    A perfect generator, compared with all N, scores lower: by about (1/n + 1/N) / (1/n + 1/(N - n)) for n = `count`.
     """
     chosen, others = (UnitBatches(real, rows, device=device) for rows in split(len(real), count, seed))
     return distance(others, chosen, vectors, resamples=resamples, seed=seed)

@@ -27,7 +27,7 @@ def find_weights(path: str | Path | None = None) -> Path | None:
         ValueError: the file given is not there, or not Inception's.
     """
     if path is None:
-        return _downloaded() if _downloaded().is_file() else None
+        return found if (found := _source()[1]).is_file() else None
     got, wanted = f"got inception_weights={str(path)!r}", f"wanted torch-fidelity's: {remedy()}"
     try:
         names = torch.load(path, weights_only=True, mmap=True).keys()  # torch-fidelity itself would unpickle anything
@@ -40,9 +40,8 @@ def find_weights(path: str | Path | None = None) -> Path | None:
 
 def remedy() -> str:
     """The one command that gets the weights."""
-    place, home = _downloaded(), Path.home()
-    place = "~" / place.relative_to(home) if place.is_relative_to(home) else place
-    return f"curl -L --create-dirs -o {place} {_url()}"
+    (url, place), home = _source(), Path.home()
+    return f"curl -L --create-dirs -o {'~' / place.relative_to(home) if place.is_relative_to(home) else place} {url}"
 
 
 def build(weights: Path, device: str | torch.device = "cpu") -> torch.nn.Module:
@@ -114,12 +113,8 @@ def fid_interval(
     return distance_estimate(fid, np.array(distances))
 
 
-def _downloaded() -> Path:
-    """Where torch-fidelity downloads its weights to."""
-    return Path(torch.hub.get_dir(), "checkpoints", _url().rsplit("/", 1)[1])
+def _source() -> tuple[str, Path]:
+    """Where torch-fidelity downloads its weights from, and to."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
 
-
-def _url() -> str:
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-    return URL_INCEPTION_V3
+    return url, Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])

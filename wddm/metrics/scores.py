@@ -28,7 +28,7 @@ SEARCHED = 256  # samples whose nearest real images are looked for
 INCEPTION = {  # key of metrics.json -> name
     "fid": "FID", "kid": "KID", "inception_score": "Inception score", "precision": "precision", "recall": "recall",
 }  # fmt: skip
-Floors = dict[str, Estimate[float]]
+Estimates = dict[str, Estimate[float]]
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,6 @@ class Options:
     device: diagnostics.Device = "cpu"  # where networks run and moments are added up
     inception_weights: str | Path | None = None  # torch-fidelity's file; None: where torch-fidelity downloads it to
     progress: Callable[[range], Iterable[int]] = lambda batches: batches  # wraps a range of batches, to show a bar
-
-    @property
-    def bootstrap(self) -> dict[str, int]:
-        """How intervals are drawn."""
-        return {"resamples": RESAMPLES, "seed": self.seed}
-
-    @property
-    def protocol(self) -> str:
-        return f"{RESAMPLES} resamples, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -105,10 +96,9 @@ def evaluate(samples: np.ndarray, reference: Dataset, options: Options = Options
 
 def wavelet(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
     """FWD; `detail` is the `frechet.Frechet` with all packets."""
-    vectors = diagnostics.haar_packets(options.level)
+    vectors, name = diagnostics.haar_packets(options.level), f"FWD, level {options.level}"
     found, floor = _distance(f"fwd-level{options.level}", vectors, samples, reference, options)
-    counts, name = (len(samples), len(reference.images)), f"FWD, level {options.level}"
-    return [Score("fwd", name, found.distance, floor, *counts, options.protocol, found)]
+    return [Score("fwd", name, found.distance, floor, len(samples), len(reference.images), _protocol(options), found)]
 
 
 def classifier(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
@@ -118,35 +108,37 @@ def classifier(samples: np.ndarray, reference: Dataset, options: Options) -> lis
     counts = len(samples), len(reference.images)
     try:
         network = reference_classifier(reference, options.seed)
-        stem = f"{known_as}-{hashlib.sha256(safetensors.torch.save(network.state_dict())).hexdigest()[:8]}"
-        network.to(options.device)
-        found, floor = _distance(stem, frechet.features(network), samples, reference, options)
+        digest = hashlib.sha256(safetensors.torch.save(network.state_dict())).hexdigest()[:8]
+        vectors = frechet.features(network.to(options.device))
+        found, floor = _distance(f"{known_as}-{digest}", vectors, samples, reference, options)
     except ValueError as error:  # no labels, or too few images
         return [Score(key, name, None, None, *counts, f"not computed: {error}")]
     judged = f"classifier right on {network.accuracy.value:.1%} of {len(network.right):,} held-out images"
-    return [Score(key, name, found.distance, floor, *counts, f"{options.protocol}; {judged}", network)]
+    return [Score(key, name, found.distance, floor, *counts, f"{_protocol(options)}; {judged}", network)]
 
 
 def by_inception(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
     """FID, KID, Inception score, precision and recall; one score without a value where there are no weights."""
     counts, path = (len(samples), len(reference.images)), inception.find_weights(options.inception_weights)
     if path is None:
-        why = "not computed: no Inception weights"
-        return [Score("fid", ", ".join(INCEPTION.values()), None, None, *counts, why)]
+        names = ", ".join(INCEPTION.values())
+        return [Score("fid", names, None, None, *counts, "not computed: no Inception weights")]
     network, digest = inception.build(path, options.device), sha256(path)
 
     def extract(images: np.ndarray) -> inception.Features:
         return inception.features(images, network, options.progress)
 
+    def compare(generated: inception.Features, real: inception.Features) -> Estimates:
+        return inception.scores(generated, real, resamples=RESAMPLES, seed=options.seed)
+
+    def apart(count: int) -> Estimates:
+        chosen, others = frechet.split(len(reference.images), count, options.seed)
+        return compare(*({name: values[rows] for name, values in real.items()} for rows in (chosen, others)))
+
     real = _kept(reference, f"inception-{digest[:16]}", lambda: extract(reference.images))
-    found = inception.scores(extract(samples), real, **options.bootstrap)
-
-    def apart(count: int) -> Floors:
-        parts = frechet.split(len(reference.images), count, options.seed)
-        return inception.scores(*({name: real[name][rows] for name in real} for rows in parts), **options.bootstrap)
-
-    floors = _floors(reference, f"inception-{digest[:16]}", len(samples), options.seed, apart)
-    protocol = f"torch-fidelity, weights {digest[:8]}, {options.protocol}"
+    found = compare(extract(samples), real)
+    floors = _floors(f"inception-{digest[:16]}", apart, samples, reference, options)
+    protocol = f"torch-fidelity, weights {digest[:8]}, {_protocol(options)}"
     return [Score(key, name, found[key], floors.get(key), *counts, protocol) for key, name in INCEPTION.items()]
 
 
@@ -277,23 +269,28 @@ def _distance(
     stem: str, vectors: diagnostics.Vectors, samples: np.ndarray, reference: Dataset, options: Options
 ) -> tuple[frechet.Frechet, Estimate[float] | None]:
     """A distance and its floor; `stem` begins the names under which moments and floor are kept."""
-    images, device, bootstrap = reference.images, options.device, options.bootstrap
+    images, (seed, device) = reference.images, (options.seed, options.device)
 
-    def apart(count: int) -> Floors:
-        floor = frechet.split_floor(images, vectors, count=count, device=device, **bootstrap)
-        return {"distance": floor.distance}
+    def apart(count: int) -> Estimates:
+        return {"distance": frechet.split_floor(images, vectors, count, RESAMPLES, seed, device).distance}
 
-    real = _kept(reference, stem, lambda: frechet.moments(images, vectors, device=device).state())
-    found = frechet.distance(frechet.Moments(**real), samples, vectors, device=device, **bootstrap)
-    return found, _floors(reference, stem, len(samples), options.seed, apart).get("distance")
+    real = frechet.Moments(**_kept(reference, stem, lambda: frechet.moments(images, vectors, device=device).state()))
+    found = frechet.distance(real, samples, vectors, resamples=RESAMPLES, seed=seed, device=device)
+    return found, _floors(stem, apart, samples, reference, options).get("distance")
 
 
-def _floors(reference: Dataset, stem: str, count: int, seed: int, apart: Callable[[int], Floors]) -> Floors:
-    """What `apart` finds between `count` real images, half of them at most, and the others; kept."""
-    count = min(len(reference.images) // 2, count)
-    name = f"{stem}-split-{count}-{seed}-{RESAMPLES}"
+def _floors(
+    stem: str, apart: Callable[[int], Estimates], samples: np.ndarray, reference: Dataset, options: Options
+) -> Estimates:
+    """What `apart` finds between as many real images as samples, half of them at most, and all others; kept."""
+    count = min(len(reference.images) // 2, len(samples))
+    name = f"{stem}-split-{count}-{options.seed}-{RESAMPLES}"
     try:
         found = _kept(reference, name, lambda: {key: np.array(each) for key, each in apart(count).items()})
     except ValueError:  # too few images to be split
         return {}
     return {key: Estimate(*each.tolist()) for key, each in found.items()}
+
+
+def _protocol(options: Options) -> str:
+    return f"{RESAMPLES} resamples, seed {options.seed}"

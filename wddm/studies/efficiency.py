@@ -28,7 +28,7 @@ from wddm.wavelets import WaveletCodec
 WAVELETS, PRESET = "wavelets", "pixels, preset"
 SAME, MATCHED = "pixels, same network", "pixels, equal parameters"
 
-Network = Mapping[str, Any]  # what `build_backbone` takes: {"kind": "unet", "dataset": "cifar10", "level": 1}
+Network = Mapping[str, Any]  # what `build_backbone` takes: {"backbone": "unet", "dataset": "cifar10", "level": 1}
 Row = dict[str, Any]
 
 
@@ -36,16 +36,10 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def build(network: Network) -> ModelMixin:
-    """A network from the arguments of `build_backbone` by name, the first of them as `kind`."""
-    options = dict(network)
-    return build_backbone(options.pop("kind"), **options)
-
-
 def on_paper(network: Network) -> ModelMixin:
-    """The same without memory for its weights."""
+    """A network without memory for its weights."""
     with torch.device("meta"):
-        return build(network)
+        return build_backbone(**network)
 
 
 def noise_images(network: Network, count: int) -> np.ndarray:
@@ -66,7 +60,7 @@ def training(
     """Our training loop as it runs everywhere, with batches, log and checks: so many steps a call."""
     with TemporaryDirectory() as folder:
         trainer = Unsaved(
-            model=build(network),
+            model=build_backbone(**network),
             codec=WaveletCodec("haar", network["level"], scaling="dyadic"),
             images=noise_images(network, 4 * batch_size),
             folder=Path(folder),
@@ -89,7 +83,7 @@ def sampling(
     compile: bool = False,
 ) -> Generator[object]:
     """WaveletPipeline with DDIM of `sampling_steps`: so many batches of images a call."""
-    model = build(network).to(device()).eval()
+    model = build_backbone(**network).to(device()).eval()
     tune(model, device())
     if compile:
         model.compile()
@@ -122,7 +116,7 @@ def entries(kind: str, dataset: str, levels: Sequence[int], attention_head_dim: 
     """
     networks: dict[tuple[str, int], Network] = {}
     for level in (level for level in levels if (dataset, level) in PRESETS):
-        network = {"kind": kind, "dataset": dataset, "level": level, "attention_head_dim": attention_head_dim}
+        network = {"backbone": kind, "dataset": dataset, "level": level, "attention_head_dim": attention_head_dim}
         if level == 0:
             networks[PRESET, 0] = network
             continue
@@ -173,7 +167,7 @@ def costs(found: Iterable[Entry]) -> list[Row]:
     """A row per network: what it is, counted and measured; None, and the reason, where it was not run."""
     rows = []
     for entry in found:
-        row = {"dataset": entry.network["dataset"], "kind": entry.network["kind"], "level": entry.level}
+        row = {"dataset": entry.network["dataset"], "kind": entry.network["backbone"], "level": entry.level}
         row |= {"network": entry.name, "parameters": entry.parameters, "forward_gflop": entry.flops / 1e9}
         for work, one in entry.measured.items():
             rate = f"{work}_images_per_s"
@@ -190,7 +184,7 @@ def speedups(found: Sequence[Entry]) -> list[Row]:
     The FLOP ratio is what the speed-up would be if every operation took as long.
     """
     return [
-        {name: entry.network[name] for name in ("dataset", "kind", "level")}
+        {"dataset": entry.network["dataset"], "kind": entry.network["backbone"], "level": entry.level}
         | {"over": other.name, "work": work, "flop_ratio": other.flops / entry.flops}
         | dict(zip(("speedup", "low", "high"), profiling.times_as_fast(one, other.measured[work]), strict=True))
         for entry in found

@@ -15,8 +15,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,6 @@ from wddm.learner import resolve_precision
 from wddm.metrics.intervals import median
 
 Maker = Callable[..., Generator]
-
 ATTENTION = ("bmm", "attention")  # operators of its two products, of queries with keys and of weights with values
 PASSES = 3  # of a training step: forward, and backward at twice its cost
 
@@ -76,7 +74,7 @@ def time_in_turn(
         synchronise()
         return (clock() - began) / calls
 
-    calls: dict[Any, int] = {}
+    calls = {}
     for name, call in alternatives.items():
         call()
         calls[name] = max(1, math.ceil(min_seconds / max(timed(call, 1), 1e-9)))
@@ -147,7 +145,7 @@ def compare(
 
 
 def _fits(make: Maker, minimum: float, max_seconds: float) -> Measurement:
-    """What a step takes alone; or the reason why it is not to be timed. It takes `minimum` seconds or more."""
+    """What a step takes alone, `minimum` seconds or more; or the reason why it is not to be timed."""
     if minimum > max_seconds:
         return Measurement(reason=f"over {minimum:.3g} s a step")
     one = measure_alone(make)
@@ -234,10 +232,10 @@ def synchronise() -> None:
 def matmul_rate(precision: str = "no", rounds: int = 5) -> float:
     """FLOP/s of a large square matrix product on this machine in that precision, at best of the rounds."""
     device, side = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 1024)
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as in training
-    a, b = torch.randn(2, side, side, device=device, dtype=kinds[resolve_precision(precision)])
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[resolve_precision(precision)]
+    a, b = torch.randn(2, side, side, device=device, dtype=dtype)
     return float(2 * side**3 / time_in_turn({"product": lambda: a @ b}, rounds=rounds)["product"].min())
 
 

@@ -86,7 +86,7 @@ def measured(file: Path, cells: Iterable[Row], context: Row, measure: Callable[[
     """Every cell together with what `measure(cell)` finds, in order.
 
     Each is a line of `file` as soon as it is measured, and is read from there from then on, so that a grid goes on
-    where it was stopped. Lines that were measured in another context are not taken.
+    where it was stopped. Lines of another context are not taken.
     """
     key = functools.partial(json.dumps, sort_keys=True)
     known = {key(row["cell"]): row["found"] for row in read_rows(file) if row.get("context") == context}
@@ -160,13 +160,9 @@ def _table(rows: Iterable[Row]) -> pd.DataFrame:
 def _pool(sets: pd.DataFrame) -> Row:
     """What the cells of one setting say together."""
     first = sets.iloc[0]
-    row = {
-        "solver": first.scheduler + f", eta {first.eta:g}" * bool(first.eta),
-        "sets": len(sets),
-        "count": int(first["count"]),
-        "evaluations": first.evaluations,
-        "seconds_per_image": sets.seconds_per_image.median(),
-    }
+    row = {"solver": first.scheduler + f", eta {first.eta:g}" * bool(first.eta), "sets": len(sets)}
+    row |= {"count": int(first["count"]), "evaluations": first.evaluations}
+    row |= {"seconds_per_image": sets.seconds_per_image.median()}
     for key in (key for key in DISTANCES if key in sets):
         ends = mean_interval(*(sets[key + end] for end in ENDS))
         row |= dict(zip([key + end for end in ENDS], ends, strict=True)) | {f"{key}_floor": first.get(f"{key}_floor")}
@@ -222,8 +218,7 @@ def fewest_steps(table: pd.DataFrame, reference: Row | pd.Series, distances: Seq
         fewest = fewest_within(group.steps, group[f"{key}_low"], reference[f"{key}_high"])
         row = {"solver": solver, "by": key.upper(), "fewest steps": fewest}
         for cost, title in (("evaluations", "evaluations saved"), ("seconds_per_image", "time saved")):
-            costs = group.set_index("steps")[cost]
-            row[title] = f"{reference[cost] / costs[fewest]:.3g}-fold" if fewest else "–"
+            row[title] = f"{reference[cost] / group.set_index('steps')[cost][fewest]:.3g}-fold" if fewest else "–"
         found.append(row)
     return found
 
