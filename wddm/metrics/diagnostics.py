@@ -1,4 +1,4 @@
-"""Diagnostics: samples beside real images: their spectra, wavelet bands, nearest neighbours and classes.
+"""Diagnostics compare samples with real images: spectra, wavelet bands, nearest neighbours and classes.
 
 Images are uint8 (N, H, W, C) or float (N, C, H, W) in [0, 1]. They are read in batches of float64, so that a memory
 map of any length will do.
@@ -182,15 +182,15 @@ def nearest_neighbours(
     return np.take_along_axis(rows.numpy(), nearest, 1), np.take_along_axis(distances, nearest, 1)
 
 
-def memorised(distances: np.ndarray, ratio: float = 1 / 3) -> np.ndarray:
+def memorised(distances: np.ndarray) -> np.ndarray:
     """Which samples (n,) are copies, by their sorted distances (n, k >= 2) to the nearest training images.
 
-    A copy is so near to one image that the second nearest is at over 1 / `ratio` times the distance (Yoon et al.
-    2023); a sample among several equal training images counts as one too.
+    A copy is at least three times as near to one image as to the next (Yoon et al. 2023); a sample among several equal
+    training images counts as one too.
     """
     if distances.ndim != 2 or distances.shape[1] < 2:
         raise ValueError(f"got distances {distances.shape}, wanted (n, 2 or more): ask for k=2 neighbours or more")
-    return distances[:, 0] <= ratio * distances[:, 1]
+    return distances[:, 0] <= distances[:, 1] / 3
 
 
 class Verdict(NamedTuple):
@@ -262,8 +262,8 @@ def fit_classifier(images: np.ndarray, labels: np.ndarray, seed: int = 0) -> Cla
     """
     from sklearn.model_selection import train_test_split
 
-    rows = np.flatnonzero(np.asarray(labels) >= 0)
-    classes = np.unique(np.asarray(labels)[rows])
+    rows = np.flatnonzero(labels >= 0)
+    classes = np.unique(labels[rows])
     if len(images) != len(labels) or len(classes) < 2:
         raise ValueError(
             f"got {len(images)} images and {len(labels)} labels of {len(classes)} classes, wanted one label each of 2 "

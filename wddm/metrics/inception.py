@@ -1,7 +1,7 @@
 """Inception: FID, KID, Inception score, precision and recall, as torch-fidelity computes them.
 
-Network, formulas and random numbers are torch-fidelity's. Here the features are extracted once for all of them, and
-every number gets its interval. Images are uint8 (N, H, W, 1 or 3).
+Here the features are extracted once for all of them, and every number gets its interval. Images are uint8
+(N, H, W, 1 or 3).
 """
 
 from collections.abc import Callable, Iterable

@@ -164,8 +164,8 @@ def fitting_batch(flops: float, rate: float, batch_size: int, max_seconds: float
     return batch_size
 
 
-def measure_alone(make: Maker, calls: int = 2) -> Measurement:
-    """The memory that something takes in a fresh process, which calls it a few times; the time is of the last call.
+def measure_alone(make: Maker) -> Measurement:
+    """The memory that something takes in a fresh process, which calls it twice; the time is of the second call.
 
     `make` is a `partial` of a module's generator function. The memory is that which CUDA's allocator counts, or where
     there is no GPU the anonymous resident memory at its peak, less that before `make`.
@@ -174,25 +174,24 @@ def measure_alone(make: Maker, calls: int = 2) -> Measurement:
     context.set_forkserver_preload([getattr(make, "func", make).__module__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(_measure_here, make, calls).result()
+            return pool.submit(_measure_here, make).result()
         except BrokenProcessPool:
             return Measurement(reason="its process died: out of memory?")
 
 
-def _measure_here(make: Maker, calls: int) -> Measurement:
-    before = _anonymous_bytes()
+def _measure_here(make: Maker) -> Measurement:
+    before, on_gpu = _anonymous_bytes(), torch.cuda.is_available()
     try:
-        steps = make()
-        for _ in range(calls):
-            began = time.perf_counter()
-            next(steps)
-            synchronise()
-            seconds = time.perf_counter() - began
+        next(steps := make())
+        synchronise()
+        began = time.perf_counter()
+        next(steps)
+        synchronise()
+        seconds = time.perf_counter() - began
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
             return Measurement(reason="out of memory")
         raise
-    on_gpu = torch.cuda.is_available()
     taken = torch.cuda.max_memory_allocated() if on_gpu else _anonymous_bytes(peak=True) - before
     return Measurement(np.array([seconds]), taken / 2**30)
 
@@ -229,14 +228,14 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def matmul_rate(precision: str = "no", rounds: int = 5) -> float:
-    """FLOP/s of a large square matrix product on this machine in that precision, at best of the rounds."""
+def matmul_rate(precision: str = "no") -> float:
+    """FLOP/s of a large square matrix product on this machine in that precision, at best of five rounds."""
     device, side = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 1024)
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as in training
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[resolve_precision(precision)]
     a, b = torch.randn(2, side, side, device=device, dtype=dtype)
-    return float(2 * side**3 / time_in_turn({"product": lambda: a @ b}, rounds=rounds)["product"].min())
+    return float(2 * side**3 / time_in_turn({"product": lambda: a @ b})["product"].min())
 
 
 def machine(rate: float) -> list[dict[str, str]]:
