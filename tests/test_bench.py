@@ -200,7 +200,7 @@ def test_the_largest_batch_is_the_last_that_fits(monkeypatch) -> None:
     def alone(make) -> Measurement:
         return Measurement(np.ones(1), 0.1 * make.keywords["batch_size"])
 
-    monkeypatch.setattr(comparisons, "measure_alone", alone)
+    monkeypatch.setattr(profiling, "measure_alone", alone)
     found = comparisons.largest_batch(DIGITS, limit_gib=1.0)
     assert (found["largest batch"], found["memory (GiB)"]) == (8, pytest.approx(0.8))
     assert comparisons.largest_batch(DIGITS, limit_gib=0.05)["largest batch"] == 0

@@ -80,9 +80,7 @@ def test_the_classifier_of_a_reference_is_trained_once(digits, monkeypatch, tmp_
     samples = np.array(digits.images[:100]) // 2
     (score,) = scores.classifier(samples, reference, Options(seed=1))
     assert (score.key, score.name) == ("fd_digits_16_classifier", "FD, digits-16-classifier (not FID)")
-    expected = frechet.distance(
-        digits.images, samples, frechet.features(network), resamples=scores.RESAMPLES, seed=1
-    )
+    expected = frechet.distance(digits.images, samples, frechet.features(network), resamples=scores.RESAMPLES, seed=1)
     assert score.estimate == pytest.approx(expected.distance, rel=1e-9) and score.floor.value < score.value
     assert f"classifier right on {network.accuracy.value:.1%} of 150 held-out images" in score.protocol
     (few,) = scores.classifier(samples[:20], reference, Options(seed=1))

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from PIL import Image
 from wddm.data import Dataset, load
 from wddm.files import sha256, whole, written_aside
 from wddm.metrics import diagnostics, frechet, inception
+from wddm.metrics.diagnostics import Vectors, haar_packets
 from wddm.metrics.intervals import Estimate, median, share
 
 RESAMPLES = 20
@@ -96,25 +97,23 @@ def evaluate(samples: np.ndarray, reference: Dataset, options: Options = Options
 
 def wavelet(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
     """FWD; `detail` is the `frechet.Frechet` with all packets."""
-    vectors, name = diagnostics.haar_packets(options.level), f"FWD, level {options.level}"
-    found, floor = _distance(f"fwd-level{options.level}", vectors, samples, reference, options)
-    return [Score("fwd", name, found.distance, floor, len(samples), len(reference.images), _protocol(options), found)]
+    name, stem, vectors = f"FWD, level {options.level}", f"fwd-level{options.level}", haar_packets(options.level)
+    return [_distance("fwd", name, stem, vectors, samples, reference, options)]
 
 
 def classifier(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
-    """Frechet distance in the features of a small classifier of the reference; `detail` is the classifier."""
+    """Frechet distance in the features of a small classifier of the reference; `detail` is the `frechet.Frechet`."""
     known_as = f"{reference.manifest['dataset']}-{reference.manifest['resolution']}-classifier"
     key, name = f"fd_{known_as.replace('-', '_')}", f"FD, {known_as} (not FID)"
-    counts = len(samples), len(reference.images)
     try:
         network = reference_classifier(reference, options.seed)
-        digest = hashlib.sha256(safetensors.torch.save(network.state_dict())).hexdigest()[:8]
+        stem = f"{known_as}-{hashlib.sha256(safetensors.torch.save(network.state_dict())).hexdigest()[:8]}"
         vectors = frechet.features(network.to(options.device))
-        found, floor = _distance(f"{known_as}-{digest}", vectors, samples, reference, options)
+        score = _distance(key, name, stem, vectors, samples, reference, options)
     except ValueError as error:  # no labels, or too few images
-        return [Score(key, name, None, None, *counts, f"not computed: {error}")]
+        return [Score(key, name, None, None, len(samples), len(reference.images), f"not computed: {error}")]
     judged = f"classifier right on {network.accuracy.value:.1%} of {len(network.right):,} held-out images"
-    return [Score(key, name, found.distance, floor, *counts, f"{_protocol(options)}; {judged}", network)]
+    return [replace(score, protocol=f"{score.protocol}; {judged}")]
 
 
 def by_inception(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
@@ -131,13 +130,13 @@ def by_inception(samples: np.ndarray, reference: Dataset, options: Options) -> l
     def compare(generated: inception.Features, real: inception.Features) -> Estimates:
         return inception.scores(generated, real, resamples=RESAMPLES, seed=options.seed)
 
-    def apart(count: int) -> Estimates:
+    def between_real(count: int) -> Estimates:
         chosen, others = frechet.split(len(reference.images), count, options.seed)
         return compare(*({name: values[rows] for name, values in real.items()} for rows in (chosen, others)))
 
     real = _kept(reference, f"inception-{digest[:16]}", lambda: extract(reference.images))
     found = compare(extract(samples), real)
-    floors = _floors(f"inception-{digest[:16]}", apart, samples, reference, options)
+    floors = _floors(f"inception-{digest[:16]}", between_real, samples, reference, options)
     protocol = f"torch-fidelity, weights {digest[:8]}, {_protocol(options)}"
     return [Score(key, name, found[key], floors.get(key), *counts, protocol) for key, name in INCEPTION.items()]
 
@@ -145,8 +144,8 @@ def by_inception(samples: np.ndarray, reference: Dataset, options: Options) -> l
 def copies(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
     """Whether samples are training images: distance to the nearest, share nearer than real ones, share memorised.
 
-    Of the first SEARCHED samples, and as many real images and the nearest of the others to each. `detail`:
-    rows and distances (n, 3) of the samples' neighbours, distances (m, 2) of the real images'.
+    The first SEARCHED samples are compared with all real images; as many real images, with all others, give the floor.
+    `detail`: rows and distances (n, 3) of the samples' neighbours, distances (m, 2) of the real images'.
     """
     real = reference.images
     rows, distances = diagnostics.nearest_neighbours(samples[:SEARCHED], real, k=3)
@@ -171,8 +170,7 @@ METRICS: dict[str, Callable[[np.ndarray, Dataset, Options], list[Score]]] = {
 
 
 def fairness(count: int, reference: Dataset) -> str:
-    """What must be said beside scores of so many samples: how many images scores and floors compare, and what a
-    perfect model would score by the bias of distances."""
+    """What must be said beside scores of `count` samples: what they compare, and how far a perfect model is biased."""
     total, half = len(reference.images), min(count, len(reference.images) // 2)
     expected, others = (1 / count + 1 / total) / (1 / half + 1 / (total - half)), total - half
     few = "Fewer than 10,000 images: compares only within this workbook, and only at this number. "
@@ -184,13 +182,15 @@ def fairness(count: int, reference: Dataset) -> str:
 
 def as_json(found: dict[str, list[Score]], images: Path, reference: Dataset) -> dict[str, Any]:
     """The scores for a file, with the images and the reference that they compare."""
-    rows = []
-    for score in itertools.chain(*found.values()):
-        row = {name: value for name, value in vars(score).items() if name not in ("estimate", "detail")}
-        rows.append(row | dict(zip(("value", "low", "high"), score.estimate or 3 * [None], strict=True)))
+    ends = ("value", "low", "high")
+    rows = [
+        {name: value for name, value in vars(score).items() if name not in ("estimate", "detail")}
+        | dict(zip(ends, score.estimate or 3 * [None], strict=True))
+        for score in itertools.chain(*found.values())
+    ]
     return {
         "images": str(images),
-        "reference": {"folder": str(reference.folder), "sha256": reference.manifest["sha256"]["images"]},
+        "reference": {"folder": str(reference.folder), "sha256": reference.sha256},
         "scores": rows,
         "versions": {name: version(name) for name in ("wddm", "torch", "torch-fidelity")},
     }
@@ -250,7 +250,7 @@ def reference_classifier(reference: Dataset, seed: int = 0) -> diagnostics.Class
 
 def _place(reference: Dataset, name: str) -> Path:
     """Where something that depends on the reference alone is kept."""
-    return reference.folder / ".statistics" / f"{reference.manifest['sha256']['images'][:16]}-{name}"
+    return reference.folder / ".statistics" / f"{reference.sha256[:16]}-{name}"
 
 
 def _kept(reference: Dataset, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -266,27 +266,28 @@ def _kept(reference: Dataset, name: str, make: Callable[[], dict[str, Any]]) -> 
 
 
 def _distance(
-    stem: str, vectors: diagnostics.Vectors, samples: np.ndarray, reference: Dataset, options: Options
-) -> tuple[frechet.Frechet, Estimate[float] | None]:
-    """A distance and its floor; `stem` begins the names under which moments and floor are kept."""
-    images, (seed, device) = reference.images, (options.seed, options.device)
+    key: str, name: str, stem: str, vectors: Vectors, samples: np.ndarray, reference: Dataset, options: Options
+) -> Score:
+    """A Frechet distance and its floor; `stem` begins the names under which moments and floor are kept."""
+    images, seed, device = reference.images, options.seed, options.device
 
-    def apart(count: int) -> Estimates:
-        return {"distance": frechet.split_floor(images, vectors, count, RESAMPLES, seed, device).distance}
+    def between_real(count: int) -> Estimates:
+        return {key: frechet.split_floor(images, vectors, count, RESAMPLES, seed, device).distance}
 
     real = frechet.Moments(**_kept(reference, stem, lambda: frechet.moments(images, vectors, device=device).state()))
     found = frechet.distance(real, samples, vectors, resamples=RESAMPLES, seed=seed, device=device)
-    return found, _floors(stem, apart, samples, reference, options).get("distance")
+    floor = _floors(stem, between_real, samples, reference, options).get(key)
+    return Score(key, name, found.distance, floor, len(samples), len(images), _protocol(options), found)
 
 
 def _floors(
-    stem: str, apart: Callable[[int], Estimates], samples: np.ndarray, reference: Dataset, options: Options
+    stem: str, between_real: Callable[[int], Estimates], samples: np.ndarray, reference: Dataset, options: Options
 ) -> Estimates:
-    """What `apart` finds between as many real images as samples, half of them at most, and all others; kept."""
+    """What `between_real` finds between as many real images as samples, half of them at most, and all others; kept."""
     count = min(len(reference.images) // 2, len(samples))
     name = f"{stem}-split-{count}-{options.seed}-{RESAMPLES}"
     try:
-        found = _kept(reference, name, lambda: {key: np.array(each) for key, each in apart(count).items()})
+        found = _kept(reference, name, lambda: {key: np.array(each) for key, each in between_real(count).items()})
     except ValueError:  # too few images to be split
         return {}
     return {key: Estimate(*each.tolist()) for key, each in found.items()}

@@ -1,9 +1,7 @@
 """efficiency: networks at every wavelet level against networks on pixels, counted and measured side by side.
 
-    found = entries("unet", "cifar10", [0, 1, 2], 64)
-    found = measure(found, rate=profiling.matmul_rate(), batch_size=16)
-    costs(found)        a row per network: parameters, FLOPs, images a second, memory
-    speedups(found)     a row per network on wavelets, network on pixels, and kind of work
+`entries` are the networks, `measure` adds what they took; `costs` is a row per network, `speedups` one per network on
+wavelets, network on pixels, and kind of work.
 """
 
 from collections.abc import Generator, Iterable, Mapping, Sequence

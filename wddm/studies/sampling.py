@@ -64,12 +64,12 @@ def cells(settings: Sequence[Row], sets: int, count: int, seed: int = 0) -> list
 
 def context(pipeline: WaveletPipeline, reference: Dataset, **also: Any) -> Row:
     """What the numbers depend on beside the setting: checkpoint, real images, device, versions, and what is given."""
-    device = pipeline.device
+    device, libraries = pipeline.device, ("wddm", "torch", "diffusers")
     return also | {
         "checkpoint": checkpoint_hash(pipeline),
-        "reference": reference.manifest["sha256"]["images"],
+        "reference": reference.sha256,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "versions": {name: version(name) for name in ("wddm", "torch", "diffusers")},
+        "versions": {name: version(name) for name in libraries},
     }
 
 
@@ -111,12 +111,9 @@ def timed_samples(pipeline: WaveletPipeline, count: int, **options: Any) -> tupl
     `options` are those of `sample_images`: batch_size, seed, num_inference_steps, eta, detail_steps.
     """
     sizes: list[int] = []
-    hook = pipeline.backbone.register_forward_pre_hook(lambda network, inputs: sizes.append(len(inputs[0])))
     started = time.perf_counter()
-    try:
+    with pipeline.backbone.register_forward_pre_hook(lambda network, inputs: sizes.append(len(inputs[0]))):
         batches = list(sample_images(pipeline, count, **options))
-    finally:
-        hook.remove()
     seconds, evaluations = time.perf_counter() - started, len(sizes) / len(batches)
     drawn = sum(sizes) / evaluations  # on the CPU a last batch is drawn whole
     return np.concatenate(batches), {"evaluations": evaluations, "seconds_per_image": seconds / drawn}
@@ -206,9 +203,8 @@ def fewest_within(steps: Sequence[int], low: Sequence[float], reference_high: fl
     That is, from which on the interval of the setting, whose lower end is `low`, reaches down to the reference's upper
     end; None where the most steps do not. Two 90 % intervals that just touch are of numbers that differ at about 2 %.
     """
-    by_steps = sorted(zip(steps, low, strict=True), reverse=True)
-    within = [count for count, _ in itertools.takewhile(lambda pair: pair[1] <= reference_high, by_steps)]
-    return within[-1] if within else None
+    within = pd.Series(np.asarray(low), np.asarray(steps)).sort_index(ascending=False).le(reference_high).cummin()
+    return int(within.index[within].min()) if within.any() else None
 
 
 def fewest_steps(table: pd.DataFrame, reference: Row | pd.Series, distances: Sequence[str]) -> list[Row]:
@@ -257,11 +253,8 @@ def along_trajectory(
     are in what the network sees, and `change`, how far the estimate is from the result, relative to the result.
     """
     bands, seen = len(pipeline.codec.bands()), []
-    hook = pipeline.backbone.register_forward_hook(lambda network, inputs, out: seen.append((*inputs[:2], out.sample)))
-    try:
+    with pipeline.backbone.register_forward_hook(lambda network, inputs, out: seen.append((*inputs[:2], out.sample))):
         pipeline(count, output_type="pt", num_inference_steps=num_inference_steps, seed=seed)
-    finally:
-        hook.remove()
     times = [torch.as_tensor(t).round().long().view(-1)[:1].to(noisy.device) for noisy, t, _ in seen]
     clean = [clean_estimate(pipeline.scheduler, z, out, t) for (z, _, out), t in zip(seen, times, strict=True)]
     signal = [alphas_cumprod(pipeline.scheduler, t).sqrt() * z for z, t in zip(clean, times, strict=True)]
@@ -277,7 +270,7 @@ def along_trajectory(
 def denoising_error(
     pipeline: WaveletPipeline, images: np.ndarray, times: Sequence[int], *, seed: int = 0
 ) -> np.ndarray:
-    """Error of the clean estimate of real images (N, H, W, C) noised to each of the times (T,), by band (T, bands).
+    """Error of the clean estimate of a batch of images (N, H, W, C) noised to each of the times (T,), (T, bands).
 
     Relative to the spread of the band: 1 is what the mean of all images would score.
     """
@@ -287,10 +280,8 @@ def denoising_error(
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     errors = []
     for time_step in times:
-        estimates = []
-        for z, e in zip(clean.split(256), noise.split(256), strict=True):
-            t = torch.full((len(z),), time_step, device=device)
-            noisy = pipeline.scheduler.add_noise(z, e, t)
-            estimates.append(clean_estimate(pipeline.scheduler, noisy, pipeline.backbone(noisy, t).sample, t))
-        errors.append(by_band(torch.cat(estimates) - clean, bands) / spread)
+        t = torch.full((len(clean),), time_step, device=device)
+        noisy = pipeline.scheduler.add_noise(clean, noise, t)
+        estimate = clean_estimate(pipeline.scheduler, noisy, pipeline.backbone(noisy, t).sample, t)
+        errors.append(by_band(estimate - clean, bands) / spread)
     return np.stack(errors)
