@@ -19,6 +19,7 @@ from wddm.metrics import scores
 from wddm.metrics.frechet import haar_packets, split_floor
 from wddm.studies.profiling import PASSES, forward_flops
 from wddm.training import read_log
+from wddm.wavelets import check_choice
 
 Curve = tuple[np.ndarray, np.ndarray]  # images seen (K,), or seconds, and a logged quantity of S runs (S, K)
 
@@ -133,8 +134,7 @@ def reaching(curves: Mapping[str, Curve], reference: str, unit: str = "thousand 
     `curves` hold distances, over images seen or over seconds, which is then the `unit`. An upper bound: between two
     measurements nothing is known.
     """
-    if reference not in curves:
-        raise ValueError(f"got reference={reference!r}, wanted one of {', '.join(curves)}: choose one that has a curve")
+    check_choice("reference", reference, curves)
     in_all, wanted = curves[reference][0][-1], curves[reference][1][:, -1].mean()
     rows = []
     for name, (seen, distances) in curves.items():
