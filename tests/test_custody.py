@@ -281,6 +281,15 @@ def test_other_hands_at_every_stage_are_noticed(root) -> None:
     assert done.returncode == 0 and "[2/4] 02_train ..." in done.stdout, done.stdout
     assert (weights.read_bytes(), samples.read_bytes(), (root / "reports/hands/metrics.json").read_bytes()) == kept
 
+    record_file = place / "record.json"
+    before = record_file.read_text()
+    entry = json.loads(before)
+    del entry["pipeline"]["sha256"]  # as while it is trained
+    record_file.write_text(json.dumps(entry))
+    begun = run("--only", "sample")
+    assert begun.returncode == 2 and "02_train was begun and is not finished" in begun.stderr
+    record_file.write_text(before)
+
     longer = run("--only", "sample", train_kimg=0.64)
     assert longer.returncode == 2 and "train_kimg 0.32 -> 0.64" in longer.stderr
     assert yaml.safe_load((root / "reports/hands/params.yaml").read_text())["train_kimg"] == 0.32

@@ -151,3 +151,26 @@ def test_divergence_is_one_line(root, capsys) -> None:
     words = ["train", str(root / "params" / "tiny.yaml"), "-p", "learning_rate=1e30", "-p", "train_kimg=0.64"]
     assert main(words) == 1
     assert "not finite" in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+def test_a_transformer_goes_the_same_way(root, capsys) -> None:
+    """`backbone: dit` in the YAML: trained, taken up again, drawn from and evaluated as any other."""
+    words = [
+        "train", str(root / "params" / "tiny.yaml"), "-p", "run=dit", "-p", "backbone=dit", "-p", "widths=[16, 16]",
+        "-p", "train_kimg=0.32", "-p", "fwd_kimg=0",
+    ]  # fmt: skip
+    assert main(words) == 0
+    assert main([*words, "-p", "train_kimg=0.64", "--extend"]) == 0
+    assert "resumed at step 20 of 40" in capsys.readouterr().out
+    config = json.loads((root / "runs/dit/pipeline/backbone/config.json").read_text())
+    assert (config["_class_name"], config["block_out_channels"], config["sample_size"]) == ("DiTModel", [16, 16], 4)
+    drawn = str(root / "drawn")
+    pipeline = str(root / "runs/dit/pipeline")
+    assert main(["sample", "--model-dir", pipeline, "--output-dir", drawn, "--num-samples", "20", "--sampling-steps", "2",
+                 "--model-type", "DiT"]) == 0  # fmt: skip
+    (folder,) = (root / "data").glob("digits-8-*")
+    options = ["--reference", str(folder), "--fwd-level", "3", "--output", str(root / "metrics.json")]
+    assert main(["evaluate", "--images", drawn, *options]) == 0
+    assert json.loads((root / "metrics.json").read_text())["scores"]
+    assert main([*words[:-4], "-p", "attention_levels=[0]"]) == 2
+    assert "attention_levels for a dit, which does not have it" in capsys.readouterr().err

@@ -102,7 +102,7 @@ def test_clip_and_prediction_are_those_of_the_checkpoint(ours) -> None:
     pipeline = open_pipeline(ours, scheduler="ddpm")
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     assert pipeline.scheduler.config.timestep_spacing == "trailing"
-    assert pipeline.scheduler.config.clip_sample_range == pipeline.codec.limit.item()
+    assert pipeline.scheduler.config.clip_sample_range == pipeline.codec.clip_value.item()
     assert open_pipeline(ours, scheduler="heun").scheduler.config.timestep_spacing == "leading"
 
 

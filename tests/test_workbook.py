@@ -91,7 +91,7 @@ def test_a_parameter_that_nothing_takes_is_refused(root):
     """In a notebook that reports on a run; those that every run has (run, seed) are recorded anyway."""
     opens, more = "from wddm import workbook\nbook = workbook.open_run(run)", "extra: list[int] = [1]\n"
     for cells, refused in ((["1 + 1"], False), ([opens], True), ([opens, "print(level, extra)"], False),
-                           (["workbook.open_run(run, '02_train', globals())"], False)):  # fmt: skip
+                           ([f"{opens}\nexperiment.prepare(book)"], False)):  # fmt: skip
         write_notebook(root / "notebooks/02_train.ipynb", SECOND + more, *cells)
         if refused:
             with pytest.raises(ValueError, match=r"^02_train.ipynb: nothing takes the parameter 'level': use it"):
@@ -317,6 +317,8 @@ def test_what_is_unchanged_is_skipped(root, launched, capsys):
         (lambda root: (root / "runs/x/data.txt").write_text("new"), ["01_prepare"]),  # not what it left
         (lambda root: (root / "runs/x/data.txt").unlink(), ["01_prepare"]),
         (lambda root: (root / "reports/x/02_train.html").unlink(), ["02_train"]),
+        (lambda root: (root / "reports/x/02_train.ipynb").write_text("{}"), ["02_train"]),
+        (lambda root: (root / "reports/x/metrics.json").write_text('{"m01_prepare": 2, "m02_train": 1}'), ["01_prepare"]),
         (lambda root: (root / "params/x.yaml").write_text("level: 3"), ["02_train"]),
         (lambda root: (root / "params/x.yaml").write_text("level: 2\nflip: true"), ["01_prepare"]),
         (lambda root: (root / "params/x.yaml").write_text("level: 2\nseed: 5"), ["01_prepare", "02_train"]),
@@ -437,7 +439,8 @@ def test_the_summary_runs_last_and_again_when_a_result_has_changed(summed_up, la
     assert main(["run", "params/x.yaml"]) == 0 and len(launched) == 5
     assert yaml.safe_load((summed_up / "reports/x/params.yaml").read_text())["notebooks"] == ["analysis/compare"]
     records.write_json(summed_up / "reports/x-level=1/metrics.json", {"fwd": 2})
-    assert main(["run", "params/x.yaml"]) == 0 and launched[5:] == ["compare"]
+    assert main(["run", "params/x.yaml"]) == 0
+    assert launched[5:] == ["01_prepare", "02_train", "compare"]  # whose numbers are not those that they recorded
 
 
 def test_a_failed_member_stops_neither_the_others_nor_the_summary(summed_up, launched):

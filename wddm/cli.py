@@ -60,7 +60,7 @@ def run(params: tuple[Path, ...], overrides: tuple[str, ...], held: int | None, 
 
 def _end_with_parent() -> None:
     """Stop gently when standard input ends: the process that holds its other end is gone."""
-    sys.stdin.buffer.read()
+    os.read(sys.stdin.fileno(), 1)
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -1,3 +1,12 @@
-"""Metrics: how far generated images are from real ones, with intervals."""
+"""metrics: how far generated images are from real ones, with intervals."""
 
-from wddm.metrics.frechet import frechet_wavelet_distance as frechet_wavelet_distance
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """The distance by name, whose module needs torch and is imported when it is asked for."""
+    if name != "frechet_wavelet_distance":
+        raise AttributeError(f"module 'wddm.metrics' has no attribute {name!r}")
+    from wddm.metrics.frechet import frechet_wavelet_distance
+
+    return frechet_wavelet_distance

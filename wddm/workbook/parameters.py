@@ -92,7 +92,7 @@ def read_schema(path: Path) -> dict[str, Parameter]:
 
     Raises:
         ValueError: there is no such cell; or a parameter that no other cell of a notebook that reports on a run uses,
-            so that its page would show a value that changed nothing. `globals()` hands all of them on.
+            so that its page would show a value that changed nothing. (`experiment` refuses what it does not take.)
     """
     notebook = read_notebook(path)
     cell = tagged(notebook, "parameters")
@@ -102,7 +102,7 @@ def read_schema(path: Path) -> dict[str, Parameter]:
     code = [other["source"] for other in notebook["cells"] if other["cell_type"] == "code" and other is not cell]
     used = set(re.findall(r"\w+", "\n".join(code)))
     unused = [name for name in schema if name not in used | {"run", "seed"}]
-    if unused and "open_run" in used and "globals" not in used:
+    if unused and "open_run" in used and "experiment" not in used:
         raise ValueError(f"{path.name}: nothing takes the parameter {unused[0]!r}: use it in a cell, or remove it")
     return schema
 

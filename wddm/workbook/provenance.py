@@ -61,8 +61,12 @@ def fingerprint(experiment: Experiment, notebook: Path, known: Digests) -> str:
 
 
 def outputs(experiment: Experiment, notebook: Path, known: Digests) -> dict[str, str]:
-    """Content of what a notebook declares to write; of what others write into as well, only that it is there."""
-    found = hashes(experiment.root, declared_paths(experiment, notebook, "Outputs"), known)
+    """Content of what a notebook declares to write, and of itself as it was executed.
+
+    Of a file that others write into as well, only that it is there.
+    """
+    executed = experiment.root / "reports" / experiment.run / f"{notebook.stem}.ipynb"
+    found = hashes(experiment.root, [*declared_paths(experiment, notebook, "Outputs"), executed], known)
     shared = {path: "there" for path in found if Path(path).name in SHARED and found[path] != "absent"}
     return found | shared
 

@@ -93,16 +93,19 @@ class Task:
         return found
 
     def stale(self) -> list[str]:
-        """What notebooks that are left out made with other parameters than this experiment has, a line each."""
+        """What notebooks that are left out have not finished, or made with other parameters, a line each."""
         made, found = {entry["by"]: entry for entry in read_record(self.root, self.experiment.run).values()}, []
         notebooks = self.experiment.notebooks
         for notebook in notebooks[: notebooks.index(self.chosen[0])]:
-            before, now = made.get(notebook.stem, {}).get("parameters"), self.experiment.values(notebook)
-            if before and (names := [name for name in now if before.get(name) != now[name]]):
-                changed = ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in names)
+            if (entry := made.get(notebook.stem)) is None:
+                continue  # the notebook that wants it says so
+            before, now = entry["parameters"], self.experiment.values(notebook)
+            why = ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name])
+            if why or "sha256" not in entry:
+                got = f"ran with other parameters ({why})" if why else "was begun and is not finished"
                 found.append(
-                    f"run {self.experiment.run!r}: {notebook.stem} ran with other parameters ({changed}), wanted the "
-                    "same: set them back, or let it run too (without --only and --from)"
+                    f"run {self.experiment.run!r}: {notebook.stem} {got}: let it run too (without --only and --from)"
+                    + ", or set them back" * bool(why)
                 )
         return found
 
@@ -112,9 +115,10 @@ class Task:
         return (
             not self.force
             and entry.get("state") == "ok"
-            and all((self.folder / f"{name}{suffix}").exists() for suffix in (".ipynb", ".html"))
+            and (self.folder / f"{name}.html").exists()
             and entry.get("fingerprint") == provenance.fingerprint(self.experiment, notebook, self.known)
             and entry.get("outputs") == provenance.outputs(self.experiment, notebook, self.known)
+            and all(numbers.items() <= self.recorded()[kind].items() for kind, numbers in entry["recorded"].items())
             and all(self.known.of(self.root / path) == digest for path, digest in entry.get("opened", {}).items())
         )
 
@@ -172,7 +176,10 @@ class Task:
             state=state,
             error=error,
             seconds=seconds,
-            recorded={kind: sorted(keys - before[kind]) for kind, keys in self.recorded().items()},
+            recorded={
+                kind: {key: number for key, number in numbers.items() if key not in before[kind]}
+                for kind, numbers in self.recorded().items()
+            },
             outputs=provenance.outputs(self.experiment, notebook, self.known),
             opened=provenance.hashes(self.root, opened, self.known) if state == "ok" else {},
         )
@@ -204,9 +211,9 @@ class Task:
             self.status[notebook.stem] = {"state": "pending", "seconds": None, "error": None}
         write_json(self.folder / "status.json", self.status)
 
-    def recorded(self) -> dict[str, set[str]]:
-        """The names in metrics.json and timings.json."""
-        return {kind: set(read_json(self.folder / f"{kind}.json")) for kind in RECORDS}
+    def recorded(self) -> dict[str, dict[str, Any]]:
+        """The numbers in metrics.json and timings.json."""
+        return {kind: read_json(self.folder / f"{kind}.json") for kind in RECORDS}
 
 
 def write_parameters(experiment: Experiment, path: Path) -> None:
