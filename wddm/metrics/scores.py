@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -122,13 +123,9 @@ def by_inception(samples: np.ndarray, reference: Dataset, options: Options) -> l
     if path is None:
         names = ", ".join(INCEPTION.values())
         return [Score("fid", names, None, None, *counts, "not computed: no Inception weights")]
-    network, digest = inception.build(path, options.device), sha256(path)
-
-    def extract(images: np.ndarray) -> inception.Features:
-        return inception.features(images, network, options.progress)
-
-    def compare(generated: inception.Features, real: inception.Features) -> Estimates:
-        return inception.scores(generated, real, resamples=RESAMPLES, seed=options.seed)
+    digest, network = sha256(path), inception.build(path, options.device)
+    extract = partial(inception.features, network=network, progress=options.progress)
+    compare = partial(inception.scores, resamples=RESAMPLES, seed=options.seed)
 
     def between_real(count: int) -> Estimates:
         chosen, others = frechet.split(len(reference.images), count, options.seed)
@@ -182,12 +179,11 @@ def fairness(count: int, reference: Dataset) -> str:
 
 def as_json(found: dict[str, list[Score]], images: Path, reference: Dataset) -> dict[str, Any]:
     """The scores for a file, with the images and the reference that they compare."""
-    ends = ("value", "low", "high")
-    rows = [
-        {name: value for name, value in vars(score).items() if name not in ("estimate", "detail")}
-        | dict(zip(ends, score.estimate or 3 * [None], strict=True))
-        for score in itertools.chain(*found.values())
-    ]
+    rows = []
+    for score in itertools.chain(*found.values()):
+        low, high = score.estimate[1:] if score.estimate else (None, None)
+        row = vars(score) | {"value": score.value, "low": low, "high": high}
+        rows.append({name: value for name, value in row.items() if name not in ("estimate", "detail")})
     return {
         "images": str(images),
         "reference": {"folder": str(reference.folder), "sha256": reference.sha256},
