@@ -17,25 +17,15 @@ import torch
 from benchmarks.workloads import bare_training, commands, decoded_batches, prepared_batches, spline_layer
 from wddm import data
 from wddm.backbones import PRESETS
+from wddm.studies import profiling
 from wddm.studies.efficiency import Network, Row, on_paper, training
-from wddm.studies.profiling import (
-    PASSES,
-    Maker,
-    compare,
-    fitting_batch,
-    forward_flops,
-    measure_alone,
-    speed,
-    spread,
-    time_in_turn,
-    times_as_fast,
-)
+from wddm.studies.profiling import PASSES, Maker, fitting_batch, speed, spread, times_as_fast
 
 
 def presets(datasets: Sequence[str], levels: Sequence[int], kinds: Sequence[str], attention_head_dim: int) -> list[Row]:
     """The networks of those presets that there are."""
     return [
-        {"kind": kind, "dataset": dataset, "level": level, "attention_head_dim": attention_head_dim}
+        {"backbone": kind, "dataset": dataset, "level": level, "attention_head_dim": attention_head_dim}
         for dataset, level, kind in product(datasets, levels, kinds)
         if (dataset, level) in PRESETS
     ]
@@ -62,7 +52,7 @@ class Benchmarks:
 
     def compared(self, ours: Maker, theirs: Maker, *, batch_size: int | None = None, flops: float = 0.0) -> Row:
         """The row of two that compute the same; `flops`: those that an image takes at least."""
-        found = compare(
+        found = profiling.compare(
             {"ours": ours, "theirs": theirs},
             batch_size=batch_size or self.batch_size,
             bounds=dict.fromkeys(("ours", "theirs"), flops / self.rate),
@@ -94,7 +84,7 @@ class Benchmarks:
     def splines(self, networks: Iterable[Network]) -> list[Row]:
         """The first spline layer of every U-KAN that has one, alone, and a training step of it, against recursion."""
         rows = []
-        for network in (network for network in networks if network["kind"] == "ukan"):
+        for network in (network for network in networks if network["backbone"] == "ukan"):
             model = on_paper(network)
             if model.bottleneck is None:
                 continue
@@ -112,7 +102,7 @@ class Benchmarks:
     def heads(self, networks: Iterable[Network]) -> list[Row]:
         """A training step of every UNet with its attention heads, against the published heads of 8 channels."""
         rows = []
-        for network in (network for network in networks if network["kind"] == "unet"):
+        for network in (network for network in networks if network["backbone"] == "unet"):
             flops, both = training_flops(network), (network, {**network, "attention_head_dim": 8})
             images = fitting_batch(2 * flops, self.rate, self.batch_size, self.max_seconds)  # narrow ones take double
             makers = (partial(training, one, precision=self.precision) for one in both)
@@ -134,7 +124,7 @@ class Benchmarks:
 
 def training_flops(network: Network) -> int:
     """Operations of a training step of one image."""
-    return PASSES * forward_flops(on_paper(network))
+    return PASSES * profiling.forward_flops(on_paper(network))
 
 
 def fixed_costs(dataset: str, resolution: int, dataset_path: str | None, limit: int | None, rounds: int) -> list[Row]:
@@ -146,7 +136,7 @@ def fixed_costs(dataset: str, resolution: int, dataset_path: str | None, limit: 
             data.prepare(dataset, resolution, next(places), dataset_path=dataset_path, limit=limit, progress=False)
 
         things = commands(Path(folder)) | {f"prepare {dataset}, {limit or 'all'} images": prepare}
-        seconds = time_in_turn(things, rounds=rounds, min_seconds=0)
+        seconds = profiling.time_in_turn(things, rounds=rounds, min_seconds=0)
     quartiles = {name: np.quantile(values, [0.5, 0.25, 0.75]).tolist() for name, values in seconds.items()}
     return [{"what": name} | dict(zip(("seconds", "q1", "q3"), q, strict=True)) for name, q in quartiles.items()]
 
@@ -161,7 +151,7 @@ def largest_batch(network: Network, *, limit_gib: float | None, precision: str =
     fitting, taken = 0, None
     while 2 * fitting <= maximum:
         batch_size = max(1, 2 * fitting)
-        found = measure_alone(partial(training, network, batch_size=batch_size, precision=precision))
+        found = profiling.measure_alone(partial(training, network, batch_size=batch_size, precision=precision))
         if found.memory_gib is None or (limit_gib is not None and found.memory_gib > limit_gib):
             break
         fitting, taken = batch_size, found.memory_gib
@@ -203,7 +193,8 @@ def loop_table(rows: Sequence[Row]) -> list[Row]:
     table = []
     for row in rows:
         percent = [100 * (1 / row[end] - 1) for end in ("times_as_fast", "high", "low") if row[end] is not None]
-        columns = {"preset": "{dataset} {level} {kind}".format(**row) + " compiled" * row["compiled"], "of": row["of"]}
+        preset = "{dataset} {level} {backbone}".format(**row) + " compiled" * row["compiled"]
+        columns = {"preset": preset, "of": row["of"]}
         columns |= {"ours (images/s)": row["ours_per_s"], "bare (images/s)": row["theirs_per_s"]}
         columns |= {"cost (%)": shown(row, *percent), "share (%)": row["share_of_rate"] and 100 * row["share_of_rate"]}
         table.append(columns | {"ours (GiB)": row["ours_gib"], "bare (GiB)": row["theirs_gib"]})

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import plain
+from wddm.backbones import build_backbone
 from wddm.data import batches
 from wddm.kan import SplineLinear
 from wddm.steps import resolve_precision, tune
-from wddm.studies.efficiency import Network, build, device, noise_images
+from wddm.studies.efficiency import Network, device, noise_images
 
 
 def bare_training(
@@ -34,7 +35,7 @@ def bare_training(
     recursion: bool = False,
 ) -> Generator[Tensor]:
     """The network in a bare loop, on batches that lie ready on the device; with `recursion`, its splines by that."""
-    model = build(network).to(device()).train()
+    model = build_backbone(**network).to(device()).train()
     if recursion:
         plain.with_recursion(model)
     tune(model, device())

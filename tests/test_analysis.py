@@ -14,12 +14,13 @@ from conftest import wddm
 
 from wddm.backbones import build_backbone
 from wddm.files import append_row, read_rows
+from wddm.metrics.scores import Options
 from wddm.objective import alphas_cumprod, build_solver, noise_scheduler
 from wddm.pipeline import WaveletPipeline
 from wddm.studies import sampling, sweeps
 from wddm.wavelets import WaveletCodec
 from wddm.workbook import collect, records
-from wddm.workbook.records import Finished
+from wddm.workbook.finished import Finished
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (24, 8, 8, 1), dtype=np.uint8)
@@ -30,7 +31,8 @@ def pipeline() -> WaveletPipeline:
     """Untrained, for images of 8 x 8."""
     torch.manual_seed(0)
     backbone = build_backbone("unet", image_size=8, image_channels=1, level=1, widths=(32, 32), layers_per_block=1)
-    made = WaveletPipeline(backbone.eval(), build_solver("ddim", "v_prediction"), WaveletCodec("haar", 1))
+    codec = WaveletCodec("haar", 1, scaling="dyadic")
+    made = WaveletPipeline(backbone.eval(), build_solver("ddim", "v_prediction"), codec)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -110,7 +112,7 @@ def test_evaluations_of_the_network_are_counted(pipeline, monkeypatch, scheduler
 
 def test_what_a_solver_cannot_do_is_a_row_with_its_error(pipeline) -> None:
     cell = dict(zip(sampling.SETTING, ("ddim", 2000, 0.0, "trailing", None), strict=True)) | {"first": 0, "count": 4}
-    found = sampling.quality(pipeline, None, cell, level=1, batch_size=4)
+    found = sampling.quality(pipeline, None, cell, batch_size=4, measuring=Options(1))
     assert found["error"].startswith("got 2000 steps")
     rows = [cell | found] * 2
     assert sampling.pooled(rows).empty
@@ -140,7 +142,7 @@ def test_rows_of_a_setting_are_pooled_over_sets() -> None:
     picked = sampling.picked(table, [setting | {"steps": 6}, setting])
     pd.testing.assert_frame_equal(picked, table)
     (name, (steps, values)), *_ = sampling.lines(table, "fwd").items()
-    assert (name, steps) == ("ddim, eta 1", [5]) and values.tolist() == [list(sampling.interval(row, "fwd"))]
+    assert (name, steps) == ("ddim, eta 1", [5]) and values.tolist() == [[row["fwd"], row["fwd_low"], row["fwd_high"]]]
     assert np.isnan(sampling.grid(table, "fwd", [5, 6])).tolist() == [[False, True], [True, True]]
     assert sampling.picked(table, []).empty
     shown = sampling.shown(table, details=True).iloc[0]
@@ -371,9 +373,8 @@ def is_clean(page: Path) -> bool:
 def test_sampling_dynamics_is_measured_once_and_written_down(root, tmp_path) -> None:
     torch.manual_seed(0)
     backbone = build_backbone("unet", dataset="digits", level=1, widths=(32,))
-    WaveletPipeline(backbone, build_solver("ddim", "v_prediction"), WaveletCodec("haar", 1)).save_pretrained(
-        root / "runs/tiny/pipeline"
-    )
+    codec = WaveletCodec("haar", 1, scaling="dyadic")
+    WaveletPipeline(backbone, build_solver("ddim", "v_prediction"), codec).save_pretrained(root / "runs/tiny/pipeline")
     options = ["model_dir=runs/tiny/pipeline", "solvers=[ddim, heun]", "steps=[2, 4]", "band_steps=[2, 3]"]
     options += ["reference_steps=6", "sets=2", "num_samples=40", "spacing_solvers=[ddim]"]
     command = ["run", "params/sampling-dynamics.yaml", *(word for option in options for word in ("-p", option))]

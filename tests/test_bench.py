@@ -15,7 +15,7 @@ from conftest import ROOT, wddm
 from torch.testing import assert_close
 
 from benchmarks import comparisons, plain, workloads
-from wddm import plots, update
+from wddm import plots
 from wddm.backbones import build_backbone
 from wddm.kan import SplineLinear, spline_basis
 from wddm.objective import noise_scheduler
@@ -23,13 +23,13 @@ from wddm.studies import efficiency, profiling
 from wddm.studies.profiling import Measurement, ready
 from wddm.wavelets import WaveletCodec
 
-DIGITS = {"kind": "ukan", "dataset": "digits", "level": 1}
+DIGITS = {"backbone": "ukan", "dataset": "digits", "level": 1}
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_the_plain_haar_transform_is_the_codecs(level: int) -> None:
     images = torch.rand(2, 3, 16, 8) * 2 - 1
-    assert_close(plain.haar(images, level), WaveletCodec("haar", level).encode(images))
+    assert_close(plain.haar(images, level), WaveletCodec("haar", level, scaling="dyadic").encode(images))
 
 
 def test_recursion_gives_the_bases_of_the_closed_form() -> None:
@@ -63,9 +63,9 @@ def test_the_bare_loop_takes_the_steps_of_ours(tmp_path: Path) -> None:
     loop.alphas_cumprod = noise_scheduler().alphas_cumprod.double()
     x = torch.from_numpy(images).double().permute(0, 3, 1, 2) / 127.5 - 1
     for _ in range(2):
-        noise, t = update.draw(trainer, x)
-        loss, *_ = update.optimise(trainer, x)
-        assert_close(loop.step(x, noise, t), loss.total)
+        noise, t = trainer.draw_noise(x)
+        loss, *_ = trainer.optimise(x)
+        assert_close(loop.step(x, noise, t), loss)
         trainer.step += 1
     before = [average.clone() for average in loop.average]
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
@@ -126,9 +126,8 @@ def test_all_networks_get_the_batch_that_the_largest_has_memory_for(monkeypatch)
 
     monkeypatch.setattr(profiling, "measure_alone", alone)
     monkeypatch.setattr(profiling, "time_in_turn", time_in_turn)
-    works = efficiency.works(sampling_steps=10, precision="auto", compile=False)
     found = efficiency.entries("unet", "digits", [0, 1], 64)
-    found = efficiency.measure(found, works, rate=1e12, batch_size=8, max_seconds=1e3)
+    found = efficiency.measure(found, rate=1e12, batch_size=8, max_seconds=1e3)
     assert tried[:12] == [(level, images) for images in (8, 4, 2) for level in (0, 1, 0, 0)]
     assert {work: {one.measured[work].batch_size for one in found} for work in ("training", "sampling")} == {
         "training": {2}, "sampling": {2}
@@ -137,7 +136,7 @@ def test_all_networks_get_the_batch_that_the_largest_has_memory_for(monkeypatch)
 
 
 def entry(name: str, level: int, flops: int, seconds: list[float] | None) -> efficiency.Entry:
-    network = {"dataset": "digits", "kind": "unet", "level": level}
+    network = {"dataset": "digits", "backbone": "unet", "level": level}
     one = Measurement(reason="slow") if seconds is None else Measurement(np.array(seconds), 0.5)
     return efficiency.Entry(name, level, network, 1000, flops, {"training": one, "sampling": one})
 
@@ -201,7 +200,7 @@ def test_the_largest_batch_is_the_last_that_fits(monkeypatch) -> None:
     def alone(make) -> Measurement:
         return Measurement(np.ones(1), 0.1 * make.keywords["batch_size"])
 
-    monkeypatch.setattr(comparisons, "measure_alone", alone)
+    monkeypatch.setattr(profiling, "measure_alone", alone)
     found = comparisons.largest_batch(DIGITS, limit_gib=1.0)
     assert (found["largest batch"], found["memory (GiB)"]) == (8, pytest.approx(0.8))
     assert comparisons.largest_batch(DIGITS, limit_gib=0.05)["largest batch"] == 0

@@ -56,10 +56,10 @@ def test_what_depends_on_the_reference_is_kept_under_its_hash(digits, monkeypatc
     samples = np.array(digits.images[:100])
     (first,) = scores.wavelet(samples, digits, Options(2))
     name = digits.manifest["sha256"]["images"][:16]
-    assert {path.name for path in (digits.folder / "statistics").glob("*fwd-level2*")} == {
+    assert {path.name for path in (digits.folder / ".statistics").glob("*fwd-level2*")} == {
         f"{name}-fwd-level2.npz", f"{name}-fwd-level2-split-100-0-{scores.RESAMPLES}.npz",
     }  # fmt: skip
-    monkeypatch.setattr(frechet, "packet_moments", lambda *a, **k: pytest.fail("measured the reference again"))
+    monkeypatch.setattr(frechet, "moments", lambda *a, **k: pytest.fail("measured the reference again"))
     monkeypatch.setattr(frechet, "split_floor", lambda *a, **k: pytest.fail("measured the floor again"))
     (again,) = scores.wavelet(samples, digits, Options(2))
     assert (again.record(), again.row()) == (first.record(), first.row())
@@ -80,7 +80,7 @@ def test_the_classifier_of_a_reference_is_trained_once(digits, monkeypatch, tmp_
     samples = np.array(digits.images[:100]) // 2
     (score,) = scores.classifier(samples, reference, Options(seed=1))
     assert (score.key, score.name) == ("fd_digits_16_classifier", "FD, digits-16-classifier (not FID)")
-    expected = frechet.frechet_feature_distance(digits.images, samples, network, resamples=scores.RESAMPLES, seed=1)
+    expected = frechet.distance(digits.images, samples, frechet.features(network), resamples=scores.RESAMPLES, seed=1)
     assert score.estimate == pytest.approx(expected.distance, rel=1e-9) and score.floor.value < score.value
     assert f"classifier right on {network.accuracy.value:.1%} of 150 held-out images" in score.protocol
     (few,) = scores.classifier(samples[:20], reference, Options(seed=1))
@@ -105,17 +105,19 @@ def test_scores_are_the_metrics_with_their_floor(digits) -> None:
     expected = frechet.frechet_wavelet_distance(digits.images, samples, 2, resamples=scores.RESAMPLES, seed=3)
     assert score.value == pytest.approx(expected.value, rel=1e-12)
     assert score.estimate == pytest.approx(expected.distance, rel=1e-9)
-    floor = frechet.split_floor(digits.images, 2, count=100, resamples=scores.RESAMPLES, seed=3)
+    packets = diagnostics.haar_packets(2)
+    floor = frechet.split_floor(digits.images, packets, 100, resamples=scores.RESAMPLES, seed=3)
     assert score.floor == pytest.approx(floor.distance, rel=1e-12)
     assert score.record() == {
         "fwd": score.value, "fwd_low": score.estimate.low, "fwd_high": score.estimate.high,
         "fwd_floor": score.floor.value, "fwd_floor_low": score.floor.low, "fwd_floor_high": score.floor.high,
     }  # fmt: skip
     assert (score.count, score.count_real) == (100, 600) and "seed 3" in score.protocol
-    assert scores.caveat(samples).startswith("Fewer than 10,000") and scores.caveat(range(10_000)) == ""
+    assert scores.fairness(100, digits).startswith("Fewer than 10,000")
+    assert scores.fairness(10_000, digits).startswith("Scores: 10,000 samples")
     said = "100 samples against 600 real images; floors: 100 real images against the 500 others"  # (6/600) / (6/500)
-    assert said in scores.fairness(samples, digits) and "about 0.97 times" in scores.fairness(samples, digits)
-    assert "300 real images against the 300 others" in scores.fairness(range(900), digits)
+    assert said in scores.fairness(100, digits) and "about 0.97 times" in scores.fairness(100, digits)
+    assert "300 real images against the 300 others" in scores.fairness(900, digits)
 
 
 def test_copies_are_told_from_strangers(digits) -> None:

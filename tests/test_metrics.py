@@ -11,6 +11,7 @@ from PIL import Image
 
 from wddm import data
 from wddm.metrics import diagnostics, frechet, intervals
+from wddm.metrics.diagnostics import haar_packets
 from wddm.metrics.frechet import Moments, frechet_distance, frechet_wavelet_distance
 from wddm.wavelets import WaveletCodec
 
@@ -162,7 +163,7 @@ def test_fwd_streams_and_takes_either_layout(monkeypatch, photographs):
         assert [len(batch) for batch in diagnostics.UnitBatches(real)] == 8 * [37] + [4]
         assert frechet_wavelet_distance(real, generated).value == pytest.approx(expected, rel=1e-9)
     assert frechet_wavelet_distance(as_float(real), generated).value == pytest.approx(expected, rel=1e-4)
-    cached = frechet.packet_moments(real, 3)
+    cached = frechet.moments(real, haar_packets(3))
     assert frechet_wavelet_distance(cached, generated).value == expected
     assert frechet_wavelet_distance(real, real).value == pytest.approx(0, abs=1e-10)
 
@@ -178,30 +179,30 @@ def test_fwd_refuses_too_few_images_and_other_ranges(photographs):
         with pytest.raises(ValueError, match=r"wanted uint8 \(N, H, W, C\) or float"):
             frechet_wavelet_distance(bad, photographs)
     with pytest.raises(ValueError, match="packets, wanted 64"):
-        frechet_wavelet_distance(frechet.packet_moments(photographs, 2), photographs, level=3)
+        frechet_wavelet_distance(frechet.moments(photographs, haar_packets(2)), photographs, level=3)
 
 
 def test_floor_is_the_distance_of_some_to_all_others(photographs):
-    floor = frechet.split_floor(photographs, 3, seed=1)
-    assert floor.value == frechet.split_floor(photographs, 3, seed=1).value
+    floor = frechet.split_floor(photographs, haar_packets(3), seed=1)
+    assert floor.value == frechet.split_floor(photographs, haar_packets(3), seed=1).value
     assert (floor.count_real, floor.count_generated) == (300, 300)
-    assert floor.value != frechet.split_floor(photographs, 3, seed=2).value
-    fewer = frechet.split_floor(photographs, 3, seed=1, count=100)
+    assert floor.value != frechet.split_floor(photographs, haar_packets(3), seed=2).value
+    fewer = frechet.split_floor(photographs, haar_packets(3), seed=1, count=100)
     assert (fewer.count_real, fewer.count_generated) == (500, 100) and 0 < floor.value < fewer.value
     chosen, others = frechet.split(600, 100, 1)
     expected = frechet_wavelet_distance(photographs[others], photographs[chosen]).value
     assert fewer.value == pytest.approx(expected, rel=1e-9)
     pair = np.repeat(np.arange(2, dtype=np.uint8), 64).reshape(2, 8, 8, 1)
     many = np.concatenate([pair[:1]] * 40)  # equal images: any split is at distance 0, unless rows are lost
-    assert frechet.split_floor(many, 3).value == pytest.approx(0, abs=1e-20)
+    assert frechet.split_floor(many, haar_packets(3)).value == pytest.approx(0, abs=1e-20)
     with pytest.raises(ValueError, match="wanted 1 to 300"):
-        frechet.split_floor(photographs, 3, count=301)
+        frechet.split_floor(photographs, haar_packets(3), count=301)
 
 
 def test_a_split_is_disjoint_and_covers_the_set(monkeypatch, photographs):
     seen, original = [], frechet._moments
     monkeypatch.setattr(frechet, "_moments", lambda side, *a: seen.append(side.rows) or original(side, *a))
-    frechet.split_floor(photographs, 3, count=200)
+    frechet.split_floor(photographs, haar_packets(3), count=200)
     assert sorted(np.concatenate(seen)) == list(range(600))
 
 
@@ -211,7 +212,7 @@ def test_bootstrap_interval_is_as_wide_as_the_spread_of_repeated_draws():
     def draw(count: int) -> torch.Tensor:
         return torch.from_numpy(rng.normal(0.5, 0.1, (count, 1, 8, 8)).clip(0, 1))
 
-    real = frechet.packet_moments(draw(4000), 2)
+    real = frechet.moments(draw(4000), haar_packets(2))
     values = [frechet_wavelet_distance(real, draw(300), 2).value for _ in range(40)]
     interval = frechet_wavelet_distance(real, draw(300), 2, resamples=40).distance
     assert 0.5 < (interval.high - interval.low) / np.subtract(*np.quantile(values, [0.95, 0.05])) < 2
@@ -227,7 +228,7 @@ def test_a_perfect_generator_scores_as_far_below_the_floor_as_is_said():
 
     real, count = draw(800), 400
     perfect = np.mean([frechet_wavelet_distance(real, draw(count), 1).value for _ in range(30)])
-    floor = np.mean([frechet.split_floor(real, 1, count=count, seed=seed).value for seed in range(30)])
+    floor = np.mean([frechet.split_floor(real, haar_packets(1), count=count, seed=seed).value for seed in range(30)])
     assert perfect / floor == pytest.approx((1 / 400 + 1 / 800) / (1 / 400 + 1 / 400), rel=0.1)
 
 
@@ -241,11 +242,11 @@ def test_bootstrap_interval_holds_the_value_and_is_seeded(photographs):
     assert first.value == measured(2).value and first.distance.low != measured(2).distance.low
     _, low, high = first.packets
     assert (low < first.per_packet).all() and (first.per_packet < high).all()
-    floor = frechet.split_floor(photographs, 3, resamples=8).distance
+    floor = frechet.split_floor(photographs, haar_packets(3), resamples=8).distance
     assert 0 < floor.low < floor.value < floor.high
     without = frechet_wavelet_distance(photographs[:300], photographs[300:])
     assert without.value == first.value and np.isnan(without.distance[1:]).all() and np.isnan(without.packets[1:]).all()
-    for generated, resamples in ((photographs, 1), (frechet.packet_moments(photographs, 3), 8)):
+    for generated, resamples in ((photographs, 1), (frechet.moments(photographs, haar_packets(3)), 8)):
         with pytest.raises(ValueError, match=f"got resamples={resamples}, wanted 0, or 2 and more of images"):
             frechet_wavelet_distance(photographs, generated, resamples=resamples)
 
@@ -263,10 +264,10 @@ def test_packets_are_those_of_the_codec(photographs):
     images = as_float(photographs[:5]).double()
     for level in (1, 3):
         expected = WaveletCodec("haar", level=level, scaling="none").double().encode(images)
-        found = diagnostics.haar_packets(level)(images, slice(2, None))
+        found = haar_packets(level)(images, slice(2, None))
         torch.testing.assert_close(found, expected.reshape(5, 4**level, -1).transpose(0, 1)[2:])
     with pytest.raises(ValueError, match="got height 32, wanted a multiple of 64"):
-        diagnostics.haar_packets(6)(images)
+        haar_packets(6)(images)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -284,7 +285,7 @@ def test_fwd_keeps_no_page_of_a_memory_map_and_reads_what_is_there(tmp_path, pho
     )
     private = np.load(tmp_path / "images.npy", mmap_mode="c")
     private[:] = 7  # held in memory alone: may not be dropped
-    frechet.packet_moments(private, 3)
+    frechet.moments(private, haar_packets(3))
     assert (private == 7).all()
 
 
@@ -297,16 +298,16 @@ def test_the_distance_of_features_is_that_of_gaussians_with_their_moments(photog
     real, generated = photographs[:300], photographs[300:] // 2
     means = [images.mean((1, 2)) / 255 for images in (real, generated)]
     expected = frechet_distance(*(v for x in means for v in (x.mean(0), np.cov(x.T))))
-    found = frechet.frechet_feature_distance(real, generated, Means(), resamples=9)
+    found = frechet.distance(real, generated, frechet.features(Means()), resamples=9)
     assert found.value == pytest.approx(expected, rel=1e-5)
     assert found.distance.low < found.value < found.distance.high
-    floor = frechet.split_floor(real, feature_extractor=Means(), seed=1)
+    floor = frechet.split_floor(real, frechet.features(Means()), seed=1)
     chosen, others = frechet.split(300, seed=1)
     assert floor.value == pytest.approx(
-        frechet.frechet_feature_distance(real[others], real[chosen], Means()).value, rel=1e-9
+        frechet.distance(real[others], real[chosen], frechet.features(Means())).value, rel=1e-9
     )
     with pytest.raises(ValueError, match="got 2 images for vectors of 3 values, wanted 3"):
-        frechet.frechet_feature_distance(real, generated[:2], Means())
+        frechet.distance(real, generated[:2], frechet.features(Means()))
 
 
 # -------------------------------------------------------------------------------------------------- intervals
@@ -434,13 +435,13 @@ def test_the_classifier_knows_digits_and_doubts_what_is_none(digits):
     one, other = rng.integers(len(digits.images), size=(2, 400))
     differ = digits.labels[one] != digits.labels[other]
     pair = digits.images[one[differ]].astype(int) + digits.images[other[differ]]
-    real = diagnostics.judge(classifier, digits.images)
-    noise = diagnostics.judge(classifier, rng.integers(0, 256, (400, 16, 16, 1), dtype=np.uint8))
-    blends = diagnostics.judge(classifier, (pair // 2).astype(np.uint8))
+    real = classifier.judge(digits.images)
+    noise = classifier.judge(rng.integers(0, 256, (400, 16, 16, 1), dtype=np.uint8))
+    blends = classifier.judge((pair // 2).astype(np.uint8))
     assert real.confident_share.value >= 0.9 and real.classes_seen == 10 and real.confidence.shape == (1797,)
     assert noise.confident_share.value < 0.05 and blends.confident_share.value < 0.4
     assert sum(noise.class_counts.values()) == 400
-    ones = diagnostics.judge(classifier, as_float(np.array(digits.images[digits.labels == 1])))
+    ones = classifier.judge(as_float(np.array(digits.images[digits.labels == 1])))
     assert ones.class_counts[1] > 175 and ones.classes_seen < 4
 
 

@@ -1,4 +1,4 @@
-"""Diagnostics: samples beside real images: their spectra, wavelet bands, nearest neighbours and classes.
+"""Diagnostics compare samples with real images: spectra, wavelet bands, nearest neighbours and classes.
 
 Images are uint8 (N, H, W, C) or float (N, C, H, W) in [0, 1]. They are read in batches of float64, so that a memory
 map of any length will do.
@@ -10,6 +10,7 @@ import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,23 +29,19 @@ MOST, SIDE, FEATURES = 20_000, 64, 32  # of the classifier: real images at most,
 STEPS, BATCH, UNCLEAR = 500, 72, 4  # steps of its training, images in each, of these with shuffled pixels or blended
 
 
-@dataclass(frozen=True)
-class Spectrum:
-    """Power (F,) at spatial frequencies (F,) in cycles/pixel, with intervals over `count` images."""
-
-    frequency: np.ndarray
-    power: Estimate[np.ndarray]
-    count: int
+class Spectrum(NamedTuple):
+    frequency: np.ndarray  # (F,), in cycles/pixel
+    power: Estimate[np.ndarray]  # (F,)
 
 
 @dataclass(frozen=True)
 class BandStatistics:
-    """Of every Haar packet, arrays (4^L,): energy (mean square), std, excess kurtosis (0 for a Gaussian)."""
+    """Of every Haar packet, arrays (4^L,), over `count` images."""
 
     bands: list[str]
-    energy: Estimate[np.ndarray]
+    energy: Estimate[np.ndarray]  # mean square
     std: np.ndarray
-    kurtosis: Estimate[np.ndarray]
+    kurtosis: Estimate[np.ndarray]  # excess: 0 for a Gaussian; nan for a band without any detail
     count: int
 
 
@@ -68,15 +65,14 @@ class UnitBatches:
         return len(self.images if self.rows is None else self.rows)
 
     def __iter__(self) -> Iterator[Tensor]:
-        images, values = self.images, math.prod(self.images.shape[1:])
-        layout = "NHWC" if images.dtype in (np.uint8, torch.uint8) else "NCHW"
+        images, layout = self.images, "NHWC" if self.images.dtype in (np.uint8, torch.uint8) else "NCHW"
         if images.ndim != 4 or not len(images) or images.shape[layout.index("C")] not in (1, 2, 3, 4):
             raise ValueError(
                 f"got {images.dtype} images {tuple(images.shape)}, wanted uint8 (N, H, W, C) or float "
                 "(N, C, H, W) of 1 to 4 channels: transpose them"
             )
         device = "cpu" if torch.device(self.device).type == "mps" else self.device
-        size = max(1, min(self.batch_size, BATCH_VALUES // values))
+        size = max(1, min(self.batch_size, BATCH_VALUES // math.prod(images.shape[1:])))
         for start in range(0, self.count, size):
             part = slice(start, start + size)
             batch = images[part if self.rows is None else self.rows[part]]
@@ -137,24 +133,22 @@ def radial_power_spectrum(images: Images) -> Spectrum:
     for batch in UnitBatches(images):
         power = torch.fft.fft2(batch - batch.mean((-2, -1), keepdim=True), norm="ortho").abs().square().mean(1)
         sums = power.new_zeros(len(batch), int(ring.max()) + 1).index_add_(1, ring, power.flatten(1))
-        found.append((sums / torch.bincount(ring))[:, rings].numpy())
-    per_image = np.concatenate(found)  # (N, F)
-    return Spectrum((rings / side).double().numpy(), resampled(per_image), len(per_image))
+        found.append((sums / torch.bincount(ring))[:, rings])
+    return Spectrum((rings / side).double().numpy(), resampled(torch.cat(found).numpy()))
 
 
 def band_statistics(images: Images, level: int = 3) -> BandStatistics:
     """Energy, spread and tails of the Haar packets; those of details in photographs are heavy-tailed."""
     split = haar_packets(level)
-    packets = (split(batch, slice(None)) for batch in UnitBatches(images))
-    sums = [torch.stack([(values**power).mean(2).T for power in (1, 2, 3, 4)], 1) for values in packets]
-    per_image = torch.cat(sums).numpy()  # (N, 4, 4^L)
+    packets = (split(batch, slice(None)) for batch in UnitBatches(images))  # (4^L, B, d)
+    powers = [torch.stack([(values**power).mean(2).T for power in (1, 2, 3, 4)], 1) for values in packets]
+    per_image = torch.cat(powers).numpy()  # (N, 4, 4^L)
     energy, mean = resampled(per_image[:, 1]), per_image[:, 0].mean(0)
-    std, names = np.sqrt(energy.value - mean**2), WaveletCodec("haar", level=level).bands()
-    return BandStatistics(names, energy, std, resampled(per_image, _kurtosis), len(per_image))
+    bands, std = WaveletCodec("haar", level=level).bands(), np.sqrt(energy.value - mean**2)
+    return BandStatistics(bands, energy, std, resampled(per_image, _kurtosis), len(per_image))
 
 
 def _kurtosis(moments: np.ndarray) -> np.ndarray:
-    """Excess kurtosis (..., P) of raw moments one to four (..., 4, P); nan for a band without any detail."""
     m1, m2, m3, m4 = np.moveaxis(moments, -2, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return (m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / (m2 - m1**2) ** 2 - 3
@@ -171,16 +165,15 @@ def nearest_neighbours(
     if not 1 <= k <= len(real):
         raise ValueError(f"got k={k} with {len(real)} real images, wanted 1 to {len(real)}: change k")
     queries = torch.cat([batch.float().flatten(1) for batch in UnitBatches(generated)]) - 0.5
-    wanted = min(k + 8, len(real))
+    wanted, first = min(k + 8, len(real)), 0
     best, rows = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
-    first = 0
     for batch in UnitBatches(real, batch_size=batch_size):
         keys = batch.float().flatten(1) - 0.5
         squares = keys.square().sum(1) - 2 * queries @ keys.T  # + |query|^2, the same for all keys
-        found = torch.arange(first, first + len(keys)).expand_as(squares)
-        best, order = torch.cat([best, squares], 1).topk(min(wanted, first + len(keys)), largest=False)
-        rows = torch.cat([rows, found], 1).gather(1, order)
+        rows = torch.cat([rows, torch.arange(first, first + len(keys)).expand_as(squares)], 1)
         first += len(keys)
+        best, order = torch.cat([best, squares], 1).topk(min(wanted, first), largest=False)
+        rows = rows.gather(1, order)
     distances = np.empty(rows.shape)
     for i, query in enumerate(UnitBatches(generated, batch_size=1)):
         (candidates,) = UnitBatches(real, rows[i].numpy(), wanted)
@@ -189,18 +182,30 @@ def nearest_neighbours(
     return np.take_along_axis(rows.numpy(), nearest, 1), np.take_along_axis(distances, nearest, 1)
 
 
-def memorised(distances: np.ndarray, ratio: float = 1 / 3) -> np.ndarray:
+def memorised(distances: np.ndarray) -> np.ndarray:
     """Which samples (n,) are copies, by their sorted distances (n, k >= 2) to the nearest training images.
 
-    A copy is so near to one image that the second nearest is at over 1 / `ratio` times the distance (Yoon et al.
-    2023); a sample among several equal training images counts as one too.
+    A copy is at least three times as near to one image as to the next (Yoon et al. 2023); a sample among several equal
+    training images counts as one too.
     """
     if distances.ndim != 2 or distances.shape[1] < 2:
         raise ValueError(f"got distances {distances.shape}, wanted (n, 2 or more): ask for k=2 neighbours or more")
-    return distances[:, 0] <= ratio * distances[:, 1]
+    return distances[:, 0] <= distances[:, 1] / 3
 
 
-class Classifier(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class Verdict(NamedTuple):
+    """What a classifier of real images makes of generated ones."""
+
+    class_counts: dict[int, int]  # how many images have each class as their top one
+    confidence: np.ndarray  # (N,), their top probabilities
+    confident_share: Estimate[float]  # of images at or above the classifier's `threshold`; 0.9 for real ones
+
+    @property
+    def classes_seen(self) -> int:
+        return sum(count > 0 for count in self.class_counts.values())
+
+
+class Classifier(ModelMixin, ConfigMixin):
     """A small network for a labelled set, and what it achieves on images of the set that it was not trained on.
 
     Called with images (B, C, H, W) in [0, 1] it returns features, of which a Frechet distance can be taken;
@@ -241,6 +246,14 @@ class Classifier(ModelMixin, ConfigMixin):  # type: ignore[misc]
         batches = UnitBatches(images, rows, device=self.device)
         return torch.cat([self.head(self(batch.float())).double().softmax(1) for batch in batches]).cpu().numpy()
 
+    def judge(self, generated: Images) -> Verdict:
+        """Classes of generated images, and how sure it is of them."""
+        probability = self.probabilities(generated)
+        confidence = probability.max(1)
+        counts = np.bincount(probability.argmax(1), minlength=len(self.classes)).tolist()
+        confident = share(int(np.sum(confidence >= self.threshold)), len(generated))
+        return Verdict(dict(zip(self.classes, counts, strict=True)), confidence, confident)
+
 
 def fit_classifier(images: np.ndarray, labels: np.ndarray, seed: int = 0) -> Classifier:
     """Train on three quarters of uint8 images (N, H, W, C) with labels (N,), and measure on the rest; on the CPU.
@@ -249,8 +262,8 @@ def fit_classifier(images: np.ndarray, labels: np.ndarray, seed: int = 0) -> Cla
     """
     from sklearn.model_selection import train_test_split
 
-    rows = np.flatnonzero(np.asarray(labels) >= 0)
-    classes = np.unique(np.asarray(labels)[rows])
+    rows = np.flatnonzero(labels >= 0)
+    classes = np.unique(labels[rows])
     if len(images) != len(labels) or len(classes) < 2:
         raise ValueError(
             f"got {len(images)} images and {len(labels)} labels of {len(classes)} classes, wanted one label each of 2 "
@@ -291,29 +304,3 @@ def _train(network: Classifier, images: np.ndarray, targets: np.ndarray, rows: n
         loss.backward()
         optimizer.step()
         schedule.step()
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a classifier of real images makes of generated ones.
-
-    `class_counts`: how many images have each class as their top one. `confidence` (N,): their top probabilities.
-    `confident_share`: the share whose top probability is at least the classifier's `threshold`; 0.9 for real images.
-    """
-
-    class_counts: dict[int, int]
-    confidence: np.ndarray
-    confident_share: Estimate[float]
-
-    @property
-    def classes_seen(self) -> int:
-        return sum(count > 0 for count in self.class_counts.values())
-
-
-def judge(classifier: Classifier, generated: Images) -> Verdict:
-    """Classes of generated images, and how sure the classifier is of them."""
-    probability = classifier.probabilities(generated)
-    confidence, classes = probability.max(1), classifier.classes
-    counts = np.bincount(probability.argmax(1), minlength=len(classes)).tolist()
-    confident = share(int(np.count_nonzero(confidence >= classifier.threshold)), len(generated))
-    return Verdict(dict(zip(classes, counts, strict=True)), confidence, confident)

@@ -1,16 +1,16 @@
 """Frechet distances between sets of images: of wavelet packets (FWD, arXiv 2312.15289) and of a network's features.
 
 Images are uint8 (N, H, W, C), a memory map for instance, or float (N, C, H, W) in [0, 1]. They are read in batches,
-and only means and covariances are kept, in float64. Options that the functions share:
+and only means and covariances are kept, in float64. What the functions share:
 
+    vectors: what is compared, `haar_packets(level)` or `features(network)`.
     resamples, seed: how many sets of generated images are drawn for a bootstrap interval, and from which seed; the real
         images are held fixed. Without resamples the ends of the interval are nan.
     device: where images are transformed and moments are added up.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -20,7 +20,6 @@ from torch import Tensor
 from wddm.metrics.diagnostics import Device, Images, UnitBatches, Vectors, haar_packets, one_thread
 from wddm.metrics.intervals import Estimate, distance_estimate, resample_counts
 
-Extractor = Callable[[Tensor], Tensor]
 GROUP_BYTES = 2**29  # of covariances held at a time
 
 
@@ -94,6 +93,9 @@ class Moments:
         return self._scatter.cpu().numpy() / (self.count - 1)
 
 
+Side = Images | UnitBatches | Moments  # of a distance: images, or the moments of their vectors
+
+
 def frechet_distance(mean1: Images, cov1: Images, mean2: Images, cov2: Images) -> float | np.ndarray:
     """Squared Frechet distance of Gaussians, |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2).
 
@@ -121,78 +123,39 @@ def factor(matrix: Tensor) -> Tensor:
     return found
 
 
-def packet_moments(images: Images, level: int = 3, *, device: Device = "cpu") -> Moments:
-    """Moments (4^L, d) of the d = C H W / 4^L values of every Haar packet."""
-    return _moments(UnitBatches(images, device=device), haar_packets(level))[0]
+def features(network: Callable[[Tensor], Tensor]) -> Vectors:
+    """What a torch module in eval mode makes of float32 images (B, C, H, W) in [0, 1]: features (B, d)."""
+    return lambda batch, part: torch.no_grad()(network)(batch.float())[None][part]
 
 
-def feature_moments(images: Images, feature_extractor: Extractor, *, device: Device = "cpu") -> Moments:
-    """Moments (1, d) of features."""
-    return _moments(UnitBatches(images, device=device), _features(feature_extractor))[0]
+def moments(images: Images, vectors: Vectors, *, device: Device = "cpu") -> Moments:
+    """Moments (P, d) of the vectors of images: of 4^L Haar packets of d = C H W / 4^L values, or of features, P = 1."""
+    return _moments(UnitBatches(images, device=device), vectors)[0]
 
 
 def frechet_wavelet_distance(
-    real: Images | Moments,
-    generated: Images | Moments,
-    level: int = 3,
-    *,
-    resamples: int = 0,
-    seed: int = 0,
-    device: Device = "cpu",
+    real: Side, generated: Side, level: int = 3, *, resamples: int = 0, seed: int = 0, device: Device = "cpu"
 ) -> Frechet:
     """Mean over the 4^L Haar packets of the Frechet distance of real and generated values (arXiv 2312.15289).
 
     The distance is biased upwards, about as 1 / images: compare only numbers with equal counts, and see
     `split_floor`. Time grows with d^3, d = C H W / 4^L: images of 256 x 256 want level 5.
 
-    Args:
-        real, generated: images, or their `packet_moments` of that level.
-
     Raises:
         ValueError: fewer images than the d values of a packet, so that a covariance would be singular.
     """
-    one, other = _side(real, device), _side(generated, device)
-    return _distance(one, other, haar_packets(level), 4**level, resamples, seed)
-
-
-def frechet_feature_distance(
-    real: Images | Moments,
-    generated: Images | Moments,
-    feature_extractor: Extractor,
-    *,
-    resamples: int = 0,
-    seed: int = 0,
-    device: Device = "cpu",
-) -> Frechet:
-    """Frechet distance of features: of Inception's it is the FID, of others it is not and must not be called so.
-
-    Args:
-        real, generated: images, or their `feature_moments`.
-        feature_extractor: a torch module in eval mode, float32 images (B, C, H, W) in [0, 1] -> features (B, d).
-    """
-    one, other = _side(real, device), _side(generated, device)
-    return _distance(one, other, _features(feature_extractor), 1, resamples, seed)
+    return distance(real, generated, haar_packets(level), resamples=resamples, seed=seed, device=device)
 
 
 def split_floor(
-    real: Images,
-    level: int = 3,
-    *,
-    feature_extractor: Extractor | None = None,
-    count: int | None = None,
-    resamples: int = 0,
-    seed: int = 0,
-    device: Device = "cpu",
+    real: Images, vectors: Vectors, count: int | None = None, resamples: int = 0, seed: int = 0, device: Device = "cpu"
 ) -> Frechet:
     """The distance of `count` real images chosen at random, by default half of them, to all the others.
 
-    FWD of that level, or the distance of features. The others are fewer than all real images, so that a perfect
-    generator, compared with all, scores lower: by about (1/n + 1/N) / (1/n + 1/(N - n)) for n = `count` of N.
+    A perfect generator, compared with all N, scores lower: by about (1/n + 1/N) / (1/n + 1/(N - n)) for n = `count`.
     """
     chosen, others = (UnitBatches(real, rows, device=device) for rows in split(len(real), count, seed))
-    if feature_extractor:
-        return _distance(others, chosen, _features(feature_extractor), 1, resamples, seed)
-    return _distance(others, chosen, haar_packets(level), 4**level, resamples, seed)
+    return distance(others, chosen, vectors, resamples=resamples, seed=seed)
 
 
 def split(size: int, count: int | None = None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -204,46 +167,42 @@ def split(size: int, count: int | None = None, seed: int = 0) -> tuple[np.ndarra
     return np.sort(shuffled[:count]), np.sort(shuffled[count:])
 
 
-def _side(images: Images | Moments, device: Device) -> UnitBatches | Moments:
-    return images if isinstance(images, Moments) else UnitBatches(images, device=device)
-
-
-def _features(extractor: Extractor) -> Vectors:
-    def vectors(batch: Tensor, part: slice) -> Tensor:
-        with torch.no_grad():
-            return extractor(batch.float())[None][part]
-
-    return vectors
-
-
-def _distance(
-    real: UnitBatches | Moments,
-    generated: UnitBatches | Moments,
-    vectors: Vectors,
-    populations: int,
-    resamples: int,
-    seed: int,
+def distance(
+    real: Side, generated: Side, vectors: Vectors, *, resamples: int = 0, seed: int = 0, device: Device = "cpu"
 ) -> Frechet:
-    """The mean distance over populations; their moments are taken a group at a time, so that GROUP_BYTES hold them."""
+    """The mean Frechet distance over the populations of vectors.
+
+    Of Inception's features it is the FID; of others it is not and must not be called so. Moments are taken of so many
+    populations at a time that GROUP_BYTES hold them.
+    """
     if resamples < 0 or resamples == 1 or (resamples and isinstance(generated, Moments)):
         raise ValueError(f"got resamples={resamples}, wanted 0, or 2 and more of images, not of moments: change it")
-    for side in (real, generated):
-        if isinstance(side, Moments) and len(side.mean) != populations:
-            raise ValueError(f"got moments of {len(side.mean)} packets, wanted {populations}: take the same level")
-    weights = np.concatenate(
-        [np.ones((1, generated.count), int), resample_counts(generated.count, resamples, seed)]
-    )  # (1 + R, n)
-    values = real.mean.shape[-1] if isinstance(real, Moments) else math.prod(real.images.shape[1:]) // populations
-    size = max(1, GROUP_BYTES // (8 * values**2 * (2 + resamples)))
+    one, other = (
+        side if isinstance(side, UnitBatches | Moments) else UnitBatches(side, device=device)
+        for side in (real, generated)
+    )
+    (populations, size), (wanted, _) = _shape(one, vectors), _shape(other, vectors)
+    if populations != wanted:
+        raise ValueError(f"got moments of {populations} packets, wanted {wanted}: take the same level")
+    once = np.ones((1, other.count), int)
+    weights = np.concatenate([once, resample_counts(other.count, resamples, seed)])  # (1 + R, n)
+    step = max(1, GROUP_BYTES // (8 * size**2 * (2 + resamples)))
     found: list[np.ndarray] = []
-    for start in range(0, populations, size):
-        part = slice(start, start + size)
-        (one,), others = _moments(real, vectors, part), _moments(generated, vectors, part, weights)
-        found.append(np.array([frechet_distance(one.mean, one.covariance, m.mean, m.covariance) for m in others]))
+    for part in (slice(start, start + step) for start in range(0, populations, step)):
+        (m,), drawn = _moments(one, vectors, part), _moments(other, vectors, part, weights)
+        found.append(np.array([frechet_distance(m.mean, m.covariance, n.mean, n.covariance) for n in drawn]))
     distances = np.concatenate(found, 1)  # (1 + R, P), the first row of the images as they are
-    per_packet, drawn = distances[0], distances[1:]
-    mean = distance_estimate(float(per_packet.mean()), drawn.mean(1))
-    return Frechet(mean, distance_estimate(per_packet, drawn), real.count, generated.count)
+    per_packet, redrawn = distances[0], distances[1:]
+    mean = distance_estimate(float(per_packet.mean()), redrawn.mean(1))
+    return Frechet(mean, distance_estimate(per_packet, redrawn), one.count, other.count)
+
+
+def _shape(side: UnitBatches | Moments, vectors: Vectors) -> tuple[int, int]:
+    """How many populations there are, and values in a vector."""
+    if isinstance(side, Moments):
+        return side.mean.shape[0], side.mean.shape[1]
+    populations, _, size = vectors(next(iter(replace(side, batch_size=1))), slice(None)).shape
+    return populations, size
 
 
 def _moments(
@@ -256,12 +215,12 @@ def _moments(
     sums, start = [Moments() for _ in weights], 0
     for batch in side:
         found = vectors(batch, part)  # (P, B, d)
-        if side.count < max(found.shape[-1], 2):
+        if side.count < (minimum := max(found.shape[-1], 2)):
             raise ValueError(
-                f"got {side.count} images for vectors of {found.shape[-1]} values, wanted {max(found.shape[-1], 2)} "
-                "images or more: give more images, or choose a deeper level (fewer features)"
+                f"got {side.count} images for vectors of {found.shape[-1]} values, wanted {minimum} images or more: "
+                "give more images, or choose a deeper level (fewer features)"
             )
-        for moments, weight in zip(sums, weights, strict=True):
-            moments.update(found, weight[start : start + len(batch)])
+        for total, weight in zip(sums, weights, strict=True):
+            total.update(found, weight[start : start + len(batch)])
         start += len(batch)
     return sums

@@ -1,7 +1,7 @@
 """Inception: FID, KID, Inception score, precision and recall, as torch-fidelity computes them.
 
-Network, formulas and random numbers are torch-fidelity's. Here the features are extracted once for all of them, and
-every number gets its interval. Images are uint8 (N, H, W, 1 or 3).
+Here the features are extracted once for all of them, and every number gets its interval. Images are uint8
+(N, H, W, 1 or 3).
 """
 
 from collections.abc import Callable, Iterable
@@ -27,7 +27,7 @@ def find_weights(path: str | Path | None = None) -> Path | None:
         ValueError: the file given is not there, or not Inception's.
     """
     if path is None:
-        return _downloaded() if _downloaded().is_file() else None
+        return found if (found := _source()[1]).is_file() else None
     got, wanted = f"got inception_weights={str(path)!r}", f"wanted torch-fidelity's: {remedy()}"
     try:
         names = torch.load(path, weights_only=True, mmap=True).keys()  # torch-fidelity itself would unpickle anything
@@ -40,9 +40,8 @@ def find_weights(path: str | Path | None = None) -> Path | None:
 
 def remedy() -> str:
     """The one command that gets the weights."""
-    place, home = _downloaded(), Path.home()
-    place = "~" / place.relative_to(home) if place.is_relative_to(home) else place
-    return f"curl -L --create-dirs -o {place} {_url()}"
+    (url, place), home = _source(), Path.home()
+    return f"curl -L --create-dirs -o {'~' / place.relative_to(home) if place.is_relative_to(home) else place} {url}"
 
 
 def build(weights: Path, device: str | torch.device = "cpu") -> torch.nn.Module:
@@ -78,19 +77,18 @@ def scores(generated: Features, real: Features, *, resamples: int = 20, seed: in
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     pools = [torch.from_numpy(side["2048"]) for side in (generated, real)]
-    fid = fid_statistics_to_metric(*map(fid_features_to_statistics, pools), False)["frechet_inception_distance"]
-    kid = kid_features_to_metric(*pools, kid_subset_size=min(SUBSET, *map(len, pools)), verbose=False)
-    parts = isc_features_to_metric(torch.from_numpy(generated["logits_unbiased"]), splits=SPLITS)
-    covered = prc_features_to_metric(*pools, save_cpu_ram=True, prc_batch_size=2000, verbose=False)
-    return {
-        "fid": fid_interval(fid, generated, real, resamples=resamples, seed=seed),
-        "kid": _gaussian(kid["kernel_inception_distance_mean"], kid["kernel_inception_distance_std"]),
-        "inception_score": _gaussian(parts["inception_score_mean"], parts["inception_score_std"], SPLITS),
-        **{
-            name: share(round(covered[name] * len(pool)), len(pool))._replace(value=covered[name])
-            for name, pool in zip(("precision", "recall"), pools, strict=True)
-        },
-    }
+    found = fid_statistics_to_metric(*map(fid_features_to_statistics, pools), False)
+    found |= kid_features_to_metric(*pools, kid_subset_size=min(SUBSET, *map(len, pools)), verbose=False)
+    found |= isc_features_to_metric(torch.from_numpy(generated["logits_unbiased"]), splits=SPLITS)
+    found |= prc_features_to_metric(*pools, save_cpu_ram=True, prc_batch_size=2000, verbose=False)
+    fid = found["frechet_inception_distance"]
+    estimates = {"fid": fid_interval(fid, generated, real, resamples=resamples, seed=seed)}
+    for key, name, parts in (("kid", "kernel_inception_distance", 1), ("inception_score", "inception_score", SPLITS)):
+        mean, half = found[f"{name}_mean"], NORMAL90 * found[f"{name}_std"] / parts**0.5
+        estimates[key] = Estimate(mean, mean - half, mean + half)
+    for key, pool in zip(("precision", "recall"), pools, strict=True):
+        estimates[key] = share(round(found[key] * len(pool)), len(pool))._replace(value=found[key])
+    return estimates
 
 
 def fid_interval(
@@ -115,18 +113,8 @@ def fid_interval(
     return distance_estimate(fid, np.array(distances))
 
 
-def _gaussian(mean: float, std: float, count: int = 1) -> Estimate[float]:
-    """A mean over `count` parts, with the interval of a Gaussian."""
-    half = NORMAL90 * std / count**0.5
-    return Estimate(mean, mean - half, mean + half)
+def _source() -> tuple[str, Path]:
+    """Where torch-fidelity downloads its weights from, and to."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
 
-
-def _downloaded() -> Path:
-    """Where torch-fidelity downloads its weights to."""
-    return Path(torch.hub.get_dir(), "checkpoints", _url().rsplit("/", 1)[1])
-
-
-def _url() -> str:
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-    return URL_INCEPTION_V3
+    return url, Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])

@@ -23,19 +23,16 @@ def resample_counts(count: int, resamples: int, seed: int = 0) -> np.ndarray:
 
 
 def resampled(
-    per_image: np.ndarray,
-    statistic: Callable[[np.ndarray], np.ndarray] = lambda means: means,
-    *,
-    resamples: int = 200,
-    seed: int = 0,
+    per_image: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray] | None = None, *, seed: int = 0
 ) -> Estimate[np.ndarray]:
-    """A statistic of the mean over images of `per_image` (N, ...), with its bootstrap percentile interval.
+    """The mean of `per_image` (N, ...) with its bootstrap percentile interval, from 200 resampled sets.
 
-    `statistic` maps means (R, ...) of R sets to values (R, ...).
+    Or a statistic of that mean: it maps means (R, ...) of R sets to values (R, ...).
     """
     count = len(per_image)
-    weights = np.concatenate([np.ones((1, count)), resample_counts(count, resamples, seed)]) / count
-    value, *drawn = statistic((weights @ per_image.reshape(count, -1)).reshape(-1, *per_image.shape[1:]))
+    weights = np.concatenate([np.ones((1, count)), resample_counts(count, 200, seed)]) / count
+    means = (weights @ per_image.reshape(count, -1)).reshape(-1, *per_image.shape[1:])
+    value, *drawn = statistic(means) if statistic else means
     return Estimate(value, *np.quantile(drawn, ENDS, axis=0))
 
 
@@ -47,16 +44,14 @@ def distance_estimate(value: Value, drawn: np.ndarray) -> Estimate[Value]:
     """
     if not len(drawn):
         return Estimate(value, np.nan * value, np.nan * value)
-    low, high = np.maximum(0.0, value + np.quantile(drawn - np.mean(drawn, 0), ENDS, axis=0))
-    return Estimate(value, low, high)
+    return Estimate(value, *np.maximum(0.0, value + np.quantile(drawn - np.mean(drawn, 0), ENDS, axis=0)))
 
 
 def share(hits: int, count: int) -> Estimate[float]:
     """hits / count with its interval (Wilson 1927)."""
     from scipy.stats import binomtest
 
-    interval = binomtest(int(hits), count).proportion_ci(ENDS[1] - ENDS[0], "wilson")
-    return Estimate(float(hits / count), float(interval.low), float(interval.high))
+    return Estimate(float(hits / count), *binomtest(int(hits), count).proportion_ci(ENDS[1] - ENDS[0], "wilson"))
 
 
 def median(values: np.ndarray) -> Estimate[float]:

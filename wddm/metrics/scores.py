@@ -2,24 +2,27 @@
 
 Every metric is a function of samples (uint8, (N, H, W, C)), a reference and `Options` that returns scores, each with
 its interval and its floor. A new one is a function and its entry in METRICS. What depends on the reference alone is
-kept in `statistics/` of its folder, under the sha256 of its images.
+kept in `.statistics/` of its folder, under the sha256 of its images.
 """
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 from PIL import Image
 
 from wddm.data import Dataset, load
 from wddm.files import sha256, whole, written_aside
 from wddm.metrics import diagnostics, frechet, inception
+from wddm.metrics.diagnostics import Vectors, haar_packets
 from wddm.metrics.intervals import Estimate, median, share
 
 RESAMPLES = 20
@@ -27,34 +30,18 @@ SEARCHED = 256  # samples whose nearest real images are looked for
 INCEPTION = {  # key of metrics.json -> name
     "fid": "FID", "kid": "KID", "inception_score": "Inception score", "precision": "precision", "recall": "recall",
 }  # fmt: skip
-Floors = dict[str, Estimate[float]]
+Estimates = dict[str, Estimate[float]]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the metrics are told; each takes what it needs.
+    """What the metrics are told; each takes what it needs."""
 
-    level: level of the FWD's wavelet packets.
-    seed: seed of everything random.
-    device: where networks run and moments are added up.
-    inception_weights: torch-fidelity's file; None: where torch-fidelity downloads it to.
-    progress: wraps a range of batches, to show a bar.
-    """
-
-    level: int = 3
-    seed: int = 0
-    device: diagnostics.Device = "cpu"
-    inception_weights: str | Path | None = None
-    progress: Callable[[range], Iterable[int]] = lambda batches: batches
-
-    @property
-    def bootstrap(self) -> dict[str, Any]:
-        """How intervals are drawn."""
-        return {"resamples": RESAMPLES, "seed": self.seed}
-
-    @property
-    def protocol(self) -> str:
-        return f"{RESAMPLES} resamples, seed {self.seed}"
+    level: int = 3  # of the FWD's wavelet packets
+    seed: int = 0  # of everything random
+    device: diagnostics.Device = "cpu"  # where networks run and moments are added up
+    inception_weights: str | Path | None = None  # torch-fidelity's file; None: where torch-fidelity downloads it to
+    progress: Callable[[range], Iterable[int]] = lambda batches: batches  # wraps a range of batches, to show a bar
 
 
 @dataclass(frozen=True)
@@ -111,68 +98,66 @@ def evaluate(samples: np.ndarray, reference: Dataset, options: Options = Options
 
 def wavelet(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
     """FWD; `detail` is the `frechet.Frechet` with all packets."""
-    found, floor = _frechet(f"fwd-level{options.level}", samples, reference, options)
-    counts, name = (len(samples), len(reference.images)), f"FWD, level {options.level}"
-    return [Score("fwd", name, found.distance, floor, *counts, options.protocol, found)]
+    name, stem, vectors = f"FWD, level {options.level}", f"fwd-level{options.level}", haar_packets(options.level)
+    return [_distance("fwd", name, stem, vectors, samples, reference, options)]
 
 
 def classifier(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
-    """Frechet distance in the features of a small classifier of the reference; `detail` is the classifier."""
+    """Frechet distance in the features of a small classifier of the reference; `detail` is the `frechet.Frechet`."""
     known_as = f"{reference.manifest['dataset']}-{reference.manifest['resolution']}-classifier"
     key, name = f"fd_{known_as.replace('-', '_')}", f"FD, {known_as} (not FID)"
-    counts = len(samples), len(reference.images)
     try:
-        network = reference_classifier(reference, options.seed).to(options.device)  # type: ignore[arg-type]
-        found, floor = _frechet(f"{known_as}-{_digest(network)}", samples, reference, options, network)
+        network = reference_classifier(reference, options.seed)
+        stem = f"{known_as}-{hashlib.sha256(safetensors.torch.save(network.state_dict())).hexdigest()[:8]}"
+        vectors = frechet.features(network.to(options.device))
+        score = _distance(key, name, stem, vectors, samples, reference, options)
     except ValueError as error:  # no labels, or too few images
-        return [_none(key, name, *counts, str(error))]
+        return [Score(key, name, None, None, len(samples), len(reference.images), f"not computed: {error}")]
     judged = f"classifier right on {network.accuracy.value:.1%} of {len(network.right):,} held-out images"
-    return [Score(key, name, found.distance, floor, *counts, f"{options.protocol}; {judged}", network)]
+    return [replace(score, protocol=f"{score.protocol}; {judged}")]
 
 
 def by_inception(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
     """FID, KID, Inception score, precision and recall; one score without a value where there are no weights."""
     counts, path = (len(samples), len(reference.images)), inception.find_weights(options.inception_weights)
     if path is None:
-        return [_none("fid", ", ".join(INCEPTION.values()), *counts, "no Inception weights")]
-    network, digest = inception.build(path, options.device), sha256(path)
-    extract = lambda images: inception.features(images, network, options.progress)  # noqa: E731
+        names = ", ".join(INCEPTION.values())
+        return [Score("fid", names, None, None, *counts, "not computed: no Inception weights")]
+    digest, network = sha256(path), inception.build(path, options.device)
+    extract = partial(inception.features, network=network, progress=options.progress)
+    compare = partial(inception.scores, resamples=RESAMPLES, seed=options.seed)
+
+    def between_real(count: int) -> Estimates:
+        chosen, others = frechet.split(len(reference.images), count, options.seed)
+        return compare(*({name: values[rows] for name, values in real.items()} for rows in (chosen, others)))
+
     real = _kept(reference, f"inception-{digest[:16]}", lambda: extract(reference.images))
-    found = inception.scores(extract(samples), real, **options.bootstrap)
-
-    def apart(count: int) -> Floors:
-        parts = frechet.split(len(reference.images), count, options.seed)
-        return inception.scores(*({name: real[name][rows] for name in real} for rows in parts), **options.bootstrap)
-
-    floors = _floors(reference, f"inception-{digest[:16]}", len(samples), options.seed, apart)
-    protocol = f"torch-fidelity, weights {digest[:8]}, {options.protocol}"
+    found = compare(extract(samples), real)
+    floors = _floors(f"inception-{digest[:16]}", between_real, samples, reference, options)
+    protocol = f"torch-fidelity, weights {digest[:8]}, {_protocol(options)}"
     return [Score(key, name, found[key], floors.get(key), *counts, protocol) for key, name in INCEPTION.items()]
 
 
 def copies(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
     """Whether samples are training images: distance to the nearest, share nearer than real ones, share memorised.
 
-    Of the first SEARCHED samples, and as many real images and the nearest of the others to each. `detail`:
-    rows and distances (n, 3) of the samples' neighbours, distances (m, 2) of the real images'.
+    The first SEARCHED samples are compared with all real images; as many real images, with all others, give the floor.
+    `detail`: rows and distances (n, 3) of the samples' neighbours, distances (m, 2) of the real images'.
     """
-    real, drawn = reference.images, min(SEARCHED, len(reference.images))
+    real = reference.images
     rows, distances = diagnostics.nearest_neighbours(samples[:SEARCHED], real, k=3)
-    chosen = np.sort(np.random.default_rng(options.seed).choice(len(real), drawn, replace=False))
-    apart = diagnostics.nearest_neighbours(real[chosen], real, k=3)[1][:, 1:]  # the nearest is the image itself
-    near, counts, protocol = np.quantile(apart[:, 0], 0.01), (len(distances), len(real)), f"seed {options.seed}"
-    detail = {"rows": rows, "distances": distances, "apart": apart}
-
-    def score(key: str, name: str, of_samples: Estimate[float], of_real: Estimate[float]) -> Score:
-        return Score(key, name, of_samples, of_real, *counts, protocol, detail)
-
-    def shares(hits: Callable[[np.ndarray], np.ndarray]) -> list[Estimate[float]]:
-        return [share(hits(each).sum(), len(each)) for each in (distances, apart)]
-
-    nearest = median(distances[:, 0]), median(apart[:, 0])
+    drawn = np.random.default_rng(options.seed).choice(len(real), min(SEARCHED, len(real)), replace=False)
+    apart = diagnostics.nearest_neighbours(real[np.sort(drawn)], real, k=3)[1][:, 1:]  # the nearest is the image itself
+    near, memorised = np.quantile(apart[:, 0], 0.01), diagnostics.memorised
+    statistics: dict[str, tuple[str, Callable[[np.ndarray], Estimate[float]]]] = {
+        "nearest_distance": ("median distance to the nearest real image", lambda d: median(d[:, 0])),
+        "copies_share": ("share nearer to one than 99 % of those are", lambda d: share((d[:, 0] < near).sum(), len(d))),
+        "memorised_share": ("share memorised", lambda d: share(memorised(d).sum(), len(d))),
+    }
+    counts, detail = (len(distances), len(real)), {"rows": rows, "distances": distances, "apart": apart}
     return [
-        score("nearest_distance", "median distance to the nearest real image", *nearest),
-        score("copies_share", "share nearer to one than 99 % of those are", *shares(lambda each: each[:, 0] < near)),
-        score("memorised_share", "share memorised", *shares(diagnostics.memorised)),
+        Score(key, name, estimate(distances), estimate(apart), *counts, f"seed {options.seed}", detail)
+        for key, (name, estimate) in statistics.items()
     ]
 
 
@@ -181,18 +166,13 @@ METRICS: dict[str, Callable[[np.ndarray, Dataset, Options], list[Score]]] = {
 }  # fmt: skip
 
 
-def caveat(samples: Sequence) -> str:
-    """What must be said beside numbers of so many images."""
+def fairness(count: int, reference: Dataset) -> str:
+    """What must be said beside scores of `count` samples: what they compare, and how far a perfect model is biased."""
+    total, half = len(reference.images), min(count, len(reference.images) // 2)
+    expected, others = (1 / count + 1 / total) / (1 / half + 1 / (total - half)), total - half
     few = "Fewer than 10,000 images: compares only within this workbook, and only at this number. "
-    return few if len(samples) < 10_000 else ""
-
-
-def fairness(samples: Sequence, reference: Dataset) -> str:
-    """How many images scores and floors compare, and what a perfect model would score by the bias of distances."""
-    n, total, half = len(samples), len(reference.images), min(len(samples), len(reference.images) // 2)
-    expected, others = (1 / n + 1 / total) / (1 / half + 1 / (total - half)), total - half
-    return (
-        f"Scores: {n:,} samples against {total:,} real images; floors: {half:,} real images against the {others:,} "
+    return few * (count < 10_000) + (
+        f"Scores: {count:,} samples against {total:,} real images; floors: {half:,} real images against the {others:,} "
         f"others, so that FWD and FD of a perfect model would be about {expected:.2f} times their floor."
     )
 
@@ -201,11 +181,12 @@ def as_json(found: dict[str, list[Score]], images: Path, reference: Dataset) -> 
     """The scores for a file, with the images and the reference that they compare."""
     rows = []
     for score in itertools.chain(*found.values()):
-        row = {name: value for name, value in vars(score).items() if name not in ("estimate", "detail")}
-        rows.append(row | dict(zip(("value", "low", "high"), score.estimate or 3 * [None], strict=True)))
+        low, high = score.estimate[1:] if score.estimate else (None, None)
+        row = vars(score) | {"value": score.value, "low": low, "high": high}
+        rows.append({name: value for name, value in row.items() if name not in ("estimate", "detail")})
     return {
         "images": str(images),
-        "reference": {"folder": str(reference.folder), "sha256": reference.manifest["sha256"]["images"]},
+        "reference": {"folder": str(reference.folder), "sha256": reference.sha256},
         "scores": rows,
         "versions": {name: version(name) for name in ("wddm", "torch", "torch-fidelity")},
     }
@@ -223,17 +204,13 @@ def read_images(path: Path) -> np.ndarray:
     files = sorted(file for file in path.glob("*.png") if file.name != "grid.png")  # an overview by `wddm sample`
     if not files:
         raise ValueError(f"got {path}, wanted a folder of PNGs, or samples.npy: give what wddm sample wrote")
-    images: list[np.ndarray] = []
-    for file in files:
-        pixels = np.asarray(Image.open(file))
-        pixels = pixels.reshape(*pixels.shape[:2], -1)
-        first = images[0] if images else pixels
-        if pixels.dtype != np.uint8 or pixels.shape != first.shape or pixels.shape[-1] not in (1, 3):
+    images = [np.atleast_3d(np.asarray(Image.open(file))) for file in files]
+    for file, pixels in zip(files, images, strict=True):
+        if pixels.dtype != np.uint8 or pixels.shape != images[0].shape or pixels.shape[-1] not in (1, 3):
             raise ValueError(
-                f"got {file} of {pixels.dtype} {pixels.shape} beside {first.shape}, wanted 8-bit grey or RGB images of "
-                "one size: convert them"
+                f"got {file} of {pixels.dtype} {pixels.shape} beside {images[0].shape}, wanted 8-bit grey or RGB "
+                "images of one size: convert them"
             )
-        images.append(pixels)
     return np.stack(images)
 
 
@@ -255,7 +232,7 @@ def find_reference(reference: str, root: Path) -> Dataset:
 
 
 def reference_classifier(reference: Dataset, seed: int = 0) -> diagnostics.Classifier:
-    """The classifier of a labelled reference, trained once and kept in `statistics/` if that is allowed."""
+    """The classifier of a labelled reference, trained once and kept in `.statistics/` if that is allowed."""
     if reference.labels is None:
         raise ValueError("got a reference without labels, wanted one for a classifier to learn from: choose another")
     folder = _place(reference, f"classifier-{reference.manifest['sha256']['labels'][:8]}-{seed}")
@@ -267,19 +244,13 @@ def reference_classifier(reference: Dataset, seed: int = 0) -> diagnostics.Class
     return network
 
 
-def _digest(network: diagnostics.Classifier) -> str:
-    """Tells a network from one with other weights."""
-    arrays = (tensor.cpu().numpy().tobytes() for tensor in network.state_dict().values())
-    return hashlib.sha256(b"".join(arrays)).hexdigest()[:8]
-
-
 def _place(reference: Dataset, name: str) -> Path:
     """Where something that depends on the reference alone is kept."""
-    return reference.folder / "statistics" / f"{reference.manifest['sha256']['images'][:16]}-{name}"
+    return reference.folder / ".statistics" / f"{reference.sha256[:16]}-{name}"
 
 
 def _kept(reference: Dataset, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` returns, from `statistics/` of the reference if it is there; written there if that is allowed."""
+    """What `make` returns, from `.statistics/` of the reference if it is there; written there if that is allowed."""
     path = _place(reference, f"{name}.npz")
     if path.is_file():
         with np.load(path) as arrays:
@@ -290,39 +261,33 @@ def _kept(reference: Dataset, name: str, make: Callable[[], dict[str, Any]]) -> 
     return made
 
 
-def _frechet(
-    stem: str,
-    samples: np.ndarray,
-    reference: Dataset,
-    options: Options,
-    network: diagnostics.Classifier | None = None,
-) -> tuple[frechet.Frechet, Estimate[float] | None]:
-    """A distance and its floor: of the network's features, or the FWD if there is none."""
-    moments: Callable[..., frechet.Moments] = frechet.feature_moments if network else frechet.packet_moments
-    distance: Callable[..., frechet.Frechet] = (
-        frechet.frechet_feature_distance if network else frechet.frechet_wavelet_distance
-    )
-    of: dict[str, Any] = {"feature_extractor": network} if network else {"level": options.level}
-    of["device"] = options.device
-    real = _kept(reference, stem, lambda: moments(reference.images, **of).state())
-    found = distance(frechet.Moments(**real), samples, **of, **options.bootstrap)
+def _distance(
+    key: str, name: str, stem: str, vectors: Vectors, samples: np.ndarray, reference: Dataset, options: Options
+) -> Score:
+    """A Frechet distance and its floor; `stem` begins the names under which moments and floor are kept."""
+    images, seed, device = reference.images, options.seed, options.device
 
-    def apart(count: int) -> Floors:
-        return {"distance": frechet.split_floor(reference.images, count=count, **of, **options.bootstrap).distance}
+    def between_real(count: int) -> Estimates:
+        return {key: frechet.split_floor(images, vectors, count, RESAMPLES, seed, device).distance}
 
-    return found, _floors(reference, stem, len(samples), options.seed, apart).get("distance")
+    real = frechet.Moments(**_kept(reference, stem, lambda: frechet.moments(images, vectors, device=device).state()))
+    found = frechet.distance(real, samples, vectors, resamples=RESAMPLES, seed=seed, device=device)
+    floor = _floors(stem, between_real, samples, reference, options).get(key)
+    return Score(key, name, found.distance, floor, len(samples), len(images), _protocol(options), found)
 
 
-def _floors(reference: Dataset, stem: str, count: int, seed: int, apart: Callable[[int], Floors]) -> Floors:
-    """What `apart` finds between `count` real images, half of them at most, and the others; kept."""
-    count = min(len(reference.images) // 2, count)
-    name = f"{stem}-split-{count}-{seed}-{RESAMPLES}"
+def _floors(
+    stem: str, between_real: Callable[[int], Estimates], samples: np.ndarray, reference: Dataset, options: Options
+) -> Estimates:
+    """What `between_real` finds between as many real images as samples, half of them at most, and all others; kept."""
+    count = min(len(reference.images) // 2, len(samples))
+    name = f"{stem}-split-{count}-{options.seed}-{RESAMPLES}"
     try:
-        found = _kept(reference, name, lambda: {key: np.array(each) for key, each in apart(count).items()})
+        found = _kept(reference, name, lambda: {key: np.array(each) for key, each in between_real(count).items()})
     except ValueError:  # too few images to be split
         return {}
     return {key: Estimate(*each.tolist()) for key, each in found.items()}
 
 
-def _none(key: str, name: str, count: int, count_real: int, why: str) -> Score:
-    return Score(key, name, None, None, count, count_real, f"not computed: {why}")
+def _protocol(options: Options) -> str:
+    return f"{RESAMPLES} resamples, seed {options.seed}"

@@ -1,9 +1,7 @@
 """efficiency: networks at every wavelet level against networks on pixels, counted and measured side by side.
 
-    found = entries("unet", "cifar10", [0, 1, 2], 64)
-    found = measure(found, works(10, "auto", False), rate=profiling.matmul_rate(), batch_size=16)
-    costs(found)        a row per network: parameters, FLOPs, images a second, memory
-    speedups(found)     a row per network on wavelets, network on pixels, and kind of work
+`entries` are the networks, `measure` adds what they took; `costs` is a row per network, `speedups` one per network on
+wavelets, network on pixels, and kind of work.
 """
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -20,24 +18,15 @@ from wddm.backbones import IMAGES, PRESETS, build_backbone, preset_sizes
 from wddm.objective import build_solver
 from wddm.pipeline import WaveletPipeline
 from wddm.steps import resolve_precision, tune
-from wddm.studies.profiling import (
-    PASSES,
-    Maker,
-    Measurement,
-    compare,
-    fitting_batch,
-    forward_flops,
-    speed,
-    spread,
-    times_as_fast,
-)
+from wddm.studies import profiling
+from wddm.studies.profiling import PASSES, Maker, Measurement
 from wddm.training import Step, Trainer
 from wddm.wavelets import WaveletCodec
 
 WAVELETS, PRESET = "wavelets", "pixels, preset"
 SAME, MATCHED = "pixels, same network", "pixels, equal parameters"
 
-Network = Mapping[str, Any]  # what `build_backbone` takes: {"kind": "unet", "dataset": "cifar10", "level": 1}
+Network = Mapping[str, Any]  # what `build_backbone` takes: {"backbone": "unet", "dataset": "cifar10", "level": 1}
 Row = dict[str, Any]
 
 
@@ -45,16 +34,10 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def build(network: Network) -> ModelMixin:
-    """A network from the arguments of `build_backbone` by name, the first of them as `kind`."""
-    options = dict(network)
-    return build_backbone(options.pop("kind"), **options)
-
-
 def on_paper(network: Network) -> ModelMixin:
-    """The same without memory for its weights."""
+    """A network without memory for its weights."""
     with torch.device("meta"):
-        return build(network)
+        return build_backbone(**network)
 
 
 def noise_images(network: Network, count: int) -> np.ndarray:
@@ -75,7 +58,7 @@ def training(
     """Our training loop as it runs everywhere, with batches, log and checks: so many steps a call."""
     with TemporaryDirectory() as folder:
         trainer = Unsaved(
-            model=build(network),
+            model=build_backbone(**network),
             codec=WaveletCodec("haar", network["level"], scaling="dyadic"),
             images=noise_images(network, 4 * batch_size),
             folder=Path(folder),
@@ -98,7 +81,7 @@ def sampling(
     compile: bool = False,
 ) -> Generator[object]:
     """WaveletPipeline with DDIM of `sampling_steps`: so many batches of images a call."""
-    model = build(network).to(device()).eval()
+    model = build_backbone(**network).to(device()).eval()
     tune(model, device())
     if compile:
         model.compile()
@@ -131,51 +114,48 @@ def entries(kind: str, dataset: str, levels: Sequence[int], attention_head_dim: 
     """
     networks: dict[tuple[str, int], Network] = {}
     for level in (level for level in levels if (dataset, level) in PRESETS):
-        network = {"kind": kind, "dataset": dataset, "level": level, "attention_head_dim": attention_head_dim}
+        network = {"backbone": kind, "dataset": dataset, "level": level, "attention_head_dim": attention_head_dim}
         if level == 0:
             networks[PRESET, 0] = network
             continue
-        networks[WAVELETS, level] = network
         same, pixels = preset_sizes(kind, dataset, level), preset_sizes(kind, dataset, 0)
         same["widths"] = same.pop("block_out_channels")
         pixels["widths"] = on_paper(network | {"matched": True}).config.block_out_channels
         del pixels["block_out_channels"]
+        networks[WAVELETS, level] = network
         networks[SAME, level], networks[MATCHED, level] = network | {"level": 0} | same, network | {"level": 0} | pixels
     models = {key: on_paper(network) for key, network in networks.items()}
-    return [
-        Entry(*key, networks[key], model.num_parameters(), forward_flops(model), {}) for key, model in models.items()
-    ]
-
-
-def works(sampling_steps: int, precision: str, compile: bool) -> dict[str, tuple[Maker, int]]:
-    """What is measured: training steps and batches of samples, with the forward passes that an image takes in each."""
-    train = partial(training, precision=precision, compile=compile)
-    sample = partial(sampling, sampling_steps=sampling_steps, precision=precision, compile=compile)
-    return {"training": (train, PASSES), "sampling": (sample, sampling_steps)}
+    counted = {key: (model.num_parameters(), profiling.forward_flops(model)) for key, model in models.items()}
+    return [Entry(*key, network, *counted[key], {}) for key, network in networks.items()]
 
 
 def measure(
     found: Sequence[Entry],
-    works: Mapping[str, tuple[Maker, int]],
     *,
     rate: float,
     batch_size: int,
+    sampling_steps: int = 10,
+    precision: str = "auto",
+    compile: bool = False,
     rounds: int = 5,
     max_seconds: float = 10.0,
 ) -> list[Entry]:
-    """The entries with what every kind of work took, all of them in turn.
+    """The entries with what training steps, and batches of samples, took, all of them in turn.
 
     Args:
         rate: FLOP/s that the machine reaches at most: what would take over `max_seconds` even then is not run.
         batch_size: images a step; fewer, the same for all of them, where that takes too long or too much memory.
         max_seconds: the longest training step, or batch of samples, that is measured.
     """
+    train = partial(training, precision=precision, compile=compile)
+    sample = partial(sampling, sampling_steps=sampling_steps, precision=precision, compile=compile)
+    works: dict[str, tuple[Maker, int]] = {"training": (train, PASSES), "sampling": (sample, sampling_steps)}
     largest = max((entry.flops for entry in found), default=0)
-    batch_size = fitting_batch(PASSES * largest, rate, batch_size, max_seconds)
+    batch_size = profiling.fitting_batch(PASSES * largest, rate, batch_size, max_seconds)
     for work, (make, passes) in works.items():
         makers = {k: partial(make, entry.network) for k, entry in enumerate(found)}
         bounds = {k: passes * entry.flops / rate for k, entry in enumerate(found)}
-        taken = compare(makers, batch_size=batch_size, bounds=bounds, rounds=rounds, max_seconds=max_seconds)
+        taken = profiling.compare(makers, batch_size=batch_size, bounds=bounds, rounds=rounds, max_seconds=max_seconds)
         found = [entry._replace(measured=entry.measured | {work: taken[k]}) for k, entry in enumerate(found)]
         batch_size = min((one.batch_size for one in taken.values()), default=batch_size)
     return list(found)
@@ -185,13 +165,11 @@ def costs(found: Iterable[Entry]) -> list[Row]:
     """A row per network: what it is, counted and measured; None, and the reason, where it was not run."""
     rows = []
     for entry in found:
-        row = {name: entry.network[name] for name in ("dataset", "kind")} | {
-            "level": entry.level,
-            "network": entry.name,
-        }
-        row |= {"parameters": entry.parameters, "forward_gflop": entry.flops / 1e9}
+        row = {"dataset": entry.network["dataset"], "kind": entry.network["backbone"], "level": entry.level}
+        row |= {"network": entry.name, "parameters": entry.parameters, "forward_gflop": entry.flops / 1e9}
         for work, one in entry.measured.items():
-            row |= dict(zip((f"{work}_images_per_s{end}" for end in ("", "_q1", "_q3")), speed(one), strict=True))
+            rate = f"{work}_images_per_s"
+            row |= dict(zip((rate, f"{rate}_q1", f"{rate}_q3"), profiling.speed(one), strict=True))
             row |= {f"{work}_memory_gib": one.memory_gib, f"{work}_not_run": one.reason}
             row[f"{work}_batch_size"] = one.batch_size
         rows.append(row)
@@ -204,9 +182,9 @@ def speedups(found: Sequence[Entry]) -> list[Row]:
     The FLOP ratio is what the speed-up would be if every operation took as long.
     """
     return [
-        {name: entry.network[name] for name in ("dataset", "kind", "level")}
+        {"dataset": entry.network["dataset"], "kind": entry.network["backbone"], "level": entry.level}
         | {"over": other.name, "work": work, "flop_ratio": other.flops / entry.flops}
-        | dict(zip(("speedup", "low", "high"), times_as_fast(one, other.measured[work]), strict=True))
+        | dict(zip(("speedup", "low", "high"), profiling.times_as_fast(one, other.measured[work]), strict=True))
         for entry in found
         if entry.name == WAVELETS
         for other in found
@@ -217,26 +195,23 @@ def speedups(found: Sequence[Entry]) -> list[Row]:
 
 def cost_table(rows: Sequence[Row]) -> list[Row]:
     """The rows of `costs`, as a report shows them."""
-
-    def cell(row: Row, work: str) -> str:
-        if reason := row[f"{work}_not_run"]:
-            return f"not run: {reason}"
-        return spread(*(row[f"{work}_images_per_s{end}"] for end in ("", "_q1", "_q3")))
-
-    return [
-        {"level": row["level"], "network": row["network"], "params (M)": row["parameters"] / 1e6}
-        | {"GFLOP": row["forward_gflop"]}
-        | {f"{work} (images/s)": cell(row, work) for work in ("training", "sampling")}
-        | {"GiB": row["training_memory_gib"]}
-        for row in rows
-    ]
+    table = []
+    for row in rows:
+        shown = {"level": row["level"], "network": row["network"]}
+        shown |= {"params (M)": row["parameters"] / 1e6, "GFLOP": row["forward_gflop"]}
+        for work in ("training", "sampling"):
+            reason, rate = row[f"{work}_not_run"], f"{work}_images_per_s"
+            speed = profiling.spread(row[rate], row[f"{rate}_q1"], row[f"{rate}_q3"])
+            shown[f"{work} (images/s)"] = f"not run: {reason}" if reason else speed
+        table.append(shown | {"GiB": row["training_memory_gib"]})
+    return table
 
 
 def speedup_table(rows: Sequence[Row]) -> list[Row]:
     """The rows of `speedups` that were measured, as a report shows them."""
     return [
         {"level": row["level"], "over": row["over"], "work": row["work"], "FLOP ratio": row["flop_ratio"]}
-        | {"times as fast (90 % interval)": spread(row["speedup"], row["low"], row["high"])}
+        | {"times as fast (90 % interval)": profiling.spread(row["speedup"], row["low"], row["high"])}
         for row in rows
         if row["speedup"] is not None
     ]

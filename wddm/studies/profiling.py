@@ -15,8 +15,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,6 @@ from wddm.metrics.intervals import median
 from wddm.steps import resolve_precision
 
 Maker = Callable[..., Generator]
-
 ATTENTION = ("bmm", "attention")  # operators of its two products, of queries with keys and of weights with values
 PASSES = 3  # of a training step: forward, and backward at twice its cost
 
@@ -76,7 +74,7 @@ def time_in_turn(
         synchronise()
         return (clock() - began) / calls
 
-    calls: dict[Any, int] = {}
+    calls = {}
     for name, call in alternatives.items():
         call()
         calls[name] = max(1, math.ceil(min_seconds / max(timed(call, 1), 1e-9)))
@@ -90,20 +88,17 @@ def time_in_turn(
 
 
 class Measurement(NamedTuple):
-    """What steps of `batch_size` images took: seconds a step in each round (R,), and peak memory in GiB beyond that of
-    Python with all imports; or the reason why not."""
+    """What steps of `batch_size` images took, or the `reason` why it is not known."""
 
-    seconds: np.ndarray | None = None
-    memory_gib: float | None = None
+    seconds: np.ndarray | None = None  # of a step, in each round (R,)
+    memory_gib: float | None = None  # at its peak, beyond that of Python with all imports
     reason: str | None = None
     batch_size: int = 1
 
 
 def speed(one: Measurement) -> list[float | None]:
     """Images a second: the median over rounds, and its quartiles."""
-    if one.seconds is None:
-        return [None] * 3
-    return np.quantile(one.batch_size / one.seconds, [0.5, 0.25, 0.75]).tolist()
+    return [None] * 3 if one.seconds is None else np.quantile(one.batch_size / one.seconds, [0.5, 0.25, 0.75]).tolist()
 
 
 def times_as_fast(ours: Measurement, theirs: Measurement) -> list[float | None]:
@@ -149,10 +144,10 @@ def compare(
     return found
 
 
-def _fits(make: Maker, at_least: float, max_seconds: float) -> Measurement:
-    """What a step takes alone; or the reason why it is not to be timed, as it takes so many seconds at least."""
-    if at_least > max_seconds:
-        return Measurement(reason=f"over {at_least:.3g} s a step")
+def _fits(make: Maker, minimum: float, max_seconds: float) -> Measurement:
+    """What a step takes alone, `minimum` seconds or more; or the reason why it is not to be timed."""
+    if minimum > max_seconds:
+        return Measurement(reason=f"over {minimum:.3g} s a step")
     one = measure_alone(make)
     if one.seconds is not None and one.seconds[-1] > max_seconds:
         return one._replace(reason=f"{one.seconds[-1]:.3g} s a step", seconds=None)
@@ -169,8 +164,8 @@ def fitting_batch(flops: float, rate: float, batch_size: int, max_seconds: float
     return batch_size
 
 
-def measure_alone(make: Maker, calls: int = 2) -> Measurement:
-    """The memory that something takes in a fresh process, which calls it a few times; the time is of the last call.
+def measure_alone(make: Maker) -> Measurement:
+    """The memory that something takes in a fresh process, which calls it twice; the time is of the second call.
 
     `make` is a `partial` of a module's generator function. The memory is that which CUDA's allocator counts, or where
     there is no GPU the anonymous resident memory at its peak, less that before `make`.
@@ -179,26 +174,25 @@ def measure_alone(make: Maker, calls: int = 2) -> Measurement:
     context.set_forkserver_preload([getattr(make, "func", make).__module__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(_measure_here, make, calls).result()
+            return pool.submit(_measure_here, make).result()
         except BrokenProcessPool:
             return Measurement(reason="its process died: out of memory?")
 
 
-def _measure_here(make: Maker, calls: int) -> Measurement:
-    before = _anonymous_bytes()
+def _measure_here(make: Maker) -> Measurement:
+    before, on_gpu = _anonymous_bytes(), torch.cuda.is_available()
     try:
-        steps = make()
-        for _ in range(calls):
-            began = time.perf_counter()
-            next(steps)
-            synchronise()
-            seconds = time.perf_counter() - began
+        next(steps := make())
+        synchronise()
+        began = time.perf_counter()
+        next(steps)
+        synchronise()
+        seconds = time.perf_counter() - began
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
             return Measurement(reason="out of memory")
         raise
-    gpu = torch.cuda.is_available()
-    taken = torch.cuda.max_memory_allocated() if gpu else _anonymous_bytes(peak=True) - before
+    taken = torch.cuda.max_memory_allocated() if on_gpu else _anonymous_bytes(peak=True) - before
     return Measurement(np.array([seconds]), taken / 2**30)
 
 
@@ -210,8 +204,8 @@ def _anonymous_bytes(peak: bool = False) -> int:
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    kib = {line.split(":")[0]: line.split()[1] for line in status.read_text().splitlines() if line.endswith("kB")}
-    return 1024 * (int(kib["VmHWM"]) - int(kib["RssFile"]) if peak else int(kib["RssAnon"]))
+    kib = {name: int(size) for name, size in re.findall(r"^(\w+):\s+(\d+) kB$", status.read_text(), re.M)}
+    return 1024 * (kib["VmHWM"] - kib["RssFile"] if peak else kib["RssAnon"])
 
 
 @contextmanager
@@ -234,14 +228,14 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def matmul_rate(precision: str = "no", rounds: int = 5) -> float:
-    """FLOP/s of a large square matrix product on this machine in that precision, at best of the rounds."""
+def matmul_rate(precision: str = "no") -> float:
+    """FLOP/s of a large square matrix product on this machine in that precision, at best of five rounds."""
     device, side = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 1024)
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as in training
-    a, b = torch.randn(2, side, side, device=device, dtype=kinds[resolve_precision(precision)])
-    return float(2 * side**3 / time_in_turn({"product": lambda: a @ b}, rounds=rounds)["product"].min())
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[resolve_precision(precision)]
+    a, b = torch.randn(2, side, side, device=device, dtype=dtype)
+    return float(2 * side**3 / time_in_turn({"product": lambda: a @ b})["product"].min())
 
 
 def machine(rate: float) -> list[dict[str, str]]:

@@ -2,7 +2,7 @@
 
 A setting is {name: value} of SETTING; a cell is a setting and the images that it is measured on: `count` of them, drawn
 from the seeds `first` on. `measured` measures every cell once, `pooled` makes of the cells a table with a row per
-setting, and `picked` to `failures` read that table. The last part looks into the trajectory of one sampler.
+setting, which the functions after it read. The last part looks into the trajectory of one sampler.
 """
 
 import functools
@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,7 @@ from wddm.checkpoints import public
 from wddm.data import Dataset, to_batch
 from wddm.files import append_row, read_rows
 from wddm.metrics import scores
+from wddm.metrics.intervals import Estimate
 from wddm.objective import alphas_cumprod, build_solver, check_options, clean_estimate, default_spacing
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
@@ -47,12 +48,12 @@ def settings(
 
     A spacing of None is the solver's default.
     """
-    found = (
-        (name, count, eta, spacing or default_spacing(name), None if details == count else details)
+    return [
+        dict(zip(SETTING, (name, count, eta, spacing or default_spacing(name), details), strict=True))
         for name, spacing in itertools.product(schedulers, spacings)
-        for eta, count, details in itertools.product(etas if name == "ddim" else (0.0,), steps, detail_steps)
-    )
-    return [dict(zip(SETTING, each, strict=True)) for each in found]
+        for eta, count in itertools.product(etas if name == "ddim" else (0.0,), steps)
+        for details in (None if details == count else details for details in detail_steps)
+    ]
 
 
 def cells(settings: Sequence[Row], sets: int, count: int, seed: int = 0) -> list[Row]:
@@ -63,13 +64,12 @@ def cells(settings: Sequence[Row], sets: int, count: int, seed: int = 0) -> list
 
 def context(pipeline: WaveletPipeline, reference: Dataset, **also: Any) -> Row:
     """What the numbers depend on beside the setting: checkpoint, real images, device, versions, and what is given."""
-    device = pipeline.device
-    return {
+    device, libraries = pipeline.device, ("wddm", "torch", "diffusers")
+    return also | {
         "checkpoint": checkpoint_hash(pipeline),
-        "reference": reference.manifest["sha256"]["images"],
+        "reference": reference.sha256,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "versions": {name: version(name) for name in ("wddm", "torch", "diffusers")},
-        **also,
+        "versions": {name: version(name) for name in libraries},
     }
 
 
@@ -86,7 +86,7 @@ def measured(file: Path, cells: Iterable[Row], context: Row, measure: Callable[[
     """Every cell together with what `measure(cell)` finds, in order.
 
     Each is a line of `file` as soon as it is measured, and is read from there from then on, so that a grid goes on
-    where it was stopped. Lines that were measured in another context are not taken.
+    where it was stopped. Lines of another context are not taken.
     """
     key = functools.partial(json.dumps, sort_keys=True)
     known = {key(row["cell"]): row["found"] for row in read_rows(file) if row.get("context") == context}
@@ -111,31 +111,20 @@ def timed_samples(pipeline: WaveletPipeline, count: int, **options: Any) -> tupl
     `options` are those of `sample_images`: batch_size, seed, num_inference_steps, eta, detail_steps.
     """
     sizes: list[int] = []
-    hook = pipeline.backbone.register_forward_pre_hook(lambda network, inputs: sizes.append(len(inputs[0])))
     started = time.perf_counter()
-    try:
+    with pipeline.backbone.register_forward_pre_hook(lambda network, inputs: sizes.append(len(inputs[0]))):
         batches = list(sample_images(pipeline, count, **options))
-    finally:
-        hook.remove()
     seconds, evaluations = time.perf_counter() - started, len(sizes) / len(batches)
     drawn = sum(sizes) / evaluations  # on the CPU a last batch is drawn whole
     return np.concatenate(batches), {"evaluations": evaluations, "seconds_per_image": seconds / drawn}
 
 
 def quality(
-    pipeline: WaveletPipeline,
-    reference: Dataset,
-    cell: Mapping[str, Any],
-    *,
-    level: int,
-    batch_size: int,
-    seed: int = 0,
-    device: str = "cpu",
+    pipeline: WaveletPipeline, reference: Dataset, cell: Row, *, batch_size: int, measuring: scores.Options
 ) -> Row:
-    """What a cell cost, and its distances: `fwd` at that level and, where the set is labelled, the classifier's `fd`.
+    """What a cell cost, and its distances: `fwd` and, where the set is labelled, the classifier's `fd`.
 
     A setting that a solver cannot do, or that ends in coefficients which are not finite, gives its `error` instead.
-    `seed` and `device` are those of the distances.
     """
     options = {"eta": cell["eta"], "detail_steps": cell["detail_steps"]}
     try:
@@ -145,62 +134,54 @@ def quality(
         samples, cost = timed_samples(solver, cell["count"], **options)
     except (ValueError, IndexError) as error:  # diffusers' own refusals are among them
         return {"error": str(error).splitlines()[0]}
-    measuring = scores.Options(level, seed, device)
     (fwd,), (fd,) = (metric(samples, reference, measuring) for metric in (scores.wavelet, scores.classifier))
     return cost | fwd.record() | replace(fd, key="fd").record()
 
 
-def pooled(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+def pooled(rows: Iterable[Row]) -> pd.DataFrame:
     """A row per setting of measured cells: mean distances with intervals, median seconds; cells with an error left out.
 
     Its `solver` is the scheduler's name with the eta, where that is not 0.
     """
     done = pd.DataFrame([row for row in rows if "error" not in row])
     groups = done.groupby(list(SETTING), sort=False, dropna=False) if len(done) else ()
-    pools = [dict(zip(SETTING, setting, strict=True)) | _pool(sets) for setting, sets in groups]
-    return pd.DataFrame(pools, columns=None if pools else list(SETTING)).astype({"detail_steps": float})
+    return _table([dict(zip(SETTING, setting, strict=True)) | _pool(sets) for setting, sets in groups])
+
+
+def _table(rows: Iterable[Row]) -> pd.DataFrame:
+    """Rows with the columns of SETTING at least."""
+    rows = list(rows)
+    return pd.DataFrame(rows, columns=None if rows else list(SETTING)).astype({"detail_steps": float})
 
 
 def _pool(sets: pd.DataFrame) -> Row:
     """What the cells of one setting say together."""
     first = sets.iloc[0]
-    row = {
-        "solver": first.scheduler + f", eta {first.eta:g}" * bool(first.eta),
-        "sets": len(sets),
-        "count": int(first["count"]),
-        "evaluations": first.evaluations,
-        "seconds_per_image": sets.seconds_per_image.median(),
-    }
+    row = {"solver": first.scheduler + f", eta {first.eta:g}" * bool(first.eta), "sets": len(sets)}
+    row |= {"count": int(first["count"]), "evaluations": first.evaluations}
+    row |= {"seconds_per_image": sets.seconds_per_image.median()}
     for key in (key for key in DISTANCES if key in sets):
         ends = mean_interval(*(sets[key + end] for end in ENDS))
         row |= dict(zip([key + end for end in ENDS], ends, strict=True)) | {f"{key}_floor": first.get(f"{key}_floor")}
     return row
 
 
-def mean_interval(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> tuple[float, float, float]:
+def mean_interval(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> Estimate[float]:
     """The mean of independent estimates, and its interval from theirs: errors add up in squares."""
     mean, count = float(np.mean(values)), len(values)
     below, above = (float(np.linalg.norm(np.subtract(values, end))) / count for end in (low, high))
-    return mean, mean - below, mean + above
+    return Estimate(mean, mean - below, mean + above)
 
 
 def picked(table: pd.DataFrame, settings: Iterable[Row]) -> pd.DataFrame:
     """The rows of these settings, in their order, as far as they were measured."""
-    wanted = pd.DataFrame(settings, columns=list(SETTING)).astype({"detail_steps": float})
-    return wanted.merge(table, on=list(SETTING))
-
-
-def interval(row: Mapping[str, Any] | pd.Series, key: str) -> tuple[float, float, float]:
-    """Value, low and high of a distance in a row."""
-    return row[key], row[f"{key}_low"], row[f"{key}_high"]
+    return _table(settings).merge(table, on=list(SETTING))
 
 
 def lines(table: pd.DataFrame, key: str, by: str = "solver") -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """By solver, or by another column: steps (K,), and distances with their intervals (K, 3)."""
-    columns = [key + end for end in ENDS]
-    return {
-        str(name): (group.steps.to_numpy(), group[columns].to_numpy()) for name, group in table.groupby(by, sort=False)
-    }
+    columns, groups = [key + end for end in ENDS], table.groupby(by, sort=False)
+    return {str(name): (group.steps.to_numpy(), group[columns].to_numpy()) for name, group in groups}
 
 
 def grid(table: pd.DataFrame, key: str, steps: Sequence[int]) -> np.ndarray:
@@ -212,14 +193,8 @@ def grid(table: pd.DataFrame, key: str, steps: Sequence[int]) -> np.ndarray:
 def pareto_front(cost: Sequence[float], value: Sequence[float]) -> np.ndarray:
     """Which of N settings no other one beats, by being no more costly and no further off, and less in one of them."""
     points = np.stack([np.asarray(cost, float), np.asarray(value, float)], 1)
-    no_worse = (points[:, None] <= points).all(-1)  # [i, j]: i is no worse than j
-    better = (points[:, None] < points).any(-1)
+    no_worse, better = (points[:, None] <= points).all(-1), (points[:, None] < points).any(-1)  # [i, j]: i than j
     return np.logical_not((no_worse & better).any(0))
-
-
-def front(table: pd.DataFrame, cost: str, key: str) -> np.ndarray:
-    """Cost and distance (n, 2) of the settings on the Pareto front."""
-    return table.loc[pareto_front(table[cost], table[key]), [cost, key]].to_numpy()
 
 
 def fewest_within(steps: Sequence[int], low: Sequence[float], reference_high: float) -> int | None:
@@ -228,20 +203,18 @@ def fewest_within(steps: Sequence[int], low: Sequence[float], reference_high: fl
     That is, from which on the interval of the setting, whose lower end is `low`, reaches down to the reference's upper
     end; None where the most steps do not. Two 90 % intervals that just touch are of numbers that differ at about 2 %.
     """
-    by_steps = sorted(zip(steps, low, strict=True), reverse=True)
-    within = [count for count, _ in itertools.takewhile(lambda pair: pair[1] <= reference_high, by_steps)]
-    return within[-1] if within else None
+    within = pd.Series(np.asarray(low), np.asarray(steps)).sort_index(ascending=False).le(reference_high).cummin()
+    return int(within.index[within].min()) if within.any() else None
 
 
-def fewest_steps(table: pd.DataFrame, reference: Mapping[str, Any] | pd.Series, distances: Sequence[str]) -> list[Row]:
+def fewest_steps(table: pd.DataFrame, reference: Row | pd.Series, distances: Sequence[str]) -> list[Row]:
     """A row per solver and distance: `fewest_within`, and how many times cheaper that is than the reference."""
     found = []
     for (solver, group), key in itertools.product(table.groupby("solver", sort=False), distances):
         fewest = fewest_within(group.steps, group[f"{key}_low"], reference[f"{key}_high"])
         row = {"solver": solver, "by": key.upper(), "fewest steps": fewest}
         for cost, title in (("evaluations", "evaluations saved"), ("seconds_per_image", "time saved")):
-            costs = group.set_index("steps")[cost]
-            row[title] = f"{reference[cost] / costs[fewest]:.3g}-fold" if fewest else "–"
+            row[title] = f"{reference[cost] / group.set_index('steps')[cost][fewest]:.3g}-fold" if fewest else "–"
         found.append(row)
     return found
 
@@ -259,7 +232,7 @@ def shown(table: pd.DataFrame, details: bool = False) -> pd.DataFrame:
     return found
 
 
-def failures(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
+def failures(rows: Iterable[Row]) -> list[Row]:
     """A row per setting that could not be sampled, and why."""
     failed = [{name: row[name] for name in (*SETTING, "error")} for row in rows if "error" in row]
     return [row for k, row in enumerate(failed) if row not in failed[:k]]
@@ -280,11 +253,8 @@ def along_trajectory(
     are in what the network sees, and `change`, how far the estimate is from the result, relative to the result.
     """
     bands, seen = len(pipeline.codec.bands()), []
-    hook = pipeline.backbone.register_forward_hook(lambda network, inputs, out: seen.append((*inputs[:2], out.sample)))
-    try:
+    with pipeline.backbone.register_forward_hook(lambda network, inputs, out: seen.append((*inputs[:2], out.sample))):
         pipeline(count, output_type="pt", num_inference_steps=num_inference_steps, seed=seed)
-    finally:
-        hook.remove()
     times = [torch.as_tensor(t).round().long().view(-1)[:1].to(noisy.device) for noisy, t, _ in seen]
     clean = [clean_estimate(pipeline.scheduler, z, out, t) for (z, _, out), t in zip(seen, times, strict=True)]
     signal = [alphas_cumprod(pipeline.scheduler, t).sqrt() * z for z, t in zip(clean, times, strict=True)]
@@ -300,7 +270,7 @@ def along_trajectory(
 def denoising_error(
     pipeline: WaveletPipeline, images: np.ndarray, times: Sequence[int], *, seed: int = 0
 ) -> np.ndarray:
-    """Error of the clean estimate of real images (N, H, W, C) noised to each of the times (T,), by band (T, bands).
+    """Error of the clean estimate of a batch of images (N, H, W, C) noised to each of the times (T,), (T, bands).
 
     Relative to the spread of the band: 1 is what the mean of all images would score.
     """
@@ -310,10 +280,8 @@ def denoising_error(
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     errors = []
     for time_step in times:
-        estimates = []
-        for z, e in zip(clean.split(256), noise.split(256), strict=True):
-            t = torch.full((len(z),), time_step, device=device)
-            noisy = pipeline.scheduler.add_noise(z, e, t)
-            estimates.append(clean_estimate(pipeline.scheduler, noisy, pipeline.backbone(noisy, t).sample, t))
-        errors.append(by_band(torch.cat(estimates) - clean, bands) / spread)
+        t = torch.full((len(clean),), time_step, device=device)
+        noisy = pipeline.scheduler.add_noise(clean, noise, t)
+        estimate = clean_estimate(pipeline.scheduler, noisy, pipeline.backbone(noisy, t).sample, t)
+        errors.append(by_band(estimate - clean, bands) / spread)
     return np.stack(errors)

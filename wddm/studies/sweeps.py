@@ -16,9 +16,10 @@ import pandas as pd
 from wddm.backbones import load_backbone
 from wddm.data import Dataset
 from wddm.metrics import scores
-from wddm.metrics.frechet import split_floor
+from wddm.metrics.frechet import haar_packets, split_floor
 from wddm.steps import read_log
 from wddm.studies.profiling import PASSES, forward_flops
+from wddm.wavelets import check_choice
 
 Curve = tuple[np.ndarray, np.ndarray]  # images seen (K,), or seconds, and a logged quantity of S runs (S, K)
 
@@ -37,22 +38,21 @@ def differences(runs: Sequence[Any]) -> pd.DataFrame:
 def everything(runs: Sequence[Any]) -> pd.DataFrame:
     """A row per run: its name and variant, the parameters that differ, the seed, metrics and timings."""
     differing = differences(runs).drop(columns="runs").set_index("variant").to_dict("index")
-    rows = (
+    return pd.DataFrame(
         {"run": run.name, "variant": run.variant, **differing[run.variant], "seed": run.parameters.get("seed")}
         | run.metrics
         | run.timings
         for run in runs
     )
-    return pd.DataFrame(rows)
 
 
 def one_set(folders: Mapping[str, Path]) -> Path:
     """The folder of the prepared set that all runs used, of their folders by name."""
     first, *others = dict.fromkeys(folders.values())
     if others:
+        names = ", ".join(folder.name for folder in (first, *others))
         raise ValueError(
-            f"got runs of {1 + len(others)} prepared sets, {', '.join(f.name for f in (first, *others))}, wanted one: "
-            "compare runs of the same images"
+            f"got runs of {1 + len(others)} prepared sets, {names}, wanted one: compare runs of the same images"
         )
     return first
 
@@ -67,10 +67,8 @@ def summary(table: pd.DataFrame, metric: str) -> pd.DataFrame:
 
     Variants without the metric are left out.
     """
-    columns = {"variant": "variant", metric: "value", f"{metric}_floor": "floor"}
-    groups = (
-        table.reindex(columns=columns).rename(columns=columns).dropna(subset="value").groupby("variant", sort=False)
-    )
+    having = table.reindex(columns=["variant", metric, f"{metric}_floor"]).dropna(subset=metric)
+    groups = having.set_axis(["variant", "value", "floor"], axis=1).groupby("variant", sort=False)
     found = groups.value.agg([("runs", "size"), ("mean", "mean"), ("minimum", "min"), ("maximum", "max")])
     found = found.join(groups.floor.mean()).sort_values("mean", kind="stable").reset_index()
     found["over the best"] = found["mean"] / found["mean"].min()
@@ -83,9 +81,7 @@ def values(
     """By variant, a number of each run and the ends of its interval; no intervals where a run has none."""
     having = table.reindex(columns=["variant", metric, f"{metric}_low", f"{metric}_high"]).dropna(subset=metric)
     if having.empty:
-        raise ValueError(
-            f"got {len(table)} runs without {metric!r}, wanted it in their metrics.json: choose another metric"
-        )
+        raise ValueError(f"got {len(table)} runs without {metric!r}, wanted it in their metrics: choose another metric")
     groups = having.groupby("variant", sort=False)
     intervals = {name: list(group.iloc[:, 2:].itertuples(index=False, name=None)) for name, group in groups}
     return groups[metric].agg(list).to_dict(), None if having.isna().any(axis=None) else intervals
@@ -138,8 +134,7 @@ def reaching(curves: Mapping[str, Curve], reference: str, unit: str = "thousand 
     `curves` hold distances, over images seen or over seconds, which is then the `unit`. An upper bound: between two
     measurements nothing is known.
     """
-    if reference not in curves:
-        raise ValueError(f"got reference={reference!r}, wanted one of {', '.join(curves)}: choose one that has a curve")
+    check_choice("reference", reference, curves)
     in_all, wanted = curves[reference][0][-1], curves[reference][1][:, -1].mean()
     rows = []
     for name, (seen, distances) in curves.items():
@@ -179,13 +174,12 @@ def packets(
     root: Path, table: pd.DataFrame, reference: Dataset, level: int, seed: int = 0
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Distance in every Haar packet (4^L,), by variant the mean over its runs; and that of real images."""
-    found, counts = {}, [len(reference.images) // 2]
+    found, counts, options = {}, [len(reference.images) // 2], scores.Options(level, seed)
     for name, runs in members(table).items():
         samples = [np.load(root / "runs" / run / "samples.npy", mmap_mode="r") for run in runs]
-        scored = [scores.wavelet(images, reference, scores.Options(level, seed)) for images in samples]
-        each = [score.detail.per_packet for (score,) in scored]
+        each = [scores.wavelet(images, reference, options)[0].detail.per_packet for images in samples]
         found[name], counts = np.mean(each, 0), [*counts, *map(len, samples)]
-    return found, split_floor(reference.images, level, count=min(counts), seed=seed).per_packet
+    return found, split_floor(reference.images, haar_packets(level), count=min(counts), seed=seed).per_packet
 
 
 def by_codec(runs: Sequence[Any]) -> list[Any]:
