@@ -21,7 +21,7 @@ lab: $(READY)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/01_prepare.ipynb
 
 tutorials: $(READY)  ## execute the tutorials in place, for their outputs to be committed
-	OMP_NUM_THREADS=1 $(BIN)/python -m wddm.workbook.refresh notebooks/tutorials/*.ipynb
+	OMP_NUM_THREADS=1 $(BIN)/python notebooks/refresh.py notebooks/tutorials/*.ipynb
 
 bench: $(READY)  ## ours against baselines, wavelets against pixels, on this machine; FULL=1 for a GPU, everything
 	$(BIN)/wddm run params/benchmarks$(if $(FULL),-full).yaml --force

@@ -20,7 +20,7 @@ from wddm.pipeline import WaveletPipeline
 from wddm.studies import sampling, sweeps
 from wddm.wavelets import WaveletCodec
 from wddm.workbook import collect, records
-from wddm.workbook.finished import Finished
+from wddm.workbook.records import Finished
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (24, 8, 8, 1), dtype=np.uint8)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,6 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-from wddm.workbook.refresh import refresh
 from wddm.workbook.report import WIDGET
 
 TUTORIALS = sorted((ROOT / "notebooks" / "tutorials").glob("*.ipynb"))
@@ -182,6 +182,7 @@ def test_they_are_a_report_too(root) -> None:
 
 @pytest.mark.slow
 def test_refreshing_gives_the_same_bytes(root) -> None:
+    refresh = runpy.run_path(str(ROOT / "notebooks/refresh.py"))["refresh"]
     path = root / "notebooks/tutorials/wavelets.ipynb"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))

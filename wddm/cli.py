@@ -9,30 +9,24 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
-
     from wddm.workbook.experiments import Experiment
 
-COUNT = click.IntRange(min=1)
+COUNT, PATH = click.IntRange(min=1), click.Path(path_type=Path)
 CHECKED = {"dataset", "wavelet", "backbone", "scheduler", "solvers", "spacing_solvers"}  # that `experiment.check` knows
-PARAMETERS = (
-    click.argument("params", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="params/x.yaml..."),
-    click.option("-p", "overrides", multiple=True, metavar="key=value", help="A parameter, as if it were in the YAML."),
-)
 
 
-def takes_parameters(function: Any) -> Any:
+def takes_parameters(command: Callable) -> Callable:
     """YAML files, and -p for what is to be otherwise."""
-    for decorate in reversed(PARAMETERS):
-        function = decorate(function)
-    return function
+    files = click.argument("params", nargs=-1, required=True, type=PATH, metavar="params/x.yaml...")
+    changed = "A parameter, as if it were in the YAML."
+    return files(click.option("-p", "overrides", multiple=True, metavar="key=value", help=changed)(command))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -45,7 +39,7 @@ def commands() -> None:
 @click.option("--only", metavar="NAME", help="This notebook alone, e.g. train.")
 @click.option("--from", "start", metavar="NAME", help="This notebook and those after it.")
 @click.option("--force", is_flag=True, help="Run what is unchanged, too.")
-@click.option("--jobs", type=COUNT, default=1, metavar="N", help="So many runs of a sweep at a time.")
+@click.option("--jobs", type=COUNT, default=1, metavar="N", help="Runs of a sweep at a time.")
 @click.option("--held", type=int, hidden=True, help="The lock that this process inherits from the one that started it.")
 def run(params: tuple[Path, ...], overrides: tuple[str, ...], held: int | None, **options: Any) -> int:
     """Execute the notebooks with the parameters of YAML files."""
@@ -75,11 +69,10 @@ def preflight(one: "Experiment") -> None:
 @commands.command()
 @takes_parameters
 @click.option("--extend", is_flag=True, help="Go on with a run that had a smaller train_kimg.")
-def train(params: tuple[Path, ...], overrides: tuple[str, ...], extend: bool) -> int:
+def train(params: tuple[Path, ...], overrides: tuple[str, ...], extend: bool) -> None:
     """Prepare and train alone, also under `accelerate launch -m wddm train`."""
-    from wddm.workbook import Run, lock
+    from wddm.workbook import lock, open_run
 
-    yield_cores()
     first = os.environ.get("RANK", "0") == "0"  # of the processes that were launched, it does the talking
     root, experiments = experiments_of(params, overrides)
     with contextlib.chdir(root), contextlib.ExitStack() as locks:
@@ -91,29 +84,21 @@ def train(params: tuple[Path, ...], overrides: tuple[str, ...], extend: bool) ->
         for one in experiments:
             experiment.check(one)
         for one in experiments:
-            place = root / "runs" / one.run, root / "reports" / one.run
-            given = {notebook.stem: one.values(notebook) for notebook in one.notebooks}
-            if missing := {"01_prepare", "02_train"} - given.keys():
+            if missing := {"01_prepare", "02_train"} - {notebook.stem for notebook in one.notebooks}:
                 raise ValueError(f"{one.source}: has no {', '.join(sorted(missing))} to take parameters of: add it")
-            place[0].mkdir(parents=True, exist_ok=True)
-            prepared = experiment.prepare(Run(one.run, root, *place, "01_prepare", given["01_prepare"]), show=first)
-            book = Run(one.run, root, *place, "02_train", given["02_train"])
+            prepared = experiment.prepare(open_run(one.run, "01_prepare", one.parameters), show=first)
+            book = open_run(one.run, "02_train", one.parameters)
             book.take("data")
             experiment.train(book, prepared, *experiment.build(book.parameters, prepared), extend=extend)
             if first:
                 print(f"{book.folder.relative_to(root)}/pipeline is trained")
-    return 0
 
 
-def experiments_of(params: Iterable[Path], overrides: Iterable[str]) -> tuple[Path, list["Experiment"]]:
+def experiments_of(params: Sequence[Path], overrides: Iterable[str]) -> tuple[Path, list["Experiment"]]:
     """The root of the workbook that the YAML files are in, and the experiments they ask for."""
     from wddm import workbook
 
-    params = list(params)
-    try:
-        root = workbook.find_root(params[0].parent)
-    except ValueError:
-        root = workbook.find_root()
+    root = workbook_root(params[0].parent) or workbook.find_root()
     experiments: list[Experiment] = []
     problems = []
     for path in params:
@@ -126,132 +111,109 @@ def experiments_of(params: Iterable[Path], overrides: Iterable[str]) -> tuple[Pa
     return root, experiments
 
 
+def workbook_root(start: Path | None = None) -> Path | None:
+    """The root of the workbook that a folder (the current one) is in, if it is in one."""
+    from wddm import workbook
+
+    with contextlib.suppress(ValueError):
+        return workbook.find_root(start)
+    return None
+
+
 @commands.command()
 @click.option("--model-dir", required=True, help="Pipeline folder, published checkpoint folder, or Hub repository.")
-@click.option("--output-dir", required=True, type=click.Path(path_type=Path), help="New folder for the images.")
+@click.option("--output-dir", required=True, type=PATH, help="New folder for the images.")
 @click.option("--num-samples", type=COUNT, default=16)
 @click.option("--batch-size", type=COUNT, default=64)
 @click.option("--scheduler", default="ddim", help="ddpm ddim pndm dpmsolver++ unipc heun euler euler_a deis lms")
-@click.option("--sampling-steps", type=COUNT, default=50)
+@click.option("--sampling-steps", "num_inference_steps", type=COUNT, default=50)
 @click.option("--eta", type=float, default=0.0, help="Randomness of ddim: 0 none, 1 as much as ddpm.")
-@click.option("--detail-steps", type=COUNT, metavar="N", help="Solver steps of the detail bands, if others.")
+@click.option("--detail-steps", type=COUNT, metavar="N", help="Solver steps of the detail bands, if not the same.")
 @click.option("--spacing", help="leading, trailing or linspace")
 @click.option("--seed", type=int, default=0, help="Image k is drawn from seed + k, whatever the batch size.")
 @click.option("--device", help="A GPU if there is one, else cpu.")
 @click.option("--model-type", help="unet, ukan, ...: read from the checkpoint; refused where it is another.")
-@click.option("--prediction-type", help="Published checkpoints do not store it: epsilon, for CelebA-HQ sample.")
-@click.option("--wavelet-level", type=int, help="Read from the checkpoint; refused where it is another.")
+@click.option("--prediction-type", help="Of a published checkpoint: epsilon, or sample for CelebA-HQ.")
+@click.option("--wavelet-level", "level", type=int, help="Read from the checkpoint; refused where it is another.")
 @click.option("--resolution", type=int, help="Read from the checkpoint; refused where it is another.")
 def sample(
     model_dir: str, output_dir: Path, num_samples: int, batch_size: int, seed: int, device: str | None,
-    sampling_steps: int, eta: float, detail_steps: int | None, wavelet_level: int | None, **checkpoint: Any,
-) -> int:  # fmt: skip
+    num_inference_steps: int, eta: float, detail_steps: int | None, **checkpoint: Any,
+) -> None:  # fmt: skip
     """Draw images from a checkpoint, ours or published, into a folder."""
-    state = join(device)
-
     import diffusers
-
-    from wddm.sampling import draw, open_pipeline
-
-    diffusers.utils.logging.disable_progress_bar()
-    names = {key: value.lower() if isinstance(value, str) else value for key, value in checkpoint.items()}
-    pipeline = open_pipeline(model_dir, level=wavelet_level, **names).to(device or state.device)
-    pipeline.set_progress_bar_config(disable=True)
-
-    draw(
-        pipeline,
-        output_dir,
-        num_samples,
-        batch_size=batch_size,
-        seed=seed,
-        num_inference_steps=sampling_steps,
-        eta=eta,
-        detail_steps=detail_steps,
-    )
-    if state.is_main_process:
-        print(f"{num_samples} images, grid.png and samples.json are in {output_dir}")
-    return 0
-
-
-@commands.command()
-@click.option("--images", required=True, type=click.Path(path_type=Path), help="Folder of PNGs, or a samples.npy.")
-@click.option("--reference", required=True, help="Name of a prepared set under data/, or its folder.")
-@click.option("--resolution", type=COUNT, help="Which one, where a set is prepared in several.")
-@click.option("--fwd-level", type=COUNT, default=2, help="Level of the packets of the Fréchet wavelet distance.")
-@click.option("--inception-weights", type=click.Path(path_type=Path), metavar="FILE", help="torch-fidelity's file.")
-@click.option("--output", type=click.Path(path_type=Path), default=Path("metrics.json"), help="Where the numbers go.")
-@click.option("--seed", type=int, default=0, help="Of the resamples and halves of intervals and floors.")
-@click.option("--device", help="A GPU if there is one, else cpu.")
-def evaluate(
-    images: Path, reference: str, resolution: int | None, fwd_level: int, inception_weights: Path | None, output: Path,
-    seed: int, device: str | None,
-) -> int:  # fmt: skip
-    """Score a folder of images against a prepared data set."""
-    state = join(device)
-
-    from wddm import workbook
-    from wddm.metrics import inception, scores
-    from wddm.workbook.records import write_json
-    from wddm.workbook.report import format_table
-
-    try:
-        root = workbook.find_root()
-    except ValueError:
-        root = Path()
-    real = scores.find_reference(f"{reference}-{resolution}" if resolution else reference, root)
-    samples = scores.read_images(images)
-    options = scores.Options(fwd_level, seed, device or state.device, inception_weights, workbook.progress)
-    found = scores.evaluate(samples, real, options)
-    rows = [score.row() for group in found.values() for score in group]
-    print(format_table(rows, f"{images} against {real.folder}. {scores.fairness(len(samples), real)}")[1])
-    if found["inception"][0].value is None:
-        print(f"This gets Inception's weights:\n{inception.remedy()}")
-    write_json(output, scores.as_json(found, images, real))
-    return 0
-
-
-@commands.command()
-def index() -> int:
-    """Rewrite reports/index.html."""
-    from wddm import workbook
-
-    print(workbook.write_index(workbook.find_root()))
-    return 0
-
-
-def yield_cores() -> None:
-    """Processes that share the cores must not spin while they wait for each other; before torch is imported."""
-    if "LOCAL_RANK" in os.environ:
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-
-def join(device: str | None) -> "PartialState":
-    """This process and those launched beside it, on GPUs unless `device` is "cpu" or there are none."""
-    yield_cores()
-
     import torch
     from accelerate import PartialState
+
+    from wddm.sampling import draw, open_pipeline
 
     on_cpu = device == "cpu" or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu)
     if state.num_processes > 1 and on_cpu:
         allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
         torch.set_num_threads(len(allowed))  # as alone, where launchers say 1: on it depends how sums round
-    return state
+    diffusers.utils.logging.disable_progress_bar()
+    expected: Any = {key: value.lower() if isinstance(value, str) else value for key, value in checkpoint.items()}
+    pipeline = open_pipeline(model_dir, **expected).to(device or state.device)
+    pipeline.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {"num_inference_steps": num_inference_steps, "eta": eta, "detail_steps": detail_steps}
+    draw(pipeline, output_dir, num_samples, batch_size=batch_size, seed=seed, **options)
+    if state.is_main_process:
+        print(f"{num_samples} images, grid.png and samples.json are in {output_dir}")
+
+
+@commands.command()
+@click.option("--images", required=True, type=PATH, help="Folder of PNGs, or a samples.npy.")
+@click.option("--reference", required=True, help="Name of a prepared set under data/, or its folder.")
+@click.option("--resolution", type=COUNT, help="Which one, where a set is prepared in several.")
+@click.option("--fwd-level", type=COUNT, default=2, help="Level of the packets of the Fréchet wavelet distance.")
+@click.option("--inception-weights", type=PATH, metavar="FILE", help="torch-fidelity's file.")
+@click.option("--output", type=PATH, default=Path("metrics.json"), help="Where the numbers go.")
+@click.option("--seed", type=int, default=0, help="Of the resampling for intervals and floors.")
+@click.option("--device", help="A GPU if there is one, else cpu.")
+def evaluate(
+    images: Path, reference: str, resolution: int | None, fwd_level: int, inception_weights: Path | None, output: Path,
+    seed: int, device: str | None,
+) -> None:  # fmt: skip
+    """Score a folder of images against a prepared data set."""
+    from accelerate import PartialState
+
+    from wddm import workbook
+    from wddm.metrics import inception, scores
+    from wddm.workbook.records import write_json
+    from wddm.workbook.report import format_table
+
+    real = scores.find_reference(f"{reference}-{resolution}" if resolution else reference, workbook_root() or Path())
+    samples = scores.read_images(images)
+    options = scores.Options(fwd_level, seed, device or PartialState().device, inception_weights, workbook.progress)
+    found = scores.evaluate(samples, real, options)
+    rows = [score.row() for group in found.values() for score in group]
+    print(format_table(rows, f"{images} against {real.folder}. {scores.fairness(len(samples), real)}")[1])
+    if found["inception"][0].value is None:
+        print(f"This gets Inception's weights:\n{inception.remedy()}")
+    write_json(output, scores.as_json(found, images, real))
+
+
+@commands.command()
+def index() -> None:
+    """Rewrite reports/index.html."""
+    from wddm import workbook
+
+    print(workbook.write_index(workbook.find_root()))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; its exit code."""
+    if "LOCAL_RANK" in os.environ:  # processes that share the cores must not spin while they wait for each other
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # which counts until torch is imported
     try:
         return int(commands.main(arguments, prog_name="wddm", standalone_mode=False) or 0)
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message(), file=sys.stderr)
         return 2
-    except click.ClickException as error:
-        print(f"wddm: {' '.join(error.format_message().split())}", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        print(*(f"wddm: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+    except (click.ClickException, ValueError) as error:
+        message = " ".join(error.format_message().split()) if isinstance(error, click.ClickException) else str(error)
+        print(*(f"wddm: {line}" for line in message.splitlines()), sep="\n", file=sys.stderr)
         return 2
     except (FloatingPointError, ConnectionError, FileNotFoundError) as error:
         print(f"wddm: {error}", file=sys.stderr)

@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from wddm.workbook.experiments import check_run_name, load_experiments
-from wddm.workbook.finished import collect, run_data_folder
 from wddm.workbook.parameters import checked
-from wddm.workbook.records import digests, read_json, taken, write_entry, write_json
+from wddm.workbook.records import collect, digests, read_json, run_data_folder, taken, write_entry, write_json
 from wddm.workbook.report import WIDGET, format_table, write_index, write_rows
 from wddm.workbook.runner import run
 

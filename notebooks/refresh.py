@@ -1,4 +1,4 @@
-"""Execute notebooks in place, `python -m wddm.workbook.refresh notebooks/tutorials/*.ipynb`: how tutorials get outputs.
+"""Execute notebooks in place, `python notebooks/refresh.py notebooks/tutorials/*.ipynb`: how tutorials get outputs.
 
 What is written is what the cells print and draw, and nothing of the moment: no times, no state of widgets, no version
 of the interpreter. So the same code and machine give the same bytes.
