@@ -1,7 +1,7 @@
 """sampling: settings of the sampler on one checkpoint: what each costs, how good it is, what may be said of it.
 
-A setting is {name: value} of SETTING; a cell is a setting and the images that it is measured on: `count` of them, drawn
-from the seeds `first` on. `measured` measures every cell once, `pooled` makes of the cells a table with a row per
+A setting is {name: value} of SETTING; a cell is a setting and the images that it is measured on: `count` of them, whose
+seeds begin at `first`. `measured` measures every cell once, `pooled` makes of the cells a table with a row per
 setting, which the functions after it read. The last part looks into the trajectory of one sampler.
 """
 
