@@ -148,3 +148,13 @@ def test_a_backbone_is_a_class_and_its_entry(tmp_path, monkeypatch) -> None:
 
 def test_defaults_are_those_of_the_recipe() -> None:
     assert inspect.signature(build_backbone).parameters["attention_head_dim"].default == 64
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_network_can_be_made_again_from_its_config(backbone: str) -> None:
+    """diffusers' `from_config` drops what it takes for a default: whatever was given by position."""
+    with torch.device("meta"):
+        network = build_backbone(backbone, dataset="patches", level=2)
+        again = type(network).from_config(network.config)
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in again.state_dict().items()} == shapes

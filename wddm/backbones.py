@@ -94,9 +94,10 @@ def build_backbone(
         raise ValueError(f"got attention_head_dim {attention_head_dim}, wanted 1 or more: take 8, as published, or 64")
 
     def build(level: int, options: Options) -> ModelMixin:
-        side, stacked = size // 2**level, 4**level * channels
-        head_dim = math.gcd(attention_head_dim, *options["block_out_channels"])
-        return BACKBONES[backbone].build(side, stacked, stacked, attention_head_dim=head_dim, **options)
+        head_dim, stacked = math.gcd(attention_head_dim, *options["block_out_channels"]), 4**level * channels
+        # by name: what is given by position, diffusers takes for a default, and `from_config` then drops it
+        maps = {"sample_size": size // 2**level, "in_channels": stacked, "out_channels": stacked}
+        return BACKBONES[backbone].build(**maps, attention_head_dim=head_dim, **options)
 
     common = {"layers_per_block": layers_per_block, "dropout": dropout}
     given = common | {"block_out_channels": widths, "attention_levels": attention_levels}
