@@ -7,6 +7,7 @@ escaped. Importing this module imports none of what renders.
 import html
 import math
 import re
+from collections import ChainMap
 from contextlib import suppress
 from numbers import Integral, Real
 from pathlib import Path
@@ -187,11 +188,11 @@ def _template(name: str) -> Any:
 
 def write_index(root: Path) -> Path:
     """reports/index.html: every run as a card, the latest first: its state, picture, main numbers, what was changed."""
-    defaults: dict[str, Any] = {}
+    defaults: dict[str, dict[str, Any]] = {}  # by notebook
     runs: list[dict[str, Any]] = []
     for path in (*pipeline_notebooks(root), *sorted(root.glob("notebooks/analysis/*.ipynb"))):
         with suppress(ValueError):  # a notebook that cannot be read does not stand in the way
-            defaults |= {name: parameter.default for name, parameter in read_schema(path).items()}
+            defaults[path.stem] = {name: parameter.default for name, parameter in read_schema(path).items()}
     for folder in sorted(path.parent for path in (root / "reports").glob("*/status.json")):
         try:
             runs.append(_card(folder, defaults))
@@ -204,9 +205,10 @@ def write_index(root: Path) -> Path:
     return page
 
 
-def _card(folder: Path, defaults: dict[str, Any]) -> dict[str, Any]:
-    """What the index shows of a run."""
+def _card(folder: Path, defaults: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the index shows of a run; a parameter's default is that of the first of its notebooks that declares it."""
     status = read_status(folder)
+    own = ChainMap(*(defaults.get(name, {}) for name in sorted(status)))
     entries, states = status.values(), {entry["state"] for entry in status.values()}
     metrics, timings, made_by = (read_json(folder / f"{name}.json") for name in ("metrics", "timings", "environment"))
     figures = sorted(folder.glob("figures/*.png"), key=lambda path: (path.stem != "samples", path.name))
@@ -222,7 +224,7 @@ def _card(folder: Path, defaults: dict[str, Any]) -> dict[str, Any]:
         "thumbnail": figures[0].relative_to(folder.parent).as_posix() if figures else None,
         "metrics": {key: metrics[key] for key in first[:6]},
         "timings": dict(list(timings.items())[:3]),
-        "changed": {key: value for key, value in _read_parameters(folder).items() if value != defaults.get(key, ...)},
+        "changed": {key: value for key, value in _read_parameters(folder).items() if value != own.get(key, ...)},
         "commit": (made_by.get("commit") or "")[:7],
     }
 
