@@ -115,14 +115,18 @@ def watch(log: str, root: str, run: str) -> None:
     packages, seen = tuple({sys.prefix, os.path.dirname(os.path.dirname(__file__))}), set()
 
     def note(event: str, arguments: tuple[Any, ...]) -> None:
-        if event != "open" or not isinstance(arguments[0], str) or arguments[2] & os.O_ACCMODE != os.O_RDONLY:
+        if event != "open" or not isinstance(arguments[0], str):
             return
-        path = os.path.join(os.getcwd(), arguments[0])
-        if path not in seen and path.startswith(os.path.join(root, "")):
+        try:
+            path = os.path.join(os.getcwd(), arguments[0])
+            if arguments[2] & os.O_ACCMODE != os.O_RDONLY or path in seen or not path.startswith(os.path.join(root, "")):
+                return
             seen.add(path)
             hidden = any(part[:1] == "." for part in path[len(root) :].split(os.sep))
             if not hidden and not path.startswith((*own, *packages)):
                 os.write(descriptor, f"{path}\n".encode(errors="surrogateescape"))
+        except (AttributeError, OSError, TypeError):
+            return  # the folder is gone, or the interpreter is on its way out: what is opened must open all the same
 
     sys.addaudithook(note)
 
