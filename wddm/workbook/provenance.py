@@ -118,8 +118,8 @@ def watch(log: str, root: str, run: str) -> None:
         if event != "open" or not isinstance(arguments[0], str):
             return
         try:
-            path = os.path.join(os.getcwd(), arguments[0])
-            if arguments[2] & os.O_ACCMODE != os.O_RDONLY or path in seen or not path.startswith(os.path.join(root, "")):
+            path, reads = os.path.join(os.getcwd(), arguments[0]), arguments[2] & os.O_ACCMODE == os.O_RDONLY
+            if not reads or path in seen or not path.startswith(os.path.join(root, "")):
                 return
             seen.add(path)
             hidden = any(part[:1] == "." for part in path[len(root) :].split(os.sep))
