@@ -609,7 +609,8 @@ def finished(tmp_path_factory):
 def test_the_terminal_shows_the_run_and_no_noise(finished):
     _, done = finished
     assert done.returncode == 1
-    assert done.stderr == "" or "dispatch_control" in done.stderr  # which ipykernel says, rarely, as it shuts down
+    # once in some 60 runs a traceback came by ipykernel's dispatch_control, cause unknown: none of ours may
+    assert done.stderr == "" or ("dispatch_control" in done.stderr and "wddm/workbook" not in done.stderr)
     lines = [re.sub(r"[\d.]+ s$", "N s", line) for line in done.stdout.splitlines()]
     assert any("reading: 100%|" in line for line in lines)
     assert [line for line in lines if line and "reading:" not in line] == [
