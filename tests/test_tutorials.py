@@ -17,7 +17,7 @@ from conftest import ROOT
 from wddm.workbook.report import WIDGET
 
 TUTORIALS = sorted((ROOT / "notebooks" / "tutorials").glob("*.ipynb"))
-NAMES = ("diffusion_in_wavelet_space", "measuring", "sampling", "ukan", "wavelets")
+NAMES = ("diffusion_in_wavelet_space", "from_scratch", "measuring", "sampling", "ukan", "wavelets")
 SECONDS = 60  # that a tutorial may take on two cores
 FOLDED = {"source_hidden": True, "outputs_hidden": True}
 IGNORED = 2  # cells in all whose output is not compared
@@ -72,7 +72,7 @@ def outcomes(report: Path) -> dict[str, str]:
     return found
 
 
-def test_there_are_five() -> None:
+def test_there_are_six() -> None:
     assert tuple(path.stem for path in TUTORIALS) == NAMES
 
 
@@ -167,7 +167,7 @@ def test_a_codec_with_a_wrong_sign_is_noticed(root) -> None:
 @pytest.mark.slow
 def test_they_are_a_report_too(root) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "wddm", "run", "params/tutorials.yaml"]
+    command = [sys.executable, "-m", "wddm", "run", "params/tutorials.yaml", "-p", "train_kimg=0.64"]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in NAMES:
