@@ -1,0 +1,38 @@
+"""README: short, its Python runs, its links lead somewhere, and the commands in it parse."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "reports/README.md", ROOT / "reports/cifar10/README.md"]
+
+
+def test_it_is_read_in_five_minutes() -> None:
+    assert len(README.split()) <= 1200
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    inside = [link for link in links if not re.match(r"https?:|mailto:", link)]
+    assert [link for link in inside if not (page.parent / link).exists()] == []
+
+
+def test_every_experiment_and_file_that_it_names_is_there() -> None:
+    both = README + (ROOT / "reports/README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\b((?:params|notebooks)/[\w/.-]+\.(?:yaml|ipynb))", both)) - {"params/mine.yaml"}
+    assert len(named) > 10 and [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+def test_its_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert blocks
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    images = names["images"]
+    assert getattr(images, "shape", None) == (64, 16, 16, 1)
