@@ -1,5 +1,6 @@
-"""benchmarks: ours against plain code that computes the same; no part of the package.
+"""benchmarks: what our code costs and gains on this machine; no part of the package.
 
-`plain` holds the plain code, `workloads` what is measured, `comparisons` what is compared and the tables of it. The
-notebook notebooks/analysis/benchmarks.ipynb runs them.
+`workloads` is what is measured, `profiling` measures it. `against_pixels` compares wavelet levels with pixels
+(notebooks/analysis/efficiency.ipynb), `against_plain` ours with `plain` code that computes the same
+(notebooks/analysis/benchmarks.ipynb); `figures` draws both.
 """

@@ -14,13 +14,11 @@ import torch
 from conftest import ROOT, wddm
 from torch.testing import assert_close
 
-from benchmarks import comparisons, plain, workloads
-from wddm import plots
+from benchmarks import against_pixels, against_plain, figures, plain, profiling, workloads
+from benchmarks.profiling import Measurement, ready
 from wddm.backbones import build_backbone
 from wddm.kan import SplineLinear, spline_basis
 from wddm.objective import noise_scheduler
-from wddm.studies import efficiency, profiling
-from wddm.studies.profiling import Measurement, ready
 from wddm.wavelets import WaveletCodec
 
 DIGITS = {"backbone": "ukan", "dataset": "digits", "level": 1}
@@ -52,8 +50,8 @@ def test_the_bare_loop_takes_the_steps_of_ours(tmp_path: Path) -> None:
     """The same weights after two steps from the same noise, in float64: Adam magnifies the rounding of gradients that
     are zero. And a moving average between old and new ones."""
     model = build_backbone(**DIGITS).double()
-    images, twin = efficiency.noise_images(DIGITS, 8), deepcopy(model)
-    trainer = efficiency.Unsaved(
+    images, twin = workloads.noise_images(DIGITS, 8), deepcopy(model)
+    trainer = workloads.Unsaved(
         model=model, codec=WaveletCodec("haar", 1, scaling="dyadic"), images=images, folder=tmp_path, train_kimg=1,
         batch_size=8, weighting="none", learning_rate=1e-3,
         schedule="constant_with_warmup", warmup_kimg=0, cpu=True, precision="no",
@@ -79,8 +77,8 @@ def test_networks_are_compiled_where_that_is_asked_for(monkeypatch) -> None:
     """By a backend that compiles nothing: what the others make of it is PyTorch's business."""
     compiled, compile = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: (compiled.append(model), compile(model, backend="eager"))[1])
-    makers = {m.__name__: partial(m, DIGITS, batch_size=2) for m in (efficiency.training, workloads.bare_training)}
-    makers["sampling"] = partial(efficiency.sampling, DIGITS, batch_size=2, sampling_steps=1)
+    makers = {m.__name__: partial(m, DIGITS, batch_size=2) for m in (workloads.training, workloads.bare_training)}
+    makers["sampling"] = partial(workloads.sampling, DIGITS, batch_size=2, sampling_steps=1)
     for compile_it in (False, True):
         with ready({name: partial(make, compile=compile_it) for name, make in makers.items()}) as calls:
             for call in calls.values():
@@ -89,7 +87,7 @@ def test_networks_are_compiled_where_that_is_asked_for(monkeypatch) -> None:
 
 
 def test_both_data_paths_give_the_images() -> None:
-    images = efficiency.noise_images({"dataset": "digits"}, 12)
+    images = workloads.noise_images({"dataset": "digits"}, 12)
     for maker in (workloads.prepared_batches, workloads.decoded_batches):
         batch = next(maker(images, batch_size=4, steps=2))
         known = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
@@ -99,15 +97,15 @@ def test_both_data_paths_give_the_images() -> None:
 
 
 def test_every_network_on_wavelets_has_its_three_equals_on_pixels() -> None:
-    found = {(entry.name, entry.level): entry for entry in efficiency.entries("ukan", "cifar10", [0, 1, 7], 64)}
-    wavelets, same = found[efficiency.WAVELETS, 1], found[efficiency.SAME, 1]
-    assert set(found) == {(efficiency.PRESET, 0)} | {
-        (n, 1) for n in (efficiency.WAVELETS, efficiency.SAME, efficiency.MATCHED)
+    found = {(entry.name, entry.level): entry for entry in against_pixels.entries("ukan", "cifar10", [0, 1, 7], 64)}
+    wavelets, same = found[against_pixels.WAVELETS, 1], found[against_pixels.SAME, 1]
+    assert set(found) == {(against_pixels.PRESET, 0)} | {
+        (n, 1) for n in (against_pixels.WAVELETS, against_pixels.SAME, against_pixels.MATCHED)
     }
     ends = 2 * 9 * (12 - 3) * 128 + (12 - 3)  # weights of the first and last convolution, biases of the last
     assert wavelets.parameters - same.parameters == ends
     assert 3.9 < same.flops / wavelets.flops < 4.1
-    matched = found[efficiency.MATCHED, 1]
+    matched = found[against_pixels.MATCHED, 1]
     assert abs(matched.parameters / wavelets.parameters - 1) < 0.05 and matched.network["level"] == 0
 
 
@@ -126,41 +124,41 @@ def test_all_networks_get_the_batch_that_the_largest_has_memory_for(monkeypatch)
 
     monkeypatch.setattr(profiling, "measure_alone", alone)
     monkeypatch.setattr(profiling, "time_in_turn", time_in_turn)
-    found = efficiency.entries("unet", "digits", [0, 1], 64)
-    found = efficiency.measure(found, rate=1e12, batch_size=8, max_seconds=1e3)
+    found = against_pixels.entries("unet", "digits", [0, 1], 64)
+    found = against_pixels.measure(found, rate=1e12, batch_size=8, max_seconds=1e3)
     assert tried[:12] == [(level, images) for images in (8, 4, 2) for level in (0, 1, 0, 0)]
     assert {work: {one.measured[work].batch_size for one in found} for work in ("training", "sampling")} == {
         "training": {2}, "sampling": {2}
     }  # fmt: skip
-    assert timed == [4, 4] and efficiency.costs(found)[1]["training_images_per_s"] == 2 / 8
+    assert timed == [4, 4] and against_pixels.costs(found)[1]["training_images_per_s"] == 2 / 8
 
 
-def entry(name: str, level: int, flops: int, seconds: list[float] | None) -> efficiency.Entry:
+def entry(name: str, level: int, flops: int, seconds: list[float] | None) -> against_pixels.Entry:
     network = {"dataset": "digits", "backbone": "unet", "level": level}
     one = Measurement(reason="slow") if seconds is None else Measurement(np.array(seconds), 0.5)
-    return efficiency.Entry(name, level, network, 1000, flops, {"training": one, "sampling": one})
+    return against_pixels.Entry(name, level, network, 1000, flops, {"training": one, "sampling": one})
 
 
 def test_speedups_are_paired_and_stand_beside_the_ratio_of_flops() -> None:
     found = [
-        entry(efficiency.PRESET, 0, 400, [3.0, 6, 9, 3, 3]),
-        entry(efficiency.WAVELETS, 1, 100, [1.0, 2, 3, 1, 1]),
-        entry(efficiency.SAME, 1, 500, None),
-        entry(efficiency.SAME, 2, 500, [1.0] * 5),
+        entry(against_pixels.PRESET, 0, 400, [3.0, 6, 9, 3, 3]),
+        entry(against_pixels.WAVELETS, 1, 100, [1.0, 2, 3, 1, 1]),
+        entry(against_pixels.SAME, 1, 500, None),
+        entry(against_pixels.SAME, 2, 500, [1.0] * 5),
     ]
-    rows = efficiency.speedups(found)
+    rows = against_pixels.speedups(found)
     assert [(row["over"], row["work"]) for row in rows] == [
-        (over, work) for over in (efficiency.PRESET, efficiency.SAME) for work in ("training", "sampling")
+        (over, work) for over in (against_pixels.PRESET, against_pixels.SAME) for work in ("training", "sampling")
     ]
     assert rows[0]["flop_ratio"] == 4 and (rows[0]["speedup"], rows[0]["low"], rows[0]["high"]) == (3, 3, 3)
     assert rows[2]["flop_ratio"] == 5 and rows[2]["speedup"] is None
-    costs = efficiency.costs(found)
+    costs = against_pixels.costs(found)
     assert costs[1]["training_images_per_s"] == 1 and costs[2]["training_not_run"] == "slow"
-    assert efficiency.cost_table(costs)[2]["training (images/s)"] == "not run: slow"
-    claimed = efficiency.claim_table(rows, 1, 3.0)
+    assert against_pixels.cost_table(costs)[2]["training (images/s)"] == "not run: slow"
+    claimed = against_pixels.claim_table(rows, 1, 3.0)
     assert claimed[0]["3 reached"] == "1 of 1" and claimed[1]["times as fast"] == "not run"
-    figures = plots.speedup_against_flops(rows[:2]), plots.rates_by_level(costs)
-    assert [len(figure.axes) for figure in figures] == [2, 2]
+    drawn = figures.speedup_against_flops(rows[:2]), figures.rates_by_level(costs)
+    assert [len(figure.axes) for figure in drawn] == [2, 2]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +173,7 @@ def test_speedups_are_paired_and_stand_beside_the_ratio_of_flops() -> None:
 def test_a_claim_is_judged_by_the_interval_of_the_smallest_ratio(ratios: list, wanted: float, met: str) -> None:
     names = ("times_as_fast", "low", "high")
     rows = [dict(zip(names, ratio, strict=True)) for ratio in ratios]
-    assert comparisons.claim("fast", rows, wanted)["met"] == met
+    assert against_plain.claim("fast", rows, wanted)["met"] == met
 
 
 def test_a_comparison_is_of_as_many_images_as_both_have_memory_for(monkeypatch) -> None:
@@ -184,7 +182,7 @@ def test_a_comparison_is_of_as_many_images_as_both_have_memory_for(monkeypatch) 
         return Measurement(np.ones(1), 0.1) if fits else Measurement(reason="out of memory")
 
     monkeypatch.setattr(profiling, "measure_alone", alone)
-    ours = comparisons.Benchmarks(rate=1e9, batch_size=16, max_seconds=9)
+    ours = against_plain.Benchmarks(rate=1e9, batch_size=16, max_seconds=9)
     row = ours.compared(forever, forever, flops=1)
     assert row["of"] == "4 images" and row["not_run"] is None and row["times_as_fast"] > 0
     row = ours.compared(forever, forever, flops=1e12)
@@ -201,12 +199,12 @@ def test_the_largest_batch_is_the_last_that_fits(monkeypatch) -> None:
         return Measurement(np.ones(1), 0.1 * make.keywords["batch_size"])
 
     monkeypatch.setattr(profiling, "measure_alone", alone)
-    found = comparisons.largest_batch(DIGITS, limit_gib=1.0)
+    found = against_plain.largest_batch(DIGITS, limit_gib=1.0)
     assert (found["largest batch"], found["memory (GiB)"]) == (8, pytest.approx(0.8))
-    assert comparisons.largest_batch(DIGITS, limit_gib=0.05)["largest batch"] == 0
+    assert against_plain.largest_batch(DIGITS, limit_gib=0.05)["largest batch"] == 0
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no capacity_gib and no GPU"):
-            comparisons.largest_batch(DIGITS, limit_gib=None)
+            against_plain.largest_batch(DIGITS, limit_gib=None)
 
 
 def report_of(root: Path, name: str, *options: str, **values: object) -> Path:
@@ -219,6 +217,7 @@ def report_of(root: Path, name: str, *options: str, **values: object) -> Path:
 @pytest.mark.slow
 def test_efficiency(root: Path) -> None:
     """What is too slow is counted all the same, and says why it was not run."""
+    shutil.copytree(ROOT / "benchmarks", root / "benchmarks", dirs_exist_ok=True)
     tiny = {"datasets": "[digits, celebahq]", "levels": "[0, 2]", "backbones": "[unet]", "rounds": 5, "batch_size": 2}
     report = report_of(root, "efficiency", sampling_steps=1, max_step_seconds=4, **tiny)
     costs = pd.read_csv(report / "efficiency.csv")
@@ -229,7 +228,7 @@ def test_efficiency(root: Path) -> None:
     if not torch.cuda.is_available():
         assert slow.training_images_per_s.isna().all() and slow.training_not_run.str.endswith("s a step").all()
     speedups = json.loads((report / "speedups.json").read_text())
-    assert {row["over"] for row in speedups} == {efficiency.PRESET, efficiency.SAME, efficiency.MATCHED}
+    assert {row["over"] for row in speedups} == {against_pixels.PRESET, against_pixels.SAME, against_pixels.MATCHED}
     page = (report / "efficiency.html").read_text()
     assert "Traceback (most" not in page and "Warning:" not in page and "it/s]" not in page
     assert {p.stem for p in (report / "figures").glob("*.png")} == {"rates", "speedups"}
@@ -247,7 +246,7 @@ def test_benchmarks(root: Path) -> None:
         "capacity_dataset": "digits",
         "capacity_gib": 0.05,
     }
-    shutil.copytree(ROOT / "benchmarks", root / "benchmarks")
+    shutil.copytree(ROOT / "benchmarks", root / "benchmarks", dirs_exist_ok=True)
     report = report_of(
         root,
         "benchmarks-full",

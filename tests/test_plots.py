@@ -8,14 +8,16 @@ from subprocess import run
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import pywt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 
+from benchmarks import figures
 from wddm import plots
 from wddm.metrics.intervals import Estimate
-from wddm.plots import charts, scores, style
+from wddm.plots import charts, style
 from wddm.wavelets import WaveletCodec
 
 RNG = np.random.default_rng(0)
@@ -37,7 +39,10 @@ KURTOSIS = (
     estimate([0, 2, 9, 40], [-0.1, 1, 5, 30], [0.1, 3, 20, 60]),
     estimate([-1, 0.2, 3, 9], [-2, 0, 2, 8], [0, 1, 4, 10]),
 )
-CURVE = ([5, 10, 20], np.outer([0.4, 0.2, 0.1], [1, 0.8, 1.3]))
+CURVE = pd.DataFrame({"steps": [5, 10, 20], "fwd": [0.4, 0.2, 0.1]})
+CURVE = CURVE.assign(fwd_low=0.8 * CURVE.fwd, fwd_high=1.3 * CURVE.fwd, seconds=CURVE.steps / 50)
+BOTH = pd.concat([CURVE.assign(spacing=spacing) for spacing in ("leading", "trailing")])
+SEEDS = pd.DataFrame({"variant": ["published"] * 2 + ["modern"] * 2, "fwd": [0.9, 1.0, 0.02, 0.03]})
 SHARES = (["cat", "dog", "ship"], [50, 30, 20], [0.3, 0.3, 0.4])
 FIGURES = {
     "image_grid": lambda: plots.image_grid(RGB, 4, [f"t{k}" for k in range(10)]),
@@ -60,21 +65,11 @@ FIGURES = {
     "packet_map": lambda: plots.packet_map(estimate(np.arange(1, 17)), 2),
     "neighbours": lambda: plots.neighbours(RGB[:2], RGB[2:6].reshape(2, 2, 8, 8, 3), [[1, 2], [3, 4]]),
     "stacked": lambda: plots.stacked({"10 images": RGB[0], "20 images": RGB[1]}),
-    "variants": lambda: plots.variants({"published": [0.9, 1.0], "modern": [0.02, 0.03]}, "distance", 0.01),
+    "variants": lambda: plots.variants(SEEDS, "fwd", "distance", 0.01),
     "quality_curves": lambda: plots.quality_curves(
-        {"ddim": {"leading": CURVE, "trailing": CURVE}, "heun": {"leading": CURVE}},
-        "FWD",
-        "steps",
-        0.08,
-        ("ddpm", Estimate(0.15, 0.1, 0.2)),
+        {"ddim": BOTH, "heun": BOTH[:3]}, "fwd", "FWD", {"steps": "steps"}, by="spacing", floor=0.08,
+        reference=("ddpm", Estimate(0.15, 0.1, 0.2)),
     ),
-    "trade_off": lambda: plots.trade_off(
-        {"ddim": ([[5, 0.1], [10, 0.2]], [0.4, 0.2]), "heun": ([[9, 0.15]], [0.5])},
-        {"evaluations": [[10, 0.2], [5, 0.4]], "seconds": [[0.1, 0.4], [0.2, 0.2]]},
-        "FWD",
-        0.08,
-    ),
-    "heat_map": lambda: plots.heat_map([[0.1, 2], [np.nan, 30]], ["5", "10"], ["5", "10"], "FWD", "coarse", "details"),
     "learning_curves": lambda: plots.learning_curves(
         {"modern": ([1000, 8000], [[0.5, 0.1], [0.7, 0.2]]), "published": ([2000], [[0.9]])}, "FWD", 0.05
     ),
@@ -82,13 +77,13 @@ FIGURES = {
     "confidence": lambda: plots.confidence([0.5, 0.9, 1], [0.1, 0.2, 0.8, 0.9], 0.6),
     "lines": lambda: plots.lines({"a": ([1, 2], [3, 4]), "b": ([1, 3], [1, 9])}, "steps", "error", "xy", ["b"]),
     "noise_schedule": lambda: plots.noise_schedule(TIMES, STD),
-    "speedup_against_flops": lambda: plots.speedup_against_flops(
+    "speedup_against_flops": lambda: figures.speedup_against_flops(
         [
             {"dataset": d, "kind": k, "over": o, "work": w, "flop_ratio": 4, "speedup": 3, "low": 2, "high": 5}
             for d, k, o, w in product(["digits", "stl10"], ["unet", "ukan"], ["pixels"], ["training", "sampling"])
         ]
     ),
-    "rates_by_level": lambda: plots.rates_by_level(
+    "rates_by_level": lambda: figures.rates_by_level(
         [
             {"dataset": "digits", "kind": kind, "level": level, "network": "wavelets" if level else "pixels, preset"}
             | {f"{w}_images_per_s{e}": 9 for w in ("training", "sampling") for e in ("", "_q1", "_q3")}
@@ -151,8 +146,9 @@ def test_import_has_no_effects():
 
 
 def test_every_figure_is_tested():
-    offered = {name for module in (charts, scores, style) for name in module.__all__}
-    assert offered == {*FIGURES, "compose"} and offered <= set(vars(plots))
+    offered = {name for module in (charts, style) for name in module.__all__}
+    assert offered <= set(vars(plots))
+    assert offered | {"speedup_against_flops", "rates_by_level"} == {*FIGURES, "compose", "shown_channels"}
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -353,8 +349,8 @@ def test_spectra_show_power_and_ratio():
 
 def test_band_energy_shows_heights_and_ratios():
     figure = plots.band_energy("AHVD", estimate(ENERGY), estimate(ENERGY * [1, 2, 0.5, 1.23]))
-    heights = [patch.get_height() for patch in figure.axes[0].patches]
-    np.testing.assert_allclose(heights, [*ENERGY, *ENERGY * [1, 2, 0.5, 1.23]])
+    heights = [line.get_ydata() for line in figure.axes[0].lines]
+    np.testing.assert_allclose(heights, [ENERGY, ENERGY * [1, 2, 0.5, 1.23]])
     assert texts(figure) == ["×1.00", "×2.00", "×0.50", "×1.23"]
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == list("AHVD")
 
@@ -389,20 +385,13 @@ def test_scores_are_multiples_of_what_real_images_score():
 def test_curves_points_and_fronts_are_where_they_were_measured():
     left, right = FIGURES["quality_curves"]().axes
     lines = {line.get_label(): line for line in left.lines if len(line.get_xdata()) == 3}
-    np.testing.assert_allclose(lines["trailing"].get_xydata(), np.stack([CURVE[0], CURVE[1][:, 0]], 1))
+    np.testing.assert_allclose(lines["trailing"].get_xydata(), CURVE[["steps", "fwd"]])
     np.testing.assert_allclose(left.collections[0].get_segments()[0], [[5, 0.32], [5, 0.52]])
     assert (left.get_title(), right.get_title()) == ("ddim", "heun")
-    evaluations, seconds = FIGURES["trade_off"]().axes
-    marked = [line.get_xydata().tolist() for line in seconds.lines if line.get_linestyle() == "None"]
-    assert marked == [[[0.1, 0.4], [0.2, 0.2]], [[0.15, 0.5]]]
-    front = next(line for line in evaluations.lines if line.get_label() == "Pareto front")
-    assert front.get_xydata().tolist() == [[5, 0.4], [10, 0.2]]  # in order of cost
-
-
-def test_heat_map_says_every_number_and_leaves_the_unknown_white():
-    figure = FIGURES["heat_map"]()
-    assert texts(figure) == ["0.10", "2.0", "30"]
-    assert cells(figure).mask.tolist() == [[False, False], [True, False]]
+    axis = {"steps": "network evaluations", "seconds": "seconds per image"}
+    steps, seconds = plots.quality_curves({"": BOTH}, "fwd", "FWD", axis, by="spacing").axes
+    assert (steps.get_xlabel(), seconds.get_xlabel()) == tuple(axis.values())
+    np.testing.assert_allclose(seconds.lines[1].get_xydata(), CURVE[["seconds", "fwd"]])
 
 
 def test_a_legend_of_long_names_stays_within_the_figure():
@@ -416,7 +405,7 @@ def test_a_legend_of_long_names_stays_within_the_figure():
 def test_speedups_far_apart_stand_on_positive_axes():
     row = {"dataset": "cifar10", "kind": "unet", "over": "pixels", "work": "training"}
     rows = [row | {"flop_ratio": r, "speedup": r / 4, "low": r / 5, "high": r / 3} for r in (2, 60)]
-    (axes,) = plots.speedup_against_flops(rows).axes
+    (axes,) = figures.speedup_against_flops(rows).axes
     assert axes.get_xlim() == axes.get_ylim() and 0 < axes.get_xlim()[0] < 0.4 and axes.get_xlim()[1] > 60
 
 
@@ -424,7 +413,7 @@ def test_work_that_was_never_run_is_an_empty_panel():
     row = {"dataset": "digits", "kind": "unet", "level": 1, "network": "wavelets"}
     row |= {f"training_images_per_s{end}": None for end in ("", "_q1", "_q3")}
     row |= {f"sampling_images_per_s{end}": 9 for end in ("", "_q1", "_q3")}
-    figure = plots.rates_by_level([row])
+    figure = figures.rates_by_level([row])
     figure.draw_without_rendering()
     assert [len(axes.lines) for axes in figure.axes] == [0, 1]
 
@@ -438,7 +427,8 @@ def test_learning_curves_are_mean_and_range_over_seeds():
 
 
 def test_variants_have_a_dot_and_an_interval_per_seed():
-    figure = plots.variants({"a": [1.0, 3.0]}, "FWD", intervals={"a": [(0.5, 2), (2, 4)]})
+    table = pd.DataFrame({"variant": "a", "fwd": [1.0, 3.0], "fwd_low": [0.5, 2], "fwd_high": [2, 4]})
+    figure = plots.variants(table, "fwd", "FWD")
     axes = figure.axes[0]
     assert axes.lines[0].get_xdata().tolist() == [1, 3] and axes.lines[1].get_xdata().tolist() == [2, 2]
     segments = axes.collections[0].get_segments()
@@ -571,7 +561,7 @@ def test_confidence_is_the_distribution_and_counts_below_the_threshold():
     [
         lambda: plots.image_grid(RGB / 255),
         lambda: plots.image_grid(RGB[0]),
-        lambda: plots.image_grid(RGB.transpose(0, 3, 1, 2)),
+        lambda: plots.image_grid(RGB[..., 0]),
         lambda: plots.image_grid(RGB[:0]),
         lambda: plots.image_grid(RGB, titles=["one"]),
         lambda: plots.compare_grids(RGB, RGB[:5]),
@@ -579,7 +569,7 @@ def test_confidence_is_the_distribution_and_counts_below_the_threshold():
         lambda: plots.neighbours(RGB[:2], RGB[None, :2], [[1, 2]]),
         lambda: plots.neighbours(RGB[:2], RGB[:2, None], [[1, 2]]),
         lambda: plots.coefficient_bands(STATES, list("AHVD")),
-        lambda: plots.coefficient_bands(STATES[0], list("AHV")),
+        lambda: plots.coefficient_bands(STATES[0], list("AHVDX")),
         lambda: plots.coefficient_bands(STATES[0, :11], list("AHVD")),
         lambda: plots.trajectory(STATES, list("AHVD"), TIMES[:2], RGB[:3]),
         lambda: plots.trajectory(STATES, list("AHVDX"), TIMES, RGB[:3]),
@@ -598,11 +588,8 @@ def test_confidence_is_the_distribution_and_counts_below_the_threshold():
         lambda: plots.band_kurtosis("AHV", *KURTOSIS),
         lambda: plots.score_chart({}),
         lambda: plots.nearest_distances([1, 2], [[1, 2]]),
-        lambda: plots.quality_curves({}, "FWD", "steps"),
-        lambda: plots.quality_curves({"": {"ddim": ([5], [1])}}, "FWD", "steps"),
-        lambda: plots.trade_off({"ddim": ([5], [1])}, {"seconds": [[5, 1]]}, "FWD"),
-        lambda: plots.heat_map([[1, 2]], ["a"], ["b"], "FWD"),
-        lambda: plots.heat_map([[np.nan]], ["a"], ["b"], "FWD"),
+        lambda: plots.quality_curves({}, "fwd", "FWD", {"steps": "steps"}, by="solver"),
+        lambda: plots.quality_curves({"": CURVE[:0]}, "fwd", "FWD", {"steps": "steps"}, by="steps"),
         lambda: plots.learning_curves({"a": ([1000], [0.5])}, "FWD"),
         lambda: plots.class_counts(["a", "b"], [1, 2, 3], [0.5, 0.5]),
         lambda: plots.confidence([[0.5]], [0.5], 0.5),

@@ -10,17 +10,8 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from wddm.backbones import build_backbone
-from wddm.studies.profiling import (
-    Measurement,
-    compare,
-    fitting_batch,
-    forward_flops,
-    measure_alone,
-    speed,
-    time_in_turn,
-    times_as_fast,
-)
+from benchmarks.profiling import Measurement, compare, fitting_batch, measure_alone, speed, time_in_turn, times_as_fast
+from wddm.backbones import build_backbone, forward_flops
 
 GFLOP = {  # published, to the digits given
     ("unet", "cifar10", 1): "3.18",

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import ModelMixin, UNet2DModel
+from torch.utils.flop_counter import FlopCounterMode
 
 from wddm.dit import DiTModel
 from wddm.loading import CLASS_NAME, load_strictly, read_config
@@ -209,3 +210,21 @@ def load_backbone(folder: Path, **options: Any) -> ModelMixin:
     """The network in a folder, of the class that its config.json names, in eval mode; `options`: torch_dtype."""
     class_name = str(read_config(UKANModel, folder).get("_class_name"))
     return BACKBONES[backbone_name(class_name)].load[class_name](folder, **options)
+
+
+PASSES = 3  # forward passes that a training step costs: the backward pass takes two
+
+
+def forward_flops(backbone: ModelMixin, *, attention: bool = True) -> int:
+    """Floating-point operations of one forward pass at batch 1, without memory for weights or activations.
+
+    A multiply-add counts as two; norms, activations and spline bases count as none. Published numbers leave out the two
+    matrix products of attention: `attention=False`.
+    """
+    config, side = backbone.config, backbone.config.sample_size
+    height, width = (side, side) if isinstance(side, int) else side
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        copy = type(backbone).from_config(config).eval()
+        copy(torch.empty(1, config.in_channels, height, width), torch.zeros(1).long())
+    counted = counter.get_flop_counts()["Global"].items()
+    return sum(n for name, n in counted if attention or not any(part in str(name) for part in ("bmm", "attention")))

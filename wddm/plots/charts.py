@@ -1,6 +1,7 @@
-"""Charts of training, of pixels and of wavelet bands: arrays in, a matplotlib `Figure` out.
+"""Charts: numbers in, a matplotlib `Figure` out.
 
-Bands: A (approximation), H, V, D (horizontal, vertical, diagonal detail). Intervals are shaded, or bars.
+Bands: A (approximation), H, V, D (horizontal, vertical, diagonal detail). Intervals are of 90 %, shaded or bars. The
+floor is what real images score in the place of generated ones.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,30 +12,30 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from wddm.metrics.intervals import Estimate
+from wddm.metrics.intervals import Estimate, band
 from wddm.plots import style
-from wddm.plots.style import ACCENT, DASHED, GENERATED, REAL, SIDES, need, palette, panels, shaped
+from wddm.plots.style import ACCENT, DASHED, GENERATED, REAL, SIDES, need, palette, panels, shaped, wrapped
 
 __all__ = [
-    "band_energy", "band_histograms", "band_kurtosis", "band_trajectory", "channel_histograms", "heat_map", "lines",
-    "noise_schedule", "packet_map", "spectra", "training_curves",
+    "band_energy", "band_histograms", "band_kurtosis", "band_trajectory", "channel_histograms", "class_counts",
+    "confidence", "learning_curves", "lines", "nearest_distances", "noise_schedule", "packet_map", "quality_curves",
+    "score_chart", "spectra", "training_curves", "variants",
 ]  # fmt: skip
 
 Estimates = Estimate[np.ndarray]
-Series = Mapping[str, tuple[ArrayLike, ArrayLike]]
-DIFFUSION_TIME = "diffusion time t (steps)"
+Curve = tuple[ArrayLike, ArrayLike]
+FLOOR = {"color": REAL, "label": "floor: real images", **DASHED}
+Texts = Sequence[str]
+AREA: dict[str, Any] = {"alpha": 0.2, "linewidth": 0}
 
 
 def lines(
-    series: Series, xlabel: str, ylabel: str, log: str = "", dashed: Sequence[str] = (), parts: Sequence[str] = ()
+    series: Mapping[str, Curve], xlabel: str, ylabel: str, log: str = "", dashed: Texts = (), parts: Texts = ()
 ) -> Figure:
-    """Curves by name, each (x, y), with a legend beside the panel; `log`: "x", "y" or "xy".
-
-    The curves named in `dashed` are references, in grey; those in `parts` add up to another: thin, in shades of green.
-    """
+    """Curves by name, each (x, y); `log`: "x", "y", "xy"; `dashed`: references; `parts`: what adds up to another."""
     plain, shades = [name for name in series if name not in (*dashed, *parts)], np.linspace(0.35, 0.9, len(parts))
     colors = dict(zip(plain, palette(len(plain)), strict=True)) | dict.fromkeys(dashed, REAL)
     colors |= dict(zip(parts, colormaps["YlGn"](shades), strict=True))
@@ -47,46 +48,43 @@ def lines(
     return figure
 
 
-def band_trajectory(
-    times: ArrayLike, std_by_band: Mapping[str, ArrayLike], quantity: str = "standard deviation"
-) -> Figure:
-    """Standard deviation or error (S,) of each band at the `times` (S,) of a denoising, noise at the left."""
-    figure = lines({name: (times, y) for name, y in std_by_band.items()}, DIFFUSION_TIME, quantity, "y")
+def band_trajectory(times: ArrayLike, by_band: Mapping[str, ArrayLike], quantity: str = "standard deviation") -> Figure:
+    """A quantity (S,) of each band at the `times` (S,) of a denoising, noise at the left."""
+    figure = lines({name: (times, y) for name, y in by_band.items()}, "diffusion time t (steps)", quantity, "y")
     figure.axes[0].invert_xaxis()
     return figure
 
 
 def noise_schedule(times: ArrayLike, snr_by_band: Mapping[str, ArrayLike]) -> Figure:
     """Signal-to-noise power ratio (T,) of each band over `times` (T,); dashed where signal equals noise."""
-    figure = lines({name: (times, y) for name, y in snr_by_band.items()}, DIFFUSION_TIME, "signal-to-noise ratio", "y")
+    figure = band_trajectory(times, snr_by_band, "signal-to-noise ratio")
+    figure.axes[0].invert_xaxis()
     figure.axes[0].axhline(1, color=REAL, **DASHED)
     return figure
 
 
 def training_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
-    """Loss, learning rate and gradient norm over images seen.
+    """Loss, learning rate and gradient norm over images seen, and running means over a fiftieth of the rows.
 
-    `rows`: dicts or a DataFrame with images_seen, loss, lr, grad_norm and, in some, validation_loss. What is noisy is
-    drawn faint under its running mean over a fiftieth of the rows.
+    `rows`: dicts or a DataFrame with images_seen, loss, lr, grad_norm and, in some, validation_loss.
     """
     import pandas as pd
 
     frame, names = pd.DataFrame(rows), ["images_seen", "loss", "lr", "grad_norm"]
     need(set(names) <= set(frame), f"{len(frame)} rows of {list(frame)}", names, "pass a dict per step")
-    seen = frame.images_seen / 1000
+    frame = frame.assign(images_seen=frame.images_seen / 1000)
     smooth = frame[names].rolling(max(1, len(frame) // 50), min_periods=1, center=True).mean()
     with panels(2.8, "AB;AC", width_ratios=(3, 2), sharex=True) as (figure, (left, top, bottom)):
         for axes, name, title in ((left, "loss", "Loss"), (bottom, "grad_norm", "Gradient norm")):
-            axes.plot(seen, frame[name], color=GENERATED, alpha=0.3, linewidth=0.5)
-            axes.plot(seen, smooth[name], color=GENERATED)
+            axes.plot(frame.images_seen, frame[name], color=GENERATED, alpha=0.3, linewidth=0.5)
+            axes.plot(frame.images_seen, smooth[name], color=GENERATED)
             axes.set(title=title, xlabel="images seen (thousands)")
             style.logarithmic(axes, "y")
         held_out = frame.reindex(columns=["images_seen", "validation_loss"]).dropna()
         if len(held_out):
-            x, y = held_out.images_seen / 1000, held_out.validation_loss
-            left.plot(x, y, ".-", color=ACCENT, linewidth=0.8, label="held-out")
+            left.plot(*held_out.to_numpy().T, ".-", color=ACCENT, linewidth=0.8, label="held-out")
             left.legend()
-        top.plot(seen, frame.lr, color=GENERATED)
+        top.plot(frame.images_seen, frame.lr, color=GENERATED)
         top.set(title="Learning rate", ylim=(0, None))
         top.xaxis.set_major_locator(MaxNLocator(5, steps=style.ROUND))  # of all three, which share it
         top.yaxis.set_major_locator(MaxNLocator(3, steps=style.ROUND))
@@ -105,9 +103,10 @@ def band_histograms(values_by_band: Mapping[str, ArrayLike]) -> Figure:
 
 
 def channel_histograms(images: ArrayLike) -> Figure:
-    """Pixel values of images (N, H, W, C), a panel per channel."""
-    titles, images = ("Red", "Green", "Blue") if np.shape(images)[-1] == 3 else ("",), style.checked(images)
-    with panels(2.0, "ABC"[: len(titles)], sharey=True) as (figure, axs):
+    """Pixel values of images uint8 (N, H, W, C), a panel per channel, of the first six at most."""
+    channels = style.checked(images := np.asarray(images)).shape[-1]
+    titles = {1: [""], 3: ["Red", "Green", "Blue"]}.get(channels, [f"Channel {k}" for k in range(1, 7)])[:channels]
+    with panels(2.0, "ABCDEF"[:channels], sharey=True) as (figure, axs):
         for channel, (axes, title) in enumerate(zip(axs, titles, strict=True)):
             counts = np.sum([np.bincount(image[..., channel].ravel(), minlength=256) for image in images], 0)
             shares = 100 * counts.reshape(64, 4).sum(1) / counts.sum()
@@ -119,108 +118,63 @@ def channel_histograms(images: ArrayLike) -> Figure:
 
 def spectra(frequency: ArrayLike, real: Estimates, generated: Estimates) -> Figure:
     """Radial power spectra (F,) over spatial frequency (F,) in cycles/pixel, and their ratio underneath."""
-    area: dict[str, Any] = {"alpha": 0.25, "linewidth": 0}
     with panels(3.4, "A;B", log="xy", height_ratios=(2, 1), sharex=True) as (figure, (power, ratio)):
         for (name, color), (value, low, high) in zip(SIDES, (real, generated), strict=True):
             value = shaped(name, value, np.shape(frequency), "use the same frequencies")
             power.plot(frequency, value, color=color, label=name)
-            power.fill_between(frequency, low, high, color=color, **area)
+            power.fill_between(frequency, low, high, color=color, **AREA)
         ratio.plot(frequency, generated.value / real.value, color=GENERATED)
         ratio.axhline(1, color=REAL)
-        worst = generated.low / real.high, generated.high / real.low
-        ratio.fill_between(frequency, *worst, color=GENERATED, **area)
+        ratio.fill_between(frequency, generated.low / real.high, generated.high / real.low, color=GENERATED, **AREA)
         power.set(ylabel="power")
         power.legend()
         ratio.set(ylabel="generated\n/ real", xlabel="spatial frequency (cycles/pixel)")
     return figure
 
 
-def _bands(axes: Axes, labels: Sequence[str], real: Estimates, generated: Estimates) -> np.ndarray:
-    """Make a tick per band, turned where there are many, and return their positions."""
+def _by_band(axes: Axes, labels: Sequence[str], real: Estimates, generated: Estimates, quantity: str) -> None:
+    """Draw a dot with its interval for real and generated images at a tick per band, turned where there are many."""
     at = np.arange(len(labels))
-    for estimates in (real, generated):
-        shaped("values", estimates.value, at.shape, "pass one per band")
+    for (name, color), estimates, shift in zip(SIDES, (real, generated), (-0.12, 0.12), strict=True):
+        values = shaped(name, estimates.value, at.shape, "pass one per band")
+        axes.plot(at + shift, values, "o", color=color, label=name)
+        axes.vlines(at + shift, estimates.low, estimates.high, color=color, linewidth=2, alpha=0.5)
     axes.margins(y=0.12)
-    axes.set(xlabel="band", xlim=(-0.6, len(labels) - 0.4))
+    axes.set(xlabel="band", xlim=(-0.6, len(labels) - 0.4), ylabel=quantity)
     axes.set_xticks(at, labels, rotation=90 * (len(labels) > 16))
     axes.grid(axis="x", visible=False)
-    return at
 
 
 def band_energy(labels: Sequence[str], real: Estimates, generated: Estimates) -> Figure:
-    """Energy (bands,) of real beside generated images, generated / real over the bars."""
+    """Energy (bands,) of real beside generated images, generated / real over them."""
     with panels(2.6, log="y", legend="upper right") as (figure, (axes,)):
-        at = _bands(axes, labels, real, generated)
-        for (name, color), energy, shift in zip(SIDES, (real, generated), (-0.2, 0.2), strict=True):
-            axes.bar(at + shift, energy.value, 0.38, color=color, label=name)
-            axes.vlines(at + shift, energy.low, energy.high, color="0.15", linewidth=0.8)
+        _by_band(axes, labels, real, generated, "energy (mean square)")
         turned, tops = len(labels) > 16, np.nanmax([*real, *generated], 0)
-        place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "size": 6.5, "rotation": 90 * turned}
-        for x, top, ratio in zip(at, tops, generated.value / real.value, strict=True):
-            axes.annotate(f"×{ratio:.2f}", (x, top), (0, 2), **place)
-        axes.margins(y=0.3 if turned else 0.12)
-        axes.set(ylabel="energy (mean square)")
+        for x, (top, ratio) in enumerate(zip(tops, generated.value / real.value, strict=True)):
+            place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "rotation": 90 * turned}
+            axes.annotate(f"×{ratio:.2f}", (x, top), (0, 4), size=6.5, **place)
+        axes.margins(y=0.3 if turned else 0.15)
     return figure
 
 
 def band_kurtosis(labels: Sequence[str], real: Estimates, generated: Estimates) -> Figure:
     """Excess kurtosis (bands,), linear to 1 and logarithmic beyond; 0 is a Gaussian."""
     with panels(2.4, legend="upper right") as (figure, (axes,)):
-        at = _bands(axes, labels, real, generated)
         axes.set_yscale("symlog", linthresh=1)
-        for (name, color), kurtosis, shift in zip(SIDES, (real, generated), (-0.12, 0.12), strict=True):
-            axes.plot(at + shift, kurtosis.value, "o", color=color, label=name)
-            axes.vlines(at + shift, kurtosis.low, kurtosis.high, color=color, linewidth=2, alpha=0.5)
+        _by_band(axes, labels, real, generated, "excess kurtosis")
         axes.axhline(0, color="0.15", linewidth=0.6)
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.set(ylabel="excess kurtosis")
     return figure
-
-
-def _shades(
-    axes: Axes, values: np.ndarray, texts: Any, ends: tuple[float, float], quantity: str, size: float = 6
-) -> None:
-    """Numbers (rows, columns) as shades, dark is more, with texts on them and a colour bar; NaN is left white."""
-    import seaborn as sns  # takes a second
-
-    bar, look = {"label": quantity, "format": "%g", "ticks": style.ticks(*ends)}, {"size": size}
-    norm = LogNorm(*ends, clip=True)
-    sns.heatmap(values, norm=norm, cmap="crest", annot=texts, fmt="", annot_kws=look, cbar_kws=bar, ax=axes)
-    if drawn := axes.collections[0].colorbar:
-        drawn.minorticks_off()
-    axes.grid(visible=False)
-
-
-def heat_map(
-    values: ArrayLike, rows: Sequence[str], columns: Sequence[str], quantity: str, ylabel: str = "", xlabel: str = ""
-) -> Figure:
-    """Numbers (rows, columns) as a table of shades on a logarithmic scale, dark is more; NaN is left white."""
-    values = shaped("values", values, (len(rows), len(columns)), "pass a name per row and column").astype(float)
-    seen = values[values > 0]
-    need(seen.size, "no positive numbers", "some", "give what was measured")
-    ends = seen.min(), max(seen.max(), 1.01 * seen.min())
-    texts = np.array([[_short(value) for value in row] for row in values]) if len(columns) <= 16 else None
-    with panels(max(1.8, 1.0 + 0.3 * len(rows))) as (figure, (axes,)):
-        _shades(axes, values, texts, ends, quantity)
-        axes.set_yticks(np.arange(len(rows)) + 0.5, rows, rotation=0)
-        axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=90 * (max(map(len, columns)) > 4))
-        axes.set(xlabel=xlabel, ylabel=ylabel)
-    return figure
-
-
-def _short(value: float) -> str:
-    """Two digits: 0.10, 2.0, 30, 8k."""
-    return EngFormatter(places=0, sep="")(value) if value >= 99.5 else f"{value:#.2g}".rstrip(".")
 
 
 def packet_map(distances: Estimates, level: int) -> Figure:
-    """Fréchet distance of each of the 4^L Haar packets (4^L,), placed by frequency, low at the top left.
-
-    Beneath each, half the width of its interval, if it has one, in per cent of it.
+    """Fréchet distance of each Haar packet (4^L,) and half its interval in per cent, low frequencies at the top left.
 
     Packet p has a base-4 digit per split, 0..3 = A, H, V, D, the last split first, as in stacked channels. A high-pass
     split reverses the frequencies beneath it, so the digits' bits are a Gray code of the position.
     """
+    import seaborn as sns  # takes a second
+
     values, side = shaped("distances", distances.value, (4**level,), f"match level {level}"), 2**level
     splits = np.arange(4**level) // 4 ** np.arange(level)[:, None] % 4  # (L, 4^L), the first split first
     bits = np.bitwise_xor.accumulate([splits & 1, splits >> 1], axis=1)  # (2, L, 4^L): vertical, horizontal
@@ -228,13 +182,157 @@ def packet_map(distances: Estimates, level: int) -> Figure:
     packets = np.argsort(row * side + column).reshape(side, side)  # which one is where
     halves = 50 * (distances.high - distances.low) / values
     texts = [f"{x:.2g}" + ("" if np.isnan(half) else f"\n±{half:.0f}%") for x, half in zip(values, halves, strict=True)]
-    top = values.max() or 1
+    top, at, names = values.max() or 1, np.linspace(0, side, 6), ["0", "0.1", "0.2", "0.3", "0.4", "0.5"]
+    ends = np.clip(values.min(), top / 1e4, top / 10), top
+    bar = {"label": "Fréchet distance", "format": "%g", "ticks": style.ticks(*ends)}
+    look: dict[str, Any] = {"norm": LogNorm(*ends, clip=True), "annot_kws": {"size": min(6, 44 / side)}}
     with panels(3.4) as (figure, (axes,)):
         figure.set_size_inches(4.3, 3.4)
-        ends = np.clip(values.min(), top / 1e4, top / 10), top
-        _shades(axes, values[packets], np.array(texts)[packets], ends, "Fréchet distance", min(6, 44 / side))
-        at, names = np.linspace(0, side, 6), ["0", "0.1", "0.2", "0.3", "0.4", "0.5"]
+        labels = np.array(texts)[packets]
+        sns.heatmap(values[packets], annot=labels, fmt="", cmap="crest", cbar_kws=bar, ax=axes, **look)
+        axes.collections[0].colorbar.minorticks_off()  # type: ignore[union-attr]
+        axes.grid(visible=False)
         axes.set_xticks(at, names)
         axes.set_yticks(at, names, rotation=0)
         axes.set(xlabel="horizontal frequency (cycles/pixel)", ylabel="vertical frequency (cycles/pixel)")
+    return figure
+
+
+def score_chart(scores: Mapping[str, tuple[Estimate[float], Estimate[float]]]) -> Figure:
+    """Distances by name, each with its floor, as multiples of that."""
+    need(scores, "no scores", "some", "give those that were computed")
+    with panels(0.9 + 0.32 * len(scores), log="x") as (figure, (axes,)):
+        for row, (score, floor) in enumerate(scores.values()):
+            for (_, *ends), color, width in ((floor, REAL, 16), (score, GENERATED, 5)):
+                span = np.divide(ends, floor.value)
+                axes.plot(span, [row, row], color=color, linewidth=width, alpha=0.35, solid_capstyle="butt")
+            at = score.value / floor.value, row
+            axes.plot(*at, "o", color=GENERATED)
+            axes.annotate(f"{score.value:.3g}", at, (0, 6), textcoords="offset points", ha="center", size=7)
+        axes.axvline(1, color=REAL)
+        axes.margins(x=0.08)
+        axes.set_yticks(range(len(scores)), wrapped(scores))
+        axes.set(ylim=(len(scores) - 0.4, -0.7), xlabel="distance to the real images, as a multiple of the floor (1)")
+        axes.grid(axis="y", visible=False)
+    return figure
+
+
+def variants(table: Any, metric: str, quantity: str, floor: float | None = None) -> Figure:
+    """A row per variant of a table of runs: a dot per seed with its interval, a line at the mean; dashed: the floor."""
+    groups = dict(iter(table.dropna(subset=metric).groupby("variant", sort=False)))
+    names = wrapped(groups)
+    height = 0.8 + 0.14 * sum(2 + name.count("\n") for name in names)
+    with panels(height, log="x", legend="upper right") as (figure, (axes,)):
+        for row, seeds in enumerate(groups.values()):
+            at, values = row + 0.12 * (np.arange(len(seeds)) - (len(seeds) - 1) / 2), seeds[metric]
+            axes.plot(values, at, "o", color=GENERATED, alpha=0.7)
+            axes.plot([values.mean()] * 2, [row - 0.3, row + 0.3], color=GENERATED)
+            low, high = (seeds.get(f"{metric}_{end}", values) for end in ("low", "high"))
+            axes.hlines(at, low, high, color=GENERATED, linewidth=2, alpha=0.3)
+        if floor is not None:
+            axes.axvline(floor, **FLOOR)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set(xlabel=quantity)
+    return figure
+
+
+def quality_curves(
+    tables: Mapping[str, Any], metric: str, quantity: str, axis: Mapping[str, str], *, by: str, xscale: str = "log",
+    floor: float | None = None, reference: tuple[str, Sequence[float]] | None = None,
+) -> Figure:  # fmt: skip
+    """Columns metric, metric_low and metric_high of a table per panel, a line for each value of the column `by`.
+
+    `axis`: the columns that they are drawn over, in turn, with their labels. `reference`: name, value, low and high.
+    """
+    names = list(dict.fromkeys(name for table in tables.values() for name in table.get(by, ())))
+    need(names, "no curves", "one or more", "give what was measured")
+    colors = dict(zip(names, palette(len(names)), strict=True))
+    drawn = [(title, table, x) for title, table in tables.items() for x in axis]
+    with panels(3.4, "ABCDEFGH"[: len(drawn)], "y", "lower center", sharey=True) as (figure, axs):
+        for axes, (title, table, x) in zip(axs, drawn, strict=True):
+            if floor is not None:
+                axes.axhline(floor, **FLOOR)
+            if reference is not None:
+                name, (value, low, high) = reference
+                axes.axhspan(low, high, color="0.85", label=name)
+                axes.axhline(value, color="0.6", linewidth=0.8)
+            for name, one in table.groupby(by, sort=False):
+                marker = style.MARKERS[names.index(name) % len(style.MARKERS)]
+                axes.plot(one[x], one[metric], label=name, color=colors[name], marker=marker)
+                ends = one[f"{metric}_low"], one[f"{metric}_high"]
+                axes.vlines(one[x], *ends, color=colors[name], alpha=0.35, linewidth=2.5)
+            axes.set(title=title, xlabel=axis[x], xscale=xscale)
+            style.logarithmic(axes, "x" * (xscale == "log"))
+            if table[x].dtype.kind == "i":  # steps, levels: a tick at every one
+                axes.set_xticks(table[x].unique())
+                axes.xaxis.set_major_formatter("{x:g}")
+                axes.minorticks_off()
+        axs[0].set(ylabel=quantity)
+    return figure
+
+
+def learning_curves(
+    curves: Mapping[str, Curve], quantity: str, floor: float | None = None, *, seconds: bool = False
+) -> Figure:
+    """By variant, images seen (K,), or seconds, and a quantity (S, K) of its seeds: their mean, shaded their range."""
+    with panels(3.4, log="xy", legend="lower center") as (figure, (axes,)):
+        if floor is not None:
+            axes.axhline(floor, **FLOOR)
+        for (name, (seen, seeds)), color in zip(curves.items(), palette(len(curves)), strict=True):
+            values = shaped(name, seeds, ("seeds", np.size(seen)), "pass a row per seed")
+            x = np.asarray(seen) / (1 if seconds else 1000)
+            axes.plot(x, values.mean(0), ".-", linewidth=1, color=color, label=f"{name} ({len(values)})")
+            axes.fill_between(x, values.min(0), values.max(0), color=color, **AREA)
+        axes.set(ylabel=quantity, xlabel="seconds of training" if seconds else "images seen (thousands)")
+    return figure
+
+
+def class_counts(names: Sequence[str], counts_generated: ArrayLike, share_real: ArrayLike) -> Figure:
+    """Predicted classes (K,) of generated images, and what the real share (K,) and chance would give."""
+    counts = shaped("counts", counts_generated, (len(names),), "pass one per name")
+    share = shaped("shares", share_real, (len(names),), "pass one per name") / np.sum(share_real)
+    expected, spread = share * counts.sum(), 1.645 * np.sqrt(share * (1 - share) * counts.sum())
+    with panels(0.7 + 0.2 * len(names), legend="upper right") as (figure, (axes,)):
+        axes.barh(names, counts, color=GENERATED, alpha=0.6, label="generated")
+        axes.errorbar(expected, names, xerr=spread, fmt="|k", elinewidth=0.8, label="expected, 90 %")
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set(xlabel="images")
+    return figure
+
+
+def _shares(axes: Axes, values: np.ndarray, color: str, name: str) -> None:
+    """The share of values (N,) below, over the values, and the band in which 90 % of whole curves lie."""
+    line, reach = axes.ecdf(values, color=color, label=name), band(values)
+    x, y = np.asarray(line.get_xydata())[1:].T  # the first is -inf
+    axes.fill_between(x, y - reach, y + reach, step="post", color=color, **AREA)
+
+
+def confidence(real: ArrayLike, generated: ArrayLike, threshold: float) -> Figure:
+    """Distribution of a classifier's top-class probability, real (N,) and generated (M,), and a threshold."""
+    with panels(2.6, legend="upper right") as (figure, (axes,)):
+        for (name, color), sample in zip(SIDES, (real, generated), strict=True):
+            values = shaped(name, sample, ("N",), "pass a probability per image")
+            _shares(axes, values, color, f"{name}, {np.mean(values < threshold):.1%} below {threshold:g}")
+        axes.axvline(threshold, color=ACCENT, **DASHED)
+        axes.set(xlabel="top-class probability", ylabel="share of images below", xlim=(0, 1), ylim=(0, 1))
+    return figure
+
+
+def nearest_distances(real: ArrayLike, generated: ArrayLike) -> Figure:
+    """Share of real (N,) and generated (M,) images whose nearest training image is nearer, over distance and ratio.
+
+    Each (n, 2): distances to the nearest and the second nearest. Dashed: a third, from where on it is a copy.
+    """
+    with panels(2.4, "AB", sharey=True) as (figure, (distance, ratio)):
+        for (name, color), sample in zip(SIDES, (real, generated), strict=True):
+            nearest, second = shaped(name, sample, ("n", 2), "pass the two nearest").T
+            _shares(distance, nearest, color, name)
+            _shares(ratio, np.divide(nearest, second, where=second > 0, out=np.zeros(len(nearest))), color, name)
+        ratio.axvline(1 / 3, color=ACCENT, **DASHED)
+        distance.set(xlabel="distance to the nearest training image\n(root mean square, pixels 0 to 1)")
+        distance.set(ylabel="share of images below", xlim=(0, None), ylim=(0, 1))
+        ratio.set(xlabel="distance to the nearest / to the second nearest", xlim=(0, 1))
+        distance.legend(loc="upper left")
     return figure

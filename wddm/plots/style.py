@@ -1,11 +1,12 @@
 """The house style (900 pixels wide, colour-blind safe, grey for real data, blue for generated images); image figures.
 
-Images are uint8 (N, H, W, C), C = 1 or 3, and enlarged by whole pixels. Coefficients are stacked as by the codec,
-channel = band * C + colour. Each tile of a band has a symmetric scale: blue is negative, white zero, red positive;
-three channels are colours about mid-grey.
+Images are uint8 (N, H, W, C), enlarged by whole pixels and shown as `as_rgb` says. Coefficients are stacked as by the
+codec, channel = band * C + colour. Each tile of a band has a scale of its own about zero: blue is negative, white zero,
+red positive; three channels are colours about mid-grey.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
-__all__ = ["coefficient_bands", "compare_grids", "compose", "image_grid", "neighbours", "stacked", "trajectory"]
+__all__ = [
+    "coefficient_bands", "compare_grids", "compose", "image_grid", "neighbours", "shown_channels", "stacked",
+    "trajectory",
+]  # fmt: skip
 
 WIDTH, DPI = 6.0, 150  # inches, dots per inch: 900 pixels
 REAL, GENERATED, ACCENT = "0.45", "#0173b2", "#d55e00"
@@ -57,10 +61,12 @@ def panels(
             logarithmic(axes, log)
             named |= {str(label): handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
         if legend and named:
-            beside, place = legend.startswith("right"), f"outside {legend}"
+            beside, names = legend.startswith("right"), wrapped(named, 24 if legend.startswith("right") else 80)
             columns = 1 + len(named) // 20 if beside else min(4, max(1, 100 // (7 + max(map(len, named)))))
-            figure.set_figheight(height + (0 if beside else 0.17 * max(0, len(named) // columns - 2)))
-            figure.legend(list(named.values()), list(named), loc=place, ncols=columns)  # type: ignore[call-overload]
+            rows = 0 if beside else sum(1 + name.count("\n") for name in names) / columns
+            figure.set_figheight(height + 0.17 * max(0, rows - 2))
+            place: Any = f"outside {legend}"
+            figure.legend(list(named.values()), names, loc=place, ncols=columns)
         for axes in figure.axes:  # ticks are made lazily, from rcParams at that moment: make them now
             axes.tick_params(which="both", labelsize=STYLE["xtick.labelsize"])
 
@@ -73,12 +79,15 @@ def need(condition: object, got: object, wanted: object, remedy: str) -> None:
 
 def shaped(name: str, values: ArrayLike, shape: tuple[int | str, ...], remedy: str) -> np.ndarray:
     """Values as an array of this shape, in which a letter stands for any length but 0. ValueError for another."""
-    array = np.asarray(values)
-    fits = array.ndim == len(shape) and all(
-        n > 0 if isinstance(wanted, str) else n == wanted for n, wanted in zip(array.shape, shape, strict=True)
-    )
-    need(fits, f"{name} {array.shape}", f"({', '.join(map(str, shape))})", remedy)
+    array, wanted = np.asarray(values), ", ".join(map(str, shape))
+    same = [n > 0 if isinstance(length, str) else n == length for n, length in zip(array.shape, shape, strict=False)]
+    need(array.ndim == len(shape) and all(same), f"{name} {array.shape}", f"({wanted})", remedy)
     return array
+
+
+def wrapped(names: Iterable[str], width: int = 30) -> list[str]:
+    """Names in lines of this many letters, three at most."""
+    return ["\n".join(textwrap.wrap(name, width, max_lines=3, placeholder=" …")) for name in names]
 
 
 def palette(count: int) -> list[Any]:
@@ -96,8 +105,12 @@ def ticks(low: float, high: float) -> Locator:
 
 
 def logarithmic(axes: Axes, names: str) -> None:
-    """Make the axes named, "x", "y" or "xy", logarithmic; one under four decades is labelled 0.1, not as a power."""
+    """Make the axes named, "x", "y" or "xy", logarithmic, but for one with negative numbers; 0.1 is not 10^-1 there,
+    unless it spans four decades.
+    """
     for name in names:
+        if any(np.min(line.get_data(orig=False)["xy".index(name)], initial=1) < 0 for line in axes.lines):
+            continue
         axes.set(**{f"{name}scale": "log"})
         axis = axes.xaxis if name == "x" else axes.yaxis
         low, high = axis.get_view_interval()
@@ -108,16 +121,28 @@ def logarithmic(axes: Axes, names: str) -> None:
 
 
 def checked(images: ArrayLike) -> np.ndarray:
-    """Images (N, H, W, C) as RGB (N, H, W, 3). ValueError for another shape or type."""
+    """Images uint8 (N, H, W, C); ValueError for another shape or type."""
     images = np.asarray(images)
-    fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] in (1, 3) and images.size
-    need(fits, f"{images.dtype} images {images.shape}", "uint8 (N, H, W, 1 or 3)", "convert, channels last")
-    return np.broadcast_to(images, (*images.shape[:3], 3))
+    fits = images.dtype == np.uint8 and images.ndim == 4 and images.size
+    need(fits, f"{images.dtype} images {images.shape}", "uint8 (N, H, W, C)", "convert, channels last")
+    return images
+
+
+def as_rgb(images: ArrayLike) -> np.ndarray:
+    """Images (N, H, W, C) as RGB (N, H, W, 3): the first three channels as colours, or the first as grey."""
+    images = checked(images)
+    return np.broadcast_to(images[..., : 3 if images.shape[-1] >= 3 else 1], (*images.shape[:3], 3))
+
+
+def shown_channels(channels: int) -> str:
+    """For a caption: which of so many channels are shown; nothing for grey and RGB."""
+    shown = "channels 1 to 3 as RGB" if channels > 3 else "channel 1 as grey"
+    return "" if channels in (1, 3) else f" Shown of {channels} channels: {shown}."
 
 
 def compose(images: ArrayLike, columns: int, gap: tuple[int, int] = (1, 1)) -> np.ndarray:
     """White canvas with image k at row k // columns; `gap` in pixels between rows and between columns."""
-    images, (y, x) = checked(images), gap
+    images, (y, x) = as_rgb(images), gap
     (count, height, width, _), rows = images.shape, -(-len(images) // columns)
     tiles = np.full((rows * columns, height + y, width + x, 3), 255, np.uint8)
     tiles[:count, :height, :width] = images
@@ -129,15 +154,15 @@ def image_grid(
     images: ArrayLike, columns: int = 16, titles: Texts = (), sides: Texts = (), gap: int = 3, below: bool = False
 ) -> Figure:
     """Images (N, H, W, C) in a tight grid, row by row; titles (N) over or below them, `sides` at the left of rows."""
-    images, columns = checked(images), max(1, min(columns, len(images)))
+    images, columns = as_rgb(images), max(1, min(columns, len(images)))
     need(len(titles) in (0, len(images)), f"{len(titles)} titles", len(images), "pass one per image")
     fitting, largest = round(WIDTH * DPI / columns / (images.shape[2] + 1)), max(6, 220 // images.shape[2])
     scale = max(1, min(fitting, largest))
     images = images.repeat(scale, 1).repeat(scale, 2)  # from here on lengths are in pixels of the figure
-    (height, width), line = images.shape[1:3], 24 * any(titles)
+    (height, width), line, sides = images.shape[1:3], 24 * any(titles), wrapped(sides)
     space = line if any(titles[:-columns] if below else titles[columns:]) else gap
     canvas = compose(images, columns, (space, gap))
-    left = 14 + 9 * max(map(len, sides)) if sides else 0
+    left = 14 + 9 * max(len(part) for side in sides for part in side.split("\n")) if sides else 0
     w, h = left + canvas.shape[1], line + canvas.shape[0]
     with panels(1) as (figure, (axes,)):
         figure.set(layout_engine="none", size_inches=(w / DPI, h / DPI))
@@ -145,11 +170,10 @@ def image_grid(
         axes.imshow(canvas, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
         size = min(7, 110 / DPI * width / max(map(len, titles), default=1))
-        for k, text in enumerate(titles):
+        for k, text in ((k, text) for k, text in enumerate(titles) if text):
             x, y = k % columns * (width + gap) + width / 2, k // columns * (height + space)
             y, where = (y + height + 4, "top") if below else (y - 4, "bottom")
-            if text:
-                axes.text(x, y, text, size=size, ha="center", va=where)
+            axes.text(x, y, text, size=size, ha="center", va=where)
         for row, text in enumerate(sides):
             axes.text(-8, row * (height + space) + height / 2, text, size=7, ha="right", va="center")
     return figure
@@ -169,36 +193,36 @@ def stacked(pictures: Mapping[str, ArrayLike]) -> Figure:
 
 def neighbours(samples: ArrayLike, nearest: ArrayLike, distances: ArrayLike) -> Figure:
     """Samples (N, H, W, C) over their nearest training images (N, k, H, W, C), distances (N, k) beneath."""
-    samples = checked(samples)
-    count, height, width, _ = samples.shape
-    nearest = shaped("nearest", nearest, (count, "k", height, width, "C"), "index real")
+    samples = np.asarray(samples)
+    nearest = shaped("nearest", nearest, (len(samples), "k", *samples.shape[1:]), "index real")
     distances = shaped("distances", distances, nearest.shape[:2], "pass one per neighbour")
-    ranked = nearest.swapaxes(0, 1).reshape(-1, *nearest.shape[2:])
-    titles = [""] * count + [f"{distance:#.3g}".rstrip(".") for distance in distances.T.flat]
+    images = np.concatenate([samples, *nearest.swapaxes(0, 1)])
+    titles = [""] * len(samples) + [f"{distance:#.3g}".rstrip(".") for distance in distances.T.flat]
     sides = ["sample", "nearest", *(f"nearest {rank}" for rank in range(2, nearest.shape[1] + 1))]
-    return image_grid(np.concatenate([samples, checked(ranked)]), count, titles, sides, below=True)
+    return image_grid(images, len(samples), titles, sides, below=True)
 
 
-def _split(coefficients: np.ndarray, labels: Texts) -> np.ndarray:
-    """Stacked coefficients (S, bands * C, h, w) as (S, bands, C, h, w), C = 1 or 3."""
-    shape, bands = coefficients.shape, len(labels)
-    fits = len(shape) == 4 and shape[1] in (bands, 3 * bands)
-    need(fits, f"coefficients {shape[1:]}", f"({bands} or {3 * bands}, h, w)", "pass a label per band")
-    return coefficients.reshape(len(coefficients), bands, -1, *shape[2:])
+def _tiles(coefficients: np.ndarray, labels: Texts) -> tuple[np.ndarray, np.ndarray]:
+    """Bands (S, bands, C, h, w) of stacked coefficients (S, bands * C, h, w), and a picture (h, w, 3) of each in order.
 
-
-def _band_tile(band: np.ndarray) -> np.ndarray:
-    """Band (C, h, w) as uint8 (h, w, 3), zero amid a scale that ends at the 99.5th percentile of |value|."""
-    scaled = np.clip(band / (np.percentile(np.abs(band), 99.5) or 1) / 2 + 0.5, 0, 1)
-    rgb = colormaps["RdBu_r"](scaled[0])[..., :3] if len(band) == 1 else scaled.transpose(1, 2, 0)
-    return np.round(255 * rgb).astype(np.uint8)
+    Zero is amid a scale that ends at the 99.5th percentile of |value|.
+    """
+    shape, count = coefficients.shape, len(labels)
+    fits = len(shape) == 4 and count and shape[1] % count == 0
+    need(fits, f"coefficients {shape[1:]}", f"({count} x channels, h, w)", "pass a label per band")
+    bands, tiles = coefficients.reshape(shape[0], count, -1, *shape[2:]), []
+    for band in bands.reshape(-1, *bands.shape[2:]):
+        band = band[: 3 if len(band) >= 3 else 1]
+        scaled = np.clip(band / (np.percentile(np.abs(band), 99.5) or 1) / 2 + 0.5, 0, 1)
+        tiles.append(colormaps["RdBu_r"](scaled[0])[..., :3] if len(band) == 1 else scaled.transpose(1, 2, 0))
+    return bands, np.round(255 * np.array(tiles)).astype(np.uint8)
 
 
 def coefficient_bands(coefficients: ArrayLike, labels: Texts) -> Figure:
-    """Bands (4^L C, h, w) of an image, C = 1 or 3, each titled with its label and spread."""
-    (bands,) = _split(np.asarray(coefficients)[None], labels)
+    """Bands (4^L C, h, w) of an image, each titled with its label and spread over all C channels."""
+    (bands,), tiles = _tiles(np.asarray(coefficients)[None], labels)
     titles = [f"{name}  std {band.std():#.2g}" for name, band in zip(labels, bands, strict=True)]
-    return image_grid([_band_tile(band) for band in bands], 4 if len(bands) <= 4 else 8, titles)
+    return image_grid(tiles, 4 if len(bands) <= 4 else 8, titles)
 
 
 def trajectory(states: ArrayLike, labels: Texts, times: Sequence[float], images: ArrayLike) -> Figure:
@@ -206,10 +230,10 @@ def trajectory(states: ArrayLike, labels: Texts, times: Sequence[float], images:
 
     The decoded images (S, H, W, C), H a multiple of h, are on top. About ten steps read best.
     """
-    states, images = np.asarray(states), checked(images)
-    tiles = np.stack([_band_tile(band) for row in _split(states, labels).swapaxes(0, 1) for band in row])
+    states, images = shaped("states", states, (len(times), "C", "h", "w"), "pass a state per time"), as_rgb(images)
+    tiles = _tiles(states, labels)[1].reshape(len(times), len(labels), *states.shape[2:], 3).swapaxes(0, 1)
+    tiles = np.concatenate(tiles)
     tiles = tiles.repeat(images.shape[1] // states.shape[2], 1).repeat(images.shape[2] // states.shape[3], 2)
     images = shaped("images", images, (len(times), *tiles.shape[1:]), "decode the states")
-    shaped("states", states, (len(times), "C", "h", "w"), "pass a time per state")
     titles = [f"t = {t:.4g}" for t in times] + [""] * len(tiles)
     return image_grid(np.concatenate([images, tiles]), len(times), titles, ["image", *labels])

@@ -1,11 +1,10 @@
 """sweeps: finished runs side by side: what they differ in, what they cost, how they learned, where they fall short.
 
-A run is a dataclass with name, variant (runs of one variant differ in their seeds alone), and its resolved parameters,
-metrics and timings by name. `everything` makes a table of them, which the other functions read, most of them to say
-something of every variant, in the order in which the table names them.
+A run has a name, a variant (runs of one variant differ in their seeds alone), and its resolved parameters, metrics and
+timings by name. `everything` makes a table of them, a row per run, which most other functions read.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from wddm.backbones import load_backbone
+from wddm.backbones import PASSES, forward_flops, load_backbone
 from wddm.data import Dataset
 from wddm.metrics import scores
 from wddm.metrics.frechet import haar_packets, split_floor
 from wddm.steps import read_log
-from wddm.studies.profiling import PASSES, forward_flops
 from wddm.wavelets import check_choice
 
 Curve = tuple[np.ndarray, np.ndarray]  # images seen (K,), or seconds, and a logged quantity of S runs (S, K)
@@ -36,103 +34,62 @@ def differences(runs: Sequence[Any]) -> pd.DataFrame:
 
 
 def everything(runs: Sequence[Any]) -> pd.DataFrame:
-    """A row per run: its name and variant, the parameters that differ, the seed, metrics and timings."""
+    """A row per run: its name and variant, the parameters that differ, seed, metrics, and timings."""
     differing = differences(runs).drop(columns="runs").set_index("variant").to_dict("index")
     return pd.DataFrame(
         {"run": run.name, "variant": run.variant, **differing[run.variant], "seed": run.parameters.get("seed")}
-        | run.metrics
-        | run.timings
-        for run in runs
-    )
+        | run.metrics | run.timings for run in runs
+    )  # fmt: skip
 
 
-def one_set(folders: Mapping[str, Path]) -> Path:
-    """The folder of the prepared set that all runs used, of their folders by name."""
-    first, *others = dict.fromkeys(folders.values())
-    if others:
-        names = ", ".join(folder.name for folder in (first, *others))
-        raise ValueError(
-            f"got runs of {1 + len(others)} prepared sets, {names}, wanted one: compare runs of the same images"
-        )
-    return first
-
-
-def members(table: pd.DataFrame) -> dict[str, list[str]]:
-    """The names of the runs of each variant."""
-    return table.groupby("variant", sort=False)["run"].agg(list).to_dict()
+def one_set(folders: Iterable[Path]) -> Path:
+    """The folder of the prepared set that all runs used."""
+    if len(found := list(dict.fromkeys(folders))) > 1:
+        names = f"{len(found)} prepared sets, {', '.join(folder.name for folder in found)}"
+        raise ValueError(f"got runs of {names}, wanted one: compare runs of the same images")
+    return found[0]
 
 
 def summary(table: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Mean, minimum and maximum of a metric over seeds, best first, and the mean in multiples of the best and floor.
-
-    Variants without the metric are left out.
-    """
+    """Mean, minimum and maximum of a metric over a variant's seeds, best first, and in multiples of best and floor."""
     having = table.reindex(columns=["variant", metric, f"{metric}_floor"]).dropna(subset=metric)
     groups = having.set_axis(["variant", "value", "floor"], axis=1).groupby("variant", sort=False)
     found = groups.value.agg([("runs", "size"), ("mean", "mean"), ("minimum", "min"), ("maximum", "max")])
     found = found.join(groups.floor.mean()).sort_values("mean", kind="stable").reset_index()
-    found["over the best"] = found["mean"] / found["mean"].min()
-    return found.assign(**{"over the floor": found["mean"] / found.floor.replace(0, np.nan)})
+    ratios = {"over the best": found["mean"].min(), "over the floor": found.floor}
+    return found.assign(**{name: found["mean"] / np.where(by > 0, by, np.nan) for name, by in ratios.items()})
 
 
-def values(
-    table: pd.DataFrame, metric: str
-) -> tuple[dict[str, list[float]], dict[str, list[tuple[float, float]]] | None]:
-    """By variant, a number of each run and the ends of its interval; no intervals where a run has none."""
-    having = table.reindex(columns=["variant", metric, f"{metric}_low", f"{metric}_high"]).dropna(subset=metric)
-    if having.empty:
-        raise ValueError(f"got {len(table)} runs without {metric!r}, wanted it in their metrics: choose another metric")
-    groups = having.groupby("variant", sort=False)
-    intervals = {name: list(group.iloc[:, 2:].itertuples(index=False, name=None)) for name, group in groups}
-    return groups[metric].agg(list).to_dict(), None if having.isna().any(axis=None) else intervals
+def curve(logs: Sequence[Sequence[Mapping[str, Any]]], key: str, over: str = "images_seen", points: int = 40) -> Curve:
+    """A logged quantity of S runs over images seen, or "seconds" of training: means over parts of log(images).
 
-
-def curve(logs: Sequence[Sequence[Mapping[str, Any]]], key: str, points: int = 40) -> Curve:
-    """A logged quantity of S runs over images seen: means over at most `points` equal parts of log(images).
-
-    Parts in which a run has logged none are left out; K may be 0.
+    The parts are equal, `points` at most; those in which a run has logged nothing are left out, so that K may be 0.
+    Seconds are without those of held-out losses and distances.
     """
-    tables = [pd.DataFrame(log, columns=["images_seen", key]).dropna() for log in logs]
+    tables = [pd.DataFrame(log).reindex(columns=sorted({"images_seen", "images_per_s", key})) for log in logs]
+    for log in tables:
+        log["seconds"] = (log.images_seen.diff().fillna(log.images_seen) / log.images_per_s).cumsum()
+    tables = [log.dropna(subset=key).astype(float) for log in tables]
     if not tables or not all(map(len, tables)):
         return np.empty(0), np.empty((len(tables), 0))
-    rows = pd.concat(tables, keys=range(len(tables)), names=["run", None]).astype(float)
+    rows = pd.concat(tables, keys=range(len(tables)), names=["run", None])
     edges = np.geomspace(rows.images_seen.min(), rows.images_seen.max() + 1, points + 1)
-    parts = rows.groupby([np.digitize(rows.images_seen, edges), "run"]).mean().unstack().dropna()
-    return parts.images_seen.mean(axis=1).to_numpy(), parts[key].to_numpy().T
+    parts = rows.groupby([np.digitize(rows.images_seen, edges), "run"])[[over, key]].mean().unstack().dropna()
+    return parts[over].mean(axis=1).to_numpy(), parts[key].to_numpy().T
 
 
-def logs(root: Path, table: pd.DataFrame) -> dict[str, list[list[dict[str, Any]]]]:
-    """By variant, the rows that its runs have logged; of those that have."""
-    found = {name: [read_log(root / "runs" / run) for run in runs] for name, runs in members(table).items()}
-    return {name: [log for log in each if log] for name, each in found.items() if any(each)}
-
-
-def learning(root: Path, table: pd.DataFrame, key: str) -> dict[str, Curve]:
+def learning(root: Path, table: pd.DataFrame, key: str, over: str = "images_seen") -> dict[str, Curve]:
     """By variant, the `curve` of a logged quantity over its runs; of those that logged it."""
-    found = {name: curve(each, key) for name, each in logs(root, table).items()}
+    found = {}
+    for name, runs in table.groupby("variant", sort=False)["run"]:
+        found[name] = curve([log for run in runs if (log := read_log(root / "runs" / run))], key, over)
     return {name: each for name, each in found.items() if len(each[0])}
 
 
-def in_seconds(root: Path, table: pd.DataFrame, curves: Mapping[str, Curve]) -> dict[str, Curve]:
-    """The same curves over seconds of training instead of images: the mean over a variant's runs, as their logs say.
-
-    Without the time that held-out losses and distances take.
-    """
-    found, logged = {}, logs(root, table)
-    for name, (seen, quantity) in curves.items():
-        clocks = []
-        for log in map(pd.DataFrame, logged[name]):
-            seconds = np.cumsum(np.diff(log.images_seen, prepend=0) / log.images_per_s)
-            clocks.append(np.interp(seen, log.images_seen, seconds))
-        found[name] = np.mean(clocks, axis=0), quantity
-    return found
-
-
 def reaching(curves: Mapping[str, Curve], reference: str, unit: str = "thousand images") -> list[dict[str, Any]]:
-    """The images after which all seeds of a variant are as near as the reference is in the end, on average.
+    """The images, or seconds, after which all seeds of a variant are as near as the reference is in the end on average.
 
-    `curves` hold distances, over images seen or over seconds, which is then the `unit`. An upper bound: between two
-    measurements nothing is known.
+    An upper bound: between two measurements nothing is known.
     """
     check_choice("reference", reference, curves)
     in_all, wanted = curves[reference][0][-1], curves[reference][1][:, -1].mean()
@@ -147,52 +104,46 @@ def reaching(curves: Mapping[str, Curve], reference: str, unit: str = "thousand 
 
 def first_samples(root: Path, table: pd.DataFrame, count: int = 16) -> dict[str, np.ndarray]:
     """By variant, the first samples uint8 (count, H, W, C) of its first run: the same seeds, so the same noise."""
-    files = {name: root / "runs" / runs[0] / "samples.npy" for name, runs in members(table).items()}
+    runs = table.drop_duplicates("variant").set_index("variant")["run"]
+    files = {name: root / "runs" / run / "samples.npy" for name, run in runs.items()}
     return {name: np.load(file, mmap_mode="r")[:count] for name, file in files.items() if file.exists()}
 
 
 def with_compute(root: Path, table: pd.DataFrame) -> pd.DataFrame:
     """The table with the operations of a forward pass per image, and of the whole training, of every run."""
-    folders = (root / "runs" / run / "pipeline" / "backbone" for run in table["run"])
-    flops = pd.Series([forward_flops(load_backbone(folder)) for folder in folders], index=table.index)
-    return table.assign(forward_flops=flops, train_flops=PASSES * flops * table.train_images)
+    flops = [forward_flops(load_backbone(root / "runs" / run / "pipeline" / "backbone")) for run in table.run]
+    return table.assign(forward_flops=flops, train_flops=PASSES * np.array(flops) * table.train_images)
 
 
 def spending(table: pd.DataFrame) -> pd.DataFrame:
     """Of a table with compute: each variant's network, what a forward pass and the training took, and how fast."""
     groups = table.groupby("variant", sort=False)
     found = pd.DataFrame({"runs": groups.size(), "parameters": groups.parameters.first()})
-    found["GFLOP/image"] = groups.forward_flops.first() / 1e9
-    found["kimg"] = groups.train_images.mean() / 1000
-    found["images/s"] = groups.train_images_per_s.median()
-    found["TFLOP"] = groups.train_flops.mean() / 1e12
-    found["relative"] = found.TFLOP / found.TFLOP.iloc[0]
-    return found.reset_index()
+    found["GFLOP/image"], found["kimg"] = groups.forward_flops.first() / 1e9, groups.train_images.mean() / 1000
+    found["images/s"], found["TFLOP"] = groups.train_images_per_s.median(), groups.train_flops.mean() / 1e12
+    return found.assign(relative=found.TFLOP / found.TFLOP.iloc[0]).reset_index()
 
 
-def packets(
-    root: Path, table: pd.DataFrame, reference: Dataset, level: int, seed: int = 0
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Distance in every Haar packet (4^L,), by variant the mean over its runs; and that of real images."""
-    found, counts, options = {}, [len(reference.images) // 2], scores.Options(level, seed)
-    for name, runs in members(table).items():
-        samples = [np.load(root / "runs" / run / "samples.npy", mmap_mode="r") for run in runs]
-        each = [scores.wavelet(images, reference, options)[0].detail.per_packet for images in samples]
-        found[name], counts = np.mean(each, 0), [*counts, *map(len, samples)]
-    return found, split_floor(reference.images, haar_packets(level), count=min(counts), seed=seed).per_packet
+def packets(root: Path, table: pd.DataFrame, reference: Dataset, level: int, seed: int = 0) -> pd.DataFrame:
+    """Distance in every Haar packet, a column each: by variant the mean over its runs; "real images" is their floor."""
+    options, rows, counts = scores.Options(level, seed), [], [len(reference.images) // 2]
+    for run in table.run:
+        samples = np.load(root / "runs" / run / "samples.npy", mmap_mode="r")
+        rows.append(scores.wavelet(samples, reference, options)[0].detail.per_packet)
+        counts.append(len(samples))
+    floor = split_floor(reference.images, haar_packets(level), count=min(counts), seed=seed).per_packet
+    means = pd.DataFrame(rows).groupby(table.variant.to_numpy(), sort=False).mean()
+    return pd.concat([means, pd.DataFrame([floor], index=["real images"])])
 
 
 def by_codec(runs: Sequence[Any]) -> list[Any]:
-    """The runs, their variants named after the codec; in order of those names' first appearance by level."""
-    named = (replace(run, variant=codec_name(run.parameters)) for run in runs)
+    """The runs by level, their variants named after the codec."""
+    named = [replace(run, variant=codec_name(**run.parameters)) for run in runs]
     return sorted(named, key=lambda run: run.parameters["level"])
 
 
-def codec_name(parameters: Mapping[str, Any]) -> str:
+def codec_name(level: int, wavelet: str, transform: str, scaling: str, **_: Any) -> str:
     """level 2, db2, pyramid, dyadic: as far as it is not haar, packet and band, and matters at this level."""
-    level = parameters["level"]
-    parts = [f"level {level}" if level else "pixels"]
-    parts += [parameters["wavelet"]] * (level > 0 and parameters["wavelet"] != "haar")
-    parts += [parameters["transform"]] * (level > 1 and parameters["transform"] != "packet")
-    parts += [parameters["scaling"]] * (parameters["scaling"] != "band")
-    return ", ".join(parts)
+    chosen = [(wavelet, "haar", 1), (transform, "packet", 2), (scaling, "band", 0)]
+    names = [value for value, default, lowest in chosen if value != default and level >= lowest]
+    return ", ".join([f"level {level}" if level else "pixels", *names])

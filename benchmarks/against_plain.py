@@ -1,4 +1,4 @@
-"""comparisons: ours against plain code, two at a time: how many times as fast, with an interval, in how much memory.
+"""against_plain: ours against plain code, two at a time: how many times as fast, with an interval, in how much memory.
 
 A row holds the speeds of both, in images (or layers) a second, with quartiles, the median ratio of paired rounds with
 its 90 % interval, and the peak memory of each in a process of its own; or why there are none.
@@ -14,12 +14,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from benchmarks.workloads import bare_training, commands, decoded_batches, prepared_batches, spline_layer
+from benchmarks import profiling, workloads
+from benchmarks.profiling import Maker, fitting_batch, speed, spread, times_as_fast
+from benchmarks.workloads import Network, Row, bare_training, on_paper, spline_layer, training
 from wddm import data
-from wddm.backbones import PRESETS
-from wddm.studies import profiling
-from wddm.studies.efficiency import Network, Row, on_paper, training
-from wddm.studies.profiling import PASSES, Maker, fitting_batch, speed, spread, times_as_fast
+from wddm.backbones import PASSES, PRESETS, forward_flops
 
 
 def presets(datasets: Sequence[str], levels: Sequence[int], kinds: Sequence[str], attention_head_dim: int) -> list[Row]:
@@ -117,14 +116,14 @@ class Benchmarks:
         """
         with TemporaryDirectory() as folder:
             images = np.array(data.prepare("patches", size, Path(folder) / "data", limit=1000, progress=False).images)
-        makers = (partial(make, images) for make in (prepared_batches, decoded_batches))
+        makers = (partial(make, images) for make in (workloads.prepared_batches, workloads.decoded_batches))
         row = self.compared(*makers, batch_size=batch_size)
         return [{"what": "batches", **row, "of": f"{size} x {size}, {batch_size} at a time"}]
 
 
 def training_flops(network: Network) -> int:
     """Operations of a training step of one image."""
-    return PASSES * profiling.forward_flops(on_paper(network))
+    return PASSES * forward_flops(on_paper(network))
 
 
 def fixed_costs(dataset: str, resolution: int, dataset_path: str | None, limit: int | None, rounds: int) -> list[Row]:
@@ -135,7 +134,7 @@ def fixed_costs(dataset: str, resolution: int, dataset_path: str | None, limit: 
         def prepare() -> None:
             data.prepare(dataset, resolution, next(places), dataset_path=dataset_path, limit=limit, progress=False)
 
-        things = commands(Path(folder)) | {f"prepare {dataset}, {limit or 'all'} images": prepare}
+        things = workloads.commands(Path(folder)) | {f"prepare {dataset}, {limit or 'all'} images": prepare}
         seconds = profiling.time_in_turn(things, rounds=rounds, min_seconds=0)
     quartiles = {name: np.quantile(values, [0.5, 0.25, 0.75]).tolist() for name, values in seconds.items()}
     return [{"what": name} | dict(zip(("seconds", "q1", "q3"), q, strict=True)) for name, q in quartiles.items()]

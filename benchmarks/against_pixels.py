@@ -1,98 +1,20 @@
-"""efficiency: networks at every wavelet level against networks on pixels, counted and measured side by side.
+"""against_pixels: networks at every wavelet level against networks on pixels, counted and measured side by side.
 
 `entries` are the networks, `measure` adds what they took; `costs` is a row per network, `speedups` one per network on
 wavelets, network on pixels, and kind of work.
 """
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-import torch
-from diffusers import ModelMixin
-
-from wddm.backbones import IMAGES, PRESETS, build_backbone, preset_sizes
-from wddm.objective import build_solver
-from wddm.pipeline import WaveletPipeline
-from wddm.steps import resolve_precision, tune
-from wddm.studies import profiling
-from wddm.studies.profiling import PASSES, Maker, Measurement
-from wddm.training import Step, Trainer
-from wddm.wavelets import WaveletCodec
+from benchmarks import profiling
+from benchmarks.profiling import Maker, Measurement
+from benchmarks.workloads import Network, Row, on_paper, sampling, training
+from wddm.backbones import PASSES, PRESETS, forward_flops, preset_sizes
 
 WAVELETS, PRESET = "wavelets", "pixels, preset"
 SAME, MATCHED = "pixels, same network", "pixels, equal parameters"
-
-Network = Mapping[str, Any]  # what `build_backbone` takes: {"backbone": "unet", "dataset": "cifar10", "level": 1}
-Row = dict[str, Any]
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def on_paper(network: Network) -> ModelMixin:
-    """A network without memory for its weights."""
-    with torch.device("meta"):
-        return build_backbone(**network)
-
-
-def noise_images(network: Network, count: int) -> np.ndarray:
-    """uint8 (count, H, W, C), shaped as those of the network's data set; no speed here depends on what they show."""
-    size, channels = IMAGES[network["dataset"]]
-    return np.random.default_rng(0).integers(0, 256, (count, size, size, channels), np.uint8)
-
-
-class Unsaved(Trainer):
-    """A Trainer that writes no checkpoint: they cost seconds every `checkpoint_kimg`, not part of any step."""
-
-    def save(self, name: str | None = None) -> None: ...
-
-
-def training(
-    network: Network, *, batch_size: int = 16, steps: int = 1, precision: str = "auto", compile: bool = False
-) -> Generator[Step]:
-    """Our training loop as it runs everywhere, with batches, log and checks: so many steps a call."""
-    with TemporaryDirectory() as folder:
-        trainer = Unsaved(
-            model=build_backbone(**network),
-            codec=WaveletCodec("haar", network["level"], scaling="dyadic"),
-            images=noise_images(network, 4 * batch_size),
-            folder=Path(folder),
-            train_kimg=1e6,
-            batch_size=batch_size,
-            log_every=steps,
-            precision=precision,
-            compile=compile,
-        )
-        yield from trainer.steps()
-
-
-def sampling(
-    network: Network,
-    *,
-    batch_size: int = 16,
-    steps: int = 1,
-    sampling_steps: int = 10,
-    precision: str = "auto",
-    compile: bool = False,
-) -> Generator[object]:
-    """WaveletPipeline with DDIM of `sampling_steps`: so many batches of images a call."""
-    model = build_backbone(**network).to(device()).eval()
-    tune(model, device())
-    if compile:
-        model.compile()
-    codec = WaveletCodec("haar", network["level"], scaling="dyadic").to(device())
-    pipeline = WaveletPipeline(model, build_solver("ddim", "v_prediction", spacing="trailing"), codec)
-    pipeline.set_progress_bar_config(disable=True)
-    while True:
-        with torch.autocast(device().type, torch.bfloat16, enabled=resolve_precision(precision) == "bf16"):
-            for _ in range(steps):
-                output = pipeline(batch_size=batch_size, num_inference_steps=sampling_steps, output_type="pt")
-        yield output
 
 
 class Entry(NamedTuple):
@@ -125,7 +47,7 @@ def entries(kind: str, dataset: str, levels: Sequence[int], attention_head_dim: 
         networks[WAVELETS, level] = network
         networks[SAME, level], networks[MATCHED, level] = network | {"level": 0} | same, network | {"level": 0} | pixels
     models = {key: on_paper(network) for key, network in networks.items()}
-    counted = {key: (model.num_parameters(), profiling.forward_flops(model)) for key, model in models.items()}
+    counted = {key: (model.num_parameters(), forward_flops(model)) for key, model in models.items()}
     return [Entry(*key, network, *counted[key], {}) for key, network in networks.items()]
 
 
