@@ -16,7 +16,7 @@ import pandas as pd
 from wddm.backbones import load_backbone
 from wddm.data import Dataset
 from wddm.metrics import scores
-from wddm.metrics.frechet import haar_packets, split_floor
+from wddm.metrics.frechet import split_floor
 from wddm.steps import read_log
 from wddm.studies.profiling import PASSES, forward_flops
 from wddm.wavelets import check_choice
@@ -179,7 +179,7 @@ def packets(
         samples = [np.load(root / "runs" / run / "samples.npy", mmap_mode="r") for run in runs]
         each = [scores.wavelet(images, reference, options)[0].detail.per_packet for images in samples]
         found[name], counts = np.mean(each, 0), [*counts, *map(len, samples)]
-    return found, split_floor(reference.images, haar_packets(level), count=min(counts), seed=seed).per_packet
+    return found, split_floor(reference.images, level, count=min(counts), seed=seed).per_packet
 
 
 def by_codec(runs: Sequence[Any]) -> list[Any]:
