@@ -57,7 +57,7 @@ def test_what_depends_on_the_reference_is_kept_under_its_hash(digits, monkeypatc
     (first,) = scores.wavelet(samples, digits, Options(2))
     name = digits.manifest["sha256"]["images"][:16]
     assert {path.name for path in (digits.folder / ".statistics").glob("*fwd-level2*")} == {
-        f"{name}-fwd-level2.npz", f"{name}-fwd-level2-split-100-0-{scores.RESAMPLES}.npz",
+        f"{name}-fwd-level2-moments.npz", f"{name}-fwd-level2-floor-100-0-{scores.RESAMPLES}.npz",
     }  # fmt: skip
     monkeypatch.setattr(frechet, "moments", lambda *a, **k: pytest.fail("measured the reference again"))
     monkeypatch.setattr(frechet, "split_floor", lambda *a, **k: pytest.fail("measured the floor again"))
@@ -68,34 +68,26 @@ def test_what_depends_on_the_reference_is_kept_under_its_hash(digits, monkeypatc
         scores.wavelet(samples, other, Options(2))
 
 
-def test_the_classifier_of_a_reference_is_trained_once(digits, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(diagnostics, "STEPS", 20)
-    reference = replace(digits, folder=tmp_path)
-    network = scores.reference_classifier(reference, seed=1)
-    monkeypatch.setattr(diagnostics, "fit_classifier", lambda *a: pytest.fail("trained again"))
-    again = scores.reference_classifier(reference, seed=1)
-    np.testing.assert_array_equal(network.probabilities(digits.images[:9]), again.probabilities(digits.images[:9]))
-    with pytest.raises(pytest.fail.Exception, match="trained again"):
-        scores.reference_classifier(reference, seed=2)
-    samples = np.array(digits.images[:100]) // 2
-    (score,) = scores.classifier(samples, reference, Options(seed=1))
-    assert (score.key, score.name) == ("fd_digits_16_classifier", "FD, digits-16-classifier (not FID)")
-    expected = frechet.distance(digits.images, samples, frechet.features(network), resamples=scores.RESAMPLES, seed=1)
-    assert score.estimate == pytest.approx(expected.distance, rel=1e-9) and score.floor.value < score.value
-    assert f"classifier right on {network.accuracy.value:.1%} of 150 held-out images" in score.protocol
-    (few,) = scores.classifier(samples[:20], reference, Options(seed=1))
-    assert few.value is None and few.protocol.startswith("not computed: got 20 images for vectors of 32 values")
-    (unlabelled,) = scores.classifier(samples, replace(reference, labels=None), Options())
-    assert unlabelled.record() == {} and "without labels" in unlabelled.protocol
+def test_the_share_of_samples_of_which_a_classifier_is_sure(digits) -> None:
+    real = np.array(digits.images)
+    noise = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 1), dtype=np.uint8)
+    (sure,), (doubtful,) = (scores.classifier(samples, digits, Options(seed=1)) for samples in (real[:100], noise))
+    verdict = diagnostics.judge(*map(diagnostics.small_pixels, (real[:100], real)), digits.labels, seed=1)
+    assert sure.key == "confident_share" and sure.estimate == verdict.confident and sure.value > 0.8
+    assert doubtful.value < 0.1 and doubtful.floor.value == pytest.approx(0.9, abs=0.02)
+    assert sum(sure.detail.class_counts.values()) == 100 and sure.detail.classes_seen == 10
+    assert f"classifier of pixels, right on {verdict.accuracy.value:.1%} of 150 held-out images" in sure.protocol
+    (unlabelled,) = scores.classifier(noise, replace(digits, labels=None), Options())
+    assert unlabelled.record() == {} and "no labels" in unlabelled.protocol
 
 
 def test_every_metric_is_evaluated_and_a_new_one_is_an_entry(digits, monkeypatch, no_weights) -> None:
-    monkeypatch.setattr(diagnostics, "STEPS", 20)
     made = scores.Score("share_black", "share of black images", None, None, 100, 600, "")
     monkeypatch.setitem(scores.METRICS, "black", lambda samples, reference, options: [made])
     found = scores.evaluate(np.array(digits.images[:100]), digits, Options(2, seed=5))
-    assert list(found) == ["wavelet", "classifier", "inception", "copies", "black"] and found["black"] == [made]
-    assert [score.key for score in found["copies"]] == ["nearest_distance", "copies_share", "memorised_share"]
+    names = ["perceptual", "wavelet", "classifier", "inception", "copies", "black"]
+    assert list(found) == names and found["black"] == [made]
+    assert [score.key for score in found["copies"]][:3] == ["nearest_distance", "copies_share", "memorised_share"]
     assert found["inception"][0].value is None
 
 
@@ -105,8 +97,7 @@ def test_scores_are_the_metrics_with_their_floor(digits) -> None:
     expected = frechet.frechet_wavelet_distance(digits.images, samples, 2, resamples=scores.RESAMPLES, seed=3)
     assert score.value == pytest.approx(expected.value, rel=1e-12)
     assert score.estimate == pytest.approx(expected.distance, rel=1e-9)
-    packets = diagnostics.haar_packets(2)
-    floor = frechet.split_floor(digits.images, packets, 100, resamples=scores.RESAMPLES, seed=3)
+    floor = frechet.split_floor(digits.images, 2, 100, resamples=scores.RESAMPLES, seed=3)
     assert score.floor == pytest.approx(floor.distance, rel=1e-12)
     assert score.record() == {
         "fwd": score.value, "fwd_low": score.estimate.low, "fwd_high": score.estimate.high,
@@ -124,13 +115,30 @@ def test_copies_are_told_from_strangers(digits) -> None:
     real = np.array(digits.images)
     noise = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 1), dtype=np.uint8)
     for samples, share in ((real[:50], 1.0), (noise, 0.0)):
-        nearest, copied, memorised = scores.copies(samples, digits, Options())
+        nearest, copied, memorised = scores.copies(samples, digits, Options())[:3]
         assert copied.value == memorised.value == share
         assert nearest.detail["distances"].shape == (50, 3) and nearest.detail["apart"].shape == (256, 2)
         assert nearest.estimate.low <= nearest.value <= nearest.estimate.high
         assert 0 < nearest.floor.low < nearest.floor.value
     assert memorised.floor.value < 0.05 and memorised.floor.high > 0
     assert copied.estimate.high > 0.04  # of none in fifty, the truth may be one in twenty
+
+
+def test_what_has_no_floor_says_why(digits, tmp_path) -> None:
+    few = replace(digits, images=np.array(digits.images[:30]), labels=None, folder=tmp_path)
+    (score,) = scores.wavelet(np.array(digits.images[:20]), few, Options(2))
+    assert score.value > 0 and score.floor is None and score.row()["floor"] == ""
+    assert "no floor: got 15 images for packets of 16 values, wanted 16 images or more" in score.protocol
+
+
+def test_equal_images_are_scored(digits, tmp_path, no_weights) -> None:
+    same = np.repeat(digits.images[:1], 40, axis=0)
+    equal = replace(digits, images=same, labels=np.arange(40) % 2, folder=tmp_path)
+    for reference in (digits, equal):
+        found = [score for group in scores.evaluate(same, reference, Options(2)).values() for score in group]
+        values = {score.key: score.value for score in found if score.value is not None}
+        assert np.isfinite(list(values.values())).all() and values["memorised_share"] == 1
+    assert values["fwd"] == pytest.approx(0, abs=1e-12) and values["nearest_distance"] == 0
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -142,7 +150,7 @@ def test_images_from_elsewhere_are_scored(root, samples, digits, monkeypatch, no
     assert evaluate(samples, "--reference", "digits", "--seed", 1) == 0
     printed = capsys.readouterr().out
     assert "not computed: no Inception weights" in printed and "\ncurl -L" in printed
-    assert "Fewer than 10,000 images" in printed and "FD, digits-16-classifier (not FID)" in printed
+    assert "Fewer than 10,000 images" in printed and "share as sure as 90 % of real images" in printed
     written = json.loads((samples / "metrics.json").read_text())
     found = {score["key"]: score for score in written["scores"]}
     images = scores.read_images(samples)
@@ -163,12 +171,32 @@ def test_images_from_elsewhere_are_scored(root, samples, digits, monkeypatch, no
         (["--reference", "digits", "--fwd-level", "1"], "wanted 64 images or more"),
         (["--reference", "digits", "--inception-weights", "absent.pth"], "wanted torch-fidelity's: curl"),
         (["--reference", "digits", "--images", "absent"], "wanted a folder of PNGs"),
+        (["--reference", "digits", "--output", "{0}/00000.png/metrics.json"], "wanted a file in a folder"),
+        (["--reference", "digits", "--output", "{0}"], "wanted a file that can be written"),
+        (["--reference", "digits", "--device", "bogus"], "got --device bogus, wanted cpu"),
+        (["--reference", "digits", "--device", "cuda:77"], "got --device cuda:77, wanted cpu"),
+        (["--reference", "digits", "--seed", "-1"], "-1 is not in the range"),
+        (["--reference", "digits", "--images", "{0}/empty.npy"], "empty.npy, which cannot be read"),
+        (["--reference", "digits", "--images", "{0}/none.npy"], "none.npy of uint8 (0, 16, 16, 1), wanted uint8"),
+        (["--reference", "digits", "--images", "{0}/floats.npy"], "floats.npy of float64 (40, 16, 16, 1), wanted"),
+        (["--reference", "digits", "--images", "{0}/flat.npy"], "flat.npy of uint8 (40, 256), wanted uint8"),
+        (["--reference", "digits", "--images", "{0}/pickled.npy"], "pickled.npy, which cannot be read"),
+        (["--reference", "digits", "--images", "{0}/bad"], "00001.png, which cannot be read"),
     ],
 )
 def test_mistakes_are_one_line(root, digits, tmp_path, monkeypatch, no_weights, capsys, options, message) -> None:
     monkeypatch.chdir(root)
-    write_images(tmp_path, digits.images[:40])
-    assert evaluate(tmp_path, *options) == 2
+    images = np.array(digits.images[:40])
+    for folder in (tmp_path, tmp_path / "bad"):
+        folder.mkdir(exist_ok=True)
+        write_images(folder, images)
+    (tmp_path / "bad/00001.png").write_bytes((tmp_path / "00001.png").read_bytes()[:60])
+    (tmp_path / "empty.npy").touch()
+    arrays = {"none": images[:0], "floats": images / 255, "flat": images.reshape(40, -1)}
+    for name, array in (arrays | {"pickled": np.array([{}])}).items():
+        np.save(tmp_path / f"{name}.npy", array)
+    monkeypatch.setattr(scores, "_kept", lambda *a: pytest.fail("computed something"))
+    assert evaluate(tmp_path, *(str(option).format(tmp_path) for option in options)) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "metrics.json").exists()
 

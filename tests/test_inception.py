@@ -48,7 +48,7 @@ def test_scores_are_those_of_torch_fidelitys_command_line(weights, reference, tm
     for name, images in (("samples", samples), ("real", reference.images)):
         (tmp_path / name).mkdir()
         write_images(tmp_path / name, images)
-    flags = "--cpu --json --silent --isc --fid --kid --prc --kid-subset-size 20 --no-cache --save-cpu-ram"
+    flags = "--cpu --json --silent --isc --fid --kid --prc --kid-subset-size 10 --no-cache --save-cpu-ram"
     flags += f" --feature-extractor inception-v3-compat --feature-extractor-weights-path {weights}"
     command = [sys.executable, "-m", "torch_fidelity.fidelity", *flags.split(), "--input1", tmp_path / "samples"]
     done = subprocess.run([*command, "--input2", tmp_path / "real"], capture_output=True, text=True)
@@ -78,6 +78,8 @@ def test_scores_are_those_of_torch_fidelitys_command_line(weights, reference, tm
 
 def test_features_are_those_of_batches_of_three_channels_in_order() -> None:
     class Network(torch.nn.Linear):
+        features_list = inception.LAYERS
+
         def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             assert images.dtype == torch.uint8 and images.shape[1:] == (3, 8, 8)
             return images[:, 2, 0].float(), images[:, 0, :, 0].float()

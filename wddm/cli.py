@@ -169,13 +169,14 @@ def sample(
 @click.option("--fwd-level", type=COUNT, default=2, help="Level of the packets of the Fréchet wavelet distance.")
 @click.option("--inception-weights", type=PATH, metavar="FILE", help="torch-fidelity's file.")
 @click.option("--output", type=PATH, default=Path("metrics.json"), help="Where the numbers go.")
-@click.option("--seed", type=int, default=0, help="Of the resampling for intervals and floors.")
-@click.option("--device", help="A GPU if there is one, else cpu.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of resampling, for intervals and floors.")
+@click.option("--device", help="cpu, cuda, cuda:1, ...; a GPU if there is one, else cpu.")
 def evaluate(
     images: Path, reference: str, resolution: int | None, fwd_level: int, inception_weights: Path | None, output: Path,
     seed: int, device: str | None,
 ) -> None:  # fmt: skip
     """Score a folder of images against a prepared data set."""
+    import torch
     from accelerate import PartialState
 
     from wddm import workbook
@@ -183,6 +184,15 @@ def evaluate(
     from wddm.workbook.records import write_json
     from wddm.workbook.report import format_table
 
+    try:  # what cannot be used is told before anything is computed
+        output.parent.mkdir(parents=True, exist_ok=True)
+        torch.zeros(1, device=device or "cpu").item()
+    except OSError as error:
+        raise ValueError(f"got --output {output} ({error.strerror}), wanted a file in a folder: change it") from None
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"got --device {device}, wanted cpu, or a GPU of this machine: change it") from error
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise ValueError(f"got --output {output}, wanted a file that can be written: change it")
     real = scores.find_reference(f"{reference}-{resolution}" if resolution else reference, workbook_root() or Path())
     samples = scores.read_images(images)
     options = scores.Options(fwd_level, seed, device or PartialState().device, inception_weights, workbook.progress)

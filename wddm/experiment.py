@@ -19,7 +19,7 @@ from diffusers import ModelMixin
 from wddm import data
 from wddm.backbones import BACKBONES, IMAGES, build_backbone
 from wddm.data import Dataset
-from wddm.metrics.frechet import frechet_wavelet_distance, haar_packets, moments
+from wddm.metrics.frechet import frechet_wavelet_distance, moments
 from wddm.objective import PREDICTION_TYPES, WEIGHTINGS, build_solver, check_options
 from wddm.steps import SCHEDULES, resolve_precision
 from wddm.training import Step, Trainer
@@ -87,7 +87,7 @@ def train(
 
 def distance_to(images: np.ndarray, train_fwd_level: int = 2) -> Callable[[np.ndarray], float]:
     """What measures samples while training goes on: their Frechet wavelet distance to uint8 images (N, H, W, C)."""
-    real = moments(images, haar_packets(train_fwd_level))
+    real = moments(images, train_fwd_level)
     return lambda samples: frechet_wavelet_distance(real, samples, train_fwd_level).value
 
 

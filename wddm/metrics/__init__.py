@@ -4,9 +4,9 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """The distance by name, whose module needs torch and is imported when it is asked for."""
+    """Of the module that needs torch, when it is asked for."""
     if name != "frechet_wavelet_distance":
         raise AttributeError(f"module 'wddm.metrics' has no attribute {name!r}")
-    from wddm.metrics.frechet import frechet_wavelet_distance
+    from wddm.metrics import frechet
 
-    return frechet_wavelet_distance
+    return frechet.frechet_wavelet_distance

@@ -4,29 +4,23 @@ Images are uint8 (N, H, W, C) or float (N, C, H, W) in [0, 1]. They are read in 
 map of any length will do.
 """
 
-import itertools
 import math
 import mmap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from wddm.metrics.intervals import Estimate, resampled, share
 from wddm.wavelets import WaveletCodec
 
 Images = np.ndarray | Tensor
 Device = str | torch.device
-Vectors = Callable[[Tensor, slice], Tensor]  # images (B, C, H, W) -> vectors (P, B, d) of some of the populations
 BATCH_VALUES = 2**24  # in a batch at most: 128 MiB of float64
-MOST, SIDE, FEATURES = 20_000, 64, 32  # of the classifier: real images at most, their largest side, features of one
-STEPS, BATCH, UNCLEAR = 500, 72, 4  # steps of its training, images in each, of these with shuffled pixels or blended
+MOST = 5000  # labelled real images that a classifier is fitted to and tested on
 
 
 class Spectrum(NamedTuple):
@@ -34,25 +28,33 @@ class Spectrum(NamedTuple):
     power: Estimate[np.ndarray]  # (F,)
 
 
-@dataclass(frozen=True)
-class BandStatistics:
-    """Of every Haar packet, arrays (4^L,), over `count` images."""
-
+class BandStatistics(NamedTuple):  # of every Haar packet, arrays (4^L,)
     bands: list[str]
     energy: Estimate[np.ndarray]  # mean square
     std: np.ndarray
     kurtosis: Estimate[np.ndarray]  # excess: 0 for a Gaussian; nan for a band without any detail
-    count: int
+
+
+class Verdict(NamedTuple):
+    """What a classifier of real images makes of generated ones."""
+
+    class_counts: dict[int, int]  # how many images have each class as their top one
+    confidence: np.ndarray  # (N,), their top probabilities
+    confident: Estimate[float]  # the share of them at or above the threshold
+    held_out: np.ndarray  # (M,), top probabilities of real images that it was not fitted to
+    threshold: float  # the 10th percentile of these: 90 % of real images pass
+    accuracy: Estimate[float]  # the share of these whose class it found
+
+    @property
+    def classes_seen(self) -> int:
+        return sum(count > 0 for count in self.class_counts.values())
 
 
 @dataclass(frozen=True)
 class UnitBatches:
     """Iterates over images, or those in `rows`, in batches (B, C, H, W) of float64 in [0, 1] on the device.
 
-    Apple's GPUs ("mps") have no float64: the CPU takes their place.
-
-    Raises:
-        ValueError: neither uint8 (N, H, W, C) nor float (N, C, H, W), or floats outside [0, 1].
+    Apple's GPUs ("mps") have no float64: the CPU takes their place. ValueError for anything but such images.
     """
 
     images: Images
@@ -65,14 +67,16 @@ class UnitBatches:
         return len(self.images if self.rows is None else self.rows)
 
     def __iter__(self) -> Iterator[Tensor]:
-        images, layout = self.images, "NHWC" if self.images.dtype in (np.uint8, torch.uint8) else "NCHW"
-        if images.ndim != 4 or not len(images) or images.shape[layout.index("C")] not in (1, 2, 3, 4):
+        images, shape = self.images, tuple(self.images.shape)
+        last = images.dtype in (np.uint8, torch.uint8)  # channels are
+        sides = shape[1:3] if last else shape[2:]
+        if len(shape) != 4 or not min(shape) or min(sides) <= 4 < shape[3 if last else 1]:  # so short a side is colours
             raise ValueError(
-                f"got {images.dtype} images {tuple(images.shape)}, wanted uint8 (N, H, W, C) or float "
-                "(N, C, H, W) of 1 to 4 channels: transpose them"
+                f"got {images.dtype} images {shape}, wanted one or more, uint8 (N, H, W, C) or float (N, C, H, W): "
+                "transpose them, or give others"
             )
         device = "cpu" if torch.device(self.device).type == "mps" else self.device
-        size = max(1, min(self.batch_size, BATCH_VALUES // math.prod(images.shape[1:])))
+        size = max(1, min(self.batch_size, BATCH_VALUES // math.prod(shape[1:])))
         for start in range(0, self.count, size):
             part = slice(start, start + size)
             batch = images[part if self.rows is None else self.rows[part]]
@@ -80,7 +84,7 @@ class UnitBatches:
             if isinstance(images, np.memmap) and images.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
                 pages: mmap.mmap = images._mmap  # type: ignore[attr-defined]
                 pages.madvise(mmap.MADV_DONTNEED)  # what was read stays in the system's cache, not in our memory
-            if layout == "NHWC":
+            if last:
                 yield batch.permute(0, 3, 1, 2).double().div_(255)
             elif batch.is_floating_point() and batch.min() >= 0 and batch.max() <= 1:
                 yield batch.double()
@@ -91,11 +95,11 @@ class UnitBatches:
                 )
 
 
-def haar_packets(level: int) -> Vectors:
+def haar_packets(level: int) -> Callable[..., Tensor]:
     """Function of float64 images (B, C, H, W) and a slice that gives these of their 4^L orthonormal Haar packets.
 
-    They come as (P, B, C H W / 4^L), in the order of `WaveletCodec`. The codec's matrix for one cell of 2^L x 2^L
-    pixels is applied to all cells at once: several times faster than splitting level by level.
+    They come as (P, B, C H W / 4^L), in the order of `WaveletCodec`, by one product with the codec's matrix for a cell
+    of 2^L x 2^L pixels: several times faster than splitting level by level.
     """
     side, codec = 2**level, WaveletCodec("haar", level=level, scaling="none").double()
     matrix = codec.encode(torch.eye(4**level, dtype=torch.float64).view(-1, 1, side, side)).flatten(1).T
@@ -109,22 +113,8 @@ def haar_packets(level: int) -> Vectors:
     return packets
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread for small matrices and networks: several are up to ten times slower, and round differently."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def radial_power_spectrum(images: Images) -> Spectrum:
-    """Power to 1/2 cycle/pixel, averaged over rings, colours and images less their means.
-
-    Normalised so that white noise of variance v has power v at every frequency.
-    """
+    """Power to 1/2 cycle/pixel, over rings, colours and images less their means; v for white noise of variance v."""
     height, width = next(iter(UnitBatches(images, batch_size=1))).shape[-2:]
     side, found = min(height, width), []
     y, x = (torch.fft.fftfreq(n, dtype=torch.float64) for n in (height, width))
@@ -139,13 +129,11 @@ def radial_power_spectrum(images: Images) -> Spectrum:
 
 def band_statistics(images: Images, level: int = 3) -> BandStatistics:
     """Energy, spread and tails of the Haar packets; those of details in photographs are heavy-tailed."""
-    split = haar_packets(level)
-    packets = (split(batch, slice(None)) for batch in UnitBatches(images))  # (4^L, B, d)
-    powers = [torch.stack([(values**power).mean(2).T for power in (1, 2, 3, 4)], 1) for values in packets]
-    per_image = torch.cat(powers).numpy()  # (N, 4, 4^L)
+    packets = map(haar_packets(level), UnitBatches(images))  # (4^L, B, d)
+    per_image = torch.cat([torch.stack([(x**p).mean(2).T for p in (1, 2, 3, 4)], 1) for x in packets]).numpy()
     energy, mean = resampled(per_image[:, 1]), per_image[:, 0].mean(0)
     bands, std = WaveletCodec("haar", level=level).bands(), np.sqrt(energy.value - mean**2)
-    return BandStatistics(bands, energy, std, resampled(per_image, _kurtosis), len(per_image))
+    return BandStatistics(bands, energy, std, resampled(per_image, _kurtosis))
 
 
 def _kurtosis(moments: np.ndarray) -> np.ndarray:
@@ -159,8 +147,7 @@ def nearest_neighbours(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k real images nearest to every generated one: rows (n, k) and RMS pixel distances (n, k), in order.
 
-    Candidates are found by products in float32, a batch of real images at a time, and measured in float64, so
-    that a copy has distance 0.
+    Candidates are found by products in float32 and measured in float64, so that a copy has distance 0.
     """
     if not 1 <= k <= len(real):
         raise ValueError(f"got k={k} with {len(real)} real images, wanted 1 to {len(real)}: change k")
@@ -182,125 +169,47 @@ def nearest_neighbours(
     return np.take_along_axis(rows.numpy(), nearest, 1), np.take_along_axis(distances, nearest, 1)
 
 
-def memorised(distances: np.ndarray) -> np.ndarray:
+def memorised(distances: np.ndarray, ratio: float = 1 / 3) -> np.ndarray:
     """Which samples (n,) are copies, by their sorted distances (n, k >= 2) to the nearest training images.
 
-    A copy is at least three times as near to one image as to the next (Yoon et al. 2023); a sample among several equal
-    training images counts as one too.
+    A copy is three times as near to one as to the next (Yoon et al. 2023), or among several equal ones.
     """
     if distances.ndim != 2 or distances.shape[1] < 2:
         raise ValueError(f"got distances {distances.shape}, wanted (n, 2 or more): ask for k=2 neighbours or more")
-    return distances[:, 0] <= distances[:, 1] / 3
+    return distances[:, 0] <= distances[:, 1] * ratio
 
 
-class Verdict(NamedTuple):
-    """What a classifier of real images makes of generated ones."""
-
-    class_counts: dict[int, int]  # how many images have each class as their top one
-    confidence: np.ndarray  # (N,), their top probabilities
-    confident_share: Estimate[float]  # of images at or above the classifier's `threshold`; 0.9 for real ones
-
-    @property
-    def classes_seen(self) -> int:
-        return sum(count > 0 for count in self.class_counts.values())
+def small_pixels(images: Images) -> np.ndarray:
+    """Images averaged to 16 x 16 pixels at most, one vector (N, d) each, for a classifier."""
+    pool = torch.nn.functional.adaptive_avg_pool2d
+    small = [pool(x.float(), (min(16, x.shape[2]), min(16, x.shape[3]))) for x in UnitBatches(images)]
+    return torch.cat(small).flatten(1).numpy()
 
 
-class Classifier(ModelMixin, ConfigMixin):
-    """A small network for a labelled set, and what it achieves on images of the set that it was not trained on.
+def judge(generated: np.ndarray, real: np.ndarray, labels: np.ndarray, seed: int = 0) -> Verdict:
+    """The classes of generated images, and how sure of them a classifier of real ones is; all as vectors (N, d).
 
-    Called with images (B, C, H, W) in [0, 1] it returns features, of which a Frechet distance can be taken;
-    `probabilities` gives those of the classes. It knows what tells these classes apart and nothing else.
+    A logistic regression on 500 radial basis functions, which is sure only of what resembles images that it has seen.
+    It is fitted to three quarters of the images and measured on the rest; those with a negative label are left out.
     """
-
-    @register_to_config
-    def __init__(self, channels: int, side: int, classes: list[int], held_out: int = 0) -> None:
-        super().__init__()
-        widths = [channels, *(32 * min(2**depth, 4) for depth in range(max(1, (side // 4).bit_length())))]
-        blocks = [
-            nn.Sequential(nn.Conv2d(a, b, 3, stride=2 if k else 1, padding=1), nn.GroupNorm(8, b), nn.SiLU())
-            for k, (a, b) in enumerate(itertools.pairwise(widths))
-        ]
-        self.body = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], FEATURES))
-        self.side, self.classes = side, list(classes)
-        self.head = nn.Sequential(nn.SiLU(), nn.Linear(FEATURES, len(classes)))
-        self.register_buffer("right", torch.zeros(held_out))  # 1 where the class of a held-out image was found
-        self.register_buffer("confidence", torch.zeros(held_out, dtype=torch.float64))  # its top probability
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Features (B, 32) of float32 images (B, C, H, W) in [0, 1]; larger ones than `side` are averaged to it."""
-        return self.body(nn.functional.adaptive_avg_pool2d(images, self.side) * 2 - 1)
-
-    @property
-    def accuracy(self) -> Estimate[float]:
-        """The share of held-out images whose class was found."""
-        return share(int(self.right.sum()), len(self.right))
-
-    @property
-    def threshold(self) -> float:
-        """The 10th percentile of the top probability of held-out real images: 90 % of them pass."""
-        return float(np.quantile(self.confidence.cpu().numpy(), 0.1))
-
-    @torch.no_grad()
-    def probabilities(self, images: Images, rows: np.ndarray | None = None) -> np.ndarray:
-        """Class probabilities (N, classes), float64."""
-        batches = UnitBatches(images, rows, device=self.device)
-        return torch.cat([self.head(self(batch.float())).double().softmax(1) for batch in batches]).cpu().numpy()
-
-    def judge(self, generated: Images) -> Verdict:
-        """Classes of generated images, and how sure it is of them."""
-        probability = self.probabilities(generated)
-        confidence = probability.max(1)
-        counts = np.bincount(probability.argmax(1), minlength=len(self.classes)).tolist()
-        confident = share(int(np.sum(confidence >= self.threshold)), len(generated))
-        return Verdict(dict(zip(self.classes, counts, strict=True)), confidence, confident)
-
-
-def fit_classifier(images: np.ndarray, labels: np.ndarray, seed: int = 0) -> Classifier:
-    """Train on three quarters of uint8 images (N, H, W, C) with labels (N,), and measure on the rest; on the CPU.
-
-    Images with a negative label have none, and are left out. The same seed gives the same network.
-    """
+    from sklearn.kernel_approximation import Nystroem
+    from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import train_test_split
+    from sklearn.pipeline import make_pipeline
 
-    rows = np.flatnonzero(labels >= 0)
-    classes = np.unique(labels[rows])
-    if len(images) != len(labels) or len(classes) < 2:
-        raise ValueError(
-            f"got {len(images)} images and {len(labels)} labels of {len(classes)} classes, wanted one label each of 2 "
-            "classes or more: give the labels of these images"
-        )
+    rows, classes = np.flatnonzero(labels >= 0), len(np.unique(labels[labels >= 0]))
+    if len(real) != len(labels) or classes < 2:
+        got = f"got {len(real)} images and {len(labels)} labels of {classes} classes"
+        raise ValueError(f"{got}, wanted one label each of 2 classes or more: give the labels of these images")
     rows = np.random.default_rng(seed).permutation(rows)[:MOST]
     fitted, held_out = train_test_split(rows, test_size=0.25, random_state=seed, stratify=labels[rows])
-    with one_thread(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = Classifier(images.shape[-1], min(SIDE, images.shape[1]), classes.tolist(), len(held_out))
-        _train(network, images, np.searchsorted(classes, labels), fitted)
-        probability = network.eval().probabilities(images, held_out)
-    network.right.copy_(torch.from_numpy(classes[probability.argmax(1)] == labels[held_out]))
-    network.confidence.copy_(torch.from_numpy(probability.max(1)))
-    return network
-
-
-def _train(network: Classifier, images: np.ndarray, targets: np.ndarray, rows: np.ndarray) -> None:
-    """AdamW on a one-cycle schedule, with images shifted by up to a sixteenth of their side.
-
-    A few images of every batch have shuffled pixels and are to be of all classes alike, and a few are blended with
-    others and are to be of both classes (Hendrycks et al. 2019): without them it is as sure of noise as of real images.
-    """
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS)
-    classes, reach = len(network.classes), images.shape[1] // 16
-    shuffled, blended, others = (slice(k * UNCLEAR, (k + 1) * UNCLEAR) for k in range(3))
-    for _ in range(STEPS):
-        chosen = rows[torch.randint(len(rows), (BATCH,)).numpy()]
-        x = torch.cat(list(UnitBatches(images, chosen))).float()
-        x = x.roll(torch.randint(-reach, reach + 1, (2,)).tolist(), (-2, -1))
-        y = nn.functional.one_hot(torch.from_numpy(targets[chosen]), classes).float()
-        x[shuffled] = x[shuffled].flatten(2)[..., torch.randperm(x[0, 0].numel())].view_as(x[shuffled])
-        y[shuffled] = 1 / classes
-        x[blended], y[blended] = (x[blended] + x[others]) / 2, (y[blended] + y[others]) / 2
-        loss = nn.functional.cross_entropy(network.head(network(x)), y, label_smoothing=0.05)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    gamma = 2 / (real.shape[1] * real[fitted].var() + 1e-12)
+    bases = Nystroem(gamma=gamma, n_components=min(500, len(fitted)), random_state=seed)
+    model = make_pipeline(bases, LogisticRegression(C=10, max_iter=500)).fit(real[fitted], labels[fitted])
+    known, probability = (model.predict_proba(vectors) for vectors in (real[held_out], generated))
+    threshold, confidence = float(np.quantile(known.max(1), 0.1)), probability.max(1)
+    counts = np.bincount(probability.argmax(1), minlength=len(model.classes_)).tolist()
+    accuracy = share((model.classes_[known.argmax(1)] == labels[held_out]).sum(), len(held_out))
+    confident = share((confidence >= threshold).sum(), len(confidence))
+    seen = dict(zip(model.classes_.tolist(), counts, strict=True))
+    return Verdict(seen, confidence, confident, known.max(1), threshold, accuracy)

@@ -1,23 +1,20 @@
-"""Frechet distances between sets of images: of wavelet packets (FWD, arXiv 2312.15289) and of a network's features.
+"""FWD, the Frechet distance between the wavelet packets of two sets of images (arXiv 2312.15289).
 
-Images are uint8 (N, H, W, C), a memory map for instance, or float (N, C, H, W) in [0, 1]. They are read in batches,
-and only means and covariances are kept, in float64. What the functions share:
-
-    vectors: what is compared, `haar_packets(level)` or `features(network)`.
-    resamples, seed: how many sets of generated images are drawn for a bootstrap interval, and from which seed; the real
-        images are held fixed. Without resamples the ends of the interval are nan.
-    device: where images are transformed and moments are added up.
+Images are uint8 (N, H, W, C), a memory map for instance, or float (N, C, H, W) in [0, 1], and are cut into 4^level Haar
+packets of d = C H W / 4^level values each. Only means and covariances are kept, in float64, on the `device`.
+`resamples` sets of generated images are drawn by `seed` for a bootstrap interval, with the real images held fixed;
+without them its ends are nan.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Self
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from wddm.metrics.diagnostics import Device, Images, UnitBatches, Vectors, haar_packets, one_thread
+from wddm.metrics.diagnostics import Device, Images, UnitBatches, haar_packets
 from wddm.metrics.intervals import Estimate, distance_estimate, resample_counts
 
 GROUP_BYTES = 2**29  # of covariances held at a time
@@ -25,10 +22,10 @@ GROUP_BYTES = 2**29  # of covariances held at a time
 
 @dataclass(frozen=True)
 class Frechet:
-    """The mean `distance` over P `packets`: 4^L for the FWD, in the channel order of `WaveletCodec`; 1 for features."""
+    """The mean `distance` over the 4^level `packets`, in the channel order of `WaveletCodec`."""
 
     distance: Estimate[float]
-    packets: Estimate[np.ndarray]  # (P,) each
+    packets: Estimate[np.ndarray]  # (4^level,) each
     count_real: int
     count_generated: int
 
@@ -41,77 +38,33 @@ class Frechet:
         return self.packets.value
 
 
+@dataclass(frozen=True)
 class Moments:
-    """Streaming mean (..., d) and unbiased covariance (..., d, d) of vectors, in float64 on the device they are on.
+    """Of P populations of `count` vectors each, in float64."""
 
-    Leading dimensions are independent populations of the same number of vectors. Batches are merged by the
-    update of Chan et al. (1983), which does not cancel where the mean is large.
-
-    >>> moments = Moments().update(np.zeros((5, 3))).update(np.ones((7, 3)))
-    >>> moments.count, moments.mean.shape, moments.covariance.shape
-    (12, (3,), (3, 3))
-    """
-
-    def __init__(self, count: int = 0, mean: Images | float = 0.0, scatter: Images | float = 0.0) -> None:
-        self.count, self._mean, self._scatter = int(count), torch.as_tensor(mean), torch.as_tensor(scatter)
-
-    def update(self, vectors: Images, weights: np.ndarray | None = None) -> Self:
-        """Add vectors (..., n, d), each of them `weights` (n,) times if given (whole numbers)."""
-        x = torch.as_tensor(vectors).detach().double()
-        repeats = x.new_ones(x.shape[-2]) if weights is None else torch.as_tensor(weights).to(x)
-        if not (count := int(repeats.sum())):
-            return self
-        mean = repeats @ x / count  # (..., d)
-        if not mean.isfinite().all():
-            raise ValueError(f"got vectors {tuple(x.shape)} with NaN or infinity, wanted numbers: look at the images")
-        if not self.count:
-            self._mean, self._scatter = torch.zeros_like(mean), mean.new_zeros(*mean.shape, mean.shape[-1])
-        total, shift = self.count + count, mean - self._mean
-        centred = (x - mean[..., None, :]) * repeats.sqrt()[:, None]
-        rows = torch.cat([centred, shift[..., None, :] * (self.count * count / total) ** 0.5], -2)
-        rows = rows.reshape(-1, *rows.shape[-2:])  # (P, n + 1, d)
-        self._scatter.view(-1, *self._scatter.shape[-2:]).baddbmm_(rows.mT, rows)  # in place, to save memory
-        self._mean, self.count = self._mean + shift * (count / total), total
-        return self
-
-    def __getitem__(self, part: slice) -> "Moments":
-        """The moments of some of the populations, as a view of these."""
-        return Moments(self.count, self._mean[part], self._scatter[part])
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Arrays from which `Moments(**state)` is built again."""
-        return {"count": np.array(self.count), "mean": self.mean, "scatter": self._scatter.cpu().numpy()}
-
-    @property
-    def mean(self) -> np.ndarray:
-        return self._mean.cpu().numpy()
-
-    @property
-    def covariance(self) -> np.ndarray:
-        if self.count < 2:
-            raise ValueError(f"got {self.count} vectors, wanted 2 or more for a covariance: give more")
-        return self._scatter.cpu().numpy() / (self.count - 1)
+    count: int | np.ndarray
+    mean: np.ndarray  # (P, d)
+    covariance: np.ndarray  # (P, d, d), unbiased
 
 
-Side = Images | UnitBatches | Moments  # of a distance: images, or the moments of their vectors
+Side = Images | UnitBatches | Moments  # of a distance: images, or the moments of their packets
 
 
 def frechet_distance(mean1: Images, cov1: Images, mean2: Images, cov2: Images) -> float | np.ndarray:
     """Squared Frechet distance of Gaussians, |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2).
 
-    The last trace is the sum of the singular values of F1' F2 for any F F' = C: real, symmetric in its arguments, and
-    exact for singular covariances (Dowson & Landau 1982). Means (..., d), covariances (..., d, d) -> (...), a float if
-    there are no leading dimensions.
+    The last trace is the sum of the singular values of F1' F2 for any F F' = C: real, symmetric, and exact for singular
+    covariances (Dowson & Landau 1982). Means (..., d), covariances (..., d, d) -> (...), a float if that is nothing.
     """
     m1, c1, m2, c2 = (torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in (mean1, cov1, mean2, cov2))
     if m1.shape != m2.shape or not c1.shape == c2.shape == (*m1.shape, m1.shape[-1]):
         shapes = ", ".join(str(tuple(v.shape)) for v in (m1, c1, m2, c2))
         raise ValueError(f"got shapes {shapes}, wanted (..., d), (..., d, d) twice: compare vectors of equal size")
-    with one_thread():
-        cross = torch.linalg.svdvals(factor(c1).mT @ factor(c2)).sum(-1)
+    with threadpool_limits(1):  # several are up to ten times slower on small matrices, and round differently
+        cross = np.linalg.svd((factor(c1).mT @ factor(c2)).numpy(), compute_uv=False).sum(-1)
     traces = (c1 + c2).diagonal(dim1=-2, dim2=-1).sum(-1)
-    distance = ((m1 - m2).square().sum(-1) + traces - 2 * cross).numpy()
-    return distance if distance.ndim else float(distance)
+    distance = ((m1 - m2).square().sum(-1) + traces).numpy() - 2 * cross
+    return distance if np.ndim(distance) else float(distance)
 
 
 def factor(matrix: Tensor) -> Tensor:
@@ -123,39 +76,44 @@ def factor(matrix: Tensor) -> Tensor:
     return found
 
 
-def features(network: Callable[[Tensor], Tensor]) -> Vectors:
-    """What a torch module in eval mode makes of float32 images (B, C, H, W) in [0, 1]: features (B, d)."""
-    return lambda batch, part: torch.no_grad()(network)(batch.float())[None][part]
-
-
-def moments(images: Images, vectors: Vectors, *, device: Device = "cpu") -> Moments:
-    """Moments (P, d) of the vectors of images: of 4^L Haar packets of d = C H W / 4^L values, or of features, P = 1."""
-    return _moments(UnitBatches(images, device=device), vectors)[0]
-
-
 def frechet_wavelet_distance(
     real: Side, generated: Side, level: int = 3, *, resamples: int = 0, seed: int = 0, device: Device = "cpu"
 ) -> Frechet:
-    """Mean over the 4^L Haar packets of the Frechet distance of real and generated values (arXiv 2312.15289).
+    """Mean over the 4^level Haar packets of the Frechet distance of real and generated values.
 
-    The distance is biased upwards, about as 1 / images: compare only numbers with equal counts, and see
-    `split_floor`. Time grows with d^3, d = C H W / 4^L: images of 256 x 256 want level 5.
-
-    Raises:
-        ValueError: fewer images than the d values of a packet, so that a covariance would be singular.
+    It is biased upwards, about as 1 / images: compare only numbers with equal counts, and see `split_floor`. Time grows
+    with d^3: images of 256 x 256 want level 5. ValueError for fewer than d images, whose covariance is singular.
     """
-    return distance(real, generated, haar_packets(level), resamples=resamples, seed=seed, device=device)
+    if resamples < 0 or resamples == 1 or (resamples and isinstance(generated, Moments)):
+        raise ValueError(f"got resamples={resamples}, wanted 0, or 2 and more of images, not of moments: change it")
+    sides = (real, generated)
+    one, other = (s if isinstance(s, UnitBatches | Moments) else UnitBatches(s, device=device) for s in sides)
+    for side in (one, other):
+        if isinstance(side, Moments) and len(side.mean) != 4**level:
+            raise ValueError(f"got moments of {len(side.mean)} packets, wanted {4**level}: take the same level")
+    values = other.mean.shape[1] if isinstance(other, Moments) else check(other, level)
+    count = int(other.count)
+    weights = np.concatenate([np.ones((1, count), int), resample_counts(count, resamples, seed)])  # (1 + R, n)
+    step = max(1, GROUP_BYTES // (8 * values**2 * (2 + resamples)))  # packets at a time
+    found: list[np.ndarray] = []
+    for part in (slice(start, start + step) for start in range(0, 4**level, step)):
+        (m,), drawn = _moments(one, level, part), _moments(other, level, part, weights)
+        found.append(np.array([frechet_distance(m.mean, m.covariance, n.mean, n.covariance) for n in drawn]))
+    distances = np.concatenate(found, 1)  # (1 + R, 4^level), the first row of the images as they are
+    per_packet, redrawn = distances[0], distances[1:]
+    mean = distance_estimate(float(per_packet.mean()), redrawn.mean(1))
+    return Frechet(mean, distance_estimate(per_packet, redrawn), int(one.count), count)
 
 
 def split_floor(
-    real: Images, vectors: Vectors, count: int | None = None, resamples: int = 0, seed: int = 0, device: Device = "cpu"
+    real: Images, level: int = 3, count: int | None = None, *, resamples: int = 0, seed: int = 0, device: Device = "cpu"
 ) -> Frechet:
     """The distance of `count` real images chosen at random, by default half of them, to all the others.
 
     A perfect generator, compared with all N, scores lower: by about (1/n + 1/N) / (1/n + 1/(N - n)) for n = `count`.
     """
     chosen, others = (UnitBatches(real, rows, device=device) for rows in split(len(real), count, seed))
-    return distance(others, chosen, vectors, resamples=resamples, seed=seed)
+    return frechet_wavelet_distance(others, chosen, level, resamples=resamples, seed=seed)
 
 
 def split(size: int, count: int | None = None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -167,60 +125,51 @@ def split(size: int, count: int | None = None, seed: int = 0) -> tuple[np.ndarra
     return np.sort(shuffled[:count]), np.sort(shuffled[count:])
 
 
-def distance(
-    real: Side, generated: Side, vectors: Vectors, *, resamples: int = 0, seed: int = 0, device: Device = "cpu"
-) -> Frechet:
-    """The mean Frechet distance over the populations of vectors.
+def moments(images: Images, level: int = 3, *, device: Device = "cpu") -> Moments:
+    """Of the 4^level packets of images: what `frechet_wavelet_distance` takes in their place."""
+    return _moments(UnitBatches(images, device=device), level)[0]
 
-    Of Inception's features it is the FID; of others it is not and must not be called so. Moments are taken of so many
-    populations at a time that GROUP_BYTES hold them.
+
+def accumulated(batches: Iterable[Tensor], weights: np.ndarray) -> list[Moments]:
+    """Of float64 vectors that come in batches (P, n, d), repeated as every line of `weights` (R, N) says.
+
+    Sums are of differences from the mean of the first batch, so that nothing cancels where means are large.
     """
-    if resamples < 0 or resamples == 1 or (resamples and isinstance(generated, Moments)):
-        raise ValueError(f"got resamples={resamples}, wanted 0, or 2 and more of images, not of moments: change it")
-    one, other = (
-        side if isinstance(side, UnitBatches | Moments) else UnitBatches(side, device=device)
-        for side in (real, generated)
-    )
-    (populations, size), (wanted, _) = _shape(one, vectors), _shape(other, vectors)
-    if populations != wanted:
-        raise ValueError(f"got moments of {populations} packets, wanted {wanted}: take the same level")
-    once = np.ones((1, other.count), int)
-    weights = np.concatenate([once, resample_counts(other.count, resamples, seed)])  # (1 + R, n)
-    step = max(1, GROUP_BYTES // (8 * size**2 * (2 + resamples)))
-    found: list[np.ndarray] = []
-    for part in (slice(start, start + step) for start in range(0, populations, step)):
-        (m,), drawn = _moments(one, vectors, part), _moments(other, vectors, part, weights)
-        found.append(np.array([frechet_distance(m.mean, m.covariance, n.mean, n.covariance) for n in drawn]))
-    distances = np.concatenate(found, 1)  # (1 + R, P), the first row of the images as they are
-    per_packet, redrawn = distances[0], distances[1:]
-    mean = distance_estimate(float(per_packet.mean()), redrawn.mean(1))
-    return Frechet(mean, distance_estimate(per_packet, redrawn), one.count, other.count)
+    start, counts = 0, weights.sum(1)
+    for k, x in enumerate(batches):
+        if not k:
+            origin = x.mean(1, keepdim=True)
+            sums = x.new_zeros(len(weights), len(x), x.shape[-1])
+            squares = x.new_zeros(*sums.shape, x.shape[-1])
+        x, parts = x - origin, torch.as_tensor(weights[:, start : start + x.shape[1]]).to(x)
+        sums += torch.einsum("rn,pnd->rpd", parts, x)
+        for each, part in zip(squares, parts, strict=True):
+            each.baddbmm_((x * part[:, None]).mT, x)  # in place, to save memory
+        start += x.shape[1]
+    found = []
+    for count, first, second in zip(counts.tolist(), sums, squares, strict=True):
+        covariance = second.sub_(first[..., None] * first[..., None, :] / count).div_(count - 1)
+        found.append(Moments(count, (origin[:, 0] + first / count).cpu().numpy(), covariance.cpu().numpy()))
+    return found
 
 
-def _shape(side: UnitBatches | Moments, vectors: Vectors) -> tuple[int, int]:
-    """How many populations there are, and values in a vector."""
-    if isinstance(side, Moments):
-        return side.mean.shape[0], side.mean.shape[1]
-    populations, _, size = vectors(next(iter(replace(side, batch_size=1))), slice(None)).shape
-    return populations, size
+def check(images: UnitBatches, level: int) -> int:
+    """How many values a packet has; refuses what are no such images, or fewer than that."""
+    values = haar_packets(level)(next(iter(replace(images, batch_size=1)))).shape[-1]
+    if images.count < (minimum := max(values, 2)):
+        raise ValueError(
+            f"got {images.count} images for packets of {values} values, wanted {minimum} images or more: give more "
+            "images (num_samples), or choose a deeper level (fwd_level)"
+        )
+    return values
 
 
 def _moments(
-    side: UnitBatches | Moments, vectors: Vectors, part: slice = slice(None), weights: np.ndarray | None = None
+    side: UnitBatches | Moments, level: int, part: slice = slice(None), weights: np.ndarray | None = None
 ) -> list[Moments]:
-    """Moments of some populations, with the images repeated as each line of `weights` (R, n) says, or once."""
+    """Moments of some packets, with the images repeated as each line of `weights` (R, n) says, or once."""
     if isinstance(side, Moments):
-        return [side[part]]
-    weights = np.ones((1, side.count), int) if weights is None else weights
-    sums, start = [Moments() for _ in weights], 0
-    for batch in side:
-        found = vectors(batch, part)  # (P, B, d)
-        if side.count < (minimum := max(found.shape[-1], 2)):
-            raise ValueError(
-                f"got {side.count} images for vectors of {found.shape[-1]} values, wanted {minimum} images or more: "
-                "give more images, or choose a deeper level (fewer features)"
-            )
-        for total, weight in zip(sums, weights, strict=True):
-            total.update(found, weight[start : start + len(batch)])
-        start += len(batch)
-    return sums
+        return [Moments(side.count, side.mean[part], side.covariance[part])]
+    check(side, level)
+    packets, weights = haar_packets(level), np.ones((1, side.count)) if weights is None else weights
+    return accumulated((packets(batch, part) for batch in side), weights)

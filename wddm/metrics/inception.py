@@ -1,11 +1,11 @@
-"""Inception: FID, KID, Inception score, precision and recall, as torch-fidelity computes them.
+"""Inception: FID, KID, Inception score, precision and recall by torch-fidelity, from features extracted once.
 
-Here the features are extracted once for all of them, and every number gets its interval. Images are uint8
-(N, H, W, 1 or 3).
+Here every number gets its interval. Images are uint8 (N, H, W, 1 or 3).
 """
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,18 +14,14 @@ from wddm.metrics.frechet import factor
 from wddm.metrics.intervals import Estimate, distance_estimate, resample_counts, share
 
 LAYERS = ("2048", "logits_unbiased")
-BATCH = 64  # torch-fidelity's own: features round differently in batches of another size
-SUBSET, SPLITS = 1000, 10  # images in a subset of KID, parts of IS; its own too, as are 100 subsets and seed 2020
+SPLITS = 10  # parts of IS: torch-fidelity's own, as are 100 subsets of KID, seed 2020 and batches of 64
 NORMAL90 = 1.6449  # half a 90 % interval of a Gaussian, in standard deviations
 Features = dict[str, np.ndarray]
+Progress = Callable[[range], Iterable[int]]
 
 
 def find_weights(path: str | Path | None = None) -> Path | None:
-    """The file given, or the one that torch-fidelity has downloaded, or None.
-
-    Raises:
-        ValueError: the file given is not there, or not Inception's.
-    """
+    """The file given, which must be Inception's, or the one that torch-fidelity has downloaded, or None."""
     if path is None:
         return found if (found := _source()[1]).is_file() else None
     got, wanted = f"got inception_weights={str(path)!r}", f"wanted torch-fidelity's: {remedy()}"
@@ -52,52 +48,59 @@ def build(weights: Path, device: str | torch.device = "cpu") -> torch.nn.Module:
     return create_feature_extractor("inception-v3-compat", list(LAYERS), **options).to(device)
 
 
-def features(
-    images: np.ndarray, network: torch.nn.Module, progress: Callable[[range], Iterable[int]] = lambda batches: batches
-) -> Features:
-    """float32 "2048" (N, 2048) and "logits_unbiased" (N, 1008)."""
+def features(images: np.ndarray, network: Any, progress: Progress = iter, batch: int = 64) -> Features:
+    """What a feature extractor of torch-fidelity makes of grey or RGB images: float32 (N, d) by its feature's name."""
     device, found = next(network.parameters()).device, []
-    for start in progress(range(0, len(images), BATCH)):
-        batch = torch.from_numpy(np.array(images[start : start + BATCH])).permute(0, 3, 1, 2)  # (B, C, H, W)
+    for start in progress(range(0, len(images), batch)):
+        x = torch.from_numpy(np.array(images[start : start + batch])).permute(0, 3, 1, 2)  # (B, C, H, W)
         with torch.no_grad():
-            found.append([output.cpu() for output in network(batch.expand(-1, 3, -1, -1).to(device))])
-    return {name: torch.cat(parts).numpy() for name, *parts in zip(LAYERS, *found, strict=True)}
+            found.append([output.cpu() for output in network(x.expand(-1, 3, -1, -1).to(device))])
+    return {name: torch.cat(parts).numpy() for name, *parts in zip(network.features_list, *found, strict=True)}
 
 
 def scores(generated: Features, real: Features, *, resamples: int = 20, seed: int = 0) -> dict[str, Estimate[float]]:
-    """fid, kid, inception_score, precision and recall with their intervals.
-
-    FID: `fid_interval`. KID: where 90 % of the subsets lie. IS: the standard error over its parts. Precision and
-    recall, of `generated` and `real` images in the other set's balls of 3 neighbours: binomial (Wilson), with the
-    balls held fixed.
-    """
+    """fid (see `fid_interval`), inception_score (its interval: the standard error over its parts), and `by_kernel`."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
+
+    sides = [fid_features_to_statistics(torch.from_numpy(side["2048"])) for side in (generated, real)]
+    fid = fid_statistics_to_metric(*sides, False)["frechet_inception_distance"]
+    mean, spread = isc_features_to_metric(torch.from_numpy(generated["logits_unbiased"]), splits=SPLITS).values()
+    half = NORMAL90 * spread / SPLITS**0.5
+    kernel, interval = by_kernel(generated["2048"], real["2048"]), fid_interval(fid, generated, real, resamples, seed)
+    return {"fid": interval, "inception_score": Estimate(mean, mean - half, mean + half)} | kernel
+
+
+def by_kernel(
+    generated: np.ndarray, real: np.ndarray, subset_size: int = 1000, end: str = ""
+) -> dict[str, Estimate[float]]:
+    """KID, precision and recall of features (N, d) and (M, d), 10 or more of each; keys with an `end`.
+
+    KID is the mean over 100 random subsets of `subset_size` images, at most half of the smaller set, so that their
+    spread tells the error of the whole (the jackknife of Shao & Wu 1989). Precision and recall, of `generated` and
+    `real` images in the other set's balls of 3 neighbours: binomial (Wilson), with the balls held fixed.
+    """
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    pools = [torch.from_numpy(side["2048"]) for side in (generated, real)]
-    found = fid_statistics_to_metric(*map(fid_features_to_statistics, pools), False)
-    found |= kid_features_to_metric(*pools, kid_subset_size=min(SUBSET, *map(len, pools)), verbose=False)
-    found |= isc_features_to_metric(torch.from_numpy(generated["logits_unbiased"]), splits=SPLITS)
-    found |= prc_features_to_metric(*pools, save_cpu_ram=True, prc_batch_size=2000, verbose=False)
-    fid = found["frechet_inception_distance"]
-    estimates = {"fid": fid_interval(fid, generated, real, resamples=resamples, seed=seed)}
-    for key, name, parts in (("kid", "kernel_inception_distance", 1), ("inception_score", "inception_score", SPLITS)):
-        mean, half = found[f"{name}_mean"], NORMAL90 * found[f"{name}_std"] / parts**0.5
-        estimates[key] = Estimate(mean, mean - half, mean + half)
+    if (smaller := min(len(generated), len(real))) < 10:
+        raise ValueError(f"got {len(generated)} images and {len(real)} real ones, wanted 10 or more of each: give more")
+    pools, size = [torch.from_numpy(side) for side in (generated, real)], min(subset_size, smaller // 2)
+    mean, spread = kid_features_to_metric(*pools, kid_subset_size=size, verbose=False).values()
+    half = NORMAL90 * spread * (size / (smaller - size)) ** 0.5
+    found = prc_features_to_metric(*pools, save_cpu_ram=True, prc_batch_size=2000, verbose=False)
+    estimates = {f"kid{end}": Estimate(mean, mean - half, mean + half)}
     for key, pool in zip(("precision", "recall"), pools, strict=True):
-        estimates[key] = share(round(found[key] * len(pool)), len(pool))._replace(value=found[key])
+        estimates[key + end] = share(round(found[key] * len(pool)), len(pool))._replace(value=found[key])
     return estimates
 
 
 def fid_interval(
-    fid: float, generated: Features, real: Features, *, resamples: int = 20, seed: int = 0
+    fid: float, generated: Features, real: Features, resamples: int = 20, seed: int = 0
 ) -> Estimate[float]:
     """A FID with its bootstrap interval; the real images are held fixed.
 
-    Features are multiplied once by a factor of the real covariance, so that a resampled set costs the eigenvalues of
-    one symmetric matrix.
+    A resampled set costs the eigenvalues of one symmetric matrix, of features times a factor of the real covariance.
     """
     reference = real["2048"].astype(np.float64)
     centre, root = reference.mean(0), factor(torch.from_numpy(np.cov(reference.T))).numpy()

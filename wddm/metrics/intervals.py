@@ -25,10 +25,7 @@ def resample_counts(count: int, resamples: int, seed: int = 0) -> np.ndarray:
 def resampled(
     per_image: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray] | None = None, *, seed: int = 0
 ) -> Estimate[np.ndarray]:
-    """The mean of `per_image` (N, ...) with its bootstrap percentile interval, from 200 resampled sets.
-
-    Or a statistic of that mean: it maps means (R, ...) of R sets to values (R, ...).
-    """
+    """The mean of `per_image` (N, ...), or a statistic of means (R, ...), with its interval from 200 resampled sets."""
     count = len(per_image)
     weights = np.concatenate([np.ones((1, count)), resample_counts(count, 200, seed)]) / count
     means = (weights @ per_image.reshape(count, -1)).reshape(-1, *per_image.shape[1:])
@@ -39,8 +36,7 @@ def resampled(
 def distance_estimate(value: Value, drawn: np.ndarray) -> Estimate[Value]:
     """A distance with its percentile interval, from its values `drawn` (R, ...) on R resampled sets, if there are any.
 
-    The mean of `drawn` is subtracted: duplicates in a resampled set make every distance larger, which is no part of
-    its uncertainty. A distance is not negative, and neither are the ends.
+    Their mean is subtracted: duplicates in a resampled set make every distance larger, which is no uncertainty.
     """
     if not len(drawn):
         return Estimate(value, np.nan * value, np.nan * value)
@@ -55,10 +51,7 @@ def share(hits: int, count: int) -> Estimate[float]:
 
 
 def median(values: np.ndarray) -> Estimate[float]:
-    """The median of values (N,) with its interval between two order statistics, which holds for any distribution.
-
-    For fewer than 8 values the interval is their range. Its confidence is 1 - 2^(1 - N): under 90 % for N < 5.
-    """
+    """The median of values (N,), its interval between two order statistics; their range for fewer than 8 values."""
     from scipy.stats import binom
 
     ends = (binom.ppf(ENDS, len(values), 0.5).astype(int) - [1, 0]).clip(0, len(values) - 1)
@@ -66,8 +59,5 @@ def median(values: np.ndarray) -> Estimate[float]:
 
 
 def band(values: np.ndarray, confidence: float = 0.9) -> float:
-    """Half the width of the band that holds the whole distribution function from which values (N,) were drawn.
-
-    Dvoretzky, Kiefer and Wolfowitz (1956) with the constant of Massart (1990): holds for any distribution.
-    """
+    """Half the width of the band that holds the whole distribution function of values (N,) (Massart 1990)."""
     return float(np.sqrt(np.log(2 / (1 - confidence)) / (2 * len(values))))

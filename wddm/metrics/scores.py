@@ -1,34 +1,42 @@
-"""Scores: what a set of images is worth beside a prepared one: METRICS by name, and all of them by `evaluate`.
+"""Scores of samples beside a prepared set: METRICS by name, and all of them by `evaluate`.
 
-Every metric is a function of samples (uint8, (N, H, W, C)), a reference and `Options` that returns scores, each with
-its interval and its floor. A new one is a function and its entry in METRICS. What depends on the reference alone is
-kept in `.statistics/` of its folder, under the sha256 of its images.
+A metric is a function of samples (uint8, (N, H, W, C)), a reference and `Options` that returns scores with interval and
+floor; a new one is a function and its entry in METRICS. What depends on the reference alone is kept in `.statistics/`
+of its folder, under the sha256 of its images.
 """
 
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 from PIL import Image
 
 from wddm.data import Dataset, load
-from wddm.files import sha256, whole, written_aside
+from wddm.files import sha256, whole
 from wddm.metrics import diagnostics, frechet, inception
-from wddm.metrics.diagnostics import Vectors, haar_packets
+from wddm.metrics.diagnostics import UnitBatches
 from wddm.metrics.intervals import Estimate, median, share
 
 RESAMPLES = 20
 SEARCHED = 256  # samples whose nearest real images are looked for
+LARGEST = 10_000  # samples, and real images, that precision and recall by EfficientNet compare at most
 INCEPTION = {  # key of metrics.json -> name
     "fid": "FID", "kid": "KID", "inception_score": "Inception score", "precision": "precision", "recall": "recall",
+}  # fmt: skip
+EFFICIENTNET = {
+    "kid_efficientnet": "KID, EfficientNet-Lite0 on ImageNet, not Inception (x 1000)",
+    "precision_efficientnet": "precision, EfficientNet-Lite0", "recall_efficientnet": "recall, EfficientNet-Lite0",
+}  # fmt: skip
+COPIES = {
+    "nearest_distance": "median distance to the nearest real image",
+    "copies_share": "share nearer to one than 99 % of those are", "memorised_share": "share memorised",
 }  # fmt: skip
 Estimates = dict[str, Estimate[float]]
 
@@ -41,7 +49,8 @@ class Options:
     seed: int = 0  # of everything random
     device: diagnostics.Device = "cpu"  # where networks run and moments are added up
     inception_weights: str | Path | None = None  # torch-fidelity's file; None: where torch-fidelity downloads it to
-    progress: Callable[[range], Iterable[int]] = lambda batches: batches  # wraps a range of batches, to show a bar
+    progress: Callable[[range], Iterable[int]] = iter  # wraps a range of batches, to show a bar
+    memo: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)  # features of the last samples
 
 
 @dataclass(frozen=True)
@@ -66,11 +75,13 @@ class Score:
         return self.estimate and self.estimate.value
 
     def row(self) -> dict[str, Any]:
-        """For a table."""
-        interval = "{1:.3g} to {2:.3g}".format(*self.estimate) if self.estimate else ""
-        floor = "{:.3g} ({:.3g} to {:.3g})".format(*self.floor) if self.floor else ""
+        """For a table, where KID is shown x 1000 if its name says so."""
+        scale = 1000 if "x 1000" in self.name else 1
+        value, *ends = np.multiply(self.estimate, scale).tolist() if self.estimate else (None,)
+        floor = np.multiply(self.floor, scale) if self.floor else ()
         return {
-            "metric": self.name, "value": self.value, "90 % interval": interval, "floor": floor,
+            "metric": self.name, "value": value, "90 % interval": "{:.3g} to {:.3g}".format(*ends) if ends else "",
+            "floor": "{:.3g} ({:.3g} to {:.3g})".format(*floor) if len(floor) else "",
             "images": self.count, "real": self.count_real, "how": self.protocol,
         }  # fmt: skip
 
@@ -92,78 +103,137 @@ def evaluate(samples: np.ndarray, reference: Dataset, options: Options = Options
             f"got {samples.dtype} images {samples.shape[1:]} and a reference of {reference.images.shape[1:]}, wanted "
             "uint8 and the same height, width and colours: give another reference, or convert the images"
         )
-    inception.find_weights(options.inception_weights)  # a mistake is told before anything is computed
+    inception.find_weights(options.inception_weights)  # mistakes are told before anything is computed
+    for images in (samples, reference.images):
+        frechet.check(UnitBatches(images), options.level)
     return {name: metric(samples, reference, options) for name, metric in METRICS.items()}
+
+
+def perceptual(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
+    """KID, precision and recall of EfficientNet's features, or one score without a value and why there is none.
+
+    Of more than LARGEST samples or real images every second, say, is compared.
+    """
+    key, counts = "kid_efficientnet", (len(samples), len(reference.images))
+    compare = partial(inception.by_kernel, subset_size=500, end="_efficientnet")
+    try:
+        pools = [pool[:: -(-len(pool) // LARGEST)] for pool in efficientnet(samples, reference, options)]
+        found = compare(*pools)
+    except ValueError as error:
+        return [Score(key, EFFICIENTNET[key], None, None, *counts, f"not computed: {error}")]
+
+    def between(*sides: np.ndarray) -> Estimates:
+        return compare(*(pools[1][rows] for rows in sides))
+
+    counts = len(pools[0]), len(pools[1])
+    said = f"torch-fidelity, 100 subsets of {min(500, min(counts) // 2)}"
+    return _scores(EFFICIENTNET, "efficientnet", found, between, counts, said, reference, options)
 
 
 def wavelet(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
     """FWD; `detail` is the `frechet.Frechet` with all packets."""
-    name, stem, vectors = f"FWD, level {options.level}", f"fwd-level{options.level}", haar_packets(options.level)
-    return [_distance("fwd", name, stem, vectors, samples, reference, options)]
+    level, images, stem = options.level, reference.images, f"fwd-level{options.level}"
+    measured: Any = {"resamples": RESAMPLES, "seed": options.seed, "device": options.device}
+    kept = _kept(reference, f"{stem}-moments", lambda: vars(frechet.moments(images, level, device=options.device)))
+    found = frechet.frechet_wavelet_distance(frechet.Moments(**kept), samples, level, **measured)
+
+    def between(chosen: np.ndarray, others: np.ndarray) -> Estimates:
+        return {"fwd": frechet.split_floor(images, level, len(chosen), **measured).distance}
+
+    names, counts, said = {"fwd": f"FWD, level {level}"}, (len(samples), len(images)), f"{RESAMPLES} resamples"
+    (score,) = _scores(names, stem, {"fwd": found.distance}, between, counts, said, reference, options)
+    return [replace(score, detail=found)]
 
 
 def classifier(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
-    """Frechet distance in the features of a small classifier of the reference; `detail` is the `frechet.Frechet`."""
-    known_as = f"{reference.manifest['dataset']}-{reference.manifest['resolution']}-classifier"
-    key, name = f"fd_{known_as.replace('-', '_')}", f"FD, {known_as} (not FID)"
+    """The share of samples of whose class a classifier is as sure as of 90 % of real images; `detail`: its `Verdict`.
+
+    It is fitted to the reference: to EfficientNet's features of colour images, or else to pixels.
+    """
+    score = partial(Score, "confident_share", "share as sure as 90 % of real images")
+    counts, labels, vectors = (len(samples), len(reference.images)), reference.labels, None
     try:
-        network = reference_classifier(reference, options.seed)
-        stem = f"{known_as}-{hashlib.sha256(safetensors.torch.save(network.state_dict())).hexdigest()[:8]}"
-        vectors = frechet.features(network.to(options.device))
-        score = _distance(key, name, stem, vectors, samples, reference, options)
-    except ValueError as error:  # no labels, or too few images
-        return [Score(key, name, None, None, len(samples), len(reference.images), f"not computed: {error}")]
-    judged = f"classifier right on {network.accuracy.value:.1%} of {len(network.right):,} held-out images"
-    return [replace(score, protocol=f"{score.protocol}; {judged}")]
+        if labels is None:
+            raise ValueError("the reference has no labels")
+        with suppress(ValueError):
+            vectors = efficientnet(samples, reference, options) if samples.shape[-1] == 3 else None
+        pools = vectors or tuple(map(diagnostics.small_pixels, (samples, reference.images)))
+        verdict = diagnostics.judge(pools[0], pools[1], labels, options.seed)
+    except ValueError as error:
+        return [score(None, None, *counts, f"not computed: {error}")]
+    real, right = verdict.held_out, verdict.accuracy.value
+    said = f"classifier of {'features' if vectors else 'pixels'}, right on {right:.1%} of {len(real):,} held-out images"
+    return [score(verdict.confident, share((real >= verdict.threshold).sum(), len(real)), *counts, said, verdict)]
 
 
 def by_inception(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
     """FID, KID, Inception score, precision and recall; one score without a value where there are no weights."""
     counts, path = (len(samples), len(reference.images)), inception.find_weights(options.inception_weights)
-    if path is None:
-        names = ", ".join(INCEPTION.values())
-        return [Score("fid", names, None, None, *counts, "not computed: no Inception weights")]
+    if path is None or samples.shape[-1] not in (1, 3):
+        why = "images that are neither grey nor RGB" if path else "no Inception weights"
+        return [Score("fid", ", ".join(INCEPTION.values()), None, None, *counts, f"not computed: {why}")]
     digest, network = sha256(path), inception.build(path, options.device)
     extract = partial(inception.features, network=network, progress=options.progress)
     compare = partial(inception.scores, resamples=RESAMPLES, seed=options.seed)
+    stem = f"inception-{digest[:16]}"
+    real = _kept(reference, stem, lambda: extract(reference.images))
 
-    def between_real(count: int) -> Estimates:
-        chosen, others = frechet.split(len(reference.images), count, options.seed)
-        return compare(*({name: values[rows] for name, values in real.items()} for rows in (chosen, others)))
+    def between(*sides: np.ndarray) -> Estimates:
+        return compare(*({name: values[rows] for name, values in real.items()} for rows in sides))
 
-    real = _kept(reference, f"inception-{digest[:16]}", lambda: extract(reference.images))
-    found = compare(extract(samples), real)
-    floors = _floors(f"inception-{digest[:16]}", between_real, samples, reference, options)
-    protocol = f"torch-fidelity, weights {digest[:8]}, {_protocol(options)}"
-    return [Score(key, name, found[key], floors.get(key), *counts, protocol) for key, name in INCEPTION.items()]
+    said, found = f"torch-fidelity, weights {digest[:8]}, {RESAMPLES} resamples", compare(extract(samples), real)
+    return _scores(INCEPTION, stem, found, between, counts, said, reference, options)
 
 
 def copies(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
     """Whether samples are training images: distance to the nearest, share nearer than real ones, share memorised.
 
-    The first SEARCHED samples are compared with all real images; as many real images, with all others, give the floor.
+    By pixels, and by EfficientNet's features where these can be had, which also know a shifted or mirrored image. The
+    first SEARCHED samples are compared with all real images; as many real images, with all others, give the floor.
     `detail`: rows and distances (n, 3) of the samples' neighbours, distances (m, 2) of the real images'.
     """
-    real = reference.images
-    rows, distances = diagnostics.nearest_neighbours(samples[:SEARCHED], real, k=3)
-    drawn = np.random.default_rng(options.seed).choice(len(real), min(SEARCHED, len(real)), replace=False)
-    apart = diagnostics.nearest_neighbours(real[np.sort(drawn)], real, k=3)[1][:, 1:]  # the nearest is the image itself
-    near, memorised = np.quantile(apart[:, 0], 0.01), diagnostics.memorised
-    statistics: dict[str, tuple[str, Callable[[np.ndarray], Estimate[float]]]] = {
-        "nearest_distance": ("median distance to the nearest real image", lambda d: median(d[:, 0])),
-        "copies_share": ("share nearer to one than 99 % of those are", lambda d: share((d[:, 0] < near).sum(), len(d))),
-        "memorised_share": ("share memorised", lambda d: share(memorised(d).sum(), len(d))),
-    }
-    counts, detail = (len(distances), len(real)), {"rows": rows, "distances": distances, "apart": apart}
-    return [
-        Score(key, name, estimate(distances), estimate(apart), *counts, f"seed {options.seed}", detail)
-        for key, (name, estimate) in statistics.items()
-    ]
+    real, scores, draw = reference.images, [], np.random.default_rng(options.seed).choice
+    kinds: list[tuple] = [("", "", samples, real, diagnostics.nearest_neighbours, 1 / 3)]
+    with suppress(ValueError):
+        pools = efficientnet(samples, reference, options)
+        from wddm.metrics.perceptual import COPY, neighbours
+
+        kinds.append(("_efficientnet", ", by features", *pools, neighbours, COPY))
+    drawn = np.sort(draw(len(real), min(SEARCHED, len(real)), replace=False))
+    for end, by, one, other, nearest, ratio in kinds:
+        rows, distances = nearest(one[:SEARCHED], other, k=3)
+        apart = nearest(other[drawn], other, k=3)[1][:, 1:]  # the nearest is the image itself
+        near, estimates = np.quantile(apart[:, 0], 0.01), []
+        detail = {"rows": rows, "distances": distances, "apart": apart}
+        for d in (distances, apart):
+            shares = d[:, 0] < near, diagnostics.memorised(d, ratio)
+            estimates.append([median(d[:, 0]), *(share(hits.sum(), len(d)) for hits in shares)])
+        for (key, name), *both in zip(COPIES.items(), *estimates, strict=True):
+            said = f"seed {options.seed}"
+            scores.append(Score(key + end, name + by, both[0], both[1], len(rows), len(real), said, detail))
+    return scores
 
 
 METRICS: dict[str, Callable[[np.ndarray, Dataset, Options], list[Score]]] = {
-    "wavelet": wavelet, "classifier": classifier, "inception": by_inception, "copies": copies,
+    "perceptual": perceptual, "wavelet": wavelet, "classifier": classifier, "inception": by_inception, "copies": copies,
 }  # fmt: skip
+
+
+def efficientnet(samples: np.ndarray, reference: Dataset, options: Options) -> tuple[np.ndarray, np.ndarray]:
+    """EfficientNet's features (N, 1280) of samples and of all real images; ValueError where they cannot be had."""
+    from wddm.metrics import perceptual
+
+    if why := perceptual.obstacle(samples.shape[-1]):
+        raise ValueError(why)
+
+    def extract(images: np.ndarray) -> inception.Features:
+        return inception.features(images, perceptual.build(options.device), options.progress, perceptual.BATCH)
+
+    real = _kept(reference, f"efficientnet-{perceptual.WEIGHTS[:8]}", lambda: extract(reference.images))
+    if (key := hashlib.sha256(samples.tobytes()).hexdigest()) not in options.memo:
+        options.memo.clear()
+        options.memo[key] = extract(samples)[perceptual.LAYER]
+    return options.memo[key], real[perceptual.LAYER]
 
 
 def fairness(count: int, reference: Dataset) -> str:
@@ -173,53 +243,49 @@ def fairness(count: int, reference: Dataset) -> str:
     few = "Fewer than 10,000 images: compares only within this workbook, and only at this number. "
     return few * (count < 10_000) + (
         f"Scores: {count:,} samples against {total:,} real images; floors: {half:,} real images against the {others:,} "
-        f"others, so that FWD and FD of a perfect model would be about {expected:.2f} times their floor."
+        f"others, so that FWD of a perfect model would be about {expected:.2f} times its floor."
     )
 
 
 def as_json(found: dict[str, list[Score]], images: Path, reference: Dataset) -> dict[str, Any]:
     """The scores for a file, with the images and the reference that they compare."""
-    rows = []
-    for score in itertools.chain(*found.values()):
-        low, high = score.estimate[1:] if score.estimate else (None, None)
-        row = vars(score) | {"value": score.value, "low": low, "high": high}
-        rows.append({name: value for name, value in row.items() if name not in ("estimate", "detail")})
+    scores = list(itertools.chain(*found.values()))
+    unknown = dict.fromkeys(("value", "low", "high"))
+    rows = [vars(score) | (score.estimate._asdict() if score.estimate else unknown) for score in scores]
     return {
-        "images": str(images),
-        "reference": {"folder": str(reference.folder), "sha256": reference.sha256},
-        "scores": rows,
+        "images": str(images), "reference": {"folder": str(reference.folder), "sha256": reference.sha256},
+        "scores": [{name: row[name] for name in row if name not in ("estimate", "detail")} for row in rows],
         "versions": {name: version(name) for name in ("wddm", "torch", "torch-fidelity")},
-    }
+    }  # fmt: skip
 
 
 def read_images(path: Path) -> np.ndarray:
     """uint8 (N, H, W, C) of a samples.npy, or of a folder that holds one or PNGs as `wddm sample` writes them.
 
     Raises:
-        ValueError: there are none, or they are not of one size and colour.
+        ValueError: there are none, one cannot be read, or they are not of one size and colour.
     """
-    array = path / "samples.npy" if path.is_dir() else path
-    if array.suffix == ".npy" and array.is_file():
-        return np.load(array, mmap_mode="r")
-    files = sorted(file for file in path.glob("*.png") if file.name != "grid.png")  # an overview by `wddm sample`
+    array, found = path / "samples.npy" if path.is_dir() else path, []
+    is_array = array.suffix == ".npy" and array.is_file()
+    files = [array] if is_array else sorted({*path.glob("*.png")} - {path / "grid.png"})  # an overview by `wddm sample`
     if not files:
         raise ValueError(f"got {path}, wanted a folder of PNGs, or samples.npy: give what wddm sample wrote")
-    images = [np.atleast_3d(np.asarray(Image.open(file))) for file in files]
-    for file, pixels in zip(files, images, strict=True):
-        if pixels.dtype != np.uint8 or pixels.shape != images[0].shape or pixels.shape[-1] not in (1, 3):
-            raise ValueError(
-                f"got {file} of {pixels.dtype} {pixels.shape} beside {images[0].shape}, wanted 8-bit grey or RGB "
-                "images of one size: convert them"
-            )
-    return np.stack(images)
+    for file in files:
+        try:
+            read = np.load(file, mmap_mode="r") if is_array else np.atleast_3d(np.asarray(Image.open(file)))[None]
+        except Exception as error:  # damaged files raise all sorts
+            why = " ".join(str(error).split())[:100]
+            raise ValueError(f"got {file}, which cannot be read ({why}), wanted images: write it anew") from None
+        found.append(read)
+        if read.dtype != np.uint8 or read.ndim != 4 or not read.size or read.shape[1:] != found[0].shape[1:]:
+            beside = f" beside {found[0].shape[1:]}" if read is not found[0] else ""
+            got = f"got {file} of {read.dtype} {read.shape[not is_array :]}{beside}"
+            raise ValueError(f"{got}, wanted uint8 images of one size, an array as (N, H, W, C): convert them")
+    return np.concatenate(found) if len(found) > 1 else found[0]
 
 
 def find_reference(reference: str, root: Path) -> Dataset:
-    """A prepared folder, or the prepared set under `root`/data that is named "digits" or "digits-16", say.
-
-    Raises:
-        ValueError: there is none of that name, or several.
-    """
+    """A prepared folder, or the one set under `root`/data whose folder's name begins so: "digits" or "digits-16"."""
     if Path(reference, "manifest.json").is_file():
         return load(reference)
     folders = sorted(path.parent for path in root.glob("data/[!.]*/manifest.json"))
@@ -231,27 +297,9 @@ def find_reference(reference: str, root: Path) -> Dataset:
     return load(named[0])
 
 
-def reference_classifier(reference: Dataset, seed: int = 0) -> diagnostics.Classifier:
-    """The classifier of a labelled reference, trained once and kept in `.statistics/` if that is allowed."""
-    if reference.labels is None:
-        raise ValueError("got a reference without labels, wanted one for a classifier to learn from: choose another")
-    folder = _place(reference, f"classifier-{reference.manifest['sha256']['labels'][:8]}-{seed}")
-    if (folder / "config.json").is_file():
-        return diagnostics.Classifier.from_pretrained(folder)
-    network = diagnostics.fit_classifier(reference.images, reference.labels, seed)
-    with suppress(OSError), written_aside(folder) as aside:
-        network.save_pretrained(aside)
-    return network
-
-
-def _place(reference: Dataset, name: str) -> Path:
-    """Where something that depends on the reference alone is kept."""
-    return reference.folder / ".statistics" / f"{reference.sha256[:16]}-{name}"
-
-
 def _kept(reference: Dataset, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `make` returns, from `.statistics/` of the reference if it is there; written there if that is allowed."""
-    path = _place(reference, f"{name}.npz")
+    path = reference.folder / ".statistics" / f"{reference.sha256[:16]}-{name}.npz"
     if path.is_file():
         with np.load(path) as arrays:
             return dict(arrays)
@@ -261,33 +309,22 @@ def _kept(reference: Dataset, name: str, make: Callable[[], dict[str, Any]]) -> 
     return made
 
 
-def _distance(
-    key: str, name: str, stem: str, vectors: Vectors, samples: np.ndarray, reference: Dataset, options: Options
-) -> Score:
-    """A Frechet distance and its floor; `stem` begins the names under which moments and floor are kept."""
-    images, seed, device = reference.images, options.seed, options.device
+def _scores(
+    names: dict[str, str], stem: str, found: Estimates, between: Callable[..., Estimates], counts: tuple[int, int],
+    said: str, reference: Dataset, options: Options,
+) -> list[Score]:  # fmt: skip
+    """What was found, by name, with floors: what is `between` some real images and all others, given by their rows.
 
-    def between_real(count: int) -> Estimates:
-        return {key: frechet.split_floor(images, vectors, count, RESAMPLES, seed, device).distance}
+    Floors are kept under a name that begins with `stem`; where there are too few images, the protocol says so.
+    """
+    count, said, floors = min(counts[1] // 2, counts[0]), f"{said}, seed {options.seed}", {}
 
-    real = frechet.Moments(**_kept(reference, stem, lambda: frechet.moments(images, vectors, device=device).state()))
-    found = frechet.distance(real, samples, vectors, resamples=RESAMPLES, seed=seed, device=device)
-    floor = _floors(stem, between_real, samples, reference, options).get(key)
-    return Score(key, name, found.distance, floor, len(samples), len(images), _protocol(options), found)
+    def compared() -> dict[str, np.ndarray]:
+        return {key: np.array(ends) for key, ends in between(*frechet.split(counts[1], count, options.seed)).items()}
 
-
-def _floors(
-    stem: str, between_real: Callable[[int], Estimates], samples: np.ndarray, reference: Dataset, options: Options
-) -> Estimates:
-    """What `between_real` finds between as many real images as samples, half of them at most, and all others; kept."""
-    count = min(len(reference.images) // 2, len(samples))
-    name = f"{stem}-split-{count}-{options.seed}-{RESAMPLES}"
     try:
-        found = _kept(reference, name, lambda: {key: np.array(each) for key, each in between_real(count).items()})
-    except ValueError:  # too few images to be split
-        return {}
-    return {key: Estimate(*each.tolist()) for key, each in found.items()}
-
-
-def _protocol(options: Options) -> str:
-    return f"{RESAMPLES} resamples, seed {options.seed}"
+        kept = _kept(reference, f"{stem}-floor-{count}-{options.seed}-{RESAMPLES}", compared)
+        floors = {key: Estimate(*ends.tolist()) for key, ends in kept.items()}
+    except ValueError as error:
+        said += f"; no floor: {error}"
+    return [Score(key, name, found[key], floors.get(key), *counts, said) for key, name in names.items()]

@@ -15,7 +15,7 @@ import pandas as pd
 from wddm.backbones import PASSES, forward_flops, load_backbone
 from wddm.data import Dataset
 from wddm.metrics import scores
-from wddm.metrics.frechet import haar_packets, split_floor
+from wddm.metrics.frechet import split_floor
 from wddm.steps import read_log
 from wddm.wavelets import check_choice
 
@@ -131,7 +131,7 @@ def packets(root: Path, table: pd.DataFrame, reference: Dataset, level: int, see
         samples = np.load(root / "runs" / run / "samples.npy", mmap_mode="r")
         rows.append(scores.wavelet(samples, reference, options)[0].detail.per_packet)
         counts.append(len(samples))
-    floor = split_floor(reference.images, haar_packets(level), count=min(counts), seed=seed).per_packet
+    floor = split_floor(reference.images, level, count=min(counts), seed=seed).per_packet
     means = pd.DataFrame(rows).groupby(table.variant.to_numpy(), sort=False).mean()
     return pd.concat([means, pd.DataFrame([floor], index=["real images"])])
 

