@@ -103,17 +103,6 @@ def test_links_to_a_bigger_disk_stay_and_are_written_through(tmp_path):
     assert sorted(path.name for path in disk.iterdir()) == ["data", "moved"]
 
 
-def test_a_folder_of_the_older_layout_is_named_and_left_alone(tmp_path, capsys):
-    older = tmp_path / "digits-8"
-    older.mkdir()
-    (older / "manifest.json").write_text("{}")
-    for said in (1, 0):
-        assert prepare("digits", 8, tmp_path, limit=9).folder != older
-        out = capsys.readouterr().out
-        assert out.count("\n") == said and ("digits-8 is of an older layout" in out) == bool(said)
-    assert (older / "manifest.json").read_text() == "{}"
-
-
 def test_damage_is_noticed_and_repaired(tmp_path, capsys):
     prepared = prepare("digits", 8, tmp_path / "out")
     intact, folder = np.array(prepared.images), prepared.folder

@@ -1,11 +1,15 @@
+import io
 import struct
 import subprocess
 import sys
 import time
 import zlib
 
+import cv2
+import imagecodecs
 import numpy as np
 import pytest
+import tifffile
 from local_data import encoded, pictures
 from PIL import Image
 
@@ -34,6 +38,12 @@ def png_rgb16(pixels: np.ndarray) -> bytes:
     lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     head = struct.pack(">IIBBBBB", *pixels.shape[1::-1], 16, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + block(b"IHDR", head) + block(b"IDAT", zlib.compress(lines)) + block(b"IEND", b"")
+
+
+def tiff(pixels: np.ndarray, **options) -> bytes:
+    file = io.BytesIO()
+    tifffile.imwrite(file, pixels, **options)
+    return file.getvalue()
 
 
 def palette(**options) -> bytes:
@@ -110,6 +120,102 @@ def test_the_shorter_side_is_fitted_and_the_centre_cut_out():
     np.testing.assert_array_equal(decode_one(encoded(np.ascontiguousarray(broad[4:12, 12:20]))), broad[4:12, 12:20])
 
 
+def test_a_cut_keeps_the_pixels_and_other_sizes_are_scaled_to_cover():
+    """For every parity of the difference; an odd one leaves the extra column or row at the end."""
+    for height, width in ((8, 9), (9, 8), (8, 11), (13, 8)):
+        image = pictures(1, 16)[0][:height, :width]
+        top, left = (height - 8) // 2, (width - 8) // 2
+        cut = image[top : top + 8, left : left + 8]
+        np.testing.assert_array_equal(decode_one(encoded(np.ascontiguousarray(image))), cut)
+    image = pictures(1, 64, seed=2)[0][:40, :51]
+    pixels, _, _ = decoding.decode([(image, None, "")], (20, 12, 3))
+    oracle = np.asarray(Image.fromarray(image).resize((26, 20), Image.Resampling.LANCZOS))[:, 7:19]
+    np.testing.assert_allclose(pixels[0].astype(int), oracle.astype(int), rtol=0, atol=1)
+
+
+def png_keyed(pixels: np.ndarray, bits: int, key: tuple[int, ...]) -> bytes:
+    """A PNG of 2, 4, 8 or 16 bits whose colour `key` is transparent, by the specification: PIL does not write all."""
+    colours = 3 if pixels.ndim == 3 else 1
+    samples = pixels.reshape(len(pixels), -1).astype(">u2")
+    bit = np.unpackbits(samples.view(np.uint8).reshape(*samples.shape, 2), axis=-1)[..., 16 - bits :]
+    lines = b"".join(b"\0" + np.packbits(row).tobytes() for row in bit.reshape(len(pixels), -1))
+
+    def block(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">IIBBBBB", *pixels.shape[1::-1], bits, 2 if colours == 3 else 0, 0, 0, 0)
+    blocks = {b"IHDR": head, b"tRNS": struct.pack(f">{colours}H", *key), b"IDAT": zlib.compress(lines), b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(block(*one) for one in blocks.items())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("colours", [1, 3])
+def test_a_transparent_colour_is_white_at_any_depth(bits, colours):
+    """As OpenCV decodes it, which gives the key an alpha of 0; the colour next to it stays."""
+    if colours == 3 and bits < 8:
+        return
+    rng, top = np.random.default_rng(bits), 2**bits - 1
+    samples = rng.integers(0, top + 1, (8, 8, colours))
+    key = tuple(samples[2, 2])
+    samples[3, 3], samples[4, 4] = samples[2, 2], samples[2, 2]
+    samples[4, 4, -1] ^= 1  # in 16 bits, a colour that is the same in 8
+    content = png_keyed(samples[..., 0] if colours == 1 else samples, bits, key)
+    shown = (samples >> 8 if bits == 16 else samples * 255 // top).repeat(3 // colours, -1)
+    transparent = (samples == key).all(-1)
+    oracle = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    if oracle.ndim == 3 and oracle.shape[2] == 4:
+        np.testing.assert_array_equal(oracle[..., 3] == 0, transparent)
+    np.testing.assert_array_equal(decode_one(content), np.where(transparent[..., None], 255, shown))
+    assert transparent.sum() >= 2 and not transparent[4, 4]
+
+
+@pytest.mark.parametrize("options", [{}, {"byteorder": ">"}, {"compression": "zlib"}])
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+@pytest.mark.parametrize("bits", [1, 8, 12, 16])
+def test_tiffs_of_every_depth_whichever_end_is_white(bits, photometric, options):
+    samples = np.linspace(0, 2**bits - 1, 64).round().astype(int).reshape(8, 8)
+    kind = {1: bool, 8: np.uint8}.get(bits, np.uint16)
+    if bits == 12 and options:
+        return  # which PIL does not read, and says so
+    content = tiff(samples.astype(kind), photometric=photometric, bitspersample=bits if bits == 12 else None, **options)
+    shown = samples * 255 if bits == 1 else samples >> (bits - 8)
+    shown = 255 - shown if photometric == "miniswhite" else shown
+    np.testing.assert_array_equal(decode_one(content, channels=1)[..., 0], shown)
+
+
+def test_a_colour_profile_becomes_srgb():
+    """As LittleCMS does it for imagecodecs; one of sRGB leaves the pixels, one that cannot be read is ignored."""
+    wide = imagecodecs.cms_profile("rgb", whitepoint=(0.3127, 0.3290, 1.0), gamma=1.8,
+                                   primaries=[0.68, 0.32, 1.0, 0.265, 0.69, 1.0, 0.15, 0.06, 1.0])  # fmt: skip
+    srgb = imagecodecs.cms_profile("srgb")
+    oracle = imagecodecs.cms_transform(RGB, wide, srgb, colorspace="rgb", outcolorspace="rgb").astype(int)
+    assert np.abs(oracle - RGB).max() > 20
+    for kind in ({"kind": "PNG"}, {"kind": "TIFF"}, {"kind": "WEBP", "lossless": True}):
+        decoded = decode_one(encoded(RGB, icc_profile=wide, **kind))
+        np.testing.assert_allclose(decoded.astype(int), oracle, rtol=0, atol=2)
+        for harmless in (srgb, b"no profile"):
+            np.testing.assert_array_equal(decode_one(encoded(RGB, icc_profile=harmless, **kind)), RGB)
+    alpha = decode_one(encoded(np.dstack([RGB, 255 * (ALPHA > 99)]).astype(np.uint8), icc_profile=wide))
+    np.testing.assert_allclose(alpha.astype(int), np.where(ALPHA > 99, oracle, 255), rtol=0, atol=2)
+    grey = imagecodecs.cms_profile("gray", gamma=1.0)
+    oracle = imagecodecs.cms_transform(GREY, grey, srgb, colorspace="gray", outcolorspace="rgb")
+    np.testing.assert_allclose(decode_one(encoded(GREY, icc_profile=grey)).astype(int), oracle.astype(int), atol=2)
+
+
+def test_arrays_of_any_channels_are_scaled_band_by_band():
+    wide = np.random.default_rng(0).integers(0, 65536, (8, 8, 5), dtype=np.uint16)
+    np.testing.assert_array_equal(decode_one(wide, channels=5), wide >> 8)
+    np.testing.assert_array_equal(decode_one((wide >> 8) / np.float32(255), channels=5), wide >> 8)
+    for channels in (1, 2, 4, 5):
+        bands = np.repeat(pictures(1, 16), 2, -1)[0, ..., :channels]
+        oracle = [np.asarray(Image.fromarray(bands[..., i]).resize((8, 8), 1)) for i in range(channels)]
+        np.testing.assert_array_equal(decode_one(bands, channels=channels), np.dstack(oracle))
+    np.testing.assert_array_equal(decode_one(RGB / 255), RGB)
+    _, _, failed = decoding.decode([(wide / 1e4, None, "a"), (wide * np.nan, None, "b"), (wide, None, "c")], (8, 8, 5))
+    assert [why for _, why in failed] == ["floats beyond [0, 1]: scale them"] * 2
+    assert decoding.decode([(wide, None, "c")], (8, 8, 3))[2] == [("c", "5 channels, wanted 3")]
+
+
 @pytest.mark.parametrize(
     ("image", "why"),
     [
@@ -120,6 +226,14 @@ def test_the_shorter_side_is_fitted_and_the_centre_cut_out():
         (encoded(WIDE.astype(np.float32), "TIFF"), "floats, of unknown range"),
         (encoded(WIDE.astype(np.int32) * 2, "TIFF"), "32-bit integers beyond 16 bits"),
         (encoded(-WIDE.astype(np.int32), "TIFF"), "32-bit integers beyond 16 bits"),
+        (encoded(WIDE // 16, "TIFF"), "16-bit values in the lowest quarter of the range"),
+        (encoded(WIDE.astype(np.int32) // 256, "TIFF"), "32-bit values in the lowest quarter of the range"),
+        (tiff(WIDE_COLOURS // 16, photometric="rgb"), "16-bit values in the lowest quarter of the range"),
+        (tiff(np.int8(GREY - 128)), "signed 8-bit integers"),
+        (tiff(WIDE / 65535), "a TIFF of samples that PIL does not read: save it as PNG"),
+        (tiff(np.zeros((8, 8, 5), np.uint8), photometric="minisblack", planarconfig="contig"), "a TIFF of samples that"),
+        (encoded(RGB, "EPS"), "of no known format"),
+        (encoded(RGB, "PCX"), "of no known format"),
     ],
 )
 def test_what_does_not_decode_is_said_and_the_rest_kept(image, why):
@@ -148,14 +262,31 @@ def test_processes_give_what_decode_gives_in_order(monkeypatch):
                 assert got[1:] == wanted[1:]
 
 
-def test_a_process_that_dies_is_an_error(monkeypatch):
+def test_a_process_that_prints_hangs_or_dies_is_survived_and_its_image_named(monkeypatch):
+    """Where the image that starts with x is, the process ends; where with y, it never does, until its alarm rings."""
     monkeypatch.setattr(decoding, "cores", lambda: 2)
-    monkeypatch.setattr(decoding, "SERVE", "sys.exit(3)")
-    with (
-        decoding.decoded(chunks(4), (8, 8, 3)) as results,
-        pytest.raises(RuntimeError, match="code 3 at or after image 0"),
-    ):
-        list(results)
+    monkeypatch.setattr(decoding, "SECONDS", -1)  # for one image 1 second, for three 5
+    spoilt = """
+import os, sys, time
+from wddm import decoding
+def pixels(image, shape, decode=decoding._pixels):
+    print("decoding"), os.write(1, b"decoding"), os.write(2, b"decoding")
+    os._exit(3) if image[:1] == b"x" else time.sleep(99) if image[:1] == b"y" else None
+    return decode(image, shape)
+decoding._pixels = pixels
+decoding._serve()
+"""
+    monkeypatch.setattr(decoding, "SERVE", f"exec({spoilt!r})")
+    some = chunks(6)
+    some[1][0], some[3][2] = (b"x", 3, "the one"), (b"y", 11, "the other")
+    with decoding.decoded(iter(some), (8, 8, 3)) as results:
+        got = list(results)
+    expected = [decoding.decode(chunk, (8, 8, 3)) for chunk in some]
+    for i, (one, wanted) in enumerate(zip(got, expected, strict=True)):
+        np.testing.assert_array_equal(one[0], wanted[0])
+        assert one[1] == wanted[1] and [where for where, _ in one[2]] == [where for where, _ in wanted[2]], i
+    assert got[1][2][0] == ("the one", "its decoding process died with code 3")
+    assert "its decoding process took over" in dict(got[3][2])["the other"]
 
 
 def test_processes_need_no_torch_and_end_with_a_killed_parent():

@@ -99,7 +99,7 @@ MODULES = {
 
 ROOMS = {
     "method": "files wavelets kan ukan dit backbones objective loading bandrate cards pipeline data sources decoding "
-    "checkpoints steps training sampling",
+    "local checkpoints steps training sampling",
     "goodness": "metrics studies plots",
     "workbook": "workbook",
 }

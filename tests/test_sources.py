@@ -188,36 +188,57 @@ def test_skipped_images_are_counted_and_named(tmp_path, pictures):
         prepare("folder", 16, tmp_path / "none", dataset_path=folder, on_error="skip")
 
 
-def test_what_cannot_be_read_is_named_or_skipped(tmp_path, pictures):
-    folder = png_folder(tmp_path / "in", pictures[:2])
+def test_what_cannot_be_taken_is_counted_and_named(tmp_path, pictures, capsys):
+    """Links that lead nowhere or round, what is no file or no image. Linked folders and strange names are fine."""
+    folder, elsewhere = png_folder(tmp_path / "in", pictures[:2]), png_folder(tmp_path / "elsewhere", pictures[2:4])
     whole = prepare("folder", 16, tmp_path / "out", dataset_path=folder)
+    assert whole.notes == [] and capsys.readouterr().out == ""
     (folder / "folder.png").mkdir()
     (folder / "loop.png").symlink_to("loop.png")
     (folder / "nowhere.png").symlink_to("missing")
-    with pytest.raises(ValueError, match=r"folder\.png, which does not decode"):
+    (folder / "folder.png/up").symlink_to(folder)
+    (folder / "notes.txt").write_text("no image")
+    os.mkfifo(folder / "pipe.png")
+    os.mkdir(folder / ".hidden")
+    prepared = prepare("folder", 16, tmp_path / "out", dataset_path=folder)
+    assert prepared.manifest["left_out"] == {"count": 5, "first": [
+        "folder.png/up: a link that leads round", "loop.png: Too many levels of symbolic links",
+        "notes.txt: no image", "nowhere.png: a link that leads nowhere", "pipe.png: no regular file",
+    ]}  # fmt: skip
+    assert prepared.sha256 == whole.sha256 and prepared.manifest["skipped"]["count"] == 0
+    assert capsys.readouterr().out.startswith("left out: 5 (folder.png/up: a link that leads round; ")
+    (folder / "more").symlink_to(elsewhere)
+    image = (folder / "000.png").read_bytes()
+    with open(os.fsencode(folder) + b"/caf\xe9.png", "wb") as file:
+        file.write(image)
+    (folder / "two\nlines.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"two\\nlines\.png, which does not decode"):
         prepare("folder", 16, tmp_path / "out", dataset_path=folder)
     prepared = prepare("folder", 16, tmp_path / "out", dataset_path=folder, on_error="skip")
-    names = [str(folder / name) for name in ("folder.png", "loop.png", "nowhere.png")]
-    assert prepared.manifest["skipped"] == {"count": 3, "first": names} and prepared.sha256 == whole.sha256
+    np.testing.assert_array_equal(prepared.images, pictures[[0, 1, 0, 2, 3]])
+    assert prepared.manifest["skipped"] == {"count": 1, "first": [str(folder / "two\\nlines.png")]}
 
 
-@pytest.mark.parametrize("on_error", ["stop", "skip"])
-def test_damaged_and_foreign_parquet_is_refused_by_name(tmp_path, hub_copy, on_error):
+def test_damaged_and_foreign_parquet_is_refused_by_name_or_skipped(tmp_path, hub_copy, pictures):
     shard = hub_copy / "plain_text" / "train-00001-of-00002.parquet"
     whole = shard.read_bytes()
 
     def refused(content: bytes, message: str) -> None:
         shard.write_bytes(content)
         with pytest.raises(ValueError, match=rf"train-00001-of-00002\.parquet.*{message}") as caught:
-            prepare("cifar10", 16, tmp_path / "out", dataset_path=hub_copy, on_error=on_error)
+            prepare("cifar10", 16, tmp_path / "out", dataset_path=hub_copy)
         assert "\n" not in str(caught.value) and not list((tmp_path / "out").glob("[!.]*"))
+        prepared = prepare("cifar10", 16, tmp_path / message[:9], dataset_path=hub_copy, on_error="skip")
+        np.testing.assert_array_equal(prepared.images, pictures[:13])
+        counted = prepared.manifest["skipped"]["count"], prepared.manifest["left_out"]["count"]
+        assert counted == ((10, 0) if "row" in message else (0, 1))
 
     refused(whole[:-20], "wanted a whole Parquet file")
     refused(b"", "wanted a whole Parquet file")
     refused(b"<!DOCTYPE html>" * 20, "wanted a whole Parquet file")
     refused(whole[:200] + bytes(3000) + whole[3200:], "damaged after row 0")
     write_shard(shard, [encoded(noise(1)[0])], column="picture")
-    refused(shard.read_bytes(), "wanted those of .*train-00000-of-00002")
+    refused(shard.read_bytes(), "wanted those of")
 
 
 def test_parquet_without_images_is_refused(tmp_path):
@@ -348,16 +369,13 @@ def test_a_download_goes_on_where_it_was_cut_off_and_is_kept(tmp_path):
     FakeHub.content = (tmp_path / "shard").read_bytes()
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    code = "from wddm.sources import SOURCES; s = SOURCES['stl10'](64, None, 0); "
-    code += "images = s.open(); print(f'@{images.count} {images.revision} {s.content(None)}')"
+    code = "from wddm.sources import SOURCES; s = SOURCES['stl10']((64, 64), None, 0, 'train'); "
+    code += "images = s.open(False); print(f'@{images.count} {images.revision} {s.content(None)}')"
     variables = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache")}
-    for online in (True, False):
+    for _ in range(2):  # the second time without the server
         options = {"env": {**os.environ, **variables}, "stdout": subprocess.PIPE, "text": True, "timeout": 60}
-        bar, _, result = subprocess.run([sys.executable, "-c", code], **options).stdout.partition("@")
-        lines = [line for line in bar.splitlines() if line]  # also where the bar is drawn over
-        assert result == f"24 {FakeHub.commit} jxie/stl10@{FakeHub.commit}\n"
-        assert all(line.startswith("downloading: ") for line in lines)
-        assert any("100%" in line for line in lines) == online
+        result = subprocess.run([sys.executable, "-c", code], **options).stdout
+        assert result == f"@24 {FakeHub.commit} jxie/stl10@{FakeHub.commit}\n"
         server.shutdown()
         server.server_close()
     assert FakeHub.asked[:2] == [0, "cut"] and FakeHub.asked[2] >= 10_000_000 and len(FakeHub.asked) == 3

@@ -27,7 +27,7 @@ from wddm.files import sha256, written_aside
 KEEP = 2
 LAYOUT = 2  # of what a checkpoint holds; those of another layout are refused
 # what comes before or after training, so that a change there does not change what is learned
-ELSEWHERE = {"__init__", "__main__", "cli", "experiment", "sources", "decoding"}
+ELSEWHERE = {"__init__", "__main__", "cli", "experiment", "sources", "local", "decoding"}
 ELSEWHERE |= {"pipeline", "bandrate", "loading", "cards", "sampling"}
 
 Tensors = dict[str, dict[str, Tensor]]

@@ -23,8 +23,9 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from wddm.decoding import RULE, ahead, write_images
+from wddm.decoding import RULE, ahead, is_grey, write_images
 from wddm.files import Digests, sha256, written_aside
+from wddm.local import Images
 from wddm.sources import SOURCES, Source
 
 NOTEBOOK = "notebooks/01_prepare.ipynb"
@@ -46,58 +47,65 @@ class Dataset:
         """Of `images.npy`: tells the set from every other one."""
         return self.manifest["sha256"]["images"]
 
+    @property
+    def notes(self) -> list[str]:
+        """What was left out or skipped, what is unlabelled, and what its source says of itself, a line each."""
+        about = self.manifest
+        lines = [
+            f"{name.replace('_', ' ')}: {about[name]['count']} ({'; '.join(about[name]['first'][:3])})"
+            for name in ("left_out", "skipped")
+            if about[name]["count"]
+        ]
+        lines += [f"unlabelled: {about['unlabelled']}"] * (self.labels is not None and about["unlabelled"] > 0)
+        return lines + [about["note"]] * bool(about["note"])
+
 
 def prepare(
-    dataset: str,
-    resolution: int,
-    root: str | Path = "data",
-    *,
-    dataset_path: str | Path | None = None,
-    seed: int = 0,
-    limit: int | None = None,
-    on_error: str = "stop",
-    progress: bool = True,
-) -> Dataset:
+    dataset: str, resolution: int, root: str | Path = "data", *, dataset_path: str | Path | None = None, seed: int = 0,
+    limit: int | None = None, on_error: str = "stop", progress: bool = True, width: int | None = None,
+    channels: int | None = None, split: str = "train",
+) -> Dataset:  # fmt: skip
     """Open the data set of this content and these options below `root`, prepared first if it is not there, intact.
 
     Args:
         dataset: a name in `SOURCES`.
-        resolution: side of the square images in pixels, even.
-        root: the folder of all prepared sets; this one becomes `<root>/<dataset>-<resolution>-<key>`.
-        dataset_path: local copy of a Hub data set in the Hub's Parquet layout; the folder of "folder".
+        resolution, width: height and width of the images in pixels, even; without a width they are square.
+        dataset_path: a copy of a Hub data set in the Hub's Parquet layout; the folder of "folder"; the font of "emoji".
         seed: chooses the crops of `patches`, and the images under a limit; has no influence otherwise.
         limit: at most so many images, drawn at random from all.
-        on_error: "stop" at an image that does not decode, or "skip" it; the manifest counts the skipped ones. A
-            Parquet file that is damaged itself stops either.
-        progress: print a progress bar.
+        on_error: "stop" at an image or a Parquet file that cannot be read, or "skip" it; the manifest counts these.
+        channels: 1 (grey), 3 (RGB), or as an array has them; by default 1 if all images are grey by their headers.
+        split: of a folder with several: train, validation, test. Of a set from the Hub, `train` is what it trains on.
 
     Raises:
         ValueError: a bad argument, an image that does not decode. ConnectionError: the Hub is out of reach.
     """
     settings, source = check_source(
-        dataset, resolution, dataset_path=dataset_path, seed=seed, limit=limit, on_error=on_error, headers=False
-    )
+        dataset, resolution, dataset_path=dataset_path, seed=seed, limit=limit, on_error=on_error, width=width,
+        channels=channels, split=split, headers=False,
+    )  # fmt: skip
     root = Path(root)
     digests = Digests(root / ".digests.json")  # a large file that did not change is not read again
     settings["content"] = source.content(digests)
     digests.save()
     key = hashlib.sha256(json.dumps([RULE, settings]).encode()).hexdigest()[:10]
-    folder, older = root / f"{dataset}-{resolution}-{key}", root / f"{dataset}-{resolution}"
+    size = f"{resolution}x{settings['width']}" if settings["width"] else f"{resolution}"
+    folder = root / f"{dataset}-{size}-{key}"
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f".{folder.name}.lock"):  # a second process waits, then finds it done
         for end in ("preparing", "old"):  # of processes that were killed while they prepared this folder
             final = Path(os.path.realpath(folder))
             shutil.rmtree(final.with_name(f".{final.name}.{end}"), ignore_errors=True)
         try:
-            return load(folder, verify=True)
-        except FileNotFoundError:
-            if (older / "manifest.json").exists():
-                print(f"{older} is of an older layout: it is not used and may be removed")
-        except ValueError as error:
-            print(f"{str(error).split(': run')[0].removeprefix('got ')}; preparing it anew")
-        with written_aside(folder, "preparing") as staging:
-            _write(source, settings, staging, progress)
-        return load(folder)
+            prepared = load(folder, verify=True)
+        except (FileNotFoundError, ValueError) as error:
+            if isinstance(error, ValueError):
+                print(f"{str(error).split(': run')[0].removeprefix('got ')}; preparing it anew")
+            with written_aside(folder, "preparing") as staging:
+                _write(source, settings, staging, progress)
+            prepared = load(folder)
+    print(*prepared.notes, sep="\n", end="\n" * bool(prepared.notes))
+    return prepared
 
 
 def load(folder: str | Path, verify: bool = False) -> Dataset:
@@ -125,19 +133,14 @@ def load(folder: str | Path, verify: bool = False) -> Dataset:
 
 
 def check_source(
-    dataset: str,
-    resolution: int,
-    *,
-    dataset_path: str | Path | None = None,
-    seed: int = 0,
-    limit: int | None = None,
-    on_error: str = "stop",
+    dataset: str, resolution: int, *, dataset_path: str | Path | None = None, seed: int = 0, limit: int | None = None,
+    on_error: str = "stop", width: int | None = None, channels: int | None = None, split: str = "train",
     headers: bool = True,
-) -> tuple[dict[str, Any], Source]:
+) -> tuple[dict[str, Any], Source]:  # fmt: skip
     """The options that the prepared bytes depend on (a seed without influence is None), and the source.
 
     Raises the ValueError that `prepare` would, as far as it can be known without network and decoding, and, unless they
-    are asked for, without the `headers` of Parquet files.
+    are asked for, without the `headers` of local files.
     """
     if dataset not in SOURCES:
         close = get_close_matches(str(dataset), SOURCES, n=1)
@@ -145,21 +148,35 @@ def check_source(
         raise ValueError(f"got dataset={dataset!r}, wanted one of {', '.join(SOURCES)}: {hint}")
     for name, value, minimum, wanted in (
         ("resolution", resolution, 2, "an even number of pixels, 2 or more"),
+        ("width", resolution if width is None else width, 2, "an even number of pixels, or None for square images"),
         ("seed", seed, 0, "an integer, 0 or more"),
         ("limit", 1 if limit is None else limit, 1, "an integer, 1 or more, or None for all"),
+        ("channels", 1 if channels is None else channels, 1, "an integer, 1 or more, or None for those of the images"),
     ):
-        if type(value) is not int or value < minimum or (name == "resolution" and value % 2):
+        if type(value) is not int or value < minimum or (name in ("resolution", "width") and value % 2):
             raise ValueError(f"got {name}={value!r}, wanted {wanted}: change {name}")
     if on_error not in ("stop", "skip"):
         raise ValueError(f"got on_error={on_error!r}, wanted stop or skip: choose one of them")
-    if dataset_path is not None and not Path(dataset_path).exists():
-        raise ValueError(f"got dataset_path={dataset_path}, which does not exist: give a folder of images or Parquet")
-    source = SOURCES[dataset](resolution, None if dataset_path is None else str(dataset_path), seed)
+    path = None if dataset_path is None else os.path.expanduser(dataset_path)
+    if path is not None and not os.path.exists(path):  # nor does ""
+        raise ValueError(f"got dataset_path={path or repr(path)}, which does not exist: give a folder of files")
+    size = resolution, width or resolution
+    source = SOURCES[dataset](size, path, seed, split)
+    options = {"dataset": dataset, "resolution": resolution, "width": None if size[1] == resolution else width}
+    options |= {"channels": channels, "seed": seed if limit is not None or dataset == "patches" else None}
+    options |= {"limit": limit, "on_error": on_error, "split": source.split}
     if headers and dataset_path is not None:
-        source.open()
-    options = {"dataset": dataset, "resolution": resolution}
-    seed_used = seed if limit is not None or dataset == "patches" else None
-    return options | {"seed": seed_used, "limit": limit, "on_error": on_error, "split": source.split}, source
+        _opened(source, options)
+    return options, source
+
+
+def _opened(source: Source, settings: dict[str, Any]) -> Images:
+    """The images of a source, refused if they do not have the channels that were asked for."""
+    images, channels = source.open(settings["on_error"] == "skip"), settings["channels"]
+    if {channels, images.channels} - {None, 1, 3} and channels not in (None, images.channels):
+        have = f"{images.channels} channels" if images.channels else "images"
+        raise ValueError(f"got channels={channels} for {have} in {source.name}, wanted them or 1 or 3: change channels")
+    return images
 
 
 def duplicates(images: np.ndarray) -> list[list[int]]:
@@ -172,20 +189,23 @@ def duplicates(images: np.ndarray) -> list[list[int]]:
 
 def _write(source: Source, settings: dict[str, Any], to: Path, progress: bool) -> None:
     """Write images.npy, labels.npy and, last, manifest.json; without a clock, so that they can be reproduced."""
-    images, limit = source.open(), settings["limit"]
+    images, limit = _opened(source, settings), settings["limit"]
     rows = np.arange(images.count)
     if limit is not None and limit < len(rows):
         rows = np.sort(np.random.default_rng(settings["seed"]).choice(rows, limit, replace=False))
-    shape = (settings["resolution"], settings["resolution"], images.channels)
+    channels = settings["channels"] or images.channels
+    channels = channels or (1 if all(is_grey(image) for image, *_ in images.read(rows)) else 3)
+    shape = (settings["resolution"], settings["width"] or settings["resolution"], channels)
     items, size = images.read(rows), max(1, min(images.chunk, 2**22 // math.prod(shape)))
     chunks = iter(lambda: list(itertools.islice(items, size)), [])
     found, skipped = write_images(chunks, len(rows), shape, to / "images.npy", settings["on_error"], progress)
     if not found:
         raise ValueError(f"got {source.name} with no images ({len(skipped)} skipped), wanted some: give other files")
-    labels, names, counts = np.array(found, float), None, None  # NaN for None
-    if labels.max() >= 0:  # not if one is NaN; unlabelled splits on the Hub say -1
-        np.save(to / "labels.npy", numbers := labels.astype(np.int64))
-        names, known = images.class_names, sorted(Counter(numbers.tolist()).items())
+    labels, names, counts, left_out = np.array(found, float), None, None, [*source.left_out, *images.left_out]
+    labels = np.nan_to_num(labels, nan=-1).astype(np.int64)
+    if labels.max() >= 0:  # some are labelled
+        np.save(to / "labels.npy", labels)
+        names, known = images.class_names, sorted(Counter(labels[labels >= 0].tolist()).items())
         counts = {names[label] if names else str(label): count for label, count in known}
     manifest = {
         **settings,
@@ -193,6 +213,9 @@ def _write(source: Source, settings: dict[str, Any], to: Path, progress: bool) -
         "revision": images.revision,
         "count": len(found),
         "skipped": {"count": len(skipped), "first": skipped[:NAMED]},
+        "left_out": {"count": len(left_out), "first": left_out[:NAMED]},
+        "note": images.note,
+        "unlabelled": int((labels < 0).sum()),
         "shape": [len(found), *shape],
         "sha256": {file.stem: sha256(file) for file in sorted(to.glob("*.npy"))},
         "class_names": names,
@@ -202,17 +225,9 @@ def _write(source: Source, settings: dict[str, Any], to: Path, progress: bool) -
 
 
 def batches(
-    images: np.ndarray,
-    batch_size: int,
-    *,
-    seed: int,
-    start: int = 0,
-    device: str | torch.device = "cpu",
-    flip: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
-    on_device: bool | None = None,
-) -> Iterator[Tensor]:
+    images: np.ndarray, batch_size: int, *, seed: int, start: int = 0, device: str | torch.device = "cpu",
+    flip: bool = False, rank: int = 0, world_size: int = 1, on_device: bool | None = None,
+) -> Iterator[Tensor]:  # fmt: skip
     """Endless float32 batches (batch_size / world_size, C, H, W) in [-1, 1], contiguous, on the device.
 
     The stream is one permutation of the images per epoch, drawn from (seed, epoch), end to end: batches
@@ -220,20 +235,14 @@ def batches(
 
     Args:
         images: uint8 (N, H, W, C), a memory map for instance.
-        batch_size: images in a batch over all processes.
-        start: images seen before, by all processes.
+        batch_size, start: images in a batch, and seen before, over all processes.
         flip: mirror every image left to right with probability 1/2, drawn from (seed, epoch) too.
         rank, world_size: this process takes the rank-th contiguous slice of every batch.
         on_device: keep the whole set on the device; by default on an accelerator where it `fits`. Otherwise a
             thread prepares the next batches while the caller computes. The batches are the same.
-
-    Raises:
-        ValueError: images of another form, or a batch size that world_size does not divide.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
-        raise ValueError(
-            f"got {images.dtype} images {images.shape}, wanted uint8 (N, H, W, C): give those of a Dataset"
-        )
+        raise ValueError(f"got {images.dtype} images {images.shape}, wanted uint8 (N, H, W, C): give a Dataset's")
     if batch_size < 1 or start < 0 or not 0 <= rank < world_size or batch_size % world_size:
         raise ValueError(
             f"got batch_size={batch_size}, start={start}, rank={rank}, world_size={world_size}, wanted a "
@@ -243,8 +252,8 @@ def batches(
     if on_device is None:
         on_device = device.type != "cpu" and fits(images.nbytes, device)
     share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-    order = _order(len(images), batch_size, seed, start)
-    order = ((rows[share], mirrored[share] & flip) for rows, mirrored in order)
+    drawn = _order(len(images), batch_size, seed, start)
+    order = ((rows[share], mirrored[share] & flip) for rows, mirrored in drawn)
     if not on_device:
         return ahead(lambda drawn: to_batch(images[drawn[0]], drawn[1], device), order, threads=1)
     resident = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).contiguous()

@@ -1,19 +1,21 @@
-"""decoding: encoded images of any kind -> an .npy file of uint8 pixels of one size, on every core.
+"""decoding: images of any kind -> an .npy file of uint8 pixels of one size, on every core.
 
 The rule, in this order:
-- the first frame of a file, turned upright as its EXIF orientation says;
-- of 16 bits a channel the high byte, so that 0 to 65,535 becomes 0 to 255. 32-bit integers count as 16 bits where
-  they fit, and do not decode otherwise; nor do floats: nothing says which number is white;
-- transparency is laid on white, as a viewer or a paper shows it;
-- black and white, grey, palettes, YCbCr and CMYK become RGB (where one channel is wanted, grey) by PIL's formulas;
-  colour profiles are ignored;
-- the shorter side is made the resolution with PIL's antialiased Lanczos filter, and the centre is cut out. An image
-  that has the size already passes untouched.
+- the first frame of a file in one of FORMATS, whatever its name says;
+- of 16 bits a channel the high byte, of 12 bits the upper 8; 32-bit integers count as 16 bits where they fit. Refused,
+  since nothing says which number is white: files of floats, and TIFFs of more than 8 bits whose values all lie in the
+  lowest quarter of the range. White-is-zero TIFFs are inverted;
+- palettes, YCbCr and CMYK become RGB, and what has a readable colour profile sRGB;
+- transparency of every kind is laid on white, and the image turned upright as its EXIF orientation says;
+- scaled with PIL's antialiased Lanczos filter until it covers the size; the centre is cut out on whole pixels, so that
+  what needs no scaling keeps its pixels.
+Arrays are uint8, uint16 (the high byte) or floats in [0, 1], of any number of channels.
 
 No torch here: processes that decode import this module alone.
 """
 
 import io
+import itertools
 import os
 import signal
 import subprocess
@@ -22,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,14 +32,21 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
-RULE = 1  # part of the keys of prepared sets: to be raised when the rule above gives any image other pixels
+RULE = 2  # part of the keys of prepared sets: to be raised when the rule above gives any image other pixels
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
 IMAGES_PER_PROCESS = 1024  # fewer do not pay for its start
+SECONDS = 60  # that a decoding process may take for an image; for a chunk, 2 more for each
 SERVE = "from wddm.decoding import _serve; _serve()"
+TiffImagePlugin.OPEN_INFO |= {  # white-is-zero TIFFs that PIL decodes but does not list
+    (b"MM", 0, (1,), 1, (16,), ()): ("I;16B", "I;16B"),
+    (b"II", 0, (1,), 1, (12,), ()): ("I;16", "I;12"),
+}
+ORIENTATION, BITS, PHOTOMETRIC, SAMPLE_FORMAT = 274, 258, 262, 339  # tags of EXIF and TIFF
 
-Item = tuple[bytes | Path | np.ndarray | None, int | None, str]  # image, label, where it is from
+Item = tuple[bytes | Path | np.ndarray | str | None, int | None, str]  # image or why there is none, label, where from
 Shape = tuple[int, int, int]  # height, width, channels
 Result = TypeVar("Result")
 Decoded = tuple[np.ndarray, list[int | None], list[tuple[str, str]]]
@@ -53,38 +62,144 @@ def decode(chunk: list[Item], shape: Shape) -> Decoded:
             pixels[len(labels)] = _pixels(image, shape)
         except MemoryError:
             raise
-        except UnidentifiedImageError:  # whose text is an address in memory
-            failed.append((where, "of no known format"))
         except Exception as error:  # PIL's decoders raise nearly everything
-            failed.append((where, " ".join(str(error).split())))
+            failed.append((where, " ".join(str(error).split()) or type(error).__name__))
         else:
             labels.append(label)
     return pixels[: len(labels)], labels, failed
 
 
-def _pixels(image: bytes | Path | np.ndarray | None, shape: Shape) -> np.ndarray:
+def _pixels(image: bytes | Path | np.ndarray | str | None, shape: Shape) -> np.ndarray:
     """uint8 (H, W, C) of one image, by the rule above."""
-    if image is None:
-        raise ValueError("there is nothing in its place")
-    if isinstance(image, np.ndarray):
-        picture = Image.fromarray(image)
-    else:
-        picture = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+    if image is None or isinstance(image, str):
+        raise ValueError(image or "there is nothing in its place")
+    bands = _of_array(image) if isinstance(image, np.ndarray) else [_of_file(image)]
+    if len(bands) == 1 and shape[2] in (1, 3):
+        bands = [bands[0].convert("RGB" if shape[2] == 3 else "L")]
+    elif len(bands) != shape[2]:
+        raise ValueError(f"{len(bands)} channels, wanted {shape[2]}")
+    return np.dstack([np.asarray(_fitted(band, *shape[:2])) for band in bands])
+
+
+def _fitted(picture: Image.Image, height: int, width: int) -> Image.Image:
+    """Scaled until it covers the size, and cut at a whole number of pixels of what that gives."""
+    scale = max(height / picture.height, width / picture.width)
+    full = round(picture.width * scale), round(picture.height * scale)
+    left, top = (full[0] - width) // 2, (full[1] - height) // 2
+    across, down = picture.width / full[0], picture.height / full[1]  # where these are 1, pixels stay what they are
+    right, bottom = min((left + width) * across, picture.width), min((top + height) * down, picture.height)
+    return picture.resize((width, height), Image.Resampling.LANCZOS, (left * across, top * down, right, bottom))
+
+
+def _of_array(array: np.ndarray) -> list[Image.Image]:
+    """The bands of (H, W) or (H, W, C): one of each channel, of three together."""
+    if array.dtype == np.uint16:
+        array = (array >> 8).astype(np.uint8)
+    elif array.dtype.kind == "f":
+        if not (array.min() >= 0 and array.max() <= 1):  # nor NaN
+            raise ValueError("floats beyond [0, 1]: scale them")
+        array = np.round(array * 255.0).astype(np.uint8)
+    if array.shape[2:] == (3,):
+        return [Image.fromarray(array)]
+    return [Image.fromarray(band) for band in np.moveaxis(np.atleast_3d(array), -1, 0)]
+
+
+def opened(image: bytes | Path) -> Image.Image:
+    """A file in one of FORMATS, read no further than its header; ValueError if it is in none of them."""
+    try:
+        return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS)
+    except UnidentifiedImageError:  # whose text is an address in memory
+        head = image[:4] if isinstance(image, bytes) else image.open("rb").read(4)
+        if head in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            raise ValueError("a TIFF of samples that PIL does not read: save it as PNG, or an array as .npy") from None
+        raise ValueError(f"of no known format, which are {', '.join(FORMATS)}") from None
+
+
+def is_grey(image: bytes | Path | np.ndarray | str | None) -> bool:
+    """Whether the header of an image says so, or says nothing; a palette counts as colours."""
+    if isinstance(image, bytes | Path):
+        with suppress(Exception), opened(image) as picture:  # what is wrong with it is said when it is decoded
+            return picture.mode != "LAB" and picture.mode[0] in "1LIF"
+    return True
+
+
+def _of_file(image: bytes | Path) -> Image.Image:
+    """L, RGB or CMYK of a file: 8 bits, in sRGB, on white and upright."""
+    picture: Any = opened(image)
+    raw = picture.tile[0].args if picture.tile else None  # how the pixels stand in the file
+    picture.load()
+    orientation, profile = picture.getexif().get(ORIENTATION, 1), picture.info.get("icc_profile")
+    opaque = _opaque(image, picture, raw)
+    picture = _eight_bits(picture)
+    if opaque is None and picture.has_transparency_data:
+        grey = picture.mode[0] in "1L"
+        picture = picture.convert("RGBA")
+        opaque = picture.getchannel("A")
+        picture = picture.convert("L" if grey else "RGB")
+    picture.info.pop("transparency", None)
+    if picture.mode not in ("L", "RGB", "CMYK"):
+        picture = picture.convert("L" if picture.mode == "1" else "RGB")
+    transform = _to_srgb(profile, picture.mode) if profile else None
+    if transform:
+        picture = ImageCms.applyTransform(picture, transform) or picture
+    if opaque:
+        picture = Image.composite(picture, Image.new(picture.mode, picture.size, "white"), opaque)
+    if orientation != 1:
+        picture.getexif()[ORIENTATION] = orientation
         ImageOps.exif_transpose(picture, in_place=True)
+    return picture
+
+
+def _opaque(image: bytes | Path, picture: Image.Image, raw: Any) -> Image.Image | None:
+    """255 where the colour is not the transparent one (PNG's tRNS, at the depth of the file), else 0."""
+    key = picture.info.get("transparency")
+    if key is None or picture.mode not in ("1", "L", "I;16", "RGB"):
+        return None
+    samples = np.asarray(picture.convert("L") if picture.mode == "1" else picture)
+    if raw == "RGB;16B":  # of which PIL keeps the high bytes; read in the other order, they are the low ones
+        low: Any = opened(image)
+        low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
+        samples = samples.astype(np.uint16) << 8 | np.asarray(low)
+    elif picture.mode != "I;16":
+        key = np.bitwise_and(key, 255)
+    differs = samples != np.multiply(key, {"L;2": 85, "L;4": 17}.get(raw, 1))
+    return Image.fromarray((differs.any(-1) if differs.ndim == 3 else differs).astype(np.uint8) * 255)
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Of samples of more bits, the upper 8; what is white must be known."""
+    tags = getattr(picture, "tag_v2", {})
+    bits, signed, brightest = max(tags.get(BITS, (16,))), 2 in tags.get(SAMPLE_FORMAT, ()), 255
+    if picture.mode == "F" or (signed and bits == 8):
+        kind = "floats, of unknown range" if picture.mode == "F" else "signed 8-bit integers"
+        raise ValueError(f"{kind}: scale them to 8 or 16 unsigned bits, or give .npy in [0, 1]")
     if picture.mode[0] == "I":  # which `convert` would clip at 255
-        wide = np.asarray(picture)
-        if wide.min() < 0 or wide.max() > 65535:
-            raise ValueError("32-bit integers beyond 16 bits")
-        picture = Image.fromarray((wide >> 8).astype(np.uint8))
-    if picture.mode == "F":
-        raise ValueError("floats, of unknown range")
-    if picture.has_transparency_data:
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture.convert("RGBA"))
-    picture = picture.convert("RGB" if shape[2] == 3 else "L")
-    if picture.size != shape[:2]:
-        picture = ImageOps.fit(picture, shape[:2], Image.Resampling.LANCZOS)
-    return np.asarray(picture).reshape(shape)
+        wide = np.asarray(picture).astype(np.int64)
+        white = 2 ** (bits - signed if bits <= 16 else 16) - 1
+        if wide.min() < 0 or wide.max() > white:
+            raise ValueError("32-bit integers beyond 16 bits: scale them to 8 or 16, or give .npy in [0, 1]")
+        brightest = wide.max() * 255 // white if wide.any() else 255
+        wide = white - wide if tags.get(PHOTOMETRIC) == 0 else wide  # which PIL does of 8 bits alone
+        picture = Image.fromarray((wide >> (white.bit_length() - 8)).astype(np.uint8))
+    elif tags and bits > 8 and picture.mode[:3] == "RGB":
+        brightest = np.asarray(picture)[..., :3].max()
+    if tags and brightest < 64:
+        raise ValueError(f"{bits}-bit values in the lowest quarter of the range, nearly black: scale them to all of it")
+    return picture
+
+
+@lru_cache(maxsize=16)
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From an embedded profile to sRGB; None if it cannot be read, is of other pixels than these, or sRGB already."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return None
+    cube = Image.fromarray(51 * np.indices((6, 6, 6), np.uint8).reshape(3, 6, 36).transpose(1, 2, 0))
+    if mode == "RGB" and np.ptp(np.asarray(cube).astype(int) - ImageCms.applyTransform(cube, transform)) <= 2:
+        return None
+    return transform
 
 
 def write_images(
@@ -118,57 +233,75 @@ def write_images(
 def decoded(chunks: Iterable[list[Item]], shape: Shape, *, processes: int | None = None) -> Iterator[Iterator[Decoded]]:
     """`decode` of every chunk, in order and a few chunks ahead, in a process per core or at most so many.
 
-    PIL holds the interpreter's lock for most of the time that a small image takes: on two cores, two threads decode
-    CIFAR-10 at half the speed of one, two processes at 1.6 times. They take a fifth of a second to start, so with fewer
-    than two there are none, but threads.
+    PIL holds the interpreter's lock while it decodes small images: two threads are half as fast as one on CIFAR-10, two
+    processes 1.6 times. For fewer than two there are threads.
     """
     number = cores() if processes is None else min(cores(), processes)
+    idle: SimpleQueue[Worker] = SimpleQueue()
+
+    def elsewhere(chunk: list[Item]) -> Decoded:
+        worker = idle.get()
+        try:
+            return worker.decode(chunk, shape)
+        finally:
+            idle.put(worker)
+
     with ExitStack() as stack:
-        idle: SimpleQueue[Callable[..., Decoded]] = SimpleQueue()
         for _ in range(number) if number > 1 else ():
-            idle.put(stack.enter_context(worker()))
-
-        def elsewhere(chunk: list[Item]) -> Decoded:
-            there = idle.get()
-            try:
-                return there(chunk, shape)
-            finally:
-                idle.put(there)
-
+            idle.put(stack.enter_context(closing(Worker())))
         function, threads = (elsewhere, number) if number > 1 else (partial(decode, shape=shape), cores())
         yield stack.enter_context(closing(ahead(function, chunks, threads)))
 
 
-@contextmanager
-def worker() -> Iterator[Callable[[list[Item], Shape], Decoded]]:
-    """`decode`, in a process that ends when its socket is closed.
+class Worker:
+    """`decode` in a process that ends with the other end of its socket, and is replaced when it dies or hangs.
 
-    So none is left behind by a parent that was killed, as those of a ProcessPoolExecutor are; nor does it import the
-    caller's script.
+    So a parent that was killed leaves none behind, as it would those of a ProcessPoolExecutor; nor does it import the
+    caller's script. What decoders print is thrown away.
     """
-    ours, theirs = Pipe()
-    command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {SERVE}", str(theirs.fileno())]
 
-    def there(chunk: list[Item], shape: Shape) -> Decoded:
-        try:
-            ours.send((chunk, shape))
-            return ours.recv()
-        except (EOFError, OSError):
-            code, near = process.wait(), chunk[0][2]
-            raise RuntimeError(f"a decoding process died with code {code} at or after {near}") from None
+    def __init__(self) -> None:
+        self.start()
 
-    with subprocess.Popen(command, pass_fds=[theirs.fileno()]) as process, ours:
+    def start(self) -> None:
+        self.connection, theirs = Pipe()
+        command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {SERVE}", str(theirs.fileno())]
+        none = subprocess.DEVNULL
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=none, stdout=none, stderr=none)
         theirs.close()
-        yield there
+
+    def close(self) -> None:
+        self.connection.close()
+        self.process.kill()
+        self.process.wait()
+
+    def decode(self, chunk: list[Item], shape: Shape) -> Decoded:
+        """When the process dies, one image after the other, to find in which."""
+        try:
+            self.connection.send((chunk, shape, SECONDS + 2 * len(chunk)))
+            return self.connection.recv()
+        except (EOFError, OSError):
+            code = self.process.wait()
+        self.close()
+        self.start()
+        if len(chunk) > 1:
+            pixels, labels, failed = zip(*(self.decode([item], shape) for item in chunk), strict=True)
+            return np.concatenate(pixels), [*itertools.chain(*labels)], [*itertools.chain(*failed)]
+        how = f"took over {SECONDS} s" if code == -signal.SIGALRM else f"died with code {code}"
+        return np.empty((0, *shape), np.uint8), [], [(chunk[0][2], f"its decoding process {how}")]
 
 
 def _serve() -> None:
-    """What the process of a `worker` runs."""
+    """What the process of a Worker runs. An alarm ends it in a decoder that hangs, though its parent be gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     connection = Connection(int(sys.argv[1]))
     with suppress(EOFError, ConnectionError):  # the parent has gone, or was killed
         while True:
-            connection.send(decode(*connection.recv()))
+            chunk, shape, seconds = connection.recv()
+            signal.alarm(seconds)
+            result = decode(chunk, shape)
+            signal.alarm(0)
+            connection.send(result)
 
 
 def ahead(function: Callable[[Any], Result], items: Iterable, threads: int) -> Generator[Result, None, None]:

@@ -1,12 +1,14 @@
-"""files: written whole or not at all, durably where it matters, and told apart by their content; rows of JSON."""
+"""files: written whole or not at all, told apart by their content, listed, fetched from the Hub; rows of JSON."""
 
 import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,7 @@ def sha256(path: Path) -> str:
 class Digests:
     """sha256 of files by content, remembered in a JSON file for as long as size, times and inode stay the same.
 
-    So that a large file is read once, and one that was replaced by another of the same name and size is noticed. To
-    lose the file costs reading everything again, nothing else.
+    So a large file is read once, and one that was replaced by another of the same name and size is noticed.
     """
 
     def __init__(self, memory: Path) -> None:
@@ -51,22 +52,19 @@ class Digests:
                 aside.write_text(json.dumps(self._known))
 
     def _of_file(self, path: Path) -> str:
-        stat, name = path.stat(), str(path.absolute())
-        now = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        now, name = path.stat(), str(path.absolute())
+        state = [now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino]
         *before, digest = self._known.get(name, [None])
-        if before != now:
+        if before != state:
             digest = sha256(path)
-            if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED:
-                self._known[name], self._changed = [*now, digest], True
+            if time.time() - max(now.st_mtime, now.st_ctime) > SETTLED:
+                self._known[name], self._changed = [*state, digest], True
         return digest
 
 
 @contextmanager
 def whole(final: Path) -> Iterator[Path]:
-    """A file to write to, which takes the place of `final` in one step: a reader never sees half of it.
-
-    Of a link, the file that it leads to is replaced.
-    """
+    """A file to write to, which takes the place of `final`, or of what that links to, in one step."""
     final = Path(os.path.realpath(final))
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = final.with_name(f".{os.getpid()}.{final.name}")
@@ -79,10 +77,7 @@ def whole(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def written_aside(final: Path, suffix: str = "partial") -> Iterator[Path]:
-    """A new folder to write to, which takes the place of `final` once it is whole, on the disk too.
-
-    Of a link (to a bigger disk, say), the folder that it leads to is replaced; the link stays.
-    """
+    """A new folder to write to, which takes the place of `final`, or of what that links to, once it is on the disk."""
     final = Path(os.path.realpath(final))
     aside, old = (final.with_name(f".{final.name}.{end}") for end in (suffix, "old"))
     shutil.rmtree(aside, ignore_errors=True)  # of an earlier attempt that died
@@ -102,7 +97,6 @@ def written_aside(final: Path, suffix: str = "partial") -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Make a file, or the entries of a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -126,3 +120,51 @@ def append_row(file: Path, row: dict[str, Any]) -> None:
                 rows.seek(0)
                 rows.truncate(rows.read().rfind(b"\n") + 1)
         rows.write((json.dumps(row) + "\n").encode())
+
+
+def plain(path: Path | str) -> str:
+    """A name that prints on one line, whatever is in it."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(path))
+
+
+def walk(root: Path, above: tuple[str, ...] = ()) -> Iterator[tuple[Path, str]]:
+    """Files below a folder and "", or why one cannot be read; in order of name, through links, hidden ones left out."""
+    try:
+        mode = root.stat().st_mode
+        inside = sorted(root.iterdir()) if stat.S_ISDIR(mode) else []
+    except OSError as error:
+        yield root, "a link that leads nowhere" if isinstance(error, FileNotFoundError) else str(error.strerror)
+        return
+    if not stat.S_ISDIR(mode):
+        yield root, "no regular file" if not stat.S_ISREG(mode) else "no permission" * (not os.access(root, os.R_OK))
+    elif (here := os.path.realpath(root)) in above:
+        yield root, "a link that leads round"
+    else:
+        for path in inside:
+            if path.name[0] != ".":
+                yield from walk(path, (*above, here))
+
+
+def snapshot(
+    repo: str, patterns: list[str], *, repo_type: str = "dataset", revision: str | None = None, **hub: Any
+) -> Path:
+    """Folder of the files of a Hub repository, named after the commit; without patterns none is fetched.
+
+    While the Hub is out of reach, its cache on this machine answers, or else it is a ConnectionError. `hub`: cache_dir,
+    token, local_files_only.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    fetch = partial(snapshot_download, repo, repo_type=repo_type, revision=revision, allow_patterns=patterns)
+    try:  # one request that is not retried, so that a machine without network says so at once
+        about = HfApi(token=hub.get("token")).repo_info(repo, repo_type=repo_type, revision=revision, timeout=10)
+        return Path(fetch(**hub) if patterns else str(about.sha))
+    except Exception as error:  # of whichever HTTP library the Hub's client uses
+        with suppress(Exception):
+            return Path(fetch(**hub | {"local_files_only": True}))
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    raise ConnectionError(
+        f"got nothing from the Hugging Face Hub for {repo} ({reason}), wanted it or its cache: connect to the network, "
+        f"or give{' dataset_path' * (repo_type == 'dataset')} a folder of its files, or bring here the cache of "
+        f"`hf download {repo} --repo-type {repo_type}`"
+    )

@@ -1,44 +1,37 @@
 """sources: where images come from. A new data set is one function and a line in `SOURCES`.
 
-Such a function takes (resolution, dataset_path, seed), refuses what it can without the network, and returns a
-`Source`: what tells its images from all others, and how to open them. Opened `Images` are handed over one by one,
+Such a function takes ((height, width), dataset_path, seed, split), refuses what it can without the network, and returns
+a `Source`: what tells its images from all others, and how to open them. Opened `Images` are handed over one by one,
 encoded or as pixels; what is made of them is the rule at the top of `decoding.py`.
 """
 
-import os
+import itertools
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
+from wddm import local
 from wddm.decoding import Item
-from wddm.files import Digests
+from wddm.files import Digests, plain, snapshot, walk
+from wddm.local import Images
 
-if TYPE_CHECKING:
-    from pyarrow.parquet import ParquetFile
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 PATCHES = 10_000  # crops in `patches`
-CHUNK, CHUNK_BYTES = 256, 2**22  # images that are decoded at a time, and what encoded ones take on average, at most
-
-
-@dataclass(frozen=True)
-class Images:
-    """Images to decode. `read` yields those of ascending rows in order; `chunk` of them are decoded at a time."""
-
-    count: int
-    read: Callable[[np.ndarray], Iterator[Item]]
-    channels: int = 3
-    class_names: list[str] | None = None
-    revision: str | None = None
-    chunk: int = CHUNK
+EMOJI = {  # Unicode's groups, roughly: where they begin, block by block
+    0: "symbols", 0x1F300: "nature", 0x1F32D: "food", 0x1F330: "nature", 0x1F345: "food", 0x1F380: "activities",
+    0x1F3D4: "travel", 0x1F3F5: "objects", 0x1F400: "nature", 0x1F440: "people", 0x1F493: "symbols", 0x1F4A1: "objects",
+    0x1F500: "symbols", 0x1F550: "travel", 0x1F56F: "objects", 0x1F600: "smileys", 0x1F645: "people", 0x1F680: "travel",
+    0x1F7E0: "symbols", 0x1F90C: "people", 0x1F910: "smileys", 0x1F930: "people", 0x1F93F: "activities",
+    0x1F950: "food", 0x1F970: "smileys", 0x1F97B: "objects", 0x1F980: "nature", 0x1F9B0: "people", 0x1F9C0: "food",
+    0x1F9CC: "people", 0x1F9E0: "objects", 0x1FAB0: "nature", 0x1FAC0: "people", 0x1FAD0: "food", 0x1FAE0: "smileys",
+    0x1FAF0: "people",
+}  # fmt: skip
+FLAGS_AND_TONES = {*range(0x1F1E6, 0x1F200), 0x1F3F3, 0x1F3F4, *range(0x1F3FB, 0x1F400), *range(0xE0000, 0xFFFFF)}
+FONT = "install fonts-noto-color-emoji, or give its NotoColorEmoji.ttf, with bitmaps (CBDT), as dataset_path"
 
 
 @dataclass(frozen=True)
@@ -47,254 +40,178 @@ class Source:
 
     name: str
     content: Callable[[Digests], str]
-    open: Callable[[], Images]
+    open: Callable[[bool], Images]  # whether files that are damaged as a whole are left out
     split: str = "all"
+    left_out: Sequence[str] = ()  # what is in the folder and not taken, and why
 
 
-def digits(resolution: int, dataset_path: str | None, seed: int) -> Source:
+def digits(size: tuple[int, int], dataset_path: str | None, seed: int, split: str) -> Source:
     """The 1,797 handwritten digits in scikit-learn: 8x8, 17 grey levels, 1 channel, 10 classes; enlarged."""
 
-    def opened() -> Images:
+    def opened(skip: bool) -> Images:
         from sklearn.datasets import load_digits
 
         bunch = load_digits()
         pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-        read = partial(map, lambda i: (pixels[i], int(bunch.target[i]), f"digits {i}"))
-        return Images(len(pixels), read, 1, [str(digit) for digit in range(10)])
+        return local.array(pixels, bunch.target, "digits", [str(digit) for digit in range(10)])
 
-    return _embedded("digits", dataset_path, "load_digits", ["data/digits.csv.gz"], opened)
+    return _embedded("digits", dataset_path, split, "load_digits", ["data/digits.csv.gz"], opened)
 
 
-def patches(resolution: int, dataset_path: str | None, seed: int) -> Source:
+def patches(size: tuple[int, int], dataset_path: str | None, seed: int, split: str) -> Source:
     """10,000 random full-scale crops of the two photographs (the classes) in scikit-learn, 427x640 pixels."""
 
-    def opened() -> Images:
+    def opened(skip: bool) -> Images:
         from sklearn.datasets import load_sample_images
 
         bunch = load_sample_images()
         rng = np.random.default_rng(seed)
         photo = rng.integers(len(bunch.images), size=PATCHES)
-        top, left = (rng.integers(side - resolution + 1, size=PATCHES) for side in bunch.images[0].shape[:2])
+        top, left = (rng.integers(have - side + 1, size=PATCHES) for have, side in zip((427, 640), size, strict=True))
 
         def crop(i: int) -> Item:
             y, x = top[i], left[i]
-            return bunch.images[photo[i]][y : y + resolution, x : x + resolution], int(photo[i]), f"patches {i}"
+            return bunch.images[photo[i]][y : y + size[0], x : x + size[1]], int(photo[i]), f"patches {i}"
 
-        return Images(PATCHES, partial(map, crop), class_names=[Path(name).stem for name in bunch.filenames])
+        return Images(PATCHES, partial(map, crop), 3, [Path(name).stem for name in bunch.filenames])
 
-    if resolution > 427:
-        raise ValueError(f"got resolution={resolution}, wanted at most 426 for patches: choose a smaller one")
+    if size[0] > 427 or size[1] > 640:
+        raise ValueError(f"got resolution={max(size)}, wanted at most 426 for patches: choose a smaller one")
     files = ["images/china.jpg", "images/flower.jpg"]
-    return _embedded("patches", dataset_path, "load_sample_images", files, opened)
+    return _embedded("patches", dataset_path, split, "load_sample_images", files, opened)
 
 
-def folder(resolution: int, dataset_path: str | None, seed: int) -> Source:
-    """All images, or all Parquet files, below a folder; subfolders that hold all images are classes."""
+def emoji(size: tuple[int, int], dataset_path: str | None, seed: int, split: str) -> Source:
+    """The 1,600 colour bitmaps of the font Noto Color Emoji, 136x128, on white; flags and skin tones are left out.
+
+    Classes are Unicode's groups, by block and so roughly.
+    """
+    if dataset_path is None:
+        from matplotlib.font_manager import findSystemFonts
+
+        found = [Path(font) for font in sorted(findSystemFonts()) if "NotoColorEmoji" in font]
+    else:
+        found = sorted(Path(dataset_path).rglob("NotoColorEmoji*.ttf")) or [Path(dataset_path)]
+    if not found:
+        raise ValueError(f"got no font Noto Color Emoji on this machine, wanted it: {FONT}")
+
+    def opened(skip: bool) -> Images:
+        from fontTools.ttLib import TTFont, TTLibError
+
+        try:
+            font = TTFont(found[0], lazy=True)
+            bitmaps = font["CBDT"].strikeData[0]
+        except (TTLibError, KeyError, OSError):
+            raise ValueError(f"got {found[0]}, wanted a font of colour bitmaps: {FONT}") from None
+        spelled = {glyph: [code] for code, glyph in font.getBestCmap().items() if code > 127}
+        for lookup in font["GSUB"].table.LookupList.Lookup:
+            for first, ligatures in getattr(lookup.SubTable[0], "ligatures", {}).items():
+                for one in ligatures:
+                    parts = [spelled.get(part, [0]) for part in (first, *one.Component)]
+                    spelled.setdefault(one.LigGlyph, list(itertools.chain(*parts)))
+        glyphs = [glyph for glyph, codes in spelled.items() if glyph in bitmaps and not FLAGS_AND_TONES & {*codes}]
+        glyphs.sort(key=spelled.__getitem__)
+        groups = sorted({*EMOJI.values()})
+
+        def drawn(i: int) -> Item:
+            codes = spelled[glyphs[i]]
+            group = EMOJI[max(start for start in EMOJI if start <= max(codes))]
+            return bitmaps[glyphs[i]].imageData, groups.index(group), " ".join(f"U+{code:X}" for code in codes)
+
+        return Images(len(glyphs), partial(map, drawn), 3, groups, "these are drawings, few, easily learned by heart")
+
+    return _local(found[0].name, found[0], found[:1], opened)
+
+
+def folder(size: tuple[int, int], dataset_path: str | None, seed: int, split: str) -> Source:
+    """All images, all Parquet files, or the one array (.npy) below a folder, of one split where there are several."""
     if dataset_path is None:
         raise ValueError('got dataset="folder" alone, wanted a folder of images: give dataset_path')
     root = Path(dataset_path)
-    tables, files = _files(root, {".parquet"}), _files(root, SUFFIXES)
-    if bool(tables) == bool(files):
-        found = f"{len(tables)} Parquet files and {len(files)} images"
-        raise ValueError(f"got {found} in {root}, wanted one or the other: separate them")
-    opened = partial(_tables, tables) if tables else partial(_pictures, root, files)
-    return _local(dataset_path, root, tables or files, opened)
+    found, left_out = local.listed(root)
+    tables, arrays, pictures, labels = (found[kind] for kind in ("table", "array", "image", "labels"))
+    if not tables and bool(arrays) == bool(pictures):
+        raise ValueError(
+            f"got {len(tables)} Parquet files and {len(pictures)} images, {len(arrays)} arrays in {plain(root)}"
+            f"{f', left out {left_out[:3]}' * bool(left_out)}, wanted one of the three: separate them, unpack archives"
+        )
+    files = every = tables or arrays or pictures
+    splits = {local.split_of(root, file) for file in every} - {None}
+    if splits:
+        files = local.of_split(root, every, split)
+    elif split != "train":
+        raise ValueError(f"got split={split!r}, which no folder or table in {plain(root)} is called: leave it out")
+    if others := len(every) - len(files):
+        left_out.append(f"{others} files of other splits than {split}")
+    if tables and (others := len(pictures) + len(arrays)):
+        left_out.append(f"{others} files beside Parquet ones, but for images that their rows name")
+    if tables:
+        opened = partial(local.tables, files, beside=pictures)
+    elif arrays:
+        opened = partial(local.npy, files, [file for file in labels if file.suffix == ".npy"])
+    else:
+        tables = [file for file in labels if file.suffix != ".npy"]
+        opened = partial(local.pictures, root, files, tables, bool(splits))
+    content = [*files, *labels, *(pictures if tables else [])]
+    return _local(dataset_path, root, content, opened, split if splits else "all", left_out)
 
 
-def hub(resolution: int, dataset_path: str | None, seed: int, *, repo: str, split: str) -> Source:
-    """Splits ("train+validation") of "owner/name@revision" on the Hub, or of a copy laid out so."""
+def hub(size: tuple[int, int], dataset_path: str | None, seed: int, split: str, *, repo: str, own: str) -> Source:
+    """Splits ("train+validation") of "owner/name@revision" on the Hub, or of a copy laid out so.
+
+    `train` stands for the splits that the set is trained on, which are its `own`.
+    """
+    split = own if split == "train" else split
     if dataset_path is not None:
-        files = shards(dataset_path, split)
-        return _local(dataset_path, Path(dataset_path), files, partial(_tables, files), split)
+        root = Path(dataset_path)
+        files = [file for file, trouble in walk(root) if not trouble and file.suffix == ".parquet"]
+        files = files if root.is_file() else local.of_split(root, files, split)
+        return _local(dataset_path, root, files, partial(local.tables, files, channels=3), split)
     name, _, revision = repo.partition("@")
 
     def content(_: Digests) -> str:
         pinned = re.fullmatch("[0-9a-f]{40}", revision)
         return f"{name}@{revision if pinned else snapshot(name, [], revision=revision or None).name}"
 
-    def opened() -> Images:
+    def opened(skip: bool) -> Images:
         root = snapshot(name, [f"*{part}*.parquet" for part in split.split("+")], revision=revision or None)
-        return replace(_tables(shards(root, split)), revision=root.name)
+        files = local.of_split(root, sorted(root.rglob("*.parquet")), split)
+        return replace(local.tables(files, skip, channels=3), revision=root.name)
 
     return Source(name, content, opened, split)
 
 
-SOURCES: dict[str, Callable[[int, str | None, int], Source]] = {
+SOURCES: dict[str, Callable[[tuple[int, int], str | None, int, str], Source]] = {
     "digits": digits,
     "patches": patches,
-    "cifar10": partial(hub, repo="uoft-cs/cifar10@0b2714987fa478483af9968de7c934580d0bb9a2", split="train"),
-    "stl10": partial(hub, repo="jxie/stl10", split="unlabeled"),
+    "emoji": emoji,
+    "cifar10": partial(hub, repo="uoft-cs/cifar10@0b2714987fa478483af9968de7c934580d0bb9a2", own="train"),
+    "stl10": partial(hub, repo="jxie/stl10", own="unlabeled"),
     "celebahq": partial(
-        hub, repo="korexyz/celeba-hq-256x256@42078a1fb27b6079eaab8cf453efd3d79a8b7bda", split="train+validation"
+        hub, repo="korexyz/celeba-hq-256x256@42078a1fb27b6079eaab8cf453efd3d79a8b7bda", own="train+validation"
     ),
     "folder": folder,
 }
 
 
-def shards(root: str | Path, split: str) -> list[Path]:
-    """Parquet files of "train+validation" below a folder in the Hub's layout; a file stands for itself.
-
-    Raises:
-        ValueError: there are none, or fewer than the names ("-of-00004") say.
-    """
-    root = Path(root)
-    files = _files(root, {".parquet"})
-    if root.is_file():
-        return files
-    chosen = []
-    for part in split.split("+"):
-        pattern = re.compile(rf"(^|[/_.-]){re.escape(part)}([/.-].*)?\.parquet$")
-        found = [file for file in files if pattern.search(file.relative_to(root).as_posix())]
-        total = re.search(r"-of-(\d+)", found[0].name) if found else None
-        if not found or (total and len(found) != int(total[1])):
-            wanted = f"{int(total[1]) if total else ''} files ({part}-*.parquet)".lstrip()
-            raise ValueError(
-                f"got {len(found)} Parquet files of split {part!r} in {root}, wanted {wanted}: give a complete copy"
-            )
-        chosen += found
-    return chosen
-
-
-def _files(root: Path, suffixes: set[str]) -> list[Path]:
-    """The file itself, or the files below a folder, hidden ones left out, in order of name."""
-    files = sorted(root.rglob("*")) if root.is_dir() else [root]
-    shown = (file for file in files if not any(part[0] == "." for part in file.relative_to(root).parts))
-    return [file for file in shown if file.suffix.lower() in suffixes]
-
-
-def _local(name: str, root: Path, files: list[Path], opened: Callable[[], Images], split: str = "all") -> Source:
+def _local(
+    name: str, root: Path, files: list[Path], opened: Callable[[bool], Images], split: str = "all",
+    left_out: Sequence[str] = (),
+) -> Source:  # fmt: skip
     """A set of files below `root`, which is the same one when the folder was moved or copied."""
 
     def content(digests: Digests) -> str:
-        readable = [file for file in files if file.is_file() and os.access(file, os.R_OK)]
-        others = [str(file.relative_to(root)) for file in sorted({*files} - {*readable})]  # they will not decode
-        return digests.of_files(root, readable) + f", not readable: {others}" * bool(others)
+        return digests.of_files(root, files) + f", left out: {left_out}" * bool(left_out)
 
-    return Source(name, content, opened, split)
+    return Source(plain(name), content, opened, split, left_out)
 
 
 def _embedded(
-    dataset: str, dataset_path: str | None, loader: str, files: list[str], opened: Callable[[], Images]
+    dataset: str, dataset_path: str | None, split: str, loader: str, files: list[str], opened: Callable[[bool], Images]
 ) -> Source:
     """A set that comes with scikit-learn, which is not imported to tell the content of its files."""
-    if dataset_path is not None:
-        raise ValueError(f"got dataset_path={dataset_path}, wanted none, {dataset} is embedded: leave it out")
+    if dataset_path is not None or split != "train":
+        given = "dataset_path" if dataset_path is not None else "split"
+        raise ValueError(f"got {given}={dataset_path or split}, wanted none, {dataset} is embedded: leave it out")
     root = Path(str(distribution("scikit-learn").locate_file("sklearn/datasets")))
     return _local(f"scikit-learn {loader}", root, [root / file for file in files], opened)
-
-
-def _pictures(root: Path, files: list[Path]) -> Images:
-    """Files of images; the folders at the top are classes if all files are in one and there are several."""
-    tops = [file.relative_to(root).parts[:-1][:1] for file in files]
-    names = sorted({top[0] for top in tops if top})
-    labelled = all(tops) and len(names) > 1
-    read = partial(map, lambda i: (files[i], names.index(tops[i][0]) if labelled else None, str(files[i])))
-    return Images(len(files), read, class_names=names if labelled else None)
-
-
-def _tables(files: list[Path]) -> Images:
-    """The first column of images in Parquet files as on the Hub, with the integers of a column `label`.
-
-    Read by pyarrow and not by `datasets`, which copies the files to Arrow ones and maps those into memory: reading
-    100,000 images of 64x64 so peaks at three times the memory.
-
-    Raises:
-        ValueError: a file is no Parquet, is cut off, or holds other columns than the first.
-    """
-    import pyarrow as pa
-    from datasets import ClassLabel, Features
-
-    headers = [_parquet(file).metadata for file in files]
-    counts, (schema, *others) = [one.num_rows for one in headers], [one.schema.to_arrow_schema() for one in headers]
-    holds = [pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 for kind in schema.types]
-    if not any(holds):
-        raise ValueError(f"got columns {schema.names} in {files[0]}, wanted one of images: give other files")
-    feature = Features.from_arrow_schema(schema).get("label")
-    labelled = feature is not None and pa.types.is_integer(schema.field("label").type)
-    columns = [schema.names[holds.index(True)], *["label"] * labelled]
-    for file, other in zip(files[1:], others, strict=True):
-        if not set(columns) <= set(other.names):
-            raise ValueError(f"got columns {other.names} in {file}, wanted those of {files[0]}: separate them")
-    stored = sum(one.row_group(i).total_byte_size for one in headers for i in range(one.num_row_groups))
-    chunk = max(1, min(CHUNK, CHUNK_BYTES * sum(counts) // max(1, stored)))
-
-    def read(rows: np.ndarray) -> Iterator[Item]:
-        first = 0
-        for file, count in zip(files, counts, strict=True):
-            chosen = rows[slice(*np.searchsorted(rows, (first, first + count)))] - first
-            if len(chosen):
-                yield from _cells(file, columns, chosen, chunk)
-            first += count
-
-    names = feature.names if isinstance(feature, ClassLabel) else None
-    return Images(sum(counts), read, class_names=names, chunk=chunk)
-
-
-def _cells(file: Path, columns: list[str], rows: np.ndarray, chunk: int) -> Iterator[Item]:
-    """The given rows of a Parquet file, of which `chunk` are held at a time; columns: of images, perhaps of labels."""
-    import pyarrow as pa
-
-    first, parquet = 0, _parquet(file)
-    try:
-        for batch in parquet.iter_batches(chunk, columns=columns):
-            part = rows[slice(*np.searchsorted(rows, (first, first + len(batch))))]
-            for row, values in zip(part, batch.take(pa.array(part - first)).to_pylist(), strict=True):
-                cell = values[columns[0]] or {}
-                yield cell.get("bytes"), values.get("label"), f"{file}, row {row} {cell.get('path') or ''}".rstrip()
-            first += len(batch)
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(file, f"which is damaged after row {first}", error) from None
-
-
-def _parquet(file: Path) -> "ParquetFile":
-    """pyarrow's reader, made to hold some pages of a file in memory, where by default it holds a row group."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(file, "wanted a whole Parquet file", error) from None
-
-
-def _unreadable(file: Path, how: str, error: Exception) -> ValueError:
-    return ValueError(f"got {file}, {how} ({' '.join(str(error).split())}): fetch it again")
-
-
-def snapshot(
-    repo: str, patterns: list[str], *, repo_type: str = "dataset", revision: str | None = None, **hub: Any
-) -> Path:
-    """Folder of the files of a Hub repository, named after the commit that the revision stands for.
-
-    Without patterns nothing is fetched: the name is all that is asked for. Files that are there already are not
-    fetched again, and one whose connection breaks is taken up where it broke. While the Hub is out of reach, its cache
-    on this machine answers, or else it is a ConnectionError. `hub`: cache_dir, token, local_files_only.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-
-    fetch = partial(snapshot_download, repo, repo_type=repo_type, revision=revision, allow_patterns=patterns)
-    try:  # one request that is not retried, so that a machine without network says so at once
-        about = HfApi(token=hub.get("token")).repo_info(repo, repo_type=repo_type, revision=revision, timeout=10)
-        return Path(fetch(tqdm_class=_Bar, **hub) if patterns else str(about.sha))
-    except Exception as error:  # of whichever HTTP library the Hub's client uses
-        try:
-            return Path(fetch(**hub | {"local_files_only": True}))
-        except Exception:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-    raise ConnectionError(
-        f"got nothing from the Hugging Face Hub for {repo} ({reason}), wanted it or a copy in its cache: connect to "
-        f"the network, or give{' dataset_path' * (repo_type == 'dataset')} a folder of its files, or bring here the "
-        f"cache of `hf download {repo} --repo-type {repo_type}`"
-    )
-
-
-class _Bar(tqdm):
-    """Of the bars that the Hub's client draws, the one of the bytes that have arrived, as plain text on stdout."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        options["disable"] = not str(options.get("desc")).startswith("Reconstructing")
-        options |= {"desc": "downloading", "bar_format": None, "file": sys.stdout}
-        super().__init__(*arguments, **options)
-
-    def set_description(self, *_: Any, **__: Any) -> None:
-        """It keeps its own."""

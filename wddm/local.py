@@ -1,0 +1,247 @@
+"""local: images and their labels in files: pictures, Parquet as on the Hub, arrays; which are there, of which split."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from wddm.decoding import Item, opened
+from wddm.files import plain, walk
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+KINDS = {".parquet": "table", ".npy": "array", "metadata.csv": "labels", "labels.npy": "labels"}
+KINDS |= dict.fromkeys([".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".dib"], "image")
+KINDS |= dict.fromkeys([".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif"], "image")
+SPLITS = {"train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation"}
+SPLITS |= {"test": "test", "testing": "test", "unlabeled": "unlabeled"}
+CHUNK, CHUNK_BYTES = 256, 2**22  # images that are decoded at a time, and what encoded ones take on average, at most
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images to decode. `read` yields those of ascending rows in order; `chunk` of them are decoded at a time."""
+
+    count: int
+    read: Callable[[np.ndarray], Iterator[Item]]
+    channels: int | None = None  # None: 1 if all are grey by their headers, else 3
+    class_names: list[str] | None = None
+    note: str = ""  # what a user should know of them
+    left_out: list[str] = field(default_factory=list)
+    revision: str | None = None
+    chunk: int = CHUNK
+
+
+def listed(root: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """Files below a folder, in order of name, by kind: table, array, image, labels; what else is there, and why not."""
+    found: dict[str, list[Path]] = {kind: [] for kind in KINDS.values()}
+    left_out = []
+    for file, trouble in walk(root):
+        kind = KINDS.get(file.name.lower()) or KINDS.get(file.suffix.lower())
+        if not kind and not trouble:  # what it is stands inside
+            with suppress(Exception), opened(file):
+                kind = "image"
+        if kind and not trouble:
+            found[kind].append(file)
+        else:
+            name = file.relative_to(root) if file != root else file.name
+            left_out.append(f"{plain(name)}: {trouble or 'no image'}")
+    return found, left_out
+
+
+def split_of(root: Path, file: Path) -> str | None:
+    """That of the folder at the top, for images; of a word in its path, for another file."""
+    path = file.relative_to(root)
+    whole = KINDS.get(file.suffix.lower()) in ("table", "array")
+    words = re.split("[/_.-]", path.as_posix())[::-1] if whole else path.parts[:-1][:1]
+    return next((SPLITS[word.lower()] for word in words if word.lower() in SPLITS), None)
+
+
+def of_split(root: Path, files: list[Path], split: str) -> list[Path]:
+    """Those of "train+validation", in this order; ValueError if there are none, or fewer than "-of-00004" says."""
+    chosen = []
+    for part in split.split("+"):
+        found = [file for file in files if split_of(root, file) == SPLITS.get(part, part)]
+        total = re.search(r"-of-0*(\d+)", found[0].name) if found else None
+        if not found or (total and len(found) != int(total[1])):
+            have = f"got {len(found)} Parquet files of split {part!r} in {plain(root)}"
+            there = ", ".join(sorted({split_of(root, file) or "none" for file in files})) or "none"
+            raise ValueError(f"{have}, wanted {total[1] if total else 'some'} files: give all, or a split of {there}")
+        chosen += found
+    return chosen
+
+
+def pictures(root: Path, files: list[Path], tables: list[Path], in_splits: bool, skip: bool) -> Images:
+    """Files of images; labels are in metadata.csv, or else the folders at the top if all are in one of several."""
+    tops = [file.relative_to(root).parts[in_splits:-1][:1] for file in files]
+    folders = sorted({top[0] for top in tops if top})
+    labels, names, note, left_out = _of_csv(tables, files) if tables else (None, None, "", [])
+    if not tables and all(tops) and len(folders) > 1:
+        labels, names = np.array([folders.index(top[0]) for top in tops]), folders
+    read = partial(map, lambda i: (files[i], None if labels is None else int(labels[i]), plain(files[i])))
+    return Images(len(files), read, None, names, note, left_out)
+
+
+def _of_csv(tables: list[Path], files: list[Path]) -> tuple[np.ndarray | None, list[str] | None, str, list[str]]:
+    """Of metadata.csv, with a column file_name: labels of the files, names of classes, a note, what is not there."""
+    import pandas as pd
+
+    known: dict[Path, Any] = {}
+    for table in tables:
+        with readable(table, "wanted columns file_name and label"):
+            frame = pd.read_csv(table, keep_default_na=False, na_values=[""])
+            paths = [table.parent / name for name in frame.pop("file_name")]
+        column, note = _label_column(list(frame.columns), [])
+        known |= dict(zip(paths, frame[column] if column else [None] * len(paths), strict=True))
+    left_out = [f"{plain(path)} (in metadata.csv, but not there)" for path in known.keys() - {*files}]
+    labels, names = numbers([pd.Series([known.get(file) for file in files])]) if column else (None, None)
+    return labels, names, note, sorted(left_out)
+
+
+def _label_column(candidates: list[str], classes: list[str]) -> tuple[str | None, str]:
+    """`label`, or the only column of classes, or the only one that could be; what there is to say if there is none."""
+    for only in (["label"] if "label" in candidates else [], classes, candidates):
+        if len(only) == 1:
+            return only[0], ""
+    return None, f"no labels: any of the columns {', '.join(candidates)} could be, name one label" * bool(candidates)
+
+
+def numbers(parts: list["pd.Series"]) -> tuple[np.ndarray, list[str] | None]:
+    """Class numbers, -1 for none, of integers, strings or bools, and the names of the classes unless integers."""
+    import pandas as pd
+
+    labels = pd.concat(parts).convert_dtypes()
+    if pd.api.types.is_integer_dtype(labels):
+        return np.maximum(labels.fillna(-1).to_numpy(np.int64), -1), None
+    codes, names = pd.factorize(labels, sort=True)
+    return codes.astype(np.int64), [str(name) for name in names]
+
+
+def array(pixels: np.ndarray, labels: np.ndarray | None, name: str, class_names: list[str] | None = None) -> Images:
+    """An array (N, H, W) or (N, H, W, C), with class numbers or without."""
+    read = partial(map, lambda i: (np.asarray(pixels[i]), None if labels is None else int(labels[i]), f"{name} {i}"))
+    return Images(len(pixels), read, 1 if pixels.ndim == 3 else pixels.shape[3], class_names)
+
+
+def npy(files: list[Path], labels: list[Path], skip: bool) -> Images:
+    """One array of uint8, uint16 or floats in [0, 1], and, in labels.npy, integers if it is there."""
+    with readable(files[0], "wanted an array of numbers (.npy)"):
+        pixels, classes = np.load(files[0], mmap_mode="r"), np.load(labels[0]) if labels else None
+    wanted = "wanted one (N, H, W) or (N, H, W, C) of uint8, uint16 or floats in [0, 1], N integer labels: convert it"
+    if len(files) > 1 or pixels.ndim not in (3, 4) or f"{pixels.dtype.kind}{pixels.itemsize}" not in "u1 u2 f2 f4 f8":
+        raise ValueError(f"got {len(files)} arrays, {pixels.dtype} {pixels.shape} in {plain(files[0])}, {wanted}")
+    if pixels.ndim == 4 and pixels.shape[1] < 5 < pixels.shape[3]:
+        raise ValueError(f"got channels first, {pixels.shape}, in {plain(files[0])}, {wanted}")
+    if classes is not None and (classes.shape != pixels.shape[:1] or classes.dtype.kind not in "iu"):
+        raise ValueError(f"got labels {classes.dtype} {classes.shape} of {len(pixels)} images, {wanted}")
+    return array(pixels, None if classes is None else np.maximum(classes.astype(np.int64), -1), plain(files[0]))
+
+
+def tables(files: list[Path], skip: bool, *, beside: Sequence[Path] = (), channels: int | None = None) -> Images:
+    """The column of images in Parquet files as on the Hub, and that of labels; `beside`: files that rows may name.
+
+    Read by pyarrow and not by `datasets`, which copies the files to Arrow ones and maps those into memory: reading
+    100,000 images of 64x64 so peaks at three times the memory.
+    """
+    counts, parts, left_out, stored, columns = {}, [], [], 0, None
+    for file in files:
+        try:
+            parquet = _parquet(file)
+            columns = columns or _columns(file, parquet.schema_arrow)
+            image, label, classes, note = columns
+            if not {image, label} - {None} <= {*parquet.schema_arrow.names}:
+                have = f"columns {parquet.schema_arrow.names} in {plain(file)}"
+                raise ValueError(f"got {have}, wanted those of {plain(files[0])}: separate them")
+            with readable(file, f"wanted a whole column {label}"):
+                parts += [parquet.read([label])[label].to_pandas()] if label else []
+        except ValueError as error:
+            if not skip:
+                raise
+            left_out.append(str(error))
+        else:
+            counts[file] = parquet.metadata.num_rows
+            stored += sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups))
+    if not counts:
+        raise ValueError(f"got {len(files)} Parquet files of which none can be read, wanted whole ones: {left_out[0]}")
+    labels, names = numbers(parts) if label else (None, None)
+    if labels is not None and classes and max(labels) >= len(classes):
+        raise ValueError(f"got label {max(labels)} in {plain(files[0])}, wanted at most {len(classes) - 1}: correct it")
+    chunk = max(1, min(CHUNK, CHUNK_BYTES * sum(counts.values()) // max(1, stored)))
+
+    def read(rows: np.ndarray) -> Iterator[Item]:
+        first = 0
+        for file, count in counts.items():
+            chosen = rows[slice(*np.searchsorted(rows, (first, first + count)))]
+            for row, (cell, where) in zip(chosen, _cells(file, image, chosen - first, chunk, {*beside}), strict=True):
+                yield cell, None if labels is None else int(labels[row]), where
+            first += count
+
+    return Images(sum(counts.values()), read, channels, classes or names, note, left_out, chunk=chunk)
+
+
+def _columns(file: Path, schema: "pa.Schema") -> tuple[str, str | None, list[str] | None, str]:
+    """The column of images, that of labels, the names of the classes if they are stored, a note if there are none."""
+    import pyarrow.types as kinds
+    from datasets import ClassLabel, Features
+
+    with readable(file, "wanted metadata that `datasets` reads"):
+        features = Features.from_arrow_schema(schema)
+    images = [one.name for one in schema if kinds.is_struct(one.type) and one.type.get_field_index("bytes") >= 0]
+    if not images:
+        raise ValueError(f"got columns {schema.names} in {plain(file)}, wanted one of images: give other files")
+    could = (kinds.is_integer, kinds.is_boolean, kinds.is_string, kinds.is_large_string)
+    candidates = [one.name for one in schema if any(is_kind(one.type) for is_kind in could)]
+    classes = {name: kind.names for name, kind in features.items() if isinstance(kind, ClassLabel)}
+    label, note = _label_column(candidates, list(classes))
+    return images[0], label, classes.get(label or ""), note
+
+
+def _cells(file: Path, column: str, rows: np.ndarray, chunk: int, beside: set[Path]) -> Iterator[tuple[Any, str]]:
+    """The images in given rows of a Parquet file, of which `chunk` are held at a time, and where they are from."""
+    import pyarrow as pa
+
+    parquet, first = _parquet(file), 0
+    for group in range(parquet.num_row_groups):
+        end = first + parquet.metadata.row_group(group).num_rows
+        due = rows[slice(*np.searchsorted(rows, (first, end)))]
+        try:
+            for batch in parquet.iter_batches(chunk, row_groups=[group], columns=[column]) if len(due) else ():
+                here, due = np.split(due, np.searchsorted(due, [first + len(batch)]))
+                for row, value in zip(here, batch.take(pa.array(here - first)).to_pylist(), strict=True):
+                    cell = value[column] or {}
+                    path = cell.get("path") or ""
+                    named = next((folder / path for folder in file.parents if folder / path in beside), None)
+                    yield cell.get("bytes") or named, f"{plain(file)}, row {row} {plain(path)}".rstrip()
+                first += len(batch)
+        except (pa.ArrowException, OSError) as error:
+            for row in due:
+                yield f"the file is damaged after row {first}: {error}", f"{plain(file)}, row {row}"
+        first = end
+
+
+def _parquet(file: Path) -> "ParquetFile":
+    """pyarrow's reader, made to hold some pages of a file in memory, where by default it holds a row group."""
+    import pyarrow.parquet as pq
+
+    with readable(file, "wanted a whole Parquet file"):
+        return pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
+
+
+@contextmanager
+def readable(file: Path, wanted: str) -> Iterator[None]:
+    """What a library raises on a file that is damaged, as a ValueError of one line."""
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"got {plain(file)}, {wanted} ({why}): fetch or write it again") from None
