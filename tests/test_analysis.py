@@ -1,6 +1,5 @@
 """Studies of settings and of runs: their arithmetic in closed form, the analysis notebooks as users run them."""
 
-import csv
 import itertools
 import json
 from pathlib import Path
@@ -353,12 +352,9 @@ def run(root: Path, *arguments: str) -> str:
 
 
 def saved(report: Path, name: str) -> list[dict]:
-    """Rows of <name>.json, which are those of <name>.csv."""
-    rows = json.loads((report / f"{name}.json").read_text())
-    with (report / f"{name}.csv").open(newline="") as file:
-        in_csv = list(csv.DictReader(file))
-    assert in_csv == [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
-    return rows
+    """Rows of <name>.csv; what is empty there is None."""
+    table = pd.read_csv(report / f"{name}.csv", float_precision="round_trip").astype(object)
+    return table.where(table.notna(), None).to_dict("records")
 
 
 def is_clean(page: Path) -> bool:

@@ -37,9 +37,9 @@ def root(tmp_path: Path) -> Path:
 def test_a_value_is_text_whatever_it_holds(root):
     page = report.render(root / "reports/x", "01_work").read_text()
     text = "`&lt;script&gt;alert(1)&lt;/script&gt;` *a* [b](c) $d$"
-    assert f"<code>data/{text}/a.npy</code>, {text}, none, <code>{{levels}}</code>, <code>{{other}}</code>" in page
-    assert "<code>runs/x=1/b</code>" in page
-    assert "<td>&lt;b&gt;help&lt;/b&gt;</td>" in page and "<small>default 'a'</small>" in page
+    assert f"<td><code>&#39;{text}&#39;</code> <small>default &#39;a&#39;" in page.replace("'", "&#39;")
+    assert "<code>data/{name}/a.npy</code>, {name}, <code>{file}</code>" in page  # the prose stays as it was written
+    assert "<td>&lt;b&gt;help&lt;/b&gt;</td>" in page
     index = report.write_index(root).read_text()
     assert f"<code>name={text}</code>" in index and "levels=" not in index
     assert "<script" not in page + index and "<b>help" not in page
@@ -75,14 +75,16 @@ def test_rendering_is_imported_when_it_is_used():
     assert done.stdout == "set()\n"
 
 
-def test_rows_are_kept_with_every_digit_and_no_infinity(tmp_path):
+def test_rows_are_kept_with_every_digit(tmp_path, monkeypatch):
     import numpy as np
 
+    shown = []
+    monkeypatch.setattr(workbook, "_display", lambda forms: shown.append(forms))
     rows = [{"a": 0.1 + 0.2, "n": 3}, {"a": np.float64("inf"), "n": None, "b": "x,y"}, {"a": float("nan"), "b": [1]}]
-    report.write_rows(rows, tmp_path / "rows.csv", tmp_path / "rows.json")
-    assert (tmp_path / "rows.csv").read_text() == 'a,n,b\n0.30000000000000004,3,\n,,"x,y"\n,,[1]\n'
-    wanted = [{"a": 0.1 + 0.2, "n": 3, "b": None}, {"a": None, "n": None, "b": "x,y"}, {"a": None, "n": None, "b": [1]}]
-    assert json.loads((tmp_path / "rows.json").read_text()) == wanted
+    workbook.Run("r", tmp_path, None, tmp_path, "").keep(rows, "rows<i>")
+    assert (tmp_path / "rows<i>.csv").read_text() == 'a,n,b\n0.30000000000000004,3,\ninf,,"x,y"\n,,[1]\n'
+    link = '<p>All of it: <a href="rows&lt;i&gt;.csv">rows&lt;i&gt;.csv</a></p>'
+    assert shown == [{"text/html": link, "text/plain": "All of it: rows<i>.csv"}]
 
 
 def test_a_widget_leaves_its_picture_in_a_page_and_else_nothing():
@@ -131,9 +133,8 @@ def test_tables_take_frames_and_rows():
     ("seconds", "text"),
     [
         (1.234, "1.2 s"),
-        (245, "4 min 05 s"),
-        (7800, "2 h 10 min"),
-        (None, ""),
+        (245, "0:04:05"),
+        (7800, "2:10:00"),
     ],
 )
 def test_times_are_readable(seconds, text):

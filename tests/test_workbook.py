@@ -421,7 +421,7 @@ def test_a_summary_is_one_more_run_of_its_own_notebooks(summed_up):
     ("override", "message"),
     [
         ("metrik=1", "-p: unknown parameter 'metrik', did you mean 'metric'?"),
-        ("metric=1", "-p: metric: got 1 (int), wanted str, e.g. metric: fwd"),
+        ("metric=1", "-p: metric: got 1 (int), wanted str, e.g. metric: fwd; if it is a text, quote it: \"1\""),
         ("runs=x", "-p: runs: got 'x' (str), wanted list[str], e.g. runs: [\"quickstart\"]"),
         ("sweep={metric: [a, b]}", "params/x.yaml: unknown parameter 'metric'; known: run, seed, count, learning_rate, "
          "backbone, flip, levels, level, runs"),

@@ -7,7 +7,7 @@
     book.show(figure, "samples", "64 samples.")     a captioned figure, kept in the report
     book.explore(draw, "bands", "Bands.", level=widgets.IntSlider(1, 0, 3))   one that follows its controls
     book.table(rows, "Distances."); book.record(fwd=0.29); book.record_timing(train_images_per_s=812.0)
-    book.keep(rows, "distances")                    the same as CSV and JSON, with every digit
+    book.keep(rows, "distances")                    the same as CSV, with every digit
     for step in workbook.progress(steps): ...
 
 The root is the nearest folder upwards that holds notebooks/ and params/.
@@ -25,24 +25,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wddm.workbook import records
 from wddm.workbook.experiments import check_run_name, load_experiments
 from wddm.workbook.parameters import checked
-from wddm.workbook.records import collect, digests, read_json, run_data_folder, taken, write_entry, write_json
-from wddm.workbook.report import WIDGET, format_table, write_index, write_rows
+from wddm.workbook.records import collect, run_data_folder
+from wddm.workbook.report import WIDGET, format_table, write_index
 from wddm.workbook.runner import run
 
 __all__ = [
-    "Run",
-    "collect",
-    "find_root",
-    "live",
-    "load_experiments",
-    "open_run",
-    "progress",
-    "run",
-    "run_data_folder",
+    "Run", "collect", "find_root", "live", "load_experiments", "open_run", "progress", "run", "run_data_folder",
     "write_index",
-]
+]  # fmt: skip
 
 
 def find_root(start: Path | None = None) -> Path:
@@ -51,7 +44,8 @@ def find_root(start: Path | None = None) -> Path:
     for folder in (start, *start.parents):
         if (folder / "notebooks").is_dir() and (folder / "params").is_dir():
             return folder
-    raise ValueError(f"{start} is not inside a workbook: no folder above it holds notebooks/ and params/")
+    remedy = "cd into a clone of it, or give the path of a YAML in one: wddm run path/to/clone/params/quickstart.yaml"
+    raise ValueError(f"{start} is not inside a workbook, a folder with notebooks/ and params/: {remedy}")
 
 
 @dataclass(frozen=True)
@@ -69,11 +63,10 @@ class Run:
     def take(self, name: str) -> Path:
         """Where something is that an earlier notebook of this run made: "data", "pipeline" or "samples".
 
-        Raises:
-            ValueError: it is not there, not finished, not what was left there, or made from what has changed since.
+        ValueError: it is not there, not finished, not what was left there, or made from what has changed since.
         """
-        known = digests(self.root)
-        entry = taken(self.root, self.name, name, known)
+        known = records.digests(self.root)
+        entry = records.taken(self.root, self.name, name, known)
         known.save()
         self.sources[name] = entry["sha256"]
         return self.root / entry["path"]
@@ -85,23 +78,33 @@ class Run:
     def begin(self, name: str) -> None:
         """Record that this notebook begins to make something: what was there before is not to be taken for it."""
         entry = {"by": self.notebook, "parameters": self.parameters, "from": self.sources}
-        write_entry(self.root, self.name, name, entry)
+        records.write_entry(self.root, self.name, name, entry)
 
     def made(self, name: str, path: Path, *, shared: bool = False, **facts: Any) -> None:
         """Record what this notebook has made, by its content, from what it took and with which parameters.
 
         `shared`: others write into that file too, so its content is not held to.
         """
-        known = digests(self.root)
+        known = records.digests(self.root)
         entry = {"by": self.notebook, "parameters": self.parameters, "from": self.sources, **facts}
         place = path.relative_to(self.root) if path.is_relative_to(self.root) else path
         digest = None if shared else known.of(path)
-        write_entry(self.root, self.name, name, entry | {"path": str(place), "sha256": digest})
+        records.write_entry(self.root, self.name, name, entry | {"path": str(place), "sha256": digest})
         known.save()
 
-    def show(self, figure: Any, name: str, caption: str) -> None:
-        """Save a matplotlib figure as figures/<name>.png of the report and display it, its caption beneath."""
-        self._show(figure, name, caption)
+    def show(self, figure: Any, name: str, caption: str, alive: dict[str, Any] | None = None) -> None:
+        """Save a matplotlib figure as figures/<name>.png of the report and display it, its caption beneath.
+
+        `alive`: another form of it, for JupyterLab. Pixels and caption are two outputs: strict comparisons see words.
+        """
+        path = self.report / "figures" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pixels := _pixels(figure))
+        forms = {"image/png": base64.b64encode(pixels).decode(), "text/plain": f"[{path.relative_to(self.root)}]"}
+        _display(forms | (alive or {}), {"image/png": {"width": _width(figure), "alt": caption}})
+        _display({"text/html": f"<figcaption>{html.escape(caption)}</figcaption>", "text/plain": caption})
+        if pyplot := sys.modules.get("matplotlib.pyplot"):
+            pyplot.close(figure)
 
     def explore(self, draw: Callable[..., Any], name: str, caption: str, **controls: Any) -> None:
         """Show the figure draw(**values) of the controls' values, drawn anew whenever one of these widgets moves.
@@ -120,20 +123,7 @@ class Run:
         for control in controls.values():
             control.observe(redraw, "value")
         figure, box = redraw(), VBox([HBox(list(controls.values())), picture])
-        self._show(figure, name, caption, {WIDGET: {"model_id": box.model_id, "version_major": 2, "version_minor": 0}})
-
-    def _show(self, figure: Any, name: str, caption: str, alive: dict[str, Any] | None = None) -> None:
-        """Pixels and caption are two outputs, so that strict comparisons of notebooks see the words alone."""
-        path = self.report / "figures" / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(_pixels(figure))
-        pixels = base64.b64encode(path.read_bytes()).decode()
-        where = f"[{path.relative_to(self.root)}]"
-        _display({"image/png": pixels, "text/plain": where, **(alive or {})},
-                 {"image/png": {"width": _width(figure), "alt": caption}})  # fmt: skip
-        _display({"text/html": f"<figcaption>{html.escape(caption)}</figcaption>", "text/plain": caption})
-        if pyplot := sys.modules.get("matplotlib.pyplot"):
-            pyplot.close(figure)
+        self.show(figure, name, caption, {WIDGET: {"model_id": box.model_id, "version_major": 2, "version_minor": 0}})
 
     def table(self, rows: Any, caption: str) -> None:
         """Display a DataFrame, or a list of dicts, as a table with its caption."""
@@ -144,12 +134,13 @@ class Run:
         _display({"text/html": as_html, "text/plain": as_text})
 
     def keep(self, rows: Any, name: str) -> None:
-        """Keep a DataFrame, or a list of dicts, as <name>.csv and <name>.json of the report, and link them."""
-        rows = rows.to_dict("records") if hasattr(rows, "to_dict") else list(rows)
-        write_rows(rows, self.report / f"{name}.csv", self.report / f"{name}.json")
-        files = f"{name}.csv", f"{name}.json"
-        links = ", ".join(f'<a href="{file}">{file}</a>' for file in files)
-        _display({"text/html": f"<p>All of it: {links}</p>", "text/plain": f"All of it: {', '.join(files)}"})
+        """Keep a DataFrame, or a list of dicts, as <name>.csv of the report, and link it."""
+        import pandas as pd
+
+        table = pd.DataFrame(rows if hasattr(rows, "to_dict") else list(rows), dtype=object)
+        records.write_text(self.report / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
+        link = f'<a href="{html.escape(name)}.csv">{html.escape(name)}.csv</a>'
+        _display({"text/html": f"<p>All of it: {link}</p>", "text/plain": f"All of it: {name}.csv"})
 
     def record(self, **numbers: float | None) -> None:
         """Merge results into metrics.json: only what is the same whenever the parameters are."""
@@ -160,21 +151,22 @@ class Run:
         self._merge("timings", numbers)
 
     def _merge(self, kind: str, numbers: dict[str, Any]) -> None:
+        for key, value in numbers.items():
+            value = value.item() if hasattr(value, "item") else value  # NumPy's and torch's scalars
+            if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
+                raise ValueError(f"{key}: got {value!r}, wanted a finite number, or None where there is none")
+            numbers[key] = value
         path = self.report / f"{kind}.json"
-        write_json(path, read_json(path) | {key: _number(key, numbers[key]) for key in numbers})
+        records.write_json(path, records.read_json(path) | numbers)
 
 
 def open_run(run: str, notebook: str = "", namespace: Mapping[str, Any] | None = None) -> Run:
     """The run called `run` of the workbook around the current folder; runs/<run>/ exists afterwards.
 
-    Args:
-        run: its name, as in runs/<run> and reports/<run>.
-        notebook: which notebook works on it, below notebooks/ and without .ipynb: "02_train", "analysis/compare".
-        namespace: `globals()` of that notebook, for the values of its parameters. The current folder becomes the
-            workbook's root, where relative paths in parameters start.
-
-    Raises:
-        ValueError: a name that no folder can have, a parameter of a wrong type.
+    notebook: which notebook works on it, below notebooks/ and without .ipynb: "02_train", "analysis/compare".
+    namespace: `globals()` of that notebook, for the values of its parameters. The current folder becomes the
+    workbook's root, where relative paths in parameters start.
+    ValueError: a name that no folder can have, a parameter of a wrong type.
     """
     root = find_root()
     parameters = {}
@@ -189,21 +181,11 @@ def open_run(run: str, notebook: str = "", namespace: Mapping[str, Any] | None =
 def progress(
     iterable: Iterable | None = None, total: int | None = None, desc: str = "", unit: str = "it", initial: int = 0
 ) -> Any:
-    """A text tqdm on sys.stdout; reports leave its lines out."""
+    """A text tqdm on sys.stdout, of a given size, because a kernel cannot measure it; reports leave its lines out."""
     from tqdm import tqdm
 
-    return tqdm(
-        iterable,
-        total=total,
-        desc=desc,
-        unit=unit,
-        initial=initial,
-        file=sys.stdout,
-        ascii=True,
-        mininterval=0.5,
-        ncols=88,
-        nrows=20,
-    )  # given, because a kernel cannot measure the terminal
+    look: dict[str, Any] = {"file": sys.stdout, "ascii": True, "mininterval": 0.5, "ncols": 88, "nrows": 20}
+    return tqdm(iterable, total=total, desc=desc, unit=unit, initial=initial, **look)
 
 
 def live(draw: Callable[[], Any], every: float = 5.0) -> Callable[..., None]:
@@ -225,13 +207,6 @@ def live(draw: Callable[[], Any], every: float = 5.0) -> Callable[..., None]:
             shown = time.monotonic()
 
     return update
-
-
-def _number(key: str, value: Any) -> float | int | None:
-    value = value.item() if hasattr(value, "item") else value  # NumPy's and torch's scalars
-    if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
-        raise ValueError(f"{key}: got {value!r}, wanted a finite number, or None where there is none")
-    return value
 
 
 def _pixels(figure: Any) -> bytes:

@@ -8,6 +8,7 @@ more run after them). Every mistake is reported, one line each.
 
 import difflib
 import itertools
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from wddm.workbook.parameters import Parameter, merge_schemas, read_schema
+from wddm.workbook.strict import parse, read_yaml
 
-RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+-]*")
+RUN_NAME = re.compile(r"(?!.*\.(html|md)$)[A-Za-z0-9_][A-Za-z0-9._=+-]{0,199}")  # reports/ has an index.html
 SETTINGS = ("notebooks", "sweep", "summary")  # keys of a YAML that are not parameters
+MOST = 1000  # runs of one sweep
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,12 @@ class Experiment:
         return {name: self.parameters[name] for name in read_schema(notebook)}
 
 
+def known_notebooks(root: Path) -> dict[str, Path]:
+    """Every notebook, by its name below notebooks/: "02_train", "analysis/compare"."""
+    folder = root / "notebooks"
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.ipynb"))}
+
+
 def pipeline_notebooks(root: Path) -> tuple[Path, ...]:
     """The numbered notebooks, in order."""
     return tuple(sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb")))
@@ -48,11 +57,12 @@ def load_experiments(path: Path, root: Path, overrides: Iterable[str] = ()) -> l
     `overrides` are `key=value` texts whose values are read as YAML, as if they stood in the file.
     ValueError holds one line for every mistake.
     """
-    values = {
-        key: (where, value)
-        for where, source in ((str(path), read_yaml(path)), *(_read_override(text) for text in overrides))
-        for key, value in source.items()
-    }
+    values = {key: (str(path), value) for key, value in read_yaml(path).items()}
+    for text in overrides:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not key:
+            raise ValueError(f"-p {text}: wanted key=value")
+        values[key] = "-p", parse(value, f"-p {key}")
     settings = {key: values.pop(key)[1] for key in SETTINGS if key in values}
     if "summary" in settings and not settings.get("sweep"):
         raise ValueError(f"{path}: summary: got one without a sweep, wanted both: it looks at the runs of the sweep")
@@ -66,14 +76,13 @@ def load_experiments(path: Path, root: Path, overrides: Iterable[str] = ()) -> l
         if "recipe" in wanted:
             wanted = _recipe(*wanted.pop("recipe"), root, schema) | wanted
         known = schema | {name: one for name, one in of_summary.items() if name not in swept}
-        parameters, mistakes = _resolve(schema, wanted, known)
+        parameters, mistakes = _resolve(schema, wanted, known, swept)
         problems.update(dict.fromkeys(mistakes))
-        run = _run_name(str(parameters["run"]), swept)
-        experiments.append(Experiment(run, path, root, notebooks, parameters | {"run": run}, swept))
+        experiments.append(Experiment(parameters["run"], path, root, notebooks, parameters, swept))
     if summary:
         runs = {"runs": (str(path), [experiment.run for experiment in experiments])}
         wanted = {name: value for name, value in (runs | values).items() if name != "recipe"}
-        parameters, mistakes = _resolve(of_summary, wanted, schema | of_summary | {"runs": None})
+        parameters, mistakes = _resolve(of_summary, wanted, schema | of_summary | {"runs": None}, {})
         problems.update(dict.fromkeys(mistakes))
         experiments.append(Experiment(parameters["run"], path, root, summary, parameters, {}, is_summary=True))
     if problems:
@@ -86,41 +95,12 @@ def _schema(notebooks: tuple[Path, ...]) -> dict[str, Parameter]:
     return {"run": Parameter("run", "str", "")} | merge_schemas(notebooks)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A flat YAML of parameters; ValueError, one line, for anything else."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: got a {type(values).__name__}, wanted one `key: value` per line")
-    return {str(key): value for key, value in values.items()}
-
-
 def _recipe(where: str, name: Any, root: Path, schema: dict[str, Parameter]) -> dict[str, tuple[str, Any]]:
     """name -> (where, value) of a recipe, as far as the chosen notebooks name its parameters."""
     known = {path.stem: path for path in sorted((root / "params" / "recipes").glob("*.yaml"))}
-    if name not in known:
-        raise ValueError(f"{where}: recipe: there is no {name!r}{_suggest(str(name), known)}")
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"{where}: recipe: there is no {name!r:.100}{_suggest(str(name), known)}")
     return {key: (str(known[name]), value) for key, value in read_yaml(known[name]).items() if key in schema}
-
-
-def _read_override(text: str) -> tuple[str, dict[str, Any]]:
-    import yaml
-
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ValueError(f"-p {text}: wanted key=value")
-    try:
-        return "-p", {key.strip(): yaml.safe_load(value)}
-    except yaml.YAMLError:
-        raise ValueError(f"-p {text}: the value is not valid YAML") from None
 
 
 def _find_notebooks(key: str, settings: dict[str, Any], root: Path, where: Path) -> tuple[Path, ...]:
@@ -129,17 +109,11 @@ def _find_notebooks(key: str, settings: dict[str, Any], root: Path, where: Path)
     if names is None:
         return ()
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{where}: {key}: got {names!r}, wanted a list, e.g. [analysis/compare]")
-    folder = root / "notebooks"
-    known = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.ipynb"))}
-    missing = [
-        f"{where}: {key}: there is no {name!r}{_suggest(name, known)}"
-        for name in names
-        if name.removesuffix(".ipynb") not in known
-    ]
-    if missing:
-        raise ValueError("\n".join(missing))
-    return tuple(known[name.removesuffix(".ipynb")] for name in names)
+        raise ValueError(f"{where}: {key}: got {names!r:.100}, wanted a list, e.g. [analysis/compare]")
+    known, names = known_notebooks(root), [name.removesuffix(".ipynb") for name in names]
+    if missing := [name for name in names if name not in known]:
+        raise ValueError("\n".join(f"{where}: {key}: there is no {name!r}{_suggest(name, known)}" for name in missing))
+    return tuple(known[name] for name in dict.fromkeys(names))
 
 
 def _combinations(sweep: Any, fixed: dict, where: Path) -> list[dict[str, Any]]:
@@ -152,46 +126,41 @@ def _combinations(sweep: Any, fixed: dict, where: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{where}: sweep: wanted lists of values, e.g. sweep: {{level: [0, 1, 2]}}")
     if both := sorted({"run", *fixed} & set(sweep)):
         raise ValueError(f"{where}: sweep: {', '.join(both)} cannot be swept and fixed at once")
+    if (runs := math.prod(map(len, sweep.values()))) > MOST:
+        raise ValueError(f"{where}: sweep: got {runs} combinations, wanted {MOST} at most: give fewer values")
     return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
 
 
 def _resolve(
-    schema: dict[str, Parameter], wanted: dict[str, tuple[str, Any]], known: Iterable[str]
+    schema: dict[str, Parameter], wanted: dict[str, tuple[str, Any]], known: Iterable[str], swept: dict[str, Any]
 ) -> tuple[dict, list[str]]:
     """Defaults overlaid with what `wanted` {name: (where, value)} has of the schema, and one line for every mistake.
 
-    What is not of the schema must be `known`: another notebook's.
+    What is not of the schema must be `known`: another notebook's. The run is named by what was `swept`, too.
     """
     parameters, mistakes = {name: parameter.default for name, parameter in schema.items()}, []
     for name, (where, value) in wanted.items():
-        if name not in known:
-            mistakes.append(f"{where}: unknown parameter {name!r}{_suggest(name, known)}")
-        if name not in schema:
-            continue
         try:
-            parameters[name] = schema[name].convert(value)
+            if name not in known:
+                raise ValueError(f"unknown parameter {name!r:.100}{_suggest(name, known)}")
+            if name in schema:
+                parameters[name] = schema[name].convert(value)
+            if name == "run":
+                parts = [re.sub(r"[^A-Za-z0-9._=+-]+", "_", f"{key}={value}") for key, value in swept.items()]
+                parameters["run"] = check_run_name("-".join([parameters["run"], *parts]))
         except ValueError as error:
             mistakes.append(f"{where}: {error}")
-    try:
-        check_run_name(parameters["run"])
-    except ValueError as error:
-        mistakes.append(f"{wanted['run'][0]}: {error}")
     return parameters, mistakes
 
 
 def check_run_name(run: str) -> str:
     """`run`, which names folders below runs/ and reports/; ValueError if it could not."""
     if not RUN_NAME.fullmatch(run):
-        raise ValueError(f"run: got {run!r}, wanted a plain folder name of letters, digits and . _ = + -")
+        wanted = "a plain folder name of letters, digits and . _ = + -"
+        raise ValueError(f"run: got {run!r:.100}, wanted {wanted}" + ", 200 at most" * (len(run) > 200))
     return run
 
 
-def _run_name(run: str, swept: dict[str, Any]) -> str:
-    """quickstart-level=2-wavelet=db2"""
-    parts = [run, *(f"{key}={value}" for key, value in swept.items())]
-    return re.sub(r"[^A-Za-z0-9._=+-]+", "_", "-".join(parts))
-
-
 def _suggest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.6)
     return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

@@ -5,6 +5,7 @@ a second one, or a while, kills the kernel. Either way the notebook is saved as 
 """
 
 import contextlib
+import hashlib
 import logging
 import os
 import signal
@@ -17,32 +18,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 18.0  # seconds that an interrupted cell has to save its work; Slurm kills after 30
+PATIENCE = 15.0  # seconds that an interrupted cell has to save its work; Slurm kills after 30
 ECHO = 1.0  # seconds in which a repeated signal counts as the same one (launchers like to forward it)
+STOPPED = "killed", "KeyboardInterrupt: stopped"
 
 
 class Stop:
     """Whether the user asked to stop. Listeners are told: `listener(kill)`, gently first, then to kill."""
 
     def __init__(self) -> None:
-        self.requested_at: float | None = None
+        self.requested, self.began = False, 0.0
         self.listeners: set[Callable[[bool], None]] = set()
         self.timer = threading.Timer(PATIENCE, self.tell, [True])
         self.timer.daemon = True
 
-    @property
-    def requested(self) -> bool:
-        return self.requested_at is not None
-
     def __call__(self, signum: int = 0, frame: Any = None) -> None:
         """The signal handler."""
-        if self.requested_at is None:
-            self.requested_at = time.monotonic()
+        if not self.requested:
+            self.requested, self.began = True, time.monotonic()
             with contextlib.suppress(OSError):
                 os.write(2, b"\nstopping: the running cell may save its work (once more to kill it)\n")
             self.timer.start()
             self.tell(False)
-        elif time.monotonic() - self.requested_at > ECHO:
+        elif time.monotonic() - self.began > ECHO:
             self.tell(True)
 
     def tell(self, kill: bool) -> None:
@@ -52,13 +50,11 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """A `Stop` that signals set for the length of a `with` block."""
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may set handlers
-        return
-    signals = [one for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]
-    before = {signum: signal.signal(signum, stop) for signum in signals}
+    """A `Stop` that signals set for the length of a `with` block in the main thread."""
+    stop, before = Stop(), {}
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signum) != signal.SIG_IGN:
+            before[signum] = signal.signal(signum, stop)
     try:
         yield stop
     finally:
@@ -87,66 +83,54 @@ def execute(job: Job, stop: Stop) -> tuple[str, str | None]:
     Returns the state it ended in, "ok", "failed" or "killed", and the error as one line or None.
     """
     from nbclient.exceptions import DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
-
-    try:
-        _papermill(job, stop)
-        return ("killed", "KeyboardInterrupt: stopped") if stop.requested else ("ok", None)
-    except KeyboardInterrupt:
-        return "killed", "KeyboardInterrupt: stopped"
-    except PapermillExecutionError as error:
-        if stop.requested:
-            return "killed", "KeyboardInterrupt: stopped"
-        return "failed", f"{error.ename}: {error.evalue}".split("\n")[0].strip().removesuffix(":")
-    except (DeadKernelError, RuntimeError) as error:
-        reason = "stopped, and killed" if stop.requested else "out of memory?"
-        return "killed", f"{type(error).__name__}: the kernel died ({reason})"
-
-
-def _papermill(job: Job, stop: Stop) -> None:
     from papermill.engines import papermill_engines
+    from papermill.exceptions import PapermillExecutionError
     from papermill.execute import execute_notebook
 
     for name in ("papermill", "traitlets"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     papermill_engines.register("wddm", _engine(job, stop))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        execute_notebook(
-            str(job.source),
-            str(job.target),
-            job.parameters,
-            engine_name="wddm",
-            kernel_name="python3",
-            language="python",
-            progress_bar=False,
-            stdout_file=sys.stdout,
-            stderr_file=sys.stdout,
-            coalesce_streams=True,
-        )
+    options = {"engine_name": "wddm", "kernel_name": "python3", "language": "python", "progress_bar": False}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            execute_notebook(str(job.source), str(job.target), job.parameters, **options)
+    except KeyboardInterrupt:
+        return STOPPED
+    except PapermillExecutionError as error:
+        if not stop.requested:
+            return "failed", f"{error.ename}: {error.evalue}".split("\n")[0].strip().removesuffix(":")
+    except (DeadKernelError, RuntimeError) as error:
+        reason = "stopped, and killed" if stop.requested else "out of memory?"
+        return "killed", f"{type(error).__name__}: the kernel died ({reason})"
+    return STOPPED if stop.requested else ("ok", None)
 
 
-def _client(job: Job, stop: Stop) -> type:
-    """A notebook client whose kernel is this interpreter and which heeds `stop`."""
+def _engine(job: Job, stop: Stop) -> type:
+    """A papermill engine whose kernel is this interpreter, and whose client heeds `stop`."""
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_core.paths import jupyter_runtime_dir
     from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import NBClientEngine
+
+    # named by the job, so that what a killed command has left is replaced
+    digest = hashlib.sha256(os.fsencode(job.target.absolute())).hexdigest()
+    connection = Path(jupyter_runtime_dir(), f"kernel-{digest[:32]}.json")
+    connection.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     class Client(PapermillNotebookClient):
         cell_runs = False  # an idle kernel ignores an interrupt
 
         def create_kernel_manager(self) -> AsyncKernelManager:
-            # No folders to search: what remains is the native kernel, that of sys.executable.
-            self.km = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
+            specs = KernelSpecManager(kernel_dirs=[])  # none to search: what remains is sys.executable's
+            self.km = AsyncKernelManager(kernel_spec_manager=specs, connection_file=str(connection))
             return self.km
-
-        async def async_start_new_kernel(self, **options: Any) -> None:
-            await super().async_start_new_kernel(pass_fds=job.held, **options)
 
         def execute(self) -> Any:
             stop.listeners.add(self.hear)
             try:
-                return super().execute()
+                return super().execute(pass_fds=job.held)
             finally:
                 stop.listeners.discard(self.hear)
 
@@ -157,6 +141,7 @@ def _client(job: Job, stop: Stop) -> type:
                     os.killpg(group, signal.SIGKILL if kill else signal.SIGINT)
 
         def execute_cell(self, cell: Any, cell_index: int) -> Any:
+            self.km.cleanup_connection_file()  # the kernel has read it, and nothing is left should all be killed
             if stop.requested:
                 raise KeyboardInterrupt
             self.cell_runs = False
@@ -169,31 +154,11 @@ def _client(job: Job, stop: Stop) -> type:
                     self.hear(False)
             return super().process_message(message, cell, cell_index)
 
-    return Client
-
-
-def _engine(job: Job, stop: Stop) -> type:
-    """A papermill engine that executes by `_client`."""
-    from papermill.engines import NBClientEngine
-
-    client = _client(job, stop)
-    arguments = ["--log-level=CRITICAL", *([f"--IPKernelApp.exec_lines={job.first}"] if job.first else [])]
-
     class Engine(NBClientEngine):
         @classmethod
-        def execute_managed_notebook(
-            cls, nb_man: Any, kernel_name: str, log_output: bool = False, stdout_file: Any = None,
-            stderr_file: Any = None, start_timeout: int = 60, input_path: Any = None, **options: Any,
-        ) -> None:  # fmt: skip
-            client(
-                nb_man,
-                timeout=None,
-                startup_timeout=start_timeout,
-                log=logging.getLogger("papermill"),
-                extra_arguments=arguments,
-                stdout_file=stdout_file,
-                stderr_file=stderr_file,
-                **options,
-            ).execute()
+        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, *_: Any, **options: Any) -> None:
+            first = [f"--IPKernelApp.exec_lines={job.first}"] if job.first else []
+            streams = {"stdout_file": sys.stdout, "stderr_file": sys.stdout, "coalesce_streams": True}
+            Client(nb_man, timeout=None, extra_arguments=["--log-level=CRITICAL", *first], **streams).execute()
 
     return Engine

@@ -13,22 +13,16 @@ PATIENCE = 1.0, 20.0  # seconds to wait for the lock; and where its command is d
 
 
 def acquire(root: Path, run: str) -> int:
-    """Take the lock and return its file descriptor; to close it, or to die, releases it.
-
-    Raises:
-        ValueError: another command works on this run, or what a killed one has started does not end.
-    """
-    path = _path(root, run)
+    """The lock as a file descriptor: to close it, or to die, releases it. ValueError where it does not get free."""
+    path = root / "runs" / ".locks" / run
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, began = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), time.monotonic()
     while not _try(descriptor, fcntl.LOCK_EX):
         holder = path.read_text()
         if time.monotonic() - began > PATIENCE[not _is_alive(holder)]:
             os.close(descriptor)
-            raise ValueError(
-                f"run {run!r} is under way (process {holder or 'unknown'}): wait for it to end, or choose another name "
-                "with -p run=..."
-            )
+            remedy = "wait for it to end, or choose another name with -p run=..."
+            raise ValueError(f"run {run!r} is under way (process {holder or 'unknown'}): {remedy}")
         time.sleep(0.05)
     os.truncate(descriptor, 0)
     os.pwrite(descriptor, str(os.getpid()).encode(), 0)
@@ -38,17 +32,10 @@ def acquire(root: Path, run: str) -> int:
 def is_held(root: Path, run: str) -> bool:
     """Whether a command works on this run, or something that one has started."""
     try:
-        descriptor = os.open(_path(root, run), os.O_RDONLY)
+        with (root / "runs" / ".locks" / run).open() as file:
+            return not _try(file.fileno(), fcntl.LOCK_SH)
     except OSError:
         return False
-    try:
-        return not _try(descriptor, fcntl.LOCK_SH)
-    finally:
-        os.close(descriptor)
-
-
-def _path(root: Path, run: str) -> Path:
-    return root / "runs" / ".locks" / run
 
 
 def _try(descriptor: int, kind: int) -> bool:
@@ -62,8 +49,6 @@ def _try(descriptor: int, kind: int) -> bool:
 def _is_alive(pid: str) -> bool:
     try:
         os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass  # someone else's
+    except (ValueError, OSError) as error:
+        return isinstance(error, PermissionError)  # someone else's
     return True

@@ -20,10 +20,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-TYPES = {"str": str, "int": int, "float": float, "bool": bool}
-EXAMPLES = {"str": "name", "int": 1, "float": 0.1, "bool": True}
+TYPES = {"str": (str, "name"), "int": (int, 1), "float": (float, 0.1), "bool": (bool, True)}  # and an example
 TYPE = re.compile(r"(?P<list>list\[)?(?P<item>str|int|float|bool)(?(list)\])(?P<none> \| None)?")
-EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")  # YAML 1.1 reads 1e-3 as a string
+EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")  # which papermill's YAML reads as a string
 
 
 @dataclass(frozen=True)
@@ -37,36 +36,37 @@ class Parameter:
 
     def convert(self, value: Any) -> Any:
         """`value`, as read from YAML, in this parameter's type. ValueError says what was wanted."""
-        kind = _kind(self.type)
+        kind = TYPE.fullmatch(self.type)
+        if kind is None:
+            raise ValueError(f"got the type {self.type}, wanted str, int, float, bool, list[T] or T | None: take one")
         if value is None and kind["none"]:
             return None
-        if kind["list"] and isinstance(value, list | tuple):
-            return [self._item(item, kind["item"], value) for item in value]
-        if kind["list"]:
-            raise self._refusal(value)
-        return self._item(value, kind["item"], value)
+        items = value if kind["list"] else [value]
+        if not isinstance(items, list | tuple):
+            raise self._refusal(value, kind)
+        converted = [self._item(item, kind, value) for item in items]
+        return converted if kind["list"] else converted[0]
 
-    def _item(self, item: Any, kind: str, value: Any) -> Any:
+    def _item(self, item: Any, kind: re.Match[str], value: Any) -> Any:
         number = type(item) is int or (isinstance(item, str) and EXPONENT.fullmatch(item))
-        item = float(item) if kind == "float" and number else item
-        if type(item) is not TYPES[kind] or (isinstance(item, float) and not math.isfinite(item)):
-            raise self._refusal(value)
+        try:
+            item = float(item) if kind["item"] == "float" and number else item
+        except OverflowError:
+            raise self._refusal(value, kind) from None
+        if type(item) is not TYPES[kind["item"]][0] or (isinstance(item, float) and not math.isfinite(item)):
+            raise self._refusal(value, kind)
         return item
 
-    def _refusal(self, value: Any) -> ValueError:
-        kind = _kind(self.type)
-        example = EXAMPLES[kind["item"]] if self.default is None else self.default
+    def _refusal(self, value: Any, kind: re.Match[str]) -> ValueError:
+        example = TYPES[kind["item"]][1] if self.default is None else self.default
         example = [example] if kind["list"] and not isinstance(example, list) else example
         shown = example if isinstance(example, str) else json.dumps(example)
-        return ValueError(
-            f"{self.name}: got {value!r} ({type(value).__name__}), wanted {self.type}, e.g. {self.name}: {shown}"
-        )
-
-
-def _kind(type: str) -> re.Match[str]:
-    if (match := TYPE.fullmatch(type)) is None:
-        raise ValueError(f"got the type {type}, wanted str, int, float, bool, list[T] or T | None: take one of them")
-    return match
+        got = f"{self.name}: got {value!r:.100} ({type(value).__name__})"
+        message = f"{got}, wanted {self.type}, e.g. {self.name}: {shown}"
+        if kind["item"] == "str" and isinstance(value, bool | int | float):
+            text = ("no", "yes")[value] if isinstance(value, bool) else value
+            message += f'; if it is a text, quote it: "{text}"'
+        return ValueError(message)
 
 
 def tagged(notebook: Any, tag: str) -> Any:
@@ -88,9 +88,8 @@ def read_notebook(path: Path) -> dict:
 def read_schema(path: Path) -> dict[str, Parameter]:
     """name -> Parameter of one notebook.
 
-    Raises:
-        ValueError: there is no such cell; or a parameter that no other cell of a notebook that reports on a run uses,
-            so that its page would show a value that changed nothing. (`experiment` refuses what it does not take.)
+    ValueError: it has no such cell; or, where it reports on a run, a parameter that no other of its cells uses, so that
+    its page would show a value that changed nothing. (`experiment` refuses what it does not take.)
     """
     notebook = read_notebook(path)
     cell = tagged(notebook, "parameters")
@@ -117,34 +116,28 @@ def parse_parameters(source: str, where: str) -> dict[str, Parameter]:
         tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     except (SyntaxError, tokenize.TokenError) as error:
         raise ValueError(f"{where}: parameters cell: {error}") from None
-    comments = {
-        token.start[0]: token.string.lstrip("# ").rstrip() for token in tokens if token.type == tokenize.COMMENT
-    }
+    comments = {one.start[0]: one.string.lstrip("# ").rstrip() for one in tokens if one.type == tokenize.COMMENT}
     schema = {}
     for statement in statements:
-        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-            continue  # a docstring
-        parameter = _parse_line(statement, comments.get(statement.end_lineno or 0, ""), where)
-        schema[parameter.name] = parameter
+        if not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)):  # a docstring
+            try:
+                parameter = _parse_line(statement, comments.get(statement.end_lineno or 0, ""))
+            except ValueError as error:
+                raise ValueError(f"{where}: parameters cell: {error}") from None
+            schema[parameter.name] = parameter
     return schema
 
 
-def _parse_line(statement: ast.stmt, help: str, where: str) -> Parameter:
-    wanted = f"{where}: parameters cell: got `{ast.unparse(statement)}`, wanted `name: type = default`"
+def _parse_line(statement: ast.stmt, help: str) -> Parameter:
+    wanted = f"got `{ast.unparse(statement)}`, wanted `name: type = default`"
     if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value):
         raise ValueError(wanted)
-    kind = ast.unparse(statement.annotation)
-    if not TYPE.fullmatch(kind):
-        raise ValueError(f"{wanted} with a type of str, int, float, bool, list[T] or T | None")
     try:
         default = ast.literal_eval(statement.value)
     except ValueError:
         raise ValueError(f"{wanted} with a literal default") from None
-    parameter = Parameter(statement.target.id, kind, default, help)
-    try:
-        return replace(parameter, default=parameter.convert(default))
-    except ValueError as error:
-        raise ValueError(f"{where}: parameters cell: {error}") from None
+    parameter = Parameter(statement.target.id, ast.unparse(statement.annotation), default, help)
+    return replace(parameter, default=parameter.convert(default))
 
 
 def merge_schemas(notebooks: tuple[Path, ...]) -> dict[str, Parameter]:
@@ -153,16 +146,12 @@ def merge_schemas(notebooks: tuple[Path, ...]) -> dict[str, Parameter]:
     A later one may declare it too, the same, or as `T | None = None`: "as the first one has it". But for `run`, whose
     default an experiment never takes.
     """
-    merged: dict[str, Parameter] = {}
-    owner: dict[str, str] = {}
+    merged: dict[str, tuple[Parameter, str]] = {}
     for path in notebooks:
-        for name, parameter in read_schema(path).items():
-            first = merged.setdefault(name, parameter)
-            owner.setdefault(name, path.name)
-            follows = parameter.default is None and parameter.type.removesuffix(" | None") == first.type
-            if name != "run" and not follows and (first.type, first.default) != (parameter.type, parameter.default):
-                raise ValueError(
-                    f"{name} is `{first.type} = {first.default!r}` in {owner[name]} but "
-                    f"`{parameter.type} = {parameter.default!r}` in {path.name}; make them one"
-                )
-    return merged
+        for name, one in read_schema(path).items():
+            first, owner = merged.setdefault(name, (one, path.name))
+            follows = one.default is None and one.type.removesuffix(" | None") == first.type
+            if name != "run" and not follows and (first.type, first.default) != (one.type, one.default):
+                shown = f"{name} is `{first.type} = {first.default!r}` in {owner} but `{one.type} = {one.default!r}`"
+                raise ValueError(f"{shown} in {path.name}; make them one")
+    return {name: one for name, (one, _) in merged.items()}

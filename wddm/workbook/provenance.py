@@ -9,6 +9,7 @@ A list stands for each of its items, `*` for all that is there (`reports/{runs}/
 prepared set of this run. What a notebook opens without declaring it is noted by its kernel (`watch`) and counts too.
 """
 
+import atexit
 import functools
 import hashlib
 import itertools
@@ -16,7 +17,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 from glob import glob
@@ -30,41 +30,24 @@ from wddm.workbook.parameters import read_notebook
 from wddm.workbook.records import read_record
 
 PACKAGES = (
-    "wddm",
-    "torch",
-    "diffusers",
-    "accelerate",
-    "pytorch-wavelets",
-    "torch-fidelity",
-    "datasets",
-    "numpy",
-    "scipy",
-    "papermill",
-)
+    "torch", "diffusers", "accelerate", "pytorch-wavelets", "torch-fidelity", "datasets", "numpy", "scipy", "papermill",
+)  # fmt: skip
 SHARED = ("metrics.json", "timings.json")  # several notebooks of a run write into them
 
 
 def fingerprint(experiment: Experiment, notebook: Path, known: Digests) -> str:
     """sha256 of the notebook's code, its parameters, the package's source and the inputs that it declares."""
-    cells = read_notebook(notebook)["cells"]
-    return _sha256(
-        json.dumps(
-            {
-                "code": [cell["source"] for cell in cells if cell["cell_type"] == "code"],
-                "parameters": experiment.values(notebook),
-                "source": _source_hash(),
-                "inputs": hashes(experiment.root, declared_paths(experiment, notebook, "Inputs"), known),
-            },
-            sort_keys=True,
-        ).encode()
-    )
+    parts = {
+        "code": [cell["source"] for cell in read_notebook(notebook)["cells"] if cell["cell_type"] == "code"],
+        "parameters": experiment.values(notebook),
+        "source": _source_hash(),
+        "inputs": hashes(experiment.root, declared_paths(experiment, notebook, "Inputs"), known),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def outputs(experiment: Experiment, notebook: Path, known: Digests) -> dict[str, str]:
-    """Content of what a notebook declares to write, and of itself as it was executed.
-
-    Of a file that others write into as well, only that it is there.
-    """
+    """Content of what a notebook declares to write, and of itself as executed; of a shared file, that it is there."""
     executed = experiment.root / "reports" / experiment.run / f"{notebook.stem}.ipynb"
     found = hashes(experiment.root, [*declared_paths(experiment, notebook, "Outputs"), executed], known)
     shared = {path: "there" for path in found if Path(path).name in SHARED and found[path] != "absent"}
@@ -90,7 +73,8 @@ def declared_paths(experiment: Experiment, notebook: Path, kind: str) -> list[Pa
         values = [known[name] for name in names]
         for chosen in itertools.product(*(each if isinstance(each, list) else [each] for each in values)):
             if None not in chosen:
-                paths += _matching(str(experiment.root / template.format(**dict(zip(names, chosen, strict=True)))))
+                path = str(experiment.root / template.format(**dict(zip(names, chosen, strict=True))))
+                paths += [Path(found) for found in (sorted(glob(path)) if "*" in path else [path])]
     return paths
 
 
@@ -100,16 +84,13 @@ def data_folder(root: Path, run: str) -> str | None:
     return str(Path(entry["path"]).parent) if entry else None
 
 
-def _matching(path: str) -> list[Path]:
-    """The path or, of one with a `*`, all that are there."""
-    return [Path(found) for found in sorted(glob(path))] if "*" in path else [Path(path)]
-
-
 def watch(log: str, root: str, run: str) -> None:
     """In a notebook's kernel: write to `log`, a line each, the files below the root that are opened for reading.
 
     But for what this run writes itself, and what is no data: notebooks, code, environments.
     """
+    from ipykernel.kernelapp import IPKernelApp
+
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     own = tuple(os.path.join(root, *parts, "") for parts in (("runs", run), ("reports", run), ("notebooks",)))
     packages, seen = tuple({sys.prefix, os.path.dirname(os.path.dirname(__file__))}), set()
@@ -129,6 +110,9 @@ def watch(log: str, root: str, run: str) -> None:
             return  # the folder is gone, or the interpreter is on its way out: what is opened must open all the same
 
     sys.addaudithook(note)
+    control = IPKernelApp.instance().control_thread if IPKernelApp.initialized() else None
+    if control:  # ipykernel closes its sockets while this thread still answers to the request to end: a traceback
+        atexit.register(control.join, 5.0)
 
 
 def opened(log: Path) -> list[Path]:
@@ -146,7 +130,7 @@ def environment(root: Path, seed: int | None) -> dict[str, Any]:
         "commit": commit,
         "dirty": None if commit is None else bool(changes),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: metadata.version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "device": _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "cpu",
@@ -154,26 +138,15 @@ def environment(root: Path, seed: int | None) -> dict[str, Any]:
     }
 
 
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
 @functools.cache
 def _source_hash() -> str:
-    source = Path(__file__).parents[1]
-    return _sha256(b"".join(path.name.encode() + path.read_bytes() for path in sorted(source.rglob("*.py"))))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    source = sorted(Path(__file__).parents[1].rglob("*.py"))
+    return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in source)).hexdigest()
 
 
 def _output(*command: str) -> str | None:
     """What a command prints, or None where it does not exist or fails."""
-    if not shutil.which(command[0]):
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
         return None
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None

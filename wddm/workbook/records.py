@@ -18,6 +18,7 @@ from typing import Any
 
 from wddm.files import Digests, whole
 from wddm.workbook import lock
+from wddm.workbook.strict import read_yaml
 
 MAKERS = {"data": "01_prepare", "pipeline": "02_train", "samples": "03_sample", "metrics": "04_evaluate"}
 
@@ -37,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file; {} where there is none, or it is damaged, or no object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -59,7 +60,8 @@ def digests(root: Path) -> Digests:
 
 def read_record(root: Path, run: str) -> dict[str, dict[str, Any]]:
     """What a run has made so far."""
-    return read_json(root / "runs" / run / "record.json")
+    entries, needed = read_json(root / "runs" / run / "record.json"), {"by", "parameters", "from"}
+    return {name: entry for name, entry in entries.items() if isinstance(entry, dict) and entry.keys() >= needed}
 
 
 def write_entry(root: Path, run: str, name: str, entry: dict[str, Any]) -> None:
@@ -70,8 +72,7 @@ def write_entry(root: Path, run: str, name: str, entry: dict[str, Any]) -> None:
 def taken(root: Path, run: str, name: str, known: Digests) -> dict[str, Any]:
     """The entry of something that a run made, if it is finished, unchanged, and made from what the run holds now.
 
-    Raises:
-        ValueError: in one line what is wrong with it, and which notebook mends that.
+    ValueError: in one line what is wrong with it, and which notebook mends that.
     """
     record, maker = read_record(root, run), MAKERS.get(name, name)
     remedy = f"run {maker} of this run again"
@@ -92,10 +93,7 @@ def taken(root: Path, run: str, name: str, known: Digests) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that ended ok: its resolved parameters and its numbers.
-
-    Runs of one `variant` differ in their seeds alone; it is named by what a sweep chose, or by the run.
-    """
+    """A run that ended ok; those of one `variant` (what a sweep chose, or the run) differ in their seeds alone."""
 
     name: str
     variant: str
@@ -107,29 +105,22 @@ class Finished:
 def collect(root: Path, runs: list[str]) -> tuple[list[Finished], list[str]]:
     """The finished runs of reports/, given by names or patterns with `*`, in that order; and names of none.
 
-    Raises:
-        ValueError: there are no finished ones; or what one of them made is not what its numbers were computed from.
+    ValueError: there are no finished ones; or what one of them made is not what its numbers were computed from.
     """
-    import yaml
-
-    found: dict[str, Path] = {}
-    absent = []
-    for pattern in runs:
-        folders = [path for path in sorted((root / "reports").glob(pattern)) if _is_finished(path)]
-        found |= {path.name: path for path in folders}
-        absent += [pattern] * (not folders)
+    reports = root / "reports"
+    matches = {pattern: list(filter(_is_finished, sorted(reports.glob(pattern)))) for pattern in runs}
+    found = {path.name: path for paths in matches.values() for path in paths}
     if not found:
         raise ValueError(f"got no finished runs like {', '.join(runs)} in reports/, wanted some: run the sweep first")
-    bases, known = {name.split("=")[0].rpartition("-")[0] for name in found if "=" in name}, digests(root)
-    rows = []
+    bases, known, rows = {name.split("=")[0].rpartition("-")[0] for name in found if "=" in name}, digests(root), []
     for name, folder in found.items():
         if "metrics" in read_record(root, name):
             taken(root, name, "metrics", known)
-        parameters = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
         metrics, timings = (read_json(folder / f"{kind}.json") for kind in ("metrics", "timings"))
-        rows.append(Finished(name, _variant(name, several=len(bases) > 1), parameters, metrics, timings))
+        variant = _variant(name, several=len(bases) > 1)
+        rows.append(Finished(name, variant, read_yaml(folder / "params.yaml"), metrics, timings))
     known.save()
-    return rows, absent
+    return rows, [pattern for pattern, paths in matches.items() if not paths]
 
 
 def run_data_folder(root: Path, run: str) -> Path:
@@ -138,7 +129,7 @@ def run_data_folder(root: Path, run: str) -> Path:
 
 
 def _is_finished(folder: Path) -> bool:
-    states = {entry["state"] for entry in read_status(folder).values()}
+    states = {entry.get("state") for entry in read_status(folder).values()}
     return states <= {"ok"} and (folder / "metrics.json").exists() and (folder / "params.yaml").exists()
 
 

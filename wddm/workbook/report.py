@@ -9,19 +9,19 @@ import math
 import re
 from collections import ChainMap
 from contextlib import suppress
+from datetime import timedelta
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from wddm.workbook.experiments import pipeline_notebooks
 from wddm.workbook.parameters import parse_parameters, read_schema, tagged
-from wddm.workbook.provenance import data_folder
-from wddm.workbook.records import read_json, read_status, write_json, write_text
+from wddm.workbook.records import read_json, read_status, write_text
+from wddm.workbook.strict import read_yaml
 
 TEMPLATES = Path(__file__).parent / "templates"
-PROGRESS_LINE = re.compile(r"\[(\d+:)?\d\d:\d\d[<,]")  # tqdm's [elapsed<remaining, rate]
+PROGRESS_LINE = re.compile(r"(?m)^.*\[(\d+:)?\d\d:\d\d[<,].*\n?")  # with tqdm's [elapsed<remaining, rate]
 WIDGET = "application/vnd.jupyter.widget-view+json"  # what lives in JupyterLab alone, beside a picture of itself
-MARKUP = re.compile(r"[&<>\"'`*\[\]$\\~|{}\n]")  # what HTML or Markdown could take for more than a character
 WORST_FIRST = ("running", "failed", "killed", "pending", "ok")
 HEADLINES = ("fwd", "fid", "kid", "inception_score", "precision", "recall")  # numbers that a card shows first
 
@@ -36,19 +36,13 @@ def format_number(value: Any) -> str:
         return str(value)
     if value is None or math.isnan(value):
         return "–"
-    if isinstance(value, Integral) or (math.isfinite(value) and abs(value) >= 10_000):
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
+    whole = isinstance(value, Integral) or (math.isfinite(value) and abs(value) >= 10_000)
+    return f"{value:,.0f}" if whole else f"{value:.4g}"
 
 
-def format_seconds(seconds: float | None) -> str:
-    """12.3 s, 4 min 05 s, 2 h 10 min."""
-    if seconds is None:
-        return ""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+def format_seconds(seconds: float) -> str:
+    """12.3 s, 0:04:05, 2:10:00."""
+    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
 
 
 def format_table(rows: list[dict[str, Any]], caption: str) -> tuple[str, str]:
@@ -65,22 +59,6 @@ def format_table(rows: list[dict[str, Any]], caption: str) -> tuple[str, str]:
     return as_html, "\n".join([caption, *("  ".join(line).rstrip() for line in zip(*texts, strict=True))])
 
 
-def write_rows(rows: list[dict[str, Any]], as_csv: Path, as_json: Path) -> None:
-    """Rows as CSV, a column per key, and as JSON; what is absent, or not a finite number, is empty and null."""
-    import pandas as pd
-
-    table = pd.DataFrame([{key: _plain(value) for key, value in row.items()} for row in rows], dtype=object)
-    table = table.where(table.notna(), None)
-    write_text(as_csv, table.to_csv(index=False, lineterminator="\n"))
-    write_json(as_json, table.to_dict("records"))
-
-
-def _plain(value: Any) -> Any:
-    """For JSON: NumPy's scalars and arrays as Python's, and None for what is no finite number."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def render(folder: Path, name: str) -> Path:
     """reports/<run>/<name>.ipynb -> .html, and new headers for the run's other pages."""
     import nbformat
@@ -91,8 +69,6 @@ def render(folder: Path, name: str) -> Path:
     given = notebook.metadata.get("papermill", {}).get("parameters", {})
     schema = parse_parameters(declared.source, "") if declared else {}
     values = {key: given.get(key, parameter.default) for key, parameter in schema.items()}
-    if prose := next((cell for cell in notebook.cells if cell.cell_type == "markdown"), None):
-        prose.source = _fill_in(prose.source, {"data": data_folder(folder.absolute().parents[1], folder.name)} | values)
     hidden = {"injected-parameters", "papermill-error-cell-tag"}
     notebook.cells = [_tidy(cell) for cell in notebook.cells if not hidden & set(cell.metadata.get("tags", []))]
     resources = {
@@ -103,8 +79,7 @@ def render(folder: Path, name: str) -> Path:
         "code_css": HtmlFormatter(style="default").get_style_defs(".highlight"),
         "dark_code_css": HtmlFormatter(style="github-dark").get_style_defs(".highlight"),
     }
-    page = folder / f"{name}.html"
-    write_text(page, _exporter().from_notebook_node(notebook, resources)[0])
+    write_text(page := folder / f"{name}.html", _exporter().from_notebook_node(notebook, resources)[0])
     for other in read_status(folder).keys() - {name}:
         if (path := folder / f"{other}.html").exists():
             before, _, after = path.read_text(encoding="utf-8").partition("<header>")
@@ -116,23 +91,6 @@ def _header(folder: Path, name: str) -> str:
     """The bar of a page: run, notebook, state, and the way to the others."""
     written = {path.stem for path in folder.glob("*.ipynb")}
     return _template("header").render(run=folder.name, name=name, status=read_status(folder), written=written)
-
-
-def _fill_in(source: str, values: dict[str, Any]) -> str:
-    """Markdown with the values of its {parameters}, as text whatever they hold; a list stands for itself."""
-    known = {f"{{{name}}}": value for name, value in values.items() if not isinstance(value, list)}
-
-    def fill(match: re.Match[str]) -> str:
-        inside = match[0].strip("`")
-        text = re.sub(r"\{\w+\}", lambda found: str(known.get(found[0], found[0])), inside)
-        if text == inside:
-            return match[0]
-        if known.get(inside, "") is None:
-            return "none"
-        text = MARKUP.sub(lambda found: f"&#{ord(found[0])};", text)
-        return f"<code>{text}</code>" if match[0].startswith("`") else text
-
-    return re.sub(r"`[^`\n]+`|\{\w+\}", fill, source)
 
 
 def _exporter() -> Any:
@@ -159,15 +117,14 @@ def _exporter() -> Any:
 
 
 def _tidy(cell: Any) -> Any:
-    """Drop progress bars and carriage-return debris from a cell's streams, and widgets, which are dead in a page.
+    """Drop progress bars from a cell's streams, and widgets, which are dead in a page.
 
     A widget with a picture of itself leaves that; one with words alone (another library's progress bar) nothing.
     """
     kept = []
     for output in cell.get("outputs", []):
         if output.output_type == "stream":
-            lines = [line.rstrip("\r").rpartition("\r")[2] for line in output.text.split("\n")]
-            output.text = "\n".join(line for line in lines if not PROGRESS_LINE.search(line)).strip("\n")
+            output.text = PROGRESS_LINE.sub("", output.text).strip("\n")
         was_widget = output.get("data", {}).pop(WIDGET, None) is not None
         if output.get("text", "-").strip() and not (was_widget and output.data.keys() <= {"text/plain"}):
             kept.append(output)
@@ -196,44 +153,35 @@ def write_index(root: Path) -> Path:
     for folder in sorted(path.parent for path in (root / "reports").glob("*/status.json")):
         try:
             runs.append(_card(folder, defaults))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             problem = f"its files cannot be read: {type(error).__name__}: {error}"
             runs.append({"name": folder.name, "state": "failed", "error": problem, "started": ""})
     runs.sort(key=lambda run: (run["started"], run["name"]), reverse=True)
-    page = root / "reports" / "index.html"
-    write_text(page, _template("index").render(runs=runs))
+    write_text(page := root / "reports" / "index.html", _template("index").render(runs=runs))
     return page
 
 
 def _card(folder: Path, defaults: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the index shows of a run; a parameter's default is that of the first of its notebooks that declares it."""
-    status = read_status(folder)
+    status, parameters = read_status(folder), {}
+    with suppress(ValueError):  # missing, or damaged
+        parameters = read_yaml(folder / "params.yaml")
     own = ChainMap(*(defaults.get(name, {}) for name in sorted(status)))
     entries, states = status.values(), {entry["state"] for entry in status.values()}
-    metrics, timings, made_by = (read_json(folder / f"{name}.json") for name in ("metrics", "timings", "environment"))
+    metrics, made_by = (read_json(folder / f"{name}.json") for name in ("metrics", "environment"))
     figures = sorted(folder.glob("figures/*.png"), key=lambda path: (path.stem != "samples", path.name))
     first = sorted(metrics, key=lambda key: ([not key.startswith(name) for name in HEADLINES], key))
+    changed = {key for key in parameters if parameters[key] != own.get(key, ...)} - {"run", "notebooks"}
     return {
         "name": folder.name,
         "status": status,
         "pages": [name for name in sorted(status) if (folder / f"{name}.html").exists()],
         "state": next((state for state in WORST_FIRST if state in states), "pending"),
         "error": next((entry["error"] for entry in entries if entry.get("error")), None),
-        "started": max((entry.get("started") or "" for entry in entries), default=""),
-        "seconds": sum(entry.get("seconds") or 0 for entry in entries),
+        "started": max((str(entry.get("started") or "") for entry in entries), default=""),
+        "seconds": format_seconds(sum(entry.get("seconds") or 0 for entry in entries)),
         "thumbnail": figures[0].relative_to(folder.parent).as_posix() if figures else None,
         "metrics": {key: metrics[key] for key in first[:6]},
-        "timings": dict(list(timings.items())[:3]),
-        "changed": {key: value for key, value in _read_parameters(folder).items() if value != own.get(key, ...)},
+        "changed": {key: value for key, value in parameters.items() if key in changed},
         "commit": (made_by.get("commit") or "")[:7],
     }
-
-
-def _read_parameters(folder: Path) -> dict[str, Any]:
-    """The resolved parameters of a run but for its name; {} where they are missing or damaged."""
-    import yaml
-
-    with suppress(AttributeError, OSError, ValueError, yaml.YAMLError):
-        content = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
-        return {key: value for key, value in content.items() if key not in ("run", "notebooks")}
-    return {}

@@ -18,8 +18,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from wddm.workbook import kernel, lock, provenance
-from wddm.workbook.experiments import Experiment, pipeline_notebooks
+from wddm.workbook.experiments import Experiment, known_notebooks, pipeline_notebooks
 from wddm.workbook.records import digests, read_json, read_record, read_status, write_json, write_text
 from wddm.workbook.report import format_seconds, render, write_index
 
@@ -28,28 +30,34 @@ WATCH = "__import__('wddm.workbook.provenance', fromlist=['watch']).watch({!r}, 
 
 
 def run(
-    experiments: list[Experiment],
-    *,
-    only: str | None = None,
-    start: str | None = None,
-    force: bool = False,
-    jobs: int = 1,
-    preflight: Callable[[Experiment], None] | None = None,
-    held: int | None = None,
-) -> int:
+    experiments: list[Experiment], *, only: str | None = None, start: str | None = None, force: bool = False,
+    jobs: int = 1, preflight: Callable[[Experiment], None] | None = None, held: int | None = None,
+) -> int:  # fmt: skip
     """Run every experiment, `jobs` at a time, and then the summaries; one that fails does not stop the others.
 
     `only` and `start` choose notebooks by name, with or without the number; the summary's come after those of the
     sweep. `preflight(experiment)` may refuse, by ValueError, one of which something is going to run; nothing has run
     then. `held`: the lock of the run, where the process that started this one has it. Returns 0 ok, 1 a notebook
-    failed, 130 interrupted.
+    failed, 130 interrupted. ValueError, too, where runs/ and reports/ cannot be written.
     """
     names = [experiment.run for experiment in experiments]
     if twins := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"run: two experiments are called {twins[0]!r}; give each its own name")
     chosen = _choose(experiments, only, start)
     tasks = [Task(one, chosen[one.source], only, start, force) for one in experiments]
-    tasks = [task for task in tasks if task.chosen]
+    if not (tasks := [task for task in tasks if task.chosen]):
+        raise ValueError(f"got --only {only} and --from {start}, which leave no notebook to run: give one of them")
+    try:
+        return _run(tasks, jobs, preflight, held)
+    except OSError as error:
+        if error.errno is None or isinstance(error, ConnectionError | FileNotFoundError):
+            raise
+        place = error.filename or experiments[0].root
+        remedy = "make room, or make it writable, and run it again: what is finished stays"
+        raise ValueError(f"got {place}, which cannot be written ({error.strerror or error}): {remedy}") from None
+
+
+def _run(tasks: list["Task"], jobs: int, preflight: Callable[[Experiment], None] | None, held: int | None) -> int:
     members, summaries = ([task for task in tasks if task.experiment.is_summary is kind] for kind in (False, True))
     with contextlib.ExitStack() as locks:
         for task in tasks:
@@ -58,6 +66,7 @@ def run(
         problems = dict.fromkeys(line for task in tasks for line in task.problems(preflight))
         if problems:
             raise ValueError("\n".join(problems))
+        write_index(tasks[0].root)
         stop = locks.enter_context(kernel.stop_on_signals())
         if jobs > 1 and len(members) > 1:
             with ThreadPoolExecutor(jobs) as pool:
@@ -65,7 +74,7 @@ def run(
         else:
             codes = [task.run(stop) for task in members if not stop.requested]
         codes += [task.run(stop) for task in summaries if not stop.requested]
-        write_index(experiments[0].root)
+        write_index(tasks[0].root)
     return 130 if stop.requested else max(codes)
 
 
@@ -83,7 +92,7 @@ class Task:
     def problems(self, preflight: Callable[[Experiment], None] | None) -> list[str]:
         """Why it cannot run: what earlier notebooks made is of other parameters, or `preflight` refuses it."""
         found = self.stale()
-        if preflight and not found and not all(self.is_current(notebook) for notebook in self.chosen):
+        if preflight and not found and not all(map(self.is_current, self.chosen)):
             try:
                 preflight(self.experiment)
             except ValueError as error:
@@ -100,24 +109,26 @@ class Task:
                 continue  # the notebook that wants it says so
             then, now = entry["parameters"], self.experiment.values(notebook)
             why = ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name])
-            if why or "sha256" not in entry:
-                got = f"ran with other parameters ({why})" if why else "was begun and is not finished"
-                found.append(
-                    f"run {self.experiment.run!r}: {notebook.stem} {got}: let it run too (without --only and --from)"
-                    + ", or set them back" * bool(why)
-                )
+            if why:
+                got, remedy = f"ran with other parameters ({why})", ", or set them back"
+            elif "sha256" not in entry:
+                got, remedy = "was begun and is not finished", ""
+            else:
+                continue
+            remedy = "let it run too (without --only and --from)" + remedy
+            found.append(f"run {self.experiment.run!r}: {notebook.stem} {got}: {remedy}")
         return found
 
     def is_current(self, notebook: Path) -> bool:
         """Whether the notebook last ended ok, and what it depends on and what it made are as they were then."""
-        entry, name = self.status.get(notebook.stem, {}), notebook.stem
+        entry, name, numbers = self.status.get(notebook.stem, {}), notebook.stem, self.recorded()
         return (
             not self.force
             and entry.get("state") == "ok"
             and (self.folder / f"{name}.html").exists()
             and entry.get("fingerprint") == provenance.fingerprint(self.experiment, notebook, self.known)
             and entry.get("outputs") == provenance.outputs(self.experiment, notebook, self.known)
-            and all(numbers.items() <= self.recorded()[kind].items() for kind, numbers in entry["recorded"].items())
+            and all(own.items() <= numbers[kind].items() for kind, own in entry["recorded"].items())
             and all(self.known.of(self.root / path) == digest for path, digest in entry.get("opened", {}).items())
         )
 
@@ -125,72 +136,56 @@ class Task:
         """Run the chosen notebooks, in order, up to the first that does not end ok."""
         print(f"{self.experiment.source} -> reports/{self.experiment.run}/", flush=True)
         write_parameters(self.experiment, self.folder / "params.yaml")
-        notebooks = self.experiment.notebooks
+        notebooks, status = self.experiment.notebooks, self.status
         self.set_pending(
-            notebook
-            for notebook in notebooks
-            if notebook.stem not in self.status
-            or (notebook in self.chosen and self.status[notebook.stem]["state"] != "ok")
-        )
+            one for one in notebooks
+            if one.stem not in status or (one in self.chosen and status[one.stem].get("state") != "ok")
+        )  # fmt: skip
         for position, notebook in enumerate(self.chosen):
             label = f"[{notebooks.index(notebook) + 1}/{len(notebooks)}] {notebook.stem}"
             if self.is_current(notebook):
                 print(f"{label} unchanged, skipped", flush=True)
                 continue
             print(f"{label} ...", flush=True)
-            state = self.launch(notebook, stop)
-            if state != "ok" or stop.requested:
+            if self.launch(notebook, stop) != "ok" or stop.requested:
                 self.set_pending(later for later in self.chosen[position + 1 :] if not self.is_current(later))
                 return 1
         return 0
 
     def launch(self, notebook: Path, stop: kernel.Stop) -> str:
         """Execute and render one notebook; returns the state that it ended in."""
-        name, began = notebook.stem, time.monotonic()
+        name, began, run = notebook.stem, time.monotonic(), self.experiment.run
         environment = provenance.environment(self.root, self.experiment.parameters.get("seed"))
         write_json(self.folder / "environment.json", environment)
         self.set_pending([notebook])
         before = self.recorded()
-        self.update(
-            name,
-            state="running",
-            pid=os.getpid(),
-            started=datetime.now().astimezone().isoformat(timespec="seconds"),
-            fingerprint=provenance.fingerprint(self.experiment, notebook, self.known),
-        )
-        log = self.root / "runs" / self.experiment.run / f".{name}.opened"
+        started = datetime.now().astimezone().isoformat(timespec="seconds")
+        made_of = provenance.fingerprint(self.experiment, notebook, self.known)
+        self.update(name, state="running", pid=os.getpid(), started=started, fingerprint=made_of)
+        log = self.root / "runs" / run / f".{name}.opened"
         log.parent.mkdir(parents=True, exist_ok=True)
-        job = kernel.Job(
-            notebook.relative_to(self.root),
-            (self.folder / f"{name}.ipynb").relative_to(self.root),
-            self.experiment.values(notebook),
-            first=WATCH.format(str(log), str(self.root), self.experiment.run),
-            held=(self.lock,),
-        )
+        source, target = notebook.relative_to(self.root), Path("reports", run, f"{name}.ipynb")
+        first = WATCH.format(str(log), str(self.root), run)
+        job = kernel.Job(source, target, self.experiment.values(notebook), first, held=(self.lock,))
         with contextlib.chdir(self.root):
             state, error = kernel.execute(job, stop)
         seconds, opened = round(time.monotonic() - began, 2), provenance.opened(log)
-        self.update(
-            name,
-            state=state,
-            error=error,
-            seconds=seconds,
-            recorded={
-                kind: {key: number for key, number in numbers.items() if key not in before[kind]}
-                for kind, numbers in self.recorded().items()
-            },
-            outputs=provenance.outputs(self.experiment, notebook, self.known),
-            opened=provenance.hashes(self.root, opened, self.known) if state == "ok" else {},
-        )
+        entry: dict[str, Any] = {}
+        if state == "ok":  # else there may be no time to read what it left
+            entry["outputs"] = provenance.outputs(self.experiment, notebook, self.known)
+            entry["opened"] = provenance.hashes(self.root, opened, self.known)
+        entry["recorded"] = {
+            kind: {key: number for key, number in numbers.items() if key not in before[kind]}
+            for kind, numbers in self.recorded().items()
+        }
+        self.update(name, state=state, error=error, seconds=seconds, **entry)
         self.known.save()
         try:
             page = str(render(self.folder, name).relative_to(self.root))
         except Exception as problem:  # hours of training outlive a page that cannot be drawn
             page = f"none, {problem!r}"
-        if state != "ok":
-            print(f"{name} {state}: {error}  (report: {page})", flush=True)
-        else:
-            print(f"ok in {format_seconds(seconds)}", flush=True)
+        end = f"ok in {format_seconds(seconds)}" if state == "ok" else f"{name} {state}: {error}  (report: {page})"
+        print(end, flush=True)
         return state
 
     def update(self, name: str, **entry: Any) -> None:
@@ -202,11 +197,8 @@ class Task:
         """Notebooks that have yet to run: numbers that they recorded for other parameters are removed."""
         for notebook in list(notebooks):
             for kind, keys in self.status.get(notebook.stem, {}).get("recorded", {}).items():
-                numbers = read_json(self.folder / f"{kind}.json")
-                write_json(
-                    self.folder / f"{kind}.json",
-                    {key: number for key, number in numbers.items() if key not in keys},
-                )
+                numbers = self.recorded()[kind]
+                write_json(self.folder / f"{kind}.json", {key: numbers[key] for key in numbers if key not in keys})
             self.status[notebook.stem] = {"state": "pending", "seconds": None, "error": None}
         write_json(self.folder / "status.json", self.status)
 
@@ -217,14 +209,10 @@ class Task:
 
 def write_parameters(experiment: Experiment, path: Path) -> None:
     """All parameters of a run as a YAML that `wddm run` accepts."""
-    import yaml
-
     content = dict(experiment.parameters)
     if experiment.notebooks != pipeline_notebooks(experiment.root):
-        folder = experiment.root / "notebooks"
-        content["notebooks"] = [
-            notebook.relative_to(folder).with_suffix("").as_posix() for notebook in experiment.notebooks
-        ]
+        names = {notebook: name for name, notebook in known_notebooks(experiment.root).items()}
+        content["notebooks"] = [names[notebook] for notebook in experiment.notebooks]
     write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
@@ -252,34 +240,21 @@ def _run_as_process(task: Task, stop: kernel.Stop) -> int:
     """
     if stop.requested:
         return 130
-    name, parameters = task.experiment.run, task.folder / "params.yaml"
-    write_parameters(task.experiment, parameters)
-    options = {"--only": task.only, "--from": task.start}
-    command = [
-        sys.executable,
-        "-m",
-        "wddm",
-        "run",
-        str(parameters.relative_to(task.root)),
-        f"--held={task.lock}",
-        *["--force"] * task.force,
-        *(word for option, value in options.items() if value for word in (option, value)),
-    ]
-    with subprocess.Popen(
-        command,
-        cwd=task.root,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        pass_fds=(task.lock,),
-    ) as process:
+    write_parameters(task.experiment, task.folder / "params.yaml")
+    command = [sys.executable, "-m", "wddm", "run", f"reports/{task.experiment.run}/params.yaml", f"--held={task.lock}"]
+    command += [f"--{key}={value}" for key, value in (("only", task.only), ("from", task.start)) if value]
+    process = subprocess.Popen(
+        command + ["--force"] * task.force, cwd=task.root, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(task.lock,),
+    )  # fmt: skip
 
-        def listener(kill: bool) -> None:
-            process.send_signal(signal.SIGINT)  # it knows itself what a second one means
+    def listener(kill: bool) -> None:
+        process.send_signal(signal.SIGINT)  # it knows itself what a second one means
 
-        stop.listeners.add(listener)
+    stop.listeners.add(listener)
+    with process:
         for line in process.stdout or ():
-            print(f"{name} | {line.decode(errors='replace').rstrip().rpartition(chr(13))[2]}", flush=True)
-        stop.listeners.discard(listener)
+            shown = line.decode(errors="replace").rstrip().rpartition("\r")[2]
+            print(f"{task.experiment.run} | {shown}", flush=True)
+    stop.listeners.discard(listener)
     return process.returncode
