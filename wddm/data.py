@@ -212,6 +212,7 @@ def batches(
     rank: int = 0,
     world_size: int = 1,
     on_device: bool | None = None,
+    rows: np.ndarray | None = None,
 ) -> Iterator[Tensor]:
     """Endless float32 batches (batch_size / world_size, C, H, W) in [-1, 1], contiguous, on the device.
 
@@ -226,6 +227,7 @@ def batches(
         rank, world_size: this process takes the rank-th contiguous slice of every batch.
         on_device: keep the whole set on the device; by default on an accelerator where it `fits`. Otherwise a
             thread prepares the next batches while the caller computes. The batches are the same.
+        rows: numbers of the images that the batches are of; by default all.
 
     Raises:
         ValueError: images of another form, or a batch size that world_size does not divide.
@@ -243,8 +245,9 @@ def batches(
     if on_device is None:
         on_device = device.type != "cpu" and fits(images.nbytes, device)
     share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-    order = _order(len(images), batch_size, seed, start)
-    order = ((rows[share], mirrored[share] & flip) for rows, mirrored in order)
+    rows = np.arange(len(images)) if rows is None else rows
+    order = _order(len(rows), batch_size, seed, start)
+    order = ((rows[drawn[share]], mirrored[share] & flip) for drawn, mirrored in order)
     if not on_device:
         return ahead(lambda drawn: to_batch(images[drawn[0]], drawn[1], device), order, threads=1)
     resident = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).contiguous()
