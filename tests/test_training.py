@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,13 +19,14 @@ import yaml
 from conftest import ROOT
 from diffusers.training_utils import EMAModel
 from filelock import FileLock, Timeout
+from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from wddm import checkpoints
+from wddm import checkpoints, training
 from wddm.backbones import build_backbone
-from wddm.checkpoints import deferred_interrupt, difference
+from wddm.checkpoints import Interrupted, Stop, difference
 from wddm.metrics import frechet_wavelet_distance
 from wddm.pipeline import WaveletPipeline
 from wddm.steps import VARYING, average, derived_seed, read_log, resolve_precision
@@ -113,7 +116,7 @@ def test_average_is_diffusers_own_up_to_rounding(decay: float) -> None:
 
 
 def test_loss_goes_down(tmp_path) -> None:
-    losses = [s.loss for s in make(tmp_path, train_kimg=3.2, learning_rate=3e-3, log_every=20).steps()]
+    losses = [s.loss for s in make(tmp_path, train_kimg=3.2, learning_rate=3e-3, log_every=20, checkpoint_kimg=0).steps()]
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -217,26 +220,24 @@ def test_a_refused_trainer_leaves_the_folder_to_others(tmp_path) -> None:
     FileLock(tmp_path / ".training.lock", timeout=0).acquire()
 
 
-def test_a_checkpoint_of_an_older_layout_is_said_and_kept(tmp_path) -> None:
+def test_checkpoints_of_an_older_layout_are_said_and_kept(tmp_path) -> None:
+    """And set aside where the run was finished and that is allowed."""
     steps = make(tmp_path).steps()
     next(steps), steps.close()
-    rewrite_state(tmp_path / "checkpoints/step-00000001", lambda state: state.pop("layout"))
+    rewrite_state(tmp_path / "checkpoints/step-00000001", lambda state: state["settings"].pop("layout"))
     before = bytes_below(tmp_path / "checkpoints")
     for restart in (False, True):
-        with pytest.raises(ValueError, match=r"^got checkpoints of an older layout.*rename checkpoints/, give[^\n]*$"):
+        with pytest.raises(ValueError, match=r"^got other settings.*\(layout None -> 3\).*give[^\n]*$"):
             make(tmp_path, restart=restart)
     assert bytes_below(tmp_path / "checkpoints") == before
-
-
-def test_a_finished_run_of_an_older_layout_is_set_aside_where_that_is_allowed(tmp_path) -> None:
-    list(make(tmp_path).steps())
-    for folder in checkpoints.listed(tmp_path / "checkpoints"):
-        rewrite_state(folder, lambda state: state.pop("layout"))
-    before = bytes_below(tmp_path / "checkpoints")
-    with pytest.raises(ValueError, match="older layout"):
-        make(tmp_path)
-    assert "the layout of checkpoints; starting anew" in make(tmp_path, restart=True).notes[0]
-    assert bytes_below(tmp_path / "checkpoints-1") == before
+    list(make(tmp_path / "finished").steps())
+    for folder in checkpoints.listed(tmp_path / "finished/checkpoints"):
+        rewrite_state(folder, lambda state: state["settings"].pop("layout"))
+    before = bytes_below(tmp_path / "finished/checkpoints")
+    with pytest.raises(ValueError, match="layout"):
+        make(tmp_path / "finished")
+    assert "layout None -> 3; starting anew" in make(tmp_path / "finished", restart=True).notes[0]
+    assert bytes_below(tmp_path / "finished/checkpoints-1") == before
 
 
 def rewrite_state(folder: Path, change) -> None:
@@ -298,29 +299,84 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path) -> None:
     with torch.no_grad():
         trainer.model.conv_in.weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(
-        FloatingPointError, match=r"gradient of conv_in.weight at step 3, wanted finite ones: lower learning_rate"
+        FloatingPointError, match=r"loss or gradient that are not finite at step 3, wanted numbers: lower learning_rate"
     ):
         next(steps)
     tensors, state = checkpoints.load_latest(tmp_path / "checkpoints", [])
     assert state["step"] == 2 and all(v.isfinite().all() for v in tensors["weights"].values())
 
 
-def test_interrupt_finishes_the_step_and_leaves_a_checkpoint(tmp_path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_a_checkpoint_of_the_last_whole_step_and_says_where(tmp_path, number: int) -> None:
     trainer = make(tmp_path, train_kimg=1.6, checkpoint_kimg=100.0)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         for step in trainer.steps():
             if step.step == 3:
-                os.kill(os.getpid(), signal.SIGINT)
-    assert checkpoints.load_latest(tmp_path / "checkpoints", [])[1]["step"] == 4
+                os.kill(os.getpid(), number)
+    kept = tmp_path / "checkpoints/step-00000003"
+    line = f"training was stopped at step 3 of 100; {kept} is kept: start it again to go on from there"
+    assert stopped.type is Interrupted and str(stopped.value) == line
+    assert checkpoints.load_latest(tmp_path / "checkpoints", [])[1]["step"] == 3
     assert not (tmp_path / "pipeline").exists()
-    assert make(tmp_path, train_kimg=1.6, checkpoint_kimg=100.0).step == 4
+    assert make(tmp_path, train_kimg=1.6, checkpoint_kimg=100.0).step == 3
+
+
+def test_what_an_interrupt_cut_short_is_made_up_for_and_nothing_differs(tmp_path) -> None:
+    """Amid `measure`, which takes a minute: it is over at once, and the rest of what was due is done on resuming."""
+
+    def slow(samples: np.ndarray) -> float:
+        if asked := not measured:
+            measured.append(1)
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            time.sleep(60)
+        return samples.mean() + 60 * asked
+
+    watches = {"preview_kimg": 0.032, "fwd_kimg": 0.032, "fwd_images": 8, "validation_kimg": 0.032}
+    watches |= {"validation_images": 8, "log_every": 3}
+    list(make(tmp_path / "whole", measure=np.mean, **watches).steps())
+    measured, began = [], time.monotonic()
+    with pytest.raises(Interrupted, match="stopped at step 2 of 4"):
+        list(make(tmp_path / "cut", measure=slow, **watches).steps())
+    assert time.monotonic() - began < 20
+    list(make(tmp_path / "cut", measure=slow, **watches).steps())
+    whole, cut = (bytes_below(tmp_path / name) for name in ("whole", "cut"))
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "cut") and len(timeless(tmp_path / "cut")) == 3
+    assert whole.keys() == cut.keys() and [name for name in whole if whole[name] != cut[name]] == ["log.jsonl"]
+
+
+def test_a_step_that_is_cut_in_half_is_done_again_whole(tmp_path) -> None:
+    list(make(tmp_path / "whole").steps())
+    trainer, wanted = make(tmp_path / "cut"), []
+    inner = trainer.accelerator.backward
+
+    def backward(loss: torch.Tensor) -> None:
+        inner(loss)
+        wanted.append(1)
+        if len(wanted) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer.accelerator.backward = backward
+    with pytest.raises(Interrupted, match="stopped at step 2 of 4"):
+        list(trainer.steps())
+    list(make(tmp_path / "cut").steps())
+    whole, cut = (bytes_below(tmp_path / name / "checkpoints") for name in ("whole", "cut"))
+    assert whole == cut
+
+
+def test_a_notebook_shows_the_line_of_an_interrupt_alone(capsys) -> None:
+    shell = InteractiveShell()
+    shell.run_cell("from wddm.checkpoints import Interrupted\nraise Interrupted('checkpoint 3 is kept')")
+    out = capsys.readouterr().out
+    assert out.strip() == "checkpoint 3 is kept"
 
 
 def test_interrupts_are_python_s_own_again_afterwards() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with deferred_interrupt() as asked:
+    with Stop() as asked:
         os.kill(os.getpid(), signal.SIGINT)
         assert asked.is_set()
+        with pytest.raises(KeyboardInterrupt), asked.cuttable():
+            raise AssertionError
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -387,7 +443,7 @@ def test_extend_goes_on_with_the_schedule_of_the_longer_run(tmp_path) -> None:
         make(tmp_path, train_kimg=0.128)
     trainer = make(tmp_path, train_kimg=0.128, extend=True)
     assert trainer.step == 4 and trainer.total_steps == 8
-    assert trainer.notes[1].startswith("extended from 0.064 to 0.128 kimg") and "from 0 to 0.0007" in trainer.notes[1]
+    assert trainer.notes[1] == "extended from 0.064 to 0.128 kimg"
     whole = [row.lr for row in make(tmp_path / "whole", train_kimg=0.128).steps()]
     assert_close([row.lr for row in trainer.steps()], whole[4:])
     with pytest.raises(ValueError, match="learning_rate"):
@@ -396,12 +452,13 @@ def test_extend_goes_on_with_the_schedule_of_the_longer_run(tmp_path) -> None:
         make(tmp_path, train_kimg=0.064, extend=True)
 
 
-def test_held_out_loss_is_the_same_every_time_and_least_at_the_best(tmp_path) -> None:
+def test_held_out_loss_is_the_same_every_time_and_least_at_the_best(tmp_path, monkeypatch) -> None:
     trainer = make(tmp_path, train_kimg=0.8, validation_kimg=0.16, validation_images=10)
-    assert len(trainer.trained) == 30 and len(trainer.held_out) == 10
-    everything = {image.tobytes() for image in np.concatenate([np.array(trainer.trained), trainer.held_out])}
-    assert everything == {image.tobytes() for image in IMAGES}
+    seen, given = [], training.batches
+    monkeypatch.setattr(training, "batches", lambda *a, **b: seen.append(b["rows"]) or given(*a, **b))
     rows = [row for row in trainer.steps() if row.validation_loss is not None]
+    assert len(seen[0]) == 30 and len(trainer.held_out) == 10
+    assert sorted([*seen[0], *trainer.held_out]) == list(range(40))
     assert [row.step for row in rows] == [10, 20, 30, 40, 50]
     assert rows[-1].validation_loss == trainer.validate()  # with dropout it would differ
     assert len({row.validation_loss for row in rows}) == 5
@@ -412,14 +469,13 @@ def test_held_out_loss_is_the_same_every_time_and_least_at_the_best(tmp_path) ->
 
 def test_watching_changes_nothing(tmp_path) -> None:
     list(make(tmp_path / "alone").steps())
-    watches = {"preview_kimg": 0.016, "fwd_kimg": 0.016, "fwd_images": 8, "measure": np.mean, "tensorboard": True}
+    watches = {"preview_kimg": 0.016, "fwd_kimg": 0.016, "fwd_images": 8, "measure": np.mean}
     list(make(tmp_path / "watched", **watches).steps())
     alone, watched = (bytes_below(tmp_path / name / "pipeline") for name in ("alone", "watched"))
     assert alone == watched
     previews = sorted((tmp_path / "watched/previews").glob("*.png"))
     assert [path.name for path in previews] == [f"{n:09d}.png" for n in (16, 32, 48, 64)]
     assert Image.open(previews[0]).size == (16 * 8, 2 * 8)
-    assert list((tmp_path / "watched/tensorboard").rglob("events*"))
 
 
 def test_distance_in_the_log_is_that_of_the_averaged_weights(tmp_path) -> None:

@@ -1,6 +1,6 @@
 """Checkpoints that survive a crash: folders of safetensors and one JSON, written aside, synced, renamed, checksummed.
 
-    <folder>/step-00001000/{weights,ema,optimizer,meter}.safetensors + state.json (with the sha256 of the others)
+    <folder>/step-00001000/{weights,ema,optimizer,unread}.safetensors + state.json (with the sha256 of the others)
 
 Nothing pickled is written or read. The last two are kept, and best/, where the held-out loss was lowest.
 """
@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from accelerate import PartialState
 from filelock import AcquireReturnProxy, FileLock, Timeout
@@ -25,10 +25,10 @@ from torch import Tensor
 from wddm.files import sha256, written_aside
 
 KEEP = 2
-LAYOUT = 2  # of what a checkpoint holds; those of another layout are refused
+LAYOUT = 3  # of what a checkpoint holds, told among the settings: those of another layout are refused
 # what comes before or after training, so that a change there does not change what is learned
 ELSEWHERE = {"__init__", "__main__", "cli", "experiment", "sources", "local", "decoding"}
-ELSEWHERE |= {"pipeline", "bandrate", "loading", "cards", "sampling"}
+ELSEWHERE |= {"pipeline", "bandrate", "loading", "cards", "sampling", "conditions"}
 
 Tensors = dict[str, dict[str, Tensor]]
 
@@ -36,10 +36,8 @@ Tensors = dict[str, dict[str, Tensor]]
 def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], name: str | None = None) -> None:
     """Write the checkpoint of `step`: a safetensors file per entry of `tensors`, and `state` as JSON.
 
-    One with a `name` is kept apart from those of the steps, of which the last two stay.
-
-    Raises:
-        OSError: it could not be written, for want of room perhaps; the earlier ones stay.
+    One with a `name` is kept apart from those of the steps, of which the last two stay. OSError: it could not be
+    written, for want of room perhaps; the earlier ones stay.
     """
     try:
         with written_aside(folder / (name or f"step-{step:08d}")) as aside:
@@ -48,7 +46,7 @@ def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], name:
                 file = aside / f"{group}.safetensors"
                 save_file({key: tensor.detach().cpu().contiguous() for key, tensor in members.items()}, file)
                 checksums[file.name] = sha256(file)
-            state = {"step": step, "layout": LAYOUT, "code": code(), **state, "sha256": checksums}
+            state = {"step": step, "code": code(), **state, "sha256": checksums}
             (aside / "state.json").write_text(json.dumps(state, indent=1))
     except (OSError, SafetensorError) as error:
         kept = listed(folder)
@@ -80,10 +78,7 @@ def take_up(
     """`load_latest` of <run>/checkpoints, if a run of these settings can go on with it; None if it begins anew.
 
     That is after a finished run of other code or, to `restart`, of other settings: it is set aside. To `extend`, a
-    larger train_kimg is no other setting.
-
-    Raises:
-        ValueError: the checkpoint is of other settings, or of an older layout, and may not be left behind.
+    larger train_kimg is no other setting. ValueError: the checkpoint is of other settings and may not be left behind.
     """
     folder = run / "checkpoints"
     if (found := load_latest(folder, notes)) is None:
@@ -92,26 +87,26 @@ def take_up(
     finished = state["step"] * before["batch_size"] >= before["train_kimg"] * 1000
     longer = extend and before["train_kimg"] < settings["train_kimg"]
     changed = difference(before | ({"train_kimg": settings["train_kimg"]} if longer else {}), settings)
-    refusal = (
-        f"got other settings than {run} began with ({changed}), wanted the same: set them back, give the run "
-        "another name, or, for more train_kimg alone, --extend it"
-    )
-    if state.get("layout") != LAYOUT:
-        changed = "the layout of checkpoints"
-        refusal = (
-            f"got checkpoints of an older layout in {folder}, wanted those of this version: rename {folder.name}/, "
-            "give the run another name, or finish it with the version that began it"
-        )
     if changed and not (finished and restart):
-        raise ValueError(refusal)
-    if not changed and finished and not longer and state["code"] != code():
+        raise ValueError(
+            f"got other settings than {run} began with ({changed}), wanted the same: set them back, give the run "
+            "another name, or, for more train_kimg alone, --extend it"
+        )
+    same_code = state["code"] == code()
+    if not changed and finished and not longer and not same_code:
         changed = "the code"
-    if not changed:
-        return found
-    PartialState().wait_for_everyone()  # to have read it
-    if PartialState().is_main_process:
-        notes.append(f"changed since the earlier run: {changed}; starting anew, that run is in {set_aside(folder)}")
-    return None
+    if changed:
+        PartialState().wait_for_everyone()  # to have read it
+        if PartialState().is_main_process:
+            places = (run / f"checkpoints-{number}" for number in itertools.count(1))
+            aside = folder.rename(next(place for place in places if not place.exists()))  # nothing is lost
+            notes.append(f"changed since the earlier run: {changed}; starting anew, that run is in {aside}")
+        return None
+    total = -(-settings["train_kimg"] * 1000 // settings["batch_size"])
+    notes.append(f"resumed at step {state['step']} of {total:.0f}{', with code that has changed' * (not same_code)}")
+    if longer:
+        notes.append(f"extended from {before['train_kimg']:g} to {settings['train_kimg']:g} kimg")
+    return found
 
 
 def listed(folder: Path) -> list[Path]:
@@ -130,28 +125,10 @@ def difference(before: dict[str, Any], after: dict[str, Any]) -> str:
     return ", ".join(f"{name} {before.get(name)} -> {after.get(name)}" for name in names)
 
 
-def changes(state: dict[str, Any], train_kimg: float, total_steps: int, lr: float) -> list[str]:
-    """What to tell of a run that goes on from `state` to a length of `train_kimg`, at the learning rate `lr`."""
-    aside = "" if state["code"] == code() else ", with code that has changed"
-    notes = [f"resumed at step {state['step']} of {total_steps}{aside}"]
-    if (before := state["settings"]["train_kimg"]) != train_kimg:
-        notes.append(
-            f"extended from {before:g} to {train_kimg:g} kimg, whose schedule takes the learning rate from "
-            f"{state['lr']:.3g} to {lr:.3g} at this step"
-        )
-    return notes
-
-
 def code() -> str:
     """A checksum of the source that decides what is learned: the package without its folders and `ELSEWHERE`."""
     modules = (path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem not in ELSEWHERE)
     return hashlib.sha256(b"".join(path.read_bytes() for path in modules)).hexdigest()
-
-
-def set_aside(folder: Path) -> Path:
-    """Rename a folder to the first free `<folder>-1`, `-2`, ...: nothing is lost."""
-    places = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(1))
-    return folder.rename(next(place for place in places if not place.exists()))
 
 
 def reserved(folder: Path) -> AcquireReturnProxy:
@@ -165,15 +142,46 @@ def reserved(folder: Path) -> AcquireReturnProxy:
         ) from None
 
 
-@contextmanager
-def deferred_interrupt() -> Iterator[threading.Event]:
-    """Within it, Ctrl-C only sets the event, so that a step is never cut in half. Main thread only, else no effect."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = signal.signal(signal.SIGINT, lambda *_: asked.set())
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by a signal; one line says which checkpoint is kept, and a notebook shows that alone."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
+class Stop(threading.Event):
+    """Within a `with` block Ctrl-C and SIGTERM set this event; they raise only where it is `cuttable`, so that nothing
+    is left half changed. Of several processes only Ctrl-C counts, and never raises; outside the main thread none does.
+    """
+
+    raises = False
+
+    def __init__(self, alone: bool = True) -> None:
+        super().__init__()
+        self.alone = alone
+
+    def __enter__(self) -> Self:
+        signals = (signal.SIGINT, signal.SIGTERM) if self.alone else (signal.SIGINT,)
+        here = threading.current_thread() is threading.main_thread()
+        self.before = {number: signal.signal(number, self._hear) for number in signals if here}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, *_: object) -> None:
+        self.set()
+        if self.raises:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def cuttable(self) -> Iterator[None]:
+        """Within it a signal raises KeyboardInterrupt at once, and one that came before does at its beginning."""
+        self.raises = self.alone
+        try:
+            if self.raises and self.is_set():
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self.raises = False

@@ -1,11 +1,11 @@
-"""The command line, `wddm`: a function per subcommand.
+"""The command line, `wddm`: a function per subcommand. Nothing heavy is imported until one needs it.
 
-Exit codes: 0 ok, 1 a notebook or training failed, 2 bad arguments or parameters (a line each on stderr), 130
-interrupted. Nothing heavy is imported until a subcommand needs it.
+Exit codes: 0 ok, 1 a notebook or training failed, 2 bad arguments or parameters (a line each on stderr), 130 stopped.
 """
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -19,11 +19,9 @@ if TYPE_CHECKING:
     from wddm.workbook.experiments import Experiment
 
 COUNT, PATH = click.IntRange(min=1), click.Path(path_type=Path)
-CHECKED = {"dataset", "wavelet", "backbone", "scheduler", "solvers", "spacing_solvers"}  # that `experiment.check` knows
 
 
 def takes_parameters(command: Callable) -> Callable:
-    """YAML files, and -p for what is to be otherwise."""
     files = click.argument("params", nargs=-1, required=True, type=PATH, metavar="params/x.yaml...")
     changed = "A parameter, as if it were in the YAML."
     return files(click.option("-p", "overrides", multiple=True, metavar="key=value", help=changed)(command))
@@ -59,11 +57,10 @@ def _end_with_parent() -> None:
 
 
 def preflight(one: "Experiment") -> None:
-    """Refuse, by ValueError, what the notebooks would only find out later."""
-    if CHECKED & one.parameters.keys():
-        from wddm import experiment  # and torch, which takes seconds
+    """Refuse, by ValueError, what the notebooks would only find out later; asked where one of them is going to run."""
+    from wddm import experiment  # and torch, which takes seconds
 
-        experiment.check(one)
+    experiment.check(one)
 
 
 @commands.command()
@@ -75,17 +72,18 @@ def train(params: tuple[Path, ...], overrides: tuple[str, ...], extend: bool) ->
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that were launched, it does the talking
     root, experiments = experiments_of(params, overrides)
+    for one in experiments:
+        if missing := {"01_prepare", "02_train"} - {notebook.stem for notebook in one.notebooks}:
+            raise ValueError(f"{one.source}: has no {', '.join(sorted(missing))} to take parameters of: add it")
     with contextlib.chdir(root), contextlib.ExitStack() as locks:
         for one in experiments if first else ():
             locks.callback(os.close, lock.acquire(root, one.run))
+        for one in experiments:
+            preflight(one)
 
         from wddm import experiment
 
         for one in experiments:
-            experiment.check(one)
-        for one in experiments:
-            if missing := {"01_prepare", "02_train"} - {notebook.stem for notebook in one.notebooks}:
-                raise ValueError(f"{one.source}: has no {', '.join(sorted(missing))} to take parameters of: add it")
             prepared = experiment.prepare(open_run(one.run, "01_prepare", one.parameters), show=first)
             book = open_run(one.run, "02_train", one.parameters)
             book.take("data")
@@ -98,9 +96,7 @@ def experiments_of(params: Sequence[Path], overrides: Iterable[str]) -> tuple[Pa
     """The root of the workbook that the YAML files are in, and the experiments they ask for."""
     from wddm import workbook
 
-    root = workbook_root(params[0].parent) or workbook.find_root()
-    experiments: list[Experiment] = []
-    problems = []
+    root, experiments, problems = workbook_root(params[0].parent) or workbook.find_root(), [], []
     for path in params:
         try:
             experiments += workbook.load_experiments(path, root, overrides)
@@ -212,6 +208,16 @@ def index() -> None:
     print(workbook.write_index(workbook.find_root()))
 
 
+RANGE = re.compile(r"Invalid value for ('.*?'): (.+) is not (?:in the range x>=(\S+)|a valid (.+))\.")
+
+
+def remedied(error: click.ClickException) -> str:
+    """click's message as got, wanted and what to do."""
+    text = RANGE.sub(lambda m: f"got {m[2]} for {m[1]}, wanted {m[4] or f'{m[3]} or more'}", error.format_message())
+    command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "wddm"
+    return f"{' '.join(text.split()).rstrip('.')}: see {command} --help"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; its exit code."""
     if "LOCAL_RANK" in os.environ:  # processes that share the cores must not spin while they wait for each other
@@ -221,15 +227,13 @@ def main(arguments: list[str] | None = None) -> int:
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message(), file=sys.stderr)
         return 2
-    except (click.ClickException, ValueError) as error:
-        message = " ".join(error.format_message().split()) if isinstance(error, click.ClickException) else str(error)
-        print(*(f"wddm: {line}" for line in message.splitlines()), sep="\n", file=sys.stderr)
-        return 2
-    except (FloatingPointError, ConnectionError, FileNotFoundError) as error:
-        print(f"wddm: {error}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, click.Abort):
-        return 130
     except BrokenPipeError:  # nobody reads what we print (wddm run ... | head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (click.ClickException, ValueError, FloatingPointError, OSError) as error:
+        message = remedied(error) if isinstance(error, click.ClickException) else str(error)
+        print(*(f"wddm: {line}" for line in message.splitlines()), sep="\n", file=sys.stderr)
+        return 2 if isinstance(error, click.ClickException | ValueError) else 1
+    except (KeyboardInterrupt, click.Abort) as error:
+        print(f"wddm: {error}" if str(error) else "wddm: stopped", file=sys.stderr)
+        return 130

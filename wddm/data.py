@@ -227,6 +227,7 @@ def _write(source: Source, settings: dict[str, Any], to: Path, progress: bool) -
 def batches(
     images: np.ndarray, batch_size: int, *, seed: int, start: int = 0, device: str | torch.device = "cpu",
     flip: bool = False, rank: int = 0, world_size: int = 1, on_device: bool | None = None,
+    rows: np.ndarray | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Endless float32 batches (batch_size / world_size, C, H, W) in [-1, 1], contiguous, on the device.
 
@@ -240,6 +241,7 @@ def batches(
         rank, world_size: this process takes the rank-th contiguous slice of every batch.
         on_device: keep the whole set on the device; by default on an accelerator where it `fits`. Otherwise a
             thread prepares the next batches while the caller computes. The batches are the same.
+        rows: numbers of the images that the batches are of; by default all.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
         raise ValueError(f"got {images.dtype} images {images.shape}, wanted uint8 (N, H, W, C): give a Dataset's")
@@ -252,8 +254,9 @@ def batches(
     if on_device is None:
         on_device = device.type != "cpu" and fits(images.nbytes, device)
     share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-    drawn = _order(len(images), batch_size, seed, start)
-    order = ((rows[share], mirrored[share] & flip) for rows, mirrored in drawn)
+    rows = np.arange(len(images)) if rows is None else rows
+    drawn = _order(len(rows), batch_size, seed, start)
+    order = ((rows[places[share]], mirrored[share] & flip) for places, mirrored in drawn)
     if not on_device:
         return ahead(lambda drawn: to_batch(images[drawn[0]], drawn[1], device), order, threads=1)
     resident = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).contiguous()

@@ -1,10 +1,12 @@
 """experiment: from the parameters of a run to its prepared set, codec, network and Trainer. There is no other assembly.
 
 A parameter in a notebook's cell goes to every function below that has an argument of its name; one that none of them
-has is an error.
+has is an error. `BOUNDS` says which numbers can be, `check` which cannot be together.
 """
 
 import inspect
+import os
+import re
 import socket
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -21,18 +23,39 @@ from wddm.backbones import BACKBONES, IMAGES, build_backbone
 from wddm.data import Dataset
 from wddm.metrics.frechet import frechet_wavelet_distance, moments
 from wddm.objective import PREDICTION_TYPES, WEIGHTINGS, build_solver, check_options
-from wddm.steps import SCHEDULES, resolve_precision
+from wddm.steps import SCHEDULES, check_batch, check_held_out, resolve_precision
 from wddm.training import Step, Trainer
 from wddm.wavelets import WaveletCodec, check_choice
 from wddm.workbook import Run, progress
 from wddm.workbook.experiments import Experiment
+from wddm.workbook.records import read_record
 
 Parameters = Mapping[str, Any]
+
+SIDE, LEVEL, STEPS, COUNT, KIMG, SHARE = (2, 4096), (0, 8), (1, 1000), (1, 10**7), (0, 10**7), (0, 1)
+BOUNDS: dict[str, tuple[float, float]] = {  # parameter of any notebook: (minimum, maximum), of every value of a list
+    "seed": (0, 2**31 - 1), "resolution": SIDE, "width": SIDE, "channels": (1, 1024), "limit": COUNT,
+    "level": LEVEL, "levels": LEVEL, "wavelet_level": LEVEL, "fwd_level": LEVEL, "train_fwd_level": LEVEL,
+    "widths": (8, 8192), "attention_levels": (0, 16), "layers_per_block": (1, 16), "attention_head_dim": (1, 4096),
+    "dropout": (0, 0.99), "label_dropout": SHARE, "reconstruction": (0, 1e6),
+    "train_kimg": (0.001, 10**7), "batch_size": COUNT, "accumulation": COUNT, "num_processes": (1, 1024),
+    "learning_rate": (1e-9, 10), "weight_decay": (0, 10), "warmup_kimg": KIMG, "ema_half_life_kimg": KIMG,
+    "checkpoint_kimg": KIMG, "validation_kimg": KIMG, "preview_kimg": KIMG, "fwd_kimg": KIMG,
+    "validation_images": COUNT, "fwd_images": COUNT, "num_samples": COUNT, "sampling_batch_size": COUNT,
+    "sampling_steps": STEPS, "detail_steps": STEPS, "steps": STEPS, "band_steps": STEPS, "reference_steps": STEPS,
+    "eta": SHARE, "etas": SHARE, "labels": (0, 10**6), "guidance": (0, 100), "guidance_details": (0, 100),
+    "sets": (1, 1000), "rounds": (5, 1000), "images_per_step": COUNT, "comparison_seconds": (0, 10**6),
+    "max_step_seconds": (0.001, 10**6), "capacity_gib": (0.001, 10**6),
+}  # fmt: skip
+CHOICES: dict[str, Iterable[str]] = {
+    "weighting": WEIGHTINGS, "schedule": SCHEDULES, "prediction_type": PREDICTION_TYPES, "backbone": BACKBONES,
+}  # fmt: skip
+IMAGES_IN = {"digits": 1797, "patches": 10_000, "cifar10": 50_000, "stl10": 100_000, "celebahq": 30_000}
 
 
 def prepare(book: Run, show: bool = True) -> Dataset:
     """What notebook 01 makes: the prepared set that the run's parameters ask for, recorded as the run's own."""
-    refuse_untaken(book.parameters, TAKEN_BY["01_prepare"])
+    refuse_impossible(book.parameters, "01_prepare")
     prepared = data.prepare(root=book.root / "data", progress=show, **share(data.prepare, book.parameters))
     book.made("data", prepared.folder / "manifest.json")
     return prepared
@@ -41,29 +64,21 @@ def prepare(book: Run, show: bool = True) -> Dataset:
 def build(parameters: Parameters, prepared: Dataset) -> tuple[WaveletCodec, ModelMixin]:
     """The codec, fitted to the images, and the network with initial weights drawn from `seed`.
 
-    Raises:
-        ValueError: a parameter that notebook 02 declares and nothing takes; what codec and network refuse.
+    ValueError: a parameter of notebook 02 that is out of bounds or that nothing takes; what codec and network refuse.
     """
-    refuse_untaken(parameters, TAKEN_BY["02_train"])
+    refuse_impossible(parameters, "02_train")
     codec = WaveletCodec(**share(WaveletCodec, parameters)).fit(prepared.images)
-    about = prepared.manifest
-    return codec, _network(parameters, about["dataset"], about["resolution"], prepared.images.shape[-1])
+    return codec, _network(parameters, prepared.manifest["dataset"], prepared.images.shape[1:])
 
 
 def train(
-    book: Run,
-    prepared: Dataset,
-    codec: WaveletCodec,
-    network: ModelMixin,
-    *,
-    show: Callable[[Step], None] = lambda step: None,
-    **options: bool,
-) -> None:
+    book: Run, prepared: Dataset, codec: WaveletCodec, network: ModelMixin, *,
+    show: Callable[[Step], None] = lambda step: None, **options: bool,
+) -> None:  # fmt: skip
     """Train the run's pipeline to the end with a progress bar, in `num_processes` processes, and record it.
 
-    Args:
-        show: called for every `Step`, in the main process alone.
-        options: `extend`, `restart` and `cpu` of the Trainer, whose errors this function raises.
+    `show` is called for every `Step`, in the main process alone. `options` are `extend`, `restart` and `cpu` of the
+    Trainer, whose errors this function raises.
     """
     settings = share(Trainer, book.parameters) | options
 
@@ -94,11 +109,10 @@ def distance_to(images: np.ndarray, train_fwd_level: int = 2) -> Callable[[np.nd
 def _launch(function: Callable[[bool], None], num_processes: int = 1) -> None:
     """Call function(forked) here, or, as a notebook has to, in as many forks of this process."""
     if num_processes == 1:
-        function(False)
-    else:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = str(probe.getsockname()[1])
-        accelerate.notebook_launcher(function, (True,), num_processes=num_processes, use_port=port)
+        return function(False)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    accelerate.notebook_launcher(function, (True,), num_processes=num_processes, use_port=port)
 
 
 def _watch(trainer: Trainer, book: Run, show: Callable[[Step], None]) -> None:
@@ -115,9 +129,6 @@ def _watch(trainer: Trainer, book: Run, show: Callable[[Step], None]) -> None:
     book.made("pipeline", book.folder / "pipeline", images_seen=trainer.images_seen)
 
 
-CHOICES: dict[str, Iterable[str]] = {
-    "weighting": WEIGHTINGS, "schedule": SCHEDULES, "prediction_type": PREDICTION_TYPES, "backbone": BACKBONES,
-}  # fmt: skip
 TAKEN_BY: dict[str, list[Callable]] = {  # notebook: what takes its parameters
     "01_prepare": [data.prepare],
     "02_train": [WaveletCodec, build_backbone, Trainer, distance_to, _launch],
@@ -125,28 +136,91 @@ TAKEN_BY: dict[str, list[Callable]] = {  # notebook: what takes its parameters
 
 
 def check(experiment: Experiment) -> None:
-    """Refuse what the notebooks would only find out later: sizes that do not divide, a data set that is not there.
+    """Refuse, before anything runs, what the notebooks would only find out later, with a line for every fault."""
+    check_bounds(experiment.parameters)  # what follows expects numbers that can be
+    problems: list[str] = []
+    for part in (_check_training, _check_images, _check_solvers, _check_folders):
+        try:
+            part(experiment)
+        except ValueError as error:
+            problems += str(error).splitlines()
+    if problems:
+        raise ValueError("\n".join(dict.fromkeys(problems)))
 
-    Builds codec, network and solver from the parameters that are there, without memory and without weights.
-    ValueError: as the part that refuses says it.
-    """
+
+def check_bounds(parameters: Parameters) -> None:
+    """ValueError, a line for each, for the parameters that have a value outside `BOUNDS`."""
+    problems = []
+    for name, (low, high) in BOUNDS.items():
+        given = parameters.get(name)
+        for value in given if isinstance(given, list | tuple) else [given]:
+            if value is not None and not low <= value <= high:
+                problems.append(f"got {name}={str(value)[:20]}, wanted {low:g} to {high:g}: change {name}")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _check_training(experiment: Experiment) -> None:
+    """Names that no table has, parameters that nothing takes, batches that do not divide."""
     parameters = experiment.parameters
     for name, table in CHOICES.items():
-        if parameters.get(name) is not None:
-            check_choice(name, parameters[name], table)
+        given = parameters.get(name) or []
+        for value in given if isinstance(given, list) else [given]:
+            check_choice(name, value, table)
     for notebook in experiment.notebooks:
-        if notebook.stem in TAKEN_BY:
-            refuse_untaken(experiment.values(notebook), TAKEN_BY[notebook.stem])
+        refuse_impossible(experiment.values(notebook), notebook.stem)
     if "precision" in parameters:
         resolve_precision(parameters["precision"])
-    if {"dataset", "resolution"} <= parameters.keys():
-        data.check_source(**share(data.check_source, parameters))
+    if "accumulation" in parameters:
+        check_batch(**share(check_batch, parameters))
+
+
+def _check_images(experiment: Experiment) -> None:
+    """Source, codec and network, without memory and weights, and what depends on how many images there are."""
+    parameters = experiment.parameters
+    name, height = parameters.get("dataset"), parameters.get("resolution")
+    if name is None or height is None:
+        return
+    source = data.check_source(**share(data.check_source, parameters))[1]
+    opened = source.open() if parameters.get("dataset_path") else None
+    count, channels = (opened.count, opened.channels) if opened else (IMAGES_IN.get(name), IMAGES.get(name, (0, 3))[1])
+    count = min(count or 10**9, parameters.get("limit") or 10**9)
+    shape = height, parameters.get("width") or height, parameters.get("channels") or channels
     with torch.device("meta"):
-        if {"wavelet", "resolution"} <= parameters.keys():
-            WaveletCodec(**share(WaveletCodec, parameters)).check_size(*[parameters["resolution"]] * 2)
-        if {"backbone", "dataset", "resolution"} <= parameters.keys():
-            channels = IMAGES.get(parameters["dataset"], (0, 3))[1]
-            _network(parameters, parameters["dataset"], parameters["resolution"], channels)
+        if "wavelet" in parameters:
+            WaveletCodec(**share(WaveletCodec, parameters)).check_size(*shape[:2])
+        if "backbone" in parameters:
+            _network(parameters, name, shape)
+    if parameters.get("validation_kimg"):
+        check_held_out(parameters["validation_images"], count)
+    for level, samples in (("fwd_level", "num_samples"), ("train_fwd_level", "fwd_images")):
+        if {level, samples} <= parameters.keys() and (samples == "num_samples" or parameters["fwd_kimg"]):
+            _check_packets(level, samples, parameters, shape, count)
+
+
+def _check_packets(level: str, samples: str, parameters: Parameters, shape: tuple[int, int, int], count: int) -> None:
+    """ValueError if the Frechet wavelet distance at parameters[level] wants more samples, images or memory."""
+    (height, width, channels), factor = shape, 2 ** parameters[level]
+    got, deeper = f"got {level}={parameters[level]} for images of {height}x{width}x{channels}", f"a larger {level}"
+    if height % factor or width % factor:
+        raise ValueError(f"{got}, wanted sides that {factor} divides: choose a smaller {level}")
+    values = max(2, height * width * channels // factor**2)
+    if parameters[samples] < values:
+        wanted = f"wanted {values} or more, the values of a packet at this resolution, channels and {level}"
+        raise ValueError(
+            f"got {samples}={parameters[samples]} at {level}={parameters[level]}, {wanted}: raise {samples}, or choose "
+            f"{deeper}"
+        )
+    if count < values:
+        raise ValueError(f"{got}, of which there are {count}, wanted {values}: take more (limit), or choose {deeper}")
+    needed, there = 8 * (factor * values) ** 2, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        gib = f"{needed / 2**30:.0f} GiB of memory, wanted at most the {there / 2**30:.0f} that there are"
+        raise ValueError(f"{got}, whose covariances take {gib}: choose {deeper}")
+
+
+def _check_solvers(experiment: Experiment) -> None:
+    parameters = experiment.parameters
     for name in parameters.get("solvers", []) + parameters.get("spacing_solvers", []):
         build_solver(name, spacing=parameters.get("spacing"))
     if "scheduler" in parameters:
@@ -155,19 +229,40 @@ def check(experiment: Experiment) -> None:
         check_options(parameters["scheduler"], **share(check_options, parameters))
 
 
+def _check_folders(experiment: Experiment) -> None:
+    """Files that are not there, but for those of a run that a YAML makes, and an `output_dir` that is not new."""
+    root, given = experiment.root, experiment.parameters
+    for name in ("model_dir", "model", "inception_weights"):
+        path = str(given.get(name) or ".")
+        run = re.match(r"runs/([^/]+)/", path)
+        on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) and name == "model_dir"
+        made = run and (root / "params" / f"{run[1]}.yaml").exists()
+        if not ((root / path).exists() or on_hub or made):
+            raise ValueError(f"got {name}={path}, which is not there, wanted a path from {root}: give one that is")
+    output, before = given.get("output_dir"), read_record(root, experiment.run).get("samples", {}).get("parameters", {})
+    taken = output and ((root / output).is_file() or any((root / output).glob("*")))
+    if taken and output != before.get("output_dir"):
+        raise ValueError(f"got output_dir={output}, which is not empty, wanted a new folder: give another")
+
+
 def share(function: Callable, parameters: Parameters) -> dict[str, Any]:
     """Those of the parameters that a function has an argument for."""
     return {name: parameters[name] for name in inspect.signature(function).parameters if name in parameters}
 
 
-def refuse_untaken(parameters: Parameters, functions: Iterable[Callable]) -> None:
-    """ValueError that names a parameter which none of the functions has an argument for, if there is one."""
+def refuse_impossible(parameters: Parameters, notebook: str) -> None:
+    """ValueError if a parameter is out of bounds, or none of the functions that the notebook calls takes it."""
+    check_bounds(parameters)
+    functions = TAKEN_BY.get(notebook, [])
     known = {name for function in functions for name in inspect.signature(function).parameters}
-    if untaken := parameters.keys() - known - {"run"}:
+    if functions and (untaken := parameters.keys() - known - {"run"}):
         raise ValueError(f"got a parameter {min(untaken)!r} that nothing takes: remove it from the notebook's cell")
 
 
-def _network(parameters: Parameters, dataset: str, size: int, channels: int) -> ModelMixin:
+def _network(parameters: Parameters, dataset: str, shape: tuple[int, ...]) -> ModelMixin:
+    """The network for images of this shape (H, W, C), with initial weights drawn from `seed`."""
     torch.manual_seed(parameters.get("seed", 0))
+    height, width, channels = shape
+    size = height if height == width else (height, width)
     given = share(build_backbone, parameters) | {"dataset": dataset, "image_size": size, "image_channels": channels}
     return build_backbone(**given)

@@ -1,23 +1,18 @@
-"""What a step of training takes, beside the Trainer: precision, seeds, noise, clipping, the average; and its log."""
+"""What a step of training takes, beside the Trainer: precision, seeds, noise, the average of weights; and its log."""
 
 import json
 import math
 import resource
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid, numpy_to_pil
-from PIL.Image import Image
 from torch import Generator, Tensor, nn
-from torch.optim import Optimizer
 
 from wddm.files import read_rows, whole
 from wddm.objective import NOISE
@@ -62,13 +57,6 @@ def forget_after(folder: Path, step: int, images_seen: int) -> None:
             picture.unlink()
 
 
-def scheduled(learning_rate: float, schedule: str, step: int, warmup: int, total: int) -> float:
-    """Learning rate after `step` steps of `total`, of which `warmup` are the warm-up."""
-    if step < warmup:
-        return learning_rate * step / warmup
-    return learning_rate * SCHEDULES[schedule]((step - warmup) / max(1, total - warmup))
-
-
 def resolve_precision(precision: str, cpu: bool = False) -> str:
     """accelerate's name of the precision; "auto" is bf16 where a GPU has it, else "no"."""
     check_choice("precision", precision, ("auto", "no", "fp16", "bf16"))
@@ -77,13 +65,20 @@ def resolve_precision(precision: str, cpu: bool = False) -> str:
     return "bf16" if not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
 
 
-def check_batch(batch_size: int, accumulation: int, processes: int) -> None:
+def check_batch(batch_size: int, accumulation: int = 1, num_processes: int = 1) -> None:
     """ValueError if a batch does not divide among processes and micro-batches."""
-    if batch_size % (accumulation * processes):
+    if batch_size % (accumulation * num_processes):
         raise ValueError(
-            f"got batch_size={batch_size}, wanted a multiple of {accumulation} (accumulation) times {processes} "
+            f"got batch_size={batch_size}, wanted a multiple of {accumulation} (accumulation) times {num_processes} "
             "(processes): change one of them"
         )
+
+
+def check_held_out(validation_images: int, count: int) -> None:
+    """ValueError if so many of `count` images cannot be held out."""
+    if not 0 < validation_images < count:
+        got = f"got validation_images={validation_images} of {count} images"
+        raise ValueError(f"{got}, wanted 1 or more, and fewer than all: change validation_images")
 
 
 def tune(model: nn.Module, device: torch.device) -> None:
@@ -105,39 +100,6 @@ def derived_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0])
 
 
-def seed_device(device: torch.device, seed: int) -> None:
-    """Seed this device alone: `torch.manual_seed` asks after every kind of device, a third of a millisecond."""
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
-        torch.get_device_module(device).manual_seed(seed)
-
-
-def clip(accelerator: Accelerator, parameters: Collection[nn.Parameter]) -> tuple[Tensor, Tensor]:
-    """Scale the gradients down to norm 1; their norm before, all together and of every parameter (P,)."""
-    accelerator.unscale_gradients()
-    norms = torch.stack(torch._foreach_norm([cast(Tensor, p.grad) for p in parameters]))
-    norm = torch.linalg.vector_norm(norms)
-    torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
-    if accelerator.scaler is not None:  # fp16: a step whose gradients overflow is left out, not wrong
-        norm, norms = norm.nan_to_num(0, 0, 0), norms.nan_to_num(0, 0, 0)
-    return norm, norms
-
-
-def check(unread: list[tuple[Tensor, ...]], parameters: list[str], step: int, learning_rate: float) -> None:
-    """Raise FloatingPointError if a loss or gradient, as `Trainer.optimise` gives them, was not finite until `step`."""
-    loss, _, norm, norms = (torch.stack(values) for values in zip(*unread, strict=True))
-    finite = (loss.isfinite() & norm.isfinite()).tolist()
-    if not all(finite):
-        first = finite.index(False)
-        bad = [name for name, norm in zip(parameters, norms[first].tolist(), strict=True) if not math.isfinite(norm)]
-        raise FloatingPointError(
-            f"got numbers that are not finite in {f'the gradient of {bad[0]}' if bad else 'the loss'} at step "
-            f"{step - len(unread) + 1 + first}, wanted finite ones: lower learning_rate (now {learning_rate:g}); the "
-            "last good checkpoint is kept"
-        )
-
-
 def draw_noise(
     generators: list[Generator], each: int, shape: tuple[int, int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -147,54 +109,8 @@ def draw_noise(
     return torch.cat(noise).to(device), torch.cat(t).to(device)
 
 
-def moments(optimizer: Optimizer) -> dict[str, Tensor]:
-    """What an optimiser keeps of every parameter, as `<number of the parameter>.<name>`."""
-    kept = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": value for i, state in kept.items() for name, value in state.items()}
-
-
-def load_moments(optimizer: Optimizer, flat: dict[str, Tensor]) -> None:
-    """Put back what `moments` gave."""
-    kept: dict[int, dict[str, Tensor]] = defaultdict(dict)
-    for key, value in flat.items():
-        index, name = key.split(".")
-        kept[int(index)][name] = value
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": kept})
-
-
-def picture(samples: np.ndarray, columns: int) -> Image:
-    """Samples uint8 (N, H, W, C) side by side, so many in a row, which divides N; without colour, the first channel."""
-    colors = samples[..., : 3 if samples.shape[-1] >= 3 else 1]
-    return make_image_grid(numpy_to_pil(colors / 255), len(samples) // columns, columns)
-
-
 @torch.no_grad()
 def average(ema: EMAModel, weights: list[Tensor]) -> None:
     """`ema.step(weights)`, up to rounding, in one pass over the weights: small networks feel the three of that."""
     ema.optimization_step += 1
     torch._foreach_lerp_(ema.shadow_params, weights, 1 - ema.get_decay(ema.optimization_step))
-
-
-class Rows:
-    """Some rows of images (N, H, W, C), not copied: as much of an array as `batches` asks for."""
-
-    def __init__(self, images: np.ndarray, rows: np.ndarray) -> None:
-        self.images, self.rows = images, rows
-        self.dtype, self.ndim, self.shape, self.nbytes = images.dtype, images.ndim, images.shape, images.nbytes
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: np.ndarray | int) -> np.ndarray:
-        return self.images[self.rows[index]]
-
-
-def hold_out(images: np.ndarray, count: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """(images to train on, `count` others spread evenly over the set); None holds nothing out."""
-    if count is None:
-        return images, images[:0]
-    if not 0 < count < len(images):
-        raise ValueError(f"got validation_images={count} of {len(images)} images, wanted 1 or more, and fewer than all")
-    held = np.linspace(0, len(images) - 1, count).round().astype(int)
-    rest = Rows(images, np.delete(np.arange(len(images)), held))
-    return cast(np.ndarray, rest), images[held]  # for `batches`, that is

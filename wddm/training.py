@@ -8,6 +8,7 @@ import json
 import math
 import time
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -21,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid, numpy_to_pil
 from torch import Tensor
 
 from wddm import checkpoints, steps
@@ -33,7 +35,7 @@ from wddm.steps import SCHEDULES, Step
 from wddm.wavelets import WaveletCodec, check_choice
 
 # what no weight depends on, or settings describe in another way: may change from one start of a run to the next
-FREE = {"cpu", "extend", "restart", "checkpoint_kimg", "preview_kimg", "tensorboard", "gradient_checkpointing"}
+FREE = {"cpu", "extend", "restart", "checkpoint_kimg", "preview_kimg", "gradient_checkpointing"}
 FREE |= {"measure", "fwd_kimg", "fwd_images", "data_sha256", "model", "codec", "images", "folder"}
 
 
@@ -76,7 +78,6 @@ class Trainer:
     fwd_kimg: float = 0.0  # between calls of `measure`
     fwd_images: int = 512
     measure: Callable[[np.ndarray], float] | None = None  # of `fwd_images` samples, uint8 (N, H, W, C); logged as `fwd`
-    tensorboard: bool = False  # write log and previews to folder/tensorboard, too
     extend: bool = False  # go on with a run of the same settings but for a smaller train_kimg
     restart: bool = False  # set the checkpoints of a finished run of other settings aside, and begin anew
 
@@ -85,14 +86,14 @@ class Trainer:
         check_choice("weighting", self.weighting, WEIGHTINGS)
         if self.fwd_kimg and self.measure is None:
             raise ValueError(f"got fwd_kimg={self.fwd_kimg:g} without measure, wanted a function of samples: give both")
-        held_out = self.validation_images if self.validation_kimg else None
-        self.trained, self.held_out = steps.hold_out(self.images, held_out)
+        self.held_out = np.empty(0, int)  # rows of `images`, spread evenly over the set
+        if self.validation_kimg:
+            steps.check_held_out(self.validation_images, len(self.images))
+            self.held_out = np.linspace(0, len(self.images) - 1, self.validation_images).round().astype(int)
         self.accelerator = Accelerator(
             mixed_precision=steps.resolve_precision(self.precision, self.cpu),
             gradient_accumulation_steps=self.accumulation,
             cpu=self.cpu or not torch.accelerator.is_available(),
-            log_with="tensorboard" if self.tensorboard else None,
-            project_dir=self.folder,
         )
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -103,8 +104,8 @@ class Trainer:
         if self.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self.codec.to(self.device)
-        self.parameters = {name: p for name, p in self.model.train().named_parameters() if p.requires_grad}
-        plain = torch.optim.AdamW(self.parameters.values(), weight_decay=self.weight_decay, fused=True)
+        self.parameters = [p for p in self.model.train().parameters() if p.requires_grad]
+        plain = torch.optim.AdamW(self.parameters, weight_decay=self.weight_decay, fused=True)
         network = torch.compile(self.model) if self.compile else self.model
         self.network, prepared = self.accelerator.prepare(network, plain)
         self.optimizer = plain if self.accelerator.scaler is None else prepared  # fp16 alone needs accelerate's
@@ -113,93 +114,100 @@ class Trainer:
         self.ema = EMAModel(self.weights, decay=decay, foreach=True)
         self.noise_scheduler = noise_scheduler(self.prediction_type)
         self.loss = partial(diffusion_loss, weighting=self.weighting, reconstruction=self.reconstruction)
-        self.step = 0
+        self.step, self.watched = 0, True  # the last step, and whether all that is due at it is done
         self.best: float | None = None  # the lowest loss on the held-out images
         self.unread: list[tuple[Tensor, ...]] = []  # what `optimise` gave in every step since the last `Step`
         self.notes: list[str] = []
+        self.stop = checkpoints.Stop(alone=self.world_size == 1)
         with ExitStack() as held:  # let go if something is refused
             if self.main:
                 held.enter_context(checkpoints.reserved(self.folder))
             if found := checkpoints.take_up(self.folder, self.settings(), self.notes, self.extend, self.restart):
                 self.load_state_dict(*found)
-                self.notes += checkpoints.changes(found[1], self.train_kimg, self.total_steps, self.lr)
             if self.main:
                 steps.forget_after(self.folder, self.step, self.images_seen)
             self.held = held.pop_all()
-        self.accelerator.init_trackers("tensorboard")
 
     def steps(self) -> Generator[Step]:
         """Train to the end, a `Step` every `log_every` steps; then the pipeline is saved.
 
-        Ctrl-C ends it after the step under way, with a checkpoint; a FloatingPointError (loss or gradient not finite)
-        and an OSError (no room for a checkpoint) leave the last one.
+        Ctrl-C or SIGTERM ends it at once with a checkpoint of the last whole step, and `checkpoints.Interrupted`; what
+        else was due at that step is done when the run goes on. A FloatingPointError (loss or gradient not finite) and
+        an OSError (no room for a checkpoint) leave the last checkpoint.
         """
         stream = batches(
-            self.trained, self.batch_size, seed=self.seed, start=self.images_seen, flip=self.flip,
-            device=self.device, rank=self.rank, world_size=self.world_size,
+            self.images, self.batch_size, rows=np.delete(np.arange(len(self.images)), self.held_out), seed=self.seed,
+            start=self.images_seen, flip=self.flip, device=self.device, rank=self.rank, world_size=self.world_size,
         )  # fmt: skip
-        with self.held, checkpoints.deferred_interrupt() as interrupted:
+        with self.held, self.stop:
             clock = self.step, time.perf_counter()
-            while self.step < self.total_steps:
-                self.unread.append(self.optimise(next(stream)))
-                self.step += 1
-                done = self.step == self.total_steps
-                logging = done or self.step % self.log_every == 0
-                asking = logging or self.world_size == 1  # several processes ask each other only now and then
-                stopping = done or (asking and any(gather_object([interrupted.is_set()])))
-                saving, previewing = stopping or self._due(self.checkpoint_kimg), self._due(self.preview_kimg)
-                validating, measuring = self._due(self.validation_kimg), self._due(self.fwd_kimg)
-                logging = logging or validating or measuring
-                if logging or saving or previewing:
-                    steps.check(self.unread, list(self.parameters), self.step, self.learning_rate)
-                row = self._log(clock, validating, measuring) if logging else None
-                if saving:
-                    self.save()
-                if previewing:
-                    self._preview()
-                if row:
-                    try:
-                        yield row
-                    except GeneratorExit:
+            try:
+                while self.step < self.total_steps or not self.watched:
+                    if self.watched:
+                        self.unread.append(self.optimise(next(stream)))
+                        self.step, self.watched = self.step + 1, False
+                    if self.world_size > 1 and self.step % self.log_every == 0:  # they ask each other only now and then
+                        self.stop.raises = any(gather_object([self.stop.is_set()]))
+                    if self.stop.raises:
+                        raise KeyboardInterrupt
+                    row = self._watch(clock)
+                    self.watched = True
+                    if self._due(self.checkpoint_kimg) or self.step == self.total_steps:
                         self.save()
-                        raise
-                    clock = self.step, time.perf_counter()  # what the caller did is no training
-                if stopping and not done:
-                    raise KeyboardInterrupt
-            self._finish()
+                    if row:
+                        yield row
+                        clock = self.step, time.perf_counter()  # what the caller did is no training
+                self._finish()
+            except (GeneratorExit, KeyboardInterrupt) as error:
+                self.stop.raises = False
+                self.save()
+                if isinstance(error, GeneratorExit):
+                    raise
+                kept, done = self.folder / f"checkpoints/step-{self.step:08d}", f"{self.step} of {self.total_steps}"
+                got = f"training was stopped at step {done}; {kept} is kept: start it again to go on from there"
+                raise checkpoints.Interrupted(got) from None
 
     def _due(self, kimg: float) -> bool:
-        """Whether something that happens every so many thousand images, and at the end, happens at this step."""
-        every = max(1, round(kimg * 1000 / self.batch_size))
-        return bool(kimg) and (self.step % every == 0 or self.step == self.total_steps)
+        """Whether something that happens every so many thousand images (0: never), and at the end, happens now."""
+        done, every = self.step == self.total_steps, max(1, round(kimg * 1000 / self.batch_size))
+        return bool(kimg) and (done or self.step % every == 0)
 
     def optimise(self, images: Tensor) -> tuple[Tensor, ...]:
-        """One optimiser step on this process's share (b, C, H, W) of a batch.
+        """One optimiser step on this process's share (b, C, H, W) of a batch; nothing is changed before its end.
 
-        Returns its loss, that of every channel (4^L C,), the norm of the gradients and of every parameter's (P,), all
-        left on the device: to read them would be to wait for it.
+        Returns its loss, that of every channel (4^L C,) and the norm of the gradients, all left on the device: to read
+        them would be to wait for it.
         """
         noise, t = self.draw_noise(images)
-        steps.seed_device(self.device, steps.derived_seed(self.seed, self.step, 1 + self.rank))  # dropout
+        # of this device alone: `torch.manual_seed` asks after every kind of device, a third of a millisecond
+        generator = torch.default_generator if self.device.type == "cpu" else torch.get_device_module(self.device)
+        generator.manual_seed(steps.derived_seed(self.seed, self.step, 1 + self.rank))  # dropout
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         losses = []
-        for part in zip(*(x.chunk(self.accumulation) for x in (images, noise, t)), strict=True):
-            with self.accelerator.accumulate(self.network):
-                losses.append(self.loss(self.network, self.codec, self.noise_scheduler, *part))
-                self.accelerator.backward(losses[-1].total)
-        norm, norms = steps.clip(self.accelerator, self.parameters.values())
+        with self.stop.cuttable():
+            for part in zip(*(x.chunk(self.accumulation) for x in (images, noise, t)), strict=True):
+                with self.accelerator.accumulate(self.network):
+                    losses.append(self.loss(self.network, self.codec, self.noise_scheduler, *part))
+                    self.accelerator.backward(losses[-1].total)
+        self.accelerator.unscale_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        if self.accelerator.scaler is not None:  # fp16: a step whose gradients overflow is left out, not wrong
+            norm = norm.nan_to_num(0, 0, 0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         steps.average(self.ema, self.weights)
         total, per_channel, _ = (torch.stack(values).mean(0).detach() for values in zip(*losses, strict=True))
-        return total, per_channel, norm, norms
+        return total, per_channel, norm
 
     @property
     def lr(self) -> float:
         """Learning rate of the next step."""
         warmup = math.ceil(self.warmup_kimg * 1000 / self.batch_size)
-        return steps.scheduled(self.learning_rate, self.schedule, self.step, warmup, self.total_steps)
+        if self.step < warmup:
+            return self.learning_rate * self.step / warmup
+        done = (self.step - warmup) / max(1, self.total_steps - warmup)
+        return self.learning_rate * SCHEDULES[self.schedule](done)
 
     @property
     def images_seen(self) -> int:
@@ -216,9 +224,11 @@ class Trainer:
         """The pipeline of the averaged weights, in eval mode, for the length of a `with` block; it samples by DDIM."""
         solver = build_solver("ddim", self.prediction_type, spacing="trailing", codec=self.codec)
         self.ema.store(self.weights)
-        self.ema.copy_to(self.weights)
         try:
-            yield WaveletPipeline(self.model.eval(), solver, self.codec)
+            self.ema.copy_to(self.weights)
+            pipeline = WaveletPipeline(self.model.eval(), solver, self.codec)
+            with self.stop.cuttable():
+                yield pipeline
         finally:
             self.ema.restore(self.weights)
             self.model.train()
@@ -232,7 +242,7 @@ class Trainer:
         losses: list[tuple[float, int]] = []
         with self.averaged() as pipeline:
             for start in range(0, len(self.held_out), self.batch_size)[self.rank :: self.world_size]:
-                pixels = self.held_out[start : start + self.batch_size]
+                pixels = self.images[self.held_out[start : start + self.batch_size]]
                 images = to_batch(pixels, np.zeros(len(pixels), bool), self.device)
                 generators = [torch.Generator().manual_seed(start + k) for k in range(len(pixels))]
                 noise, t = steps.draw_noise(generators, 1, self.codec.shape(*images.shape[1:]), self.device)
@@ -252,37 +262,39 @@ class Trainer:
             batches = gather_object(list(enumerate(sample_images(pipeline, count, **share))))
         return np.concatenate([images for _, images in sorted(batches, key=lambda batch: batch[0])])
 
-    def _preview(self) -> None:
-        """Draw previews/<images seen>.png."""
-        samples = self.samples(32)
-        if self.main:
-            grid = steps.picture(samples, columns=16)
-            with whole(self.folder / "previews" / f"{self.images_seen:09d}.png") as file:
-                grid.save(file, "PNG")
-            for tracker in self.accelerator.trackers:
-                tracker.log_images({"samples": np.asarray(grid)[None]}, self.images_seen, dataformats="NHWC")
-
-    def _log(self, clock: tuple[int, float], validating: bool, measuring: bool) -> Step:
-        """What is unread, over all processes, and what else is due, as a `Step` and a row of log.jsonl."""
+    def _watch(self, clock: tuple[int, float]) -> Step | None:
+        """Do what is due at this step but for the checkpoint: previews/<images seen>.png, a `Step` and its row of
+        log.jsonl with means over all processes."""
         steps_per_s = (self.step - clock[0]) / (time.perf_counter() - clock[1])  # before what is no training
-        means = [torch.stack(values).mean(0) for values in zip(*self.unread, strict=True)][:3]
+        validating, measuring, previewing = map(self._due, (self.validation_kimg, self.fwd_kimg, self.preview_kimg))
+        logging = self.step in (self.total_steps, self.step // self.log_every * self.log_every)
+        if not (logging or validating or measuring or previewing):
+            return None
+        self._check_finite()
+        if previewing:
+            samples = self.samples(32)
+            if self.main:  # 16 in a row; without colour, the first channel
+                colors = samples[..., : 3 if samples.shape[-1] >= 3 else 1]
+                with whole(self.folder / "previews" / f"{self.images_seen:09d}.png") as file:
+                    make_image_grid(numpy_to_pil(colors / 255), 2, 16).save(file, "PNG")
+        if not (logging or validating or measuring):
+            return None
+        validation_loss, fwd, bands = self.validate() if validating else None, None, self.codec.bands()
+        if measuring and self.measure:
+            samples = self.samples(self.fwd_images)
+            with self.stop.cuttable():
+                fwd = self.measure(samples)
+        means = [torch.stack(values).mean(0) for values in zip(*self.unread, strict=True)]
         loss, band_loss, grad_norm = (self.accelerator.reduce(mean, "mean") for mean in means)
-        self.unread, names = [], self.codec.bands()
+        band_losses = dict(zip(bands, band_loss.view(len(bands), -1).mean(1).tolist(), strict=True))
         row = Step(
-            step=self.step,
-            images_seen=self.images_seen,
-            loss=loss.item(),
-            lr=self.lr,
-            grad_norm=grad_norm.item(),
-            images_per_s=steps_per_s * self.batch_size,
-            memory_gb=steps.peak_memory_gb(self.device),
-            band_loss=dict(zip(names, band_loss.view(len(names), -1).mean(1).tolist(), strict=True)),
-            validation_loss=self.validate() if validating else None,
-            fwd=self.measure(self.samples(self.fwd_images)) if measuring and self.measure else None,
-        )
+            step=self.step, images_seen=self.images_seen, loss=loss.item(), lr=self.lr, grad_norm=grad_norm.item(),
+            images_per_s=steps_per_s * self.batch_size, memory_gb=steps.peak_memory_gb(self.device),
+            band_loss=band_losses, validation_loss=validation_loss, fwd=fwd,
+        )  # fmt: skip
         if self.main:
             append_row(self.folder / "log.jsonl", asdict(row))
-        self.accelerator.log(asdict(row), row.images_seen)
+        self.unread = []
         return row
 
     def _finish(self) -> None:
@@ -294,28 +306,43 @@ class Trainer:
                 (aside / "training.json").write_text(json.dumps(origin, indent=1))
         self.accelerator.end_training()
 
+    def _check_finite(self) -> None:
+        """FloatingPointError if a loss or a norm of gradients since the last `Step` was not finite."""
+        finite = [bool(loss.isfinite() & norm.isfinite()) for loss, _, norm in self.unread]
+        if not all(finite):
+            raise FloatingPointError(
+                f"got loss or gradient that are not finite at step {self.step - len(finite) + 1 + finite.index(False)}"
+                f", wanted numbers: lower learning_rate (now {self.learning_rate:g}); the last good checkpoint is kept"
+            )
+
     def save(self, name: str | None = None) -> None:
         """Write the checkpoint of this step (or of another name), from the main process."""
+        self._check_finite()
         if self.main:
             checkpoints.save(self.folder / "checkpoints", self.step, *self.state_dict(), name)
 
     def state_dict(self) -> tuple[checkpoints.Tensors, dict[str, Any]]:
         """What `load_state_dict` puts back: tensors, and the rest, which JSON can hold."""
+        moments = self.optimizer.state_dict()["state"].items()
         return {
             "weights": self.model.state_dict(),
             "ema": dict(zip(dict(self.model.named_parameters()), self.ema.shadow_params, strict=True)),
-            "optimizer": steps.moments(self.optimizer),
+            "optimizer": {f"{i}.{name}": value for i, kept in moments for name, value in kept.items()},
             "unread": {str(i): torch.stack(values) for i, values in enumerate(zip(*self.unread, strict=True))},
-        }, {"best": self.best, "lr": self.lr, "settings": self.settings()}
+        }, {"best": self.best, "watched": self.watched, "settings": self.settings()}
 
     def load_state_dict(self, tensors: checkpoints.Tensors, state: dict[str, Any]) -> None:
         """Put what `state_dict` gave back in its place, and `state["step"]`, which a checkpoint adds."""
         self.step = self.ema.optimization_step = state["step"]
-        self.best = state["best"]
+        self.best, self.watched = state["best"], state["watched"]
         self.model.load_state_dict(tensors["weights"])
         for shadow, (name, _) in zip(self.ema.shadow_params, self.model.named_parameters(), strict=True):
             shadow.copy_(tensors["ema"][name])
-        steps.load_moments(self.optimizer, tensors["optimizer"])
+        moments: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        for key, value in tensors["optimizer"].items():
+            index, name = key.split(".")
+            moments[int(index)][name] = value
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
         columns = [tensors["unread"][str(i)].to(self.device) for i in range(len(tensors["unread"]))]
         self.unread = list(zip(*columns, strict=True))
 
@@ -326,5 +353,6 @@ class Trainer:
             "network": {"class": type(self.model).__name__, **checkpoints.public(self.model.config)},
             "codec": checkpoints.public(self.codec.config),
             "images": [*self.images.shape, self.data_sha256 or zlib.crc32(some.tobytes())],
+            "layout": checkpoints.LAYOUT,
         }
         return json.loads(json.dumps(described))
