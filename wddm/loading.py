@@ -98,20 +98,22 @@ def check_config(kind: type, config: dict[str, Any], folder: Path) -> None:
     hints = get_type_hints(vars(kind)["__init__"])
     for name, parameter in inspect.signature(kind).parameters.items():
         value = config.get(name, parameter.default)
-        if value != parameter.default and not fits(value, hints.get(name, object), MAXIMA.get(name, 100_000)):
+        if value is not parameter.default and not fits(value, hints.get(name, object), MAXIMA.get(name, 100_000)):
             wanted = getattr(hints[name], "__name__", hints[name])
             raise ValueError(f"got {name}={str(value)[:40]} in {folder}, wanted {wanted}: fetch or save it again")
 
 
 def fits(value: Any, hint: Any, maximum: int) -> bool:
-    """Whether a value read from JSON is of an annotated type, its numbers no larger than `maximum`."""
+    """Whether a value read from JSON is of an annotated type, whole numbers in it from 0 to `maximum`."""
     kind, items = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
         return any(fits(value, one, maximum) for one in items)
     if kind in (list, tuple):
         return isinstance(value, list | tuple) and all(fits(item, (*items, object)[0], maximum) for item in value)
-    if hint in (int, float):
-        return type(value) in (int, hint) and abs(value) <= maximum
+    if hint is int:
+        return type(value) is int and 0 <= value <= maximum
+    if hint is float:
+        return type(value) in (int, float) and value == value
     return value in items if kind is Literal else not isinstance(hint, type) or isinstance(value, hint)
 
 
@@ -184,7 +186,7 @@ def refuse_differences(where: Path, **differences: Iterable[str]) -> None:
     """Raise a ValueError that names some tensors that are missing, unknown or of another shape, if there are any."""
     named = {kind.replace("_", " "): sorted(names)[:5] for kind, names in differences.items() if names}
     if named:
-        raise ValueError(f"got weights in {where} that its config does not have, {json.dumps(named)}: fetch it again")
+        raise ValueError(f"got weights in {where}, wanted those of its config ({json.dumps(named)}): fetch it again")
 
 
 @contextmanager
@@ -204,4 +206,4 @@ def one_line_errors(folder: Path) -> Iterator[None]:
 def one_line(error: Exception) -> str:
     """What an error says first, or its name."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].split(" If you want to")[0].rstrip(".")
+    return lines[0].split(" If you want to")[0].rstrip(".")[:200]

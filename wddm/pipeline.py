@@ -37,7 +37,8 @@ class WaveletPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(backbone=backbone, scheduler=scheduler, codec=codec)
         config, sides = backbone.config, self.map_size
-        if not all(isinstance(side, int) and side > 0 for side in sides) or config.in_channels != config.out_channels:
+        whole = len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)
+        if not whole or config.in_channels != config.out_channels:
             got = f"sample_size {config.sample_size}, {config.in_channels} channels in and {config.out_channels} out"
             raise ValueError(f"got a backbone of {got}, wanted a side or (height, width), and as many out as in")
         check_multiple("channels", config.in_channels, 4**codec.config.level, "4^level", "take parts of one model")

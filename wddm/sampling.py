@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypedDict, Unpack
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
@@ -41,7 +42,8 @@ def open_pipeline(
     ValueError if it is not of the model type, level, resolution (height) or prediction type given; a published one does
     not store the last. `spacing` of the solver's steps: unless given `default_spacing`, "leading" for published ones.
     """
-    folder = fetched(path, {})
+    model_type, prediction_type, spacing = (name and name.lower() for name in (model_type, prediction_type, spacing))
+    folder, scheduler = fetched(path, {}), scheduler.lower()
     if (folder / WaveletPipeline.config_name).is_file():
         pipeline = WaveletPipeline.from_pretrained(folder)
         stored = pipeline.scheduler.config.prediction_type
@@ -51,7 +53,7 @@ def open_pipeline(
             folder, level=None, prediction_type=prediction_type, solver=scheduler, spacing=spacing or "leading"
         )
     for name, wanted, found in (
-        ("model_type", model_type and model_type.lower(), backbone_name(type(pipeline.backbone).__name__)),
+        ("model_type", model_type, backbone_name(type(pipeline.backbone).__name__)),
         ("wavelet_level", level, pipeline.codec.config.level),
         ("resolution", resolution, int(np.ravel(pipeline.image_size)[0])),
         ("prediction_type", prediction_type, pipeline.scheduler.config.prediction_type),
@@ -110,6 +112,15 @@ def images_per_call(pipeline: WaveletPipeline, batch_size: int) -> int:
     """
     height, width = pipeline.map_size
     return max(1, 2048 // (height * width)) if pipeline.device.type == "cpu" else batch_size
+
+
+def check_device(name: str) -> None:
+    """Raise a ValueError if nothing can be computed on a device of this name, "cuda:1" for example."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        found = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+        raise ValueError(f"got device {name!r}, wanted {' or '.join(['cpu', *found])}: choose one of them") from error
 
 
 def new_folder(folder: str | Path) -> None:
