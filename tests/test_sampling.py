@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, launcher
 from PIL import Image
+from test_conditions import conditional_pipeline
 from test_ukan import write_published
 
 from wddm.backbones import build_backbone
@@ -184,6 +185,19 @@ def test_hostile_published_folders_are_one_line(published_format, tmp_path, caps
     assert error.startswith("wddm: got ") and error.count("\n") == 1 and "wanted" in error
 
 
+def test_labels_are_drawn_in_turn(tmp_path) -> None:
+    pipeline = conditional_pipeline()
+    pipeline.save_pretrained(tmp_path / "model")
+    options = ["--num-samples", 3, "--sampling-steps", 2]
+    assert sample(tmp_path / "model", tmp_path / "both", *options, "--labels", "2,0", "--guidance", 3) == 0
+    assert json.loads((tmp_path / "both" / "samples.json").read_text())["labels"] == [2, 0]
+    for label, name in ((2, "one"), (0, "other")):
+        assert sample(tmp_path / "model", tmp_path / name, *options, "--labels", label, "--guidance", 3) == 0
+    both, one, other = (pixels(tmp_path / name) for name in ("both", "one", "other"))
+    assert np.array_equal(both[::2], one[::2]) and np.array_equal(both[1], other[1])
+    assert not np.array_equal(both[1], one[1])
+
+
 def test_clip_and_prediction_are_those_of_the_checkpoint(ours) -> None:
     pipeline = open_pipeline(ours, scheduler="ddpm")
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
@@ -210,6 +224,9 @@ def test_the_kind_of_network_is_expected_by_its_name_in_any_case(ours, chaotic) 
         (["--num-samples", "0"], "0 is not in the range x>=1"),
         (["--scheduler", "pndm", "--eta", "0.5"], "eta=0.5 for pndm"),
         (["--scheduler", "lms", "--detail-steps", "9"], "detail_steps for lms"),
+        (["--labels", "7"], "got labels for a network that was trained without"),
+        (["--labels", "seven"], "got --labels 'seven', wanted whole numbers"),
+        (["--guidance", "2"], "got guidance 2.0, wanted labels"),
         (["--device", "bogus"], "got device 'bogus', wanted cpu"),
         (["--device", "cuda:77"], "got device 'cuda:77', wanted cpu"),
         (["--device", "meta"], "got device 'meta', wanted cpu"),

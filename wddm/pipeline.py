@@ -21,6 +21,7 @@ from torch import Generator, Tensor
 from wddm.backbones import load_backbone
 from wddm.bandrate import BandRates, Group
 from wddm.cards import card_of
+from wddm.conditions import Answer, Labels, Missing, correction, held, labelled
 from wddm.loading import fetched, is_path, load_scheduler, load_strictly, read_config
 from wddm.objective import NOISE, SOLVERS, build_solver, check_options, exact_step
 from wddm.wavelets import WaveletCodec, check_choice, check_multiple
@@ -29,7 +30,7 @@ Callback = Callable[..., dict[str, Tensor] | None]  # (pipeline, i, t, {"latents
 
 
 class WaveletPipeline(DiffusionPipeline):
-    """Unconditional image generation by a denoiser of wavelet coefficients."""
+    """Image generation by a denoiser of wavelet coefficients."""
 
     model_cpu_offload_seq = "backbone"
 
@@ -60,6 +61,8 @@ class WaveletPipeline(DiffusionPipeline):
         self, batch_size: int = 1, generator: Generator | list[Generator] | None = None, num_inference_steps: int = 50,
         eta: float = 0.0, output_type: str = "pil", return_dict: bool = True, seed: int = 0,
         detail_steps: int | None = None, latents: Tensor | None = None, callback_on_step_end: Callback | None = None,
+        labels: Labels | None = None, guidance: float = 1.0, guidance_details: float | None = None,
+        low_resolution: Tensor | None = None, known: Tensor | None = None, mask: Tensor | None = None,
     ) -> ImagePipelineOutput | tuple:  # fmt: skip
         """Draw images: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), the last two float in [0, 1].
 
@@ -71,25 +74,32 @@ class WaveletPipeline(DiffusionPipeline):
             latents: unit noise (B, 4^L C, h, w) to start from; the generators then only draw what the solver adds.
             callback_on_step_end: called `(pipeline, i, t, {"latents": ..., "denoised": ...})` after each step, where
                 "denoised" estimates the clean coefficients, or is None; sampling goes on with the "latents" it returns.
+            labels: one for all or one per image, for a network that was trained with them.
+            guidance, guidance_details: above 1 the label counts more, in all bands or in the details.
+            low_resolution: (B or 1, C, H/2^k, W/2^k) in [0, 1], k <= L, the means that the images are to have.
+            known, mask: images (B or 1, C, H, W) in [0, 1], kept where the bool mask (B or 1, 1, H, W) is True.
 
         Raises:
             ValueError: what the solver or the checkpoint cannot do, or coefficients or images that are not finite.
         """
         check_choice("output_type", output_type, ("pil", "np", "pt"))
         self._check_solver(num_inference_steps, eta, detail_steps)
+        weights, conditions = (guidance, guidance_details), (low_resolution, known, mask)
+        network, missing = self._network(batch_size, labels, weights, conditions)
         if generator is None:
             generator = image_generators(range(seed, seed + batch_size))
         z = self._noise(latents, batch_size, generator)  # (B, 4^L C, h, w)
         self.scheduler.set_timesteps(num_inference_steps, device=self.device)
         scheduler = self.scheduler if detail_steps is None else self._band_rates(detail_steps, generator)
-        known = inspect.signature(self.scheduler.step).parameters
-        options = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in known}
+        taken = inspect.signature(self.scheduler.step).parameters
+        options = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in taken}
         z = (z * scheduler.init_noise_sigma).to(z.dtype)
         step = exact_step(scheduler)
         for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
-            output = self.backbone(scheduler.scale_model_input(z, t), t).sample
-            done = step(output, t, z, **options)
+            done = step(network(scheduler.scale_model_input(z, t), t), t, z, **options)
             z = done.prev_sample
+            if missing is not None and i + 1 == len(scheduler.timesteps):
+                z = z + missing(z)
             if callback_on_step_end is not None:
                 state = {"latents": z, "denoised": getattr(done, "pred_original_sample", None)}
                 z = (callback_on_step_end(self, i, t, state) or {}).get("latents", z)
@@ -99,6 +109,21 @@ class WaveletPipeline(DiffusionPipeline):
         if output_type == "pil":
             images = self.numpy_to_pil(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _network(
+        self, count: int, labels: Labels | None, guidance: tuple[float, float | None], known: tuple[Tensor | None, ...]
+    ) -> tuple[Answer, Missing | None]:
+        """The network under the conditions of conditions.py, and what has to be added to the result."""
+        level, channels, (weight, details) = self.codec.config.level, self.backbone.config.in_channels, guidance
+        if details is not None and not level:
+            raise ValueError("got guidance_details at level 0, which has no detail bands: leave guidance_details out")
+        coarse = channels // 4**level
+        weights = [weight] * coarse + [weight if details is None else details] * (channels - coarse)
+        answer = labelled(self.backbone, count, labels, weights)
+        shape = (count, coarse, *(side * 2**level for side in self.map_size))
+        missing = correction(self.codec, shape, *known)
+        held_answer = missing and held(answer, self.scheduler, missing, self.codec.clip_value)
+        return held_answer or answer, missing
 
     def _check_solver(self, steps: int, eta: float, detail_steps: int | None) -> None:
         """Raise a ValueError if the solver cannot do what is asked of it."""

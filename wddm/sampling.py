@@ -5,10 +5,10 @@ What the checkpoint says need not be given; what is given and contradicts it is 
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ class Solving(TypedDict, total=False):
     num_inference_steps: int
     eta: float
     detail_steps: int | None
+    guidance: float
+    guidance_details: float | None
 
 
 def open_pipeline(
@@ -65,7 +67,7 @@ def open_pipeline(
 
 def draw(
     pipeline: WaveletPipeline, folder: Path, count: int, *, batch_size: int = 64, seed: int = 0,
-    **solving: Unpack[Solving],
+    labels: Sequence[int] | None = None, **solving: Unpack[Solving],
 ) -> None:  # fmt: skip
     """Write images 00000.png ..., grid.png of the first 64, and samples.json that says how they were made.
 
@@ -78,29 +80,33 @@ def draw(
     processes.wait_for_everyone()  # to have looked, before anybody writes
     starts = range(0, count, images_per_call(pipeline, batch_size))[rank::world_size]
     share = {"batch_size": batch_size, "seed": seed, "rank": rank, "world_size": world_size}
-    batches = sample_images(pipeline, count, **share, **solving)
+    batches = sample_images(pipeline, count, **share, labels=labels, **solving)
     bar = tqdm(batches, "sampling", len(starts), unit="batch", file=sys.stdout, disable=not processes.is_main_process)
     for start, batch in zip(starts, bar, strict=True):
         write_images(folder, batch, start)
     processes.wait_for_everyone()
     if processes.is_main_process:
-        write_summary(folder, pipeline, count, seed, solving)
+        write_summary(folder, pipeline, count, seed, {"labels": labels, **solving})
     processes.wait_for_everyone()
 
 
 def sample_images(
     pipeline: WaveletPipeline, count: int, *, batch_size: int = 64, seed: int = 0, rank: int = 0, world_size: int = 1,
-    **solving: Unpack[Solving],
+    labels: Sequence[int] | None = None, **solving: Unpack[Solving],
 ) -> Iterator[np.ndarray]:  # fmt: skip
     """Draw `count` images batch by batch, uint8 (b, H, W, C), image k seeded `seed + k`; the last batch is shorter.
 
-    Of the batches, this process draws every `world_size`-th from the `rank`-th on.
+    Image k has label k of `labels`, over and over. Of the batches, this process draws every `world_size`-th from the
+    `rank`-th on.
     """
     size = images_per_call(pipeline, batch_size)
     for start in range(rank * size, count, world_size * size):
         stop = start + size if pipeline.device.type == "cpu" else min(start + size, count)
         generators = image_generators(range(seed + start, seed + stop))
-        (images,) = pipeline(len(generators), generators, output_type="np", return_dict=False, **solving)
+        asked = [labels[k % len(labels)] for k in range(start, stop)] if labels else None
+        (images,) = pipeline(
+            len(generators), generators, output_type="np", return_dict=False, labels=asked, **solving
+        )
         yield (images[: count - start] * 255).round().astype(np.uint8)
 
 
@@ -140,7 +146,9 @@ def write_images(folder: str | Path, images: np.ndarray, start: int = 0) -> None
         Image.fromarray(image).save(Path(folder, f"{number:05d}.png"))
 
 
-def write_summary(folder: str | Path, pipeline: WaveletPipeline, count: int, seed: int, solving: Solving) -> None:
+def write_summary(
+    folder: str | Path, pipeline: WaveletPipeline, count: int, seed: int, solving: Mapping[str, Any]
+) -> None:
     """Write samples.json, which says how the images were made, and grid.png of the first 64 in the folder."""
     about = {"images": count, "seeds": [seed, seed + count - 1], "resolution": pipeline.image_size, **solving}
     about |= {"prediction_type": pipeline.scheduler.config.prediction_type, "solver": type(pipeline.scheduler).__name__}
