@@ -2,14 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, launcher
 from PIL import Image
+from test_conditions import conditional_pipeline
+from test_ukan import write_published
 
 from wddm.backbones import build_backbone
 from wddm.cli import main
@@ -98,6 +102,102 @@ def test_a_published_checkpoint_with_the_flags_of_the_paper(published, tmp_path)
     assert np.array_equal(pixels(tmp_path / "given"), pixels(tmp_path / "read"))
 
 
+@pytest.fixture(scope="module")
+def published_format(tmp_path_factory):
+    """A checkpoint of random numbers as the published ones are laid out."""
+    folder = tmp_path_factory.mktemp("published") / "checkpoint"
+    write_published(folder, 12, T=1000, ch=32, ch_mult=[1], num_res_blocks=1, sample_size=8)
+    return folder
+
+
+def test_the_papers_own_commands_work_as_they_stand(published_format, tmp_path, monkeypatch) -> None:
+    """With a few steps, in any case; and the exact words are understood."""
+    monkeypatch.chdir(tmp_path)
+    words = "sample --model-dir M --output-dir ./generated-images --model-type UKAN --num-samples 2 --scheduler"
+    words += " {} --sampling-steps {} --prediction-type {}"
+    shutil.copytree(published_format, "M")
+    for solver, steps, prediction in (("ddpm", 3, "epsilon"), ("DDIM", 2, "Epsilon")):
+        assert main(words.format(solver, steps, prediction).split()) == 0
+        assert pixels(Path("generated-images")).shape == (2, 16, 16, 3)
+        shutil.rmtree("generated-images")
+    asked = []
+    monkeypatch.setattr("wddm.sampling.draw", lambda pipeline, *_, **options: asked.append((pipeline, options)))
+    for solver, steps in (("ddpm", 1000), ("ddim", 50)):
+        assert main(words.format(solver, steps, "epsilon").split()) == 0
+        pipeline, options = asked.pop()
+        assert type(pipeline.scheduler).__name__ == f"{solver.upper()}Scheduler"
+        assert options["num_inference_steps"] == steps and pipeline.scheduler.config.prediction_type == "epsilon"
+
+
+HUGE, NESTED = int("9" * 400), [None, [None, {"a": [None]}]]
+BACKBONE, CODEC, SOLVER = "backbone/config.json", "codec/config.json", "scheduler/scheduler_config.json"
+HOSTILE = [  # file of a pipeline folder, entry, value
+    *((BACKBONE, "_class_name", value) for value in ("os.system", "Popen", ["UNet2DModel"], None, 3, "AutoencoderKL")),
+    *((BACKBONE, "sample_size", value) for value in ("8", 8.5, 0, -8, [], [8], [8, 8, 8], NESTED, HUGE, None, True)),
+    *((BACKBONE, "block_out_channels", value) for value in (16, [], ["16", "32"], NESTED, [HUGE, 1], [16, -32], {})),
+    *((BACKBONE, "layers_per_block", value) for value in (10**9, -1, "2", [2], None, 1e300)),
+    *((BACKBONE, "in_channels", value) for value in ([4], HUGE, 0, "4", None, 16)),
+    *((BACKBONE, "norm_num_groups", value) for value in (0, -1, 7, "all")),
+    *((BACKBONE, "down_block_types", value) for value in ("DownBlock2D", ["os", "sys"], [NESTED], 5)),
+    *((BACKBONE, name, NESTED) for name in ("dropout", "act_fn", "attention_head_dim", "freq_shift", "norm_eps")),
+    *((BACKBONE, "dropout", value) for value in (float("nan"), float("inf"), "none")),
+    *((CODEC, "level", value) for value in (-1, "1", 10**9, 12, 1.0, [1], NESTED, None)),
+    *((CODEC, name, value) for name in ("wavelet", "transform", "scaling") for value in (None, 7, NESTED, "x" * 10**5)),
+    *((SOLVER, "_class_name", value) for value in ("UNet2DModel", "os.system", None, ["DDIMScheduler"], "logging")),
+    *((SOLVER, "prediction_type", value) for value in ("all", None, 5, NESTED)),
+    *((SOLVER, "num_train_timesteps", value) for value in ("many", -5, 10**9, HUGE, [1000])),
+    *((SOLVER, "trained_betas", value) for value in ("none", NESTED, {"a": 1})),
+    *((SOLVER, "clip_sample_range", value) for value in ("wide", NESTED)),
+]
+
+
+@pytest.mark.parametrize(("file", "entry", "value"), HOSTILE, ids=lambda value: str(value)[:20])
+def test_hostile_model_folders_are_one_line_and_no_code_runs(
+    ours, tmp_path, capsys, monkeypatch, file: str, entry: str, value: object
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(ours, folder)
+    for module in ("hostile", "AutoencoderKL", "Popen"):
+        (folder / f"{module}.py").write_text("raise SystemExit('code of the checkpoint ran')")
+    config = json.loads((folder / file).read_text()) | {"auto_map": {"AutoModel": "hostile.Model"}, entry: value}
+    (folder / file).write_text(json.dumps(config))
+    monkeypatch.chdir(folder)
+    refused = sample(folder, tmp_path / "out", "--num-samples", 1, "--sampling-steps", 1)
+    error = capsys.readouterr().err
+    assert refused == 2 and error.startswith("wddm: got ") and error.count("\n") == 1 and len(error) < 1000
+    assert "wanted" in error and not (tmp_path / "out").exists() and "hostile" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({"ch": HUGE}, {"ch": 90_000}, {"T": 90_000}, {"T": None}, {"ch_mult": NESTED}, {"ch_mult": [10**6]}),
+        *({"num_res_blocks": 10**9}, {"sample_size": "8"}, {"in_channels": [12]}, {"dropout": NESTED}, {"ch_mult": []}),
+    ],
+    ids=str,
+)
+def test_hostile_published_folders_are_one_line(published_format, tmp_path, capsys, changed: dict) -> None:
+    shutil.copytree(published_format, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    assert sample(tmp_path / "model", tmp_path / "out", "--num-samples", 1) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("wddm: got ") and error.count("\n") == 1 and "wanted" in error
+
+
+def test_labels_are_drawn_in_turn(tmp_path) -> None:
+    pipeline = conditional_pipeline()
+    pipeline.save_pretrained(tmp_path / "model")
+    options = ["--num-samples", 3, "--sampling-steps", 2]
+    assert sample(tmp_path / "model", tmp_path / "both", *options, "--labels", "2,0", "--guidance", 3) == 0
+    assert json.loads((tmp_path / "both" / "samples.json").read_text())["labels"] == [2, 0]
+    for label, name in ((2, "one"), (0, "other")):
+        assert sample(tmp_path / "model", tmp_path / name, *options, "--labels", label, "--guidance", 3) == 0
+    both, one, other = (pixels(tmp_path / name) for name in ("both", "one", "other"))
+    assert np.array_equal(both[::2], one[::2]) and np.array_equal(both[1], other[1])
+    assert not np.array_equal(both[1], one[1])
+
+
 def test_clip_and_prediction_are_those_of_the_checkpoint(ours) -> None:
     pipeline = open_pipeline(ours, scheduler="ddpm")
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
@@ -124,6 +224,13 @@ def test_the_kind_of_network_is_expected_by_its_name_in_any_case(ours, chaotic) 
         (["--num-samples", "0"], "0 is not in the range x>=1"),
         (["--scheduler", "pndm", "--eta", "0.5"], "eta=0.5 for pndm"),
         (["--scheduler", "lms", "--detail-steps", "9"], "detail_steps for lms"),
+        (["--labels", "7"], "got labels for a network that was trained without"),
+        (["--labels", "seven"], "got --labels 'seven', wanted whole numbers"),
+        (["--guidance", "2"], "got guidance 2.0, wanted labels"),
+        (["--device", "bogus"], "got device 'bogus', wanted cpu"),
+        (["--device", "cuda:77"], "got device 'cuda:77', wanted cpu"),
+        (["--device", "meta"], "got device 'meta', wanted cpu"),
+        (["--seed", str(10**30)], "is not in the range"),
     ],
 )
 def test_contradictions_are_refused_in_one_line(ours, tmp_path, capsys, options: list[str], message: str) -> None:
@@ -140,6 +247,23 @@ def test_nothing_is_overwritten(ours, tmp_path, capsys) -> None:
     (tmp_path / "mine.txt").write_text("precious")
     assert sample(ours, tmp_path) == 2 and "is not empty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_folder_that_cannot_be_made_is_said(ours, tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("precious")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert sample(ours, place, "--sampling-steps", 1) == 2
+        error = capsys.readouterr().err
+        assert f"got {place}, wanted a new folder" in error and error.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_pipeline_that_is_not_trained_yet_is_said(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in ("runs/quickstart/pipeline", "./pipeline", str(tmp_path / "none")):
+        assert sample(place, tmp_path / "out") == 2
+        error = capsys.readouterr().err
+        assert "run 02_train first" in error and "network" not in error and error.count("\n") == 1
 
 
 def test_a_folder_without_a_checkpoint_is_said(tmp_path, capsys) -> None:

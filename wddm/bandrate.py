@@ -1,6 +1,6 @@
 """Band-rate sampling: the coarse band and the details go from noise to image in steps of their own number.
 
-The network needs all bands at one noise level t. So it is called at every t at which either group of bands steps, and a
+The network needs all bands at one noise level t. It is called at every t at which either group of bands steps, and a
 group that is between two of its own steps is shown as its last estimate has it there,
 
     z_t = sqrt(a_t) z + sqrt(1 - a_t) eps      z, eps: the clean coefficients and the noise of the group's last step
@@ -22,20 +22,22 @@ from wddm.objective import exact_step
 Visit = tuple[float, int]  # (-t, how often the network was called at t before): heun calls it twice
 
 
-class Group:
-    """Some channels of the coefficients, with the single-step solver that takes them from noise to image.
+def alpha_cumprod(solver: SchedulerMixin, t: float) -> float:
+    """a_t; between two rows of the schedule sigma = sqrt(1 / a - 1) is linear, as solvers have it."""
+    sigma = (1 / solver.alphas_cumprod[int(t) : int(t) + 2].double() - 1).sqrt()
+    return 1 / (1 + torch.lerp(sigma[0], sigma[-1], t - int(t)).item() ** 2)
 
-    Args:
-        solver: of this group alone, its timesteps set.
-        channels: the ones that are this group's, slice(first, end).
-        generators: of the solver's noise, of this group alone. Groups that step together draw the same noise from equal
-            generators, and each uses its channels of it.
+
+class Group:
+    """Some `channels` of the coefficients, with a single-step solver of their own whose timesteps are set.
+
+    `generators` are of the solver's noise. Groups that step together draw the same noise from equal generators, and
+    each uses its channels of it.
     """
 
     def __init__(self, solver: SchedulerMixin, channels: slice, generators: Generator | list[Generator]) -> None:
         self.solver, self.channels, self.generators = solver, channels, generators
-        self.step = exact_step(solver)
-        times = solver.timesteps.tolist()
+        self.step, times = exact_step(solver), solver.timesteps.tolist()
         self.times: dict[Visit, Tensor] = {(-t, times[:i].count(t)): solver.timesteps[i] for i, t in enumerate(times)}
         self.denoised: Tensor | None = None  # the estimate of the clean coefficients, from the last step
 
@@ -46,7 +48,7 @@ class Group:
             return self._seen
         if self.denoised is None:
             return z / self.solver.init_noise_sigma
-        a, b = self._alphas_cumprod(self._t), self._alphas_cumprod(t)
+        a, b = alpha_cumprod(self.solver, float(self._t)), alpha_cumprod(self.solver, float(t))
         noise = (self._seen - a**0.5 * self.denoised) / (1 - a) ** 0.5
         return b**0.5 * self.denoised + (1 - b) ** 0.5 * noise
 
@@ -54,16 +56,9 @@ class Group:
         """z after the solver's step at t; z itself if t is none of this group's timesteps."""
         if visit not in self.times:
             return z
-        own = {"generator": self.generators} if "generator" in options else {}
-        done = self.step(output, t, z, **options | own)
+        done = self.step(output, t, z, **options | ({"generator": self.generators} if "generator" in options else {}))
         self.denoised = done.pred_original_sample
         return done.prev_sample
-
-    def _alphas_cumprod(self, t: Tensor) -> float:
-        """a_t; between two rows of the schedule sigma = sqrt(1 / a - 1) is linear, as solvers have it."""
-        a, low = self.solver.alphas_cumprod, int(t)
-        sigma = (1 / a[low : low + 2].double() - 1).sqrt()
-        return 1 / (1 + torch.lerp(sigma[0], sigma[-1], float(t) - low).item() ** 2)
 
 
 class BandRates:
@@ -72,13 +67,10 @@ class BandRates:
     def __init__(self, *groups: Group) -> None:
         self.groups = groups
         times = {visit: t for group in groups for visit, t in group.times.items()}
-        self.timesteps = [times[visit] for visit in sorted(times)]
-        self._visits = iter(sorted(times))
-        sigmas = [float(group.solver.init_noise_sigma) for group in groups]
+        self.timesteps, self._visits = [times[visit] for visit in sorted(times)], iter(sorted(times))
+        sigmas = torch.tensor([float(group.solver.init_noise_sigma) for group in groups])
         widths = torch.tensor([group.channels.stop - group.channels.start for group in groups])
-        self.init_noise_sigma = (
-            torch.tensor(sigmas).repeat_interleave(widths).view(-1, 1, 1).to(self.timesteps[0].device)
-        )
+        self.init_noise_sigma = sigmas.repeat_interleave(widths).view(-1, 1, 1).to(self.timesteps[0].device)
 
     def scale_model_input(self, z: Tensor, t: Tensor) -> Tensor:
         """What the network is shown at t."""

@@ -8,16 +8,13 @@ import yaml
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-PROTOCOL = ("num_samples", "scheduler", "sampling_steps", "detail_steps", "eta", "spacing", "seed", "fwd_level")
-ELSEWHERE = ("run", "dataset", "resolution", "dataset_path", "model_dir", "output_dir", "checkpoint_kimg")
-SIZES = ("parameters", "images", "image_bytes", "samples", "sampling_steps")  # in metrics.json, but no metrics
 TEMPLATE = """---
 {{ card_data }}
 ---
 
 # {{ name.split("/")[-1] }}
 
-Unconditional diffusion on wavelet coefficients, made with wddm.
+Diffusion on wavelet coefficients, made with wddm.
 
 ```python
 from wddm.pipeline import WaveletPipeline
@@ -56,31 +53,21 @@ def card_of(pipeline: DiffusionPipeline, name: str, report: str | Path | None) -
 def model_card(pipeline: DiffusionPipeline, name: str, report: Path | None) -> str:
     """The card of a `WaveletPipeline`, Markdown under YAML metadata.
 
-    Args:
-        name: of the Hub repository or folder that it will be loaded from.
-        report: reports/<run>, of which all but params.yaml may be absent; None where nothing was recorded.
-
-    Raises:
-        ValueError: there is no params.yaml in `report`.
+    `name` is that of the Hub repository or folder that it will be loaded from. Of reports/<run> all but params.yaml may
+    be absent (ValueError); None where nothing was recorded.
     """
     run, metrics, data, made_with = recorded(report) if report else ({}, {}, {}, {})
-    network, codec = pipeline.backbone, pipeline.codec
-    tables = {
-        "Data": data,
-        "Model": {
-            "backbone": type(network).__name__,
-            "parameters": f"{network.num_parameters():,}",
-            "widths": ", ".join(map(str, network.config.block_out_channels)),
-            "images": f"{pipeline.image_size} x {pipeline.image_size} pixels",
-            "coefficients": f"{network.config.in_channels} channels, side {network.config.sample_size}",
-            "codec": ", ".join(f"{key} {codec.config[key]}" for key in ("wavelet", "level", "transform", "scaling")),
-            "predicts": pipeline.scheduler.config.prediction_type,
-        },
-        "Recipe": {key: value for key, value in run.items() if key not in PROTOCOL + ELSEWHERE},
-        "Metrics": {key: value for key, value in metrics.items() if key not in SIZES},
-        "Protocol": known(run, *PROTOCOL) | made_with,
+    network, codec, task = pipeline.backbone, pipeline.codec.config, "unconditional-image-generation"
+    model = {
+        "backbone": type(network).__name__,
+        "parameters": f"{network.num_parameters():,}",
+        "widths": ", ".join(map(str, network.config.block_out_channels)),
+        "images": " x ".join(str(side * 2**codec.level) for side in pipeline.map_size) + " pixels",
+        "coefficients": " x ".join(map(str, (network.config.in_channels, *pipeline.map_size))),
+        "codec": ", ".join(f"{key} {codec[key]}" for key in ("wavelet", "level", "transform", "scaling")),
+        "predicts": pipeline.scheduler.config.prediction_type,
     }
-    source, task = str(data.get("source", data.get("dataset", "unknown"))), "unconditional-image-generation"
+    source = str(data.get("source", data.get("dataset", "unknown")))
     results = [EvalResult(task, "image", source, *distance) for distance in known(metrics, "fid", "kid", "fwd").items()]
     card_data = ModelCardData(
         license="apache-2.0",
@@ -91,6 +78,7 @@ def model_card(pipeline: DiffusionPipeline, name: str, report: Path | None) -> s
         model_name=name.split("/")[-1] if results else None,
         eval_results=results or None,
     )
+    tables = {"Data": data, "Model": model, "Parameters": run, "Metrics": metrics, "Made with": made_with}
     flags = known(run, "scheduler", "sampling_steps", "eta", "spacing")
     return str(
         ModelCard.from_template(card_data, template_str=TEMPLATE, name=name, run=run, flags=flags, tables=tables)
@@ -108,7 +96,8 @@ def recorded(report: Path) -> tuple[dict[str, Any], ...]:
     manifest = read_json(root / record.get("data", {}).get("path", "nowhere"))
     data = known(parameters, "dataset", "resolution") | known(manifest, "source", "revision", "split", "count")
     versions = known(environment.get("versions", {}), "wddm", "torch", "diffusers")
-    return known(parameters, *parameters), metrics, data, known(environment, "commit", "device") | versions
+    public = [name for name in parameters if not name.endswith(("_path", "_dir"))]  # those are of one machine
+    return known(parameters, *public), metrics, data, known(environment, "commit", "device") | versions
 
 
 def read_json(file: Path) -> dict[str, Any]:

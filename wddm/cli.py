@@ -125,34 +125,42 @@ def workbook_root(start: Path | None = None) -> Path | None:
 @click.option("--sampling-steps", "num_inference_steps", type=COUNT, default=50)
 @click.option("--eta", type=float, default=0.0, help="Randomness of ddim: 0 none, 1 as much as ddpm.")
 @click.option("--detail-steps", type=COUNT, metavar="N", help="Solver steps of the detail bands, if not the same.")
+@click.option("--labels", metavar="7,3", help="What to draw, over and over, of a network trained with labels.")
+@click.option("--guidance", type=float, default=1.0, help="Above 1 the label counts more, and variety less.")
 @click.option("--spacing", help="leading, trailing or linspace")
-@click.option("--seed", type=int, default=0, help="Image k is drawn from seed + k, whatever the batch size.")
-@click.option("--device", help="A GPU if there is one, else cpu.")
+@click.option("--seed", type=click.IntRange(0, 2**60), default=0, help="Image k is drawn from seed + k in any batch.")
+@click.option("--device", help="cpu, cuda, cuda:1, ...; a GPU if there is one, else cpu.")
 @click.option("--model-type", help="unet, ukan, ...: read from the checkpoint; refused where it is another.")
 @click.option("--prediction-type", help="Of a published checkpoint: epsilon, or sample for CelebA-HQ.")
 @click.option("--wavelet-level", "level", type=int, help="Read from the checkpoint; refused where it is another.")
 @click.option("--resolution", type=int, help="Read from the checkpoint; refused where it is another.")
 def sample(
     model_dir: str, output_dir: Path, num_samples: int, batch_size: int, seed: int, device: str | None,
-    num_inference_steps: int, eta: float, detail_steps: int | None, **checkpoint: Any,
+    num_inference_steps: int, eta: float, detail_steps: int | None, labels: str | None, guidance: float,
+    **checkpoint: Any,
 ) -> None:  # fmt: skip
     """Draw images from a checkpoint, ours or published, into a folder."""
     import diffusers
     import torch
     from accelerate import PartialState
 
-    from wddm.sampling import draw, open_pipeline
+    from wddm.sampling import check_device, draw, open_pipeline
 
+    asked = labels.split(",") if labels else []
+    if not all(label.strip().isdecimal() for label in asked):
+        raise ValueError(f"got --labels {labels!r}, wanted whole numbers: give 7, or 7,3 for both in turn")
     on_cpu = device == "cpu" or not torch.accelerator.is_available()
+    check_device(device or "cpu")
     state = PartialState(cpu=on_cpu)
     if state.num_processes > 1 and on_cpu:
         allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
         torch.set_num_threads(len(allowed))  # as alone, where launchers say 1: on it depends how sums round
     diffusers.utils.logging.disable_progress_bar()
-    expected: Any = {key: value.lower() if isinstance(value, str) else value for key, value in checkpoint.items()}
-    pipeline = open_pipeline(model_dir, **expected).to(device or state.device)
+    alone = state.num_processes == 1  # processes that were launched together have a GPU each
+    pipeline = open_pipeline(model_dir, **checkpoint).to(device if device and alone else state.device)
     pipeline.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"num_inference_steps": num_inference_steps, "eta": eta, "detail_steps": detail_steps}
+    options |= {"guidance": guidance, "labels": [int(label) for label in asked] or None}
     draw(pipeline, output_dir, num_samples, batch_size=batch_size, seed=seed, **options)
     if state.is_main_process:
         print(f"{num_samples} images, grid.png and samples.json are in {output_dir}")

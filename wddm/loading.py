@@ -5,12 +5,14 @@ safetensors and JSON are read: nothing pickled, and no code or module that a che
 file lacks with random numbers and drops what it does not know, with a warning; here both are errors.
 """
 
+import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import diffusers
 import torch
@@ -23,8 +25,12 @@ from wddm.kan import knots
 from wddm.sources import snapshot
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
+MAXIMA = {"layers_per_block": 100, "level": 12}  # of what is built in loops; other numbers in a config: 100,000
 CLASS_NAME = "UKANHybrid"  # of a published U-KAN, in its config.json
+ARGUMENTS = {  # of a published U-KAN's config: its name for an argument of `UKANModel`
+    "in_channels": "in_channels", "T": "num_train_timesteps", "ch": "base_channels", "ch_mult": "block_out_channels",
+    "num_res_blocks": "layers_per_block", "dropout": "dropout", "sample_size": "sample_size",
+}  # fmt: skip
 NAMES = (  # tensors of a published U-KAN: what is replaced, by what, in this order
     (r"^head\.", "conv_in."),
     (r"^tail\.0\.", "norm_out."),
@@ -52,6 +58,12 @@ NAMES = (  # tensors of a published U-KAN: what is replaced, by what, in this or
 )
 
 
+def is_path(name: str) -> bool:
+    """Whether a name means a folder here, not one on the Hub: it or its parent exists, or it starts with . or /."""
+    folder = Path(name)
+    return folder.is_dir() or name.startswith((".", "/")) or (len(folder.parts) > 1 and folder.parent.is_dir())
+
+
 def fetched(path: str | Path, options: dict[str, Any]) -> Path:
     """The folder itself, or the local copy of a Hub repository, downloaded the first time; ValueError without either.
 
@@ -59,8 +71,10 @@ def fetched(path: str | Path, options: dict[str, Any]) -> Path:
     """
     names = ("cache_dir", "revision", "token", "local_files_only")
     hub = {name: options.pop(name) for name in names if name in options}
-    if Path(path).is_dir():
-        return Path(path)
+    if (folder := Path(path).expanduser()).is_dir():
+        return folder
+    if is_path(str(path)) or len(folder.parts) > 2:
+        raise ValueError(f"got {path}, which is no folder here, wanted a trained pipeline: run 02_train first")
     try:
         return snapshot(str(path), ["*.json", "*.safetensors"], repo_type="model", **hub)
     except ConnectionError as error:
@@ -79,13 +93,36 @@ def read_config(kind: type[ConfigMixin], folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_strictly(from_pretrained: Callable[..., Any], folder: Path, **options: Any) -> ModelMixin:
+def check_config(kind: type, config: dict[str, Any], folder: Path) -> None:
+    """Raise a ValueError if a value is not of the type of its argument of `kind`, or out of all proportion."""
+    hints = get_type_hints(vars(kind)["__init__"])
+    for name, parameter in inspect.signature(kind).parameters.items():
+        value = config.get(name, parameter.default)
+        if value is not parameter.default and not fits(value, hints.get(name, object), MAXIMA.get(name, 100_000)):
+            wanted = getattr(hints[name], "__name__", hints[name])
+            raise ValueError(f"got {name}={str(value)[:40]} in {folder}, wanted {wanted}: fetch or save it again")
+
+
+def fits(value: Any, hint: Any, maximum: int) -> bool:
+    """Whether a value read from JSON is of an annotated type, whole numbers in it from 0 to `maximum`."""
+    kind, items = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(fits(value, one, maximum) for one in items)
+    if kind in (list, tuple):
+        return isinstance(value, list | tuple) and all(fits(item, (*items, object)[0], maximum) for item in value)
+    if hint is int:
+        return type(value) is int and 0 <= value <= maximum
+    if hint is float:
+        return type(value) in (int, float) and value == value
+    return value in items if kind is Literal else not isinstance(hint, type) or isinstance(value, hint)
+
+
+def load_strictly(from_pretrained: Any, folder: Path, **options: Any) -> ModelMixin:
     """What a diffusers class's `from_pretrained(folder, **options)` makes of a folder, in eval mode.
 
-    Raises:
-        ValueError: config or weights are absent, damaged, pickled, or not each other's, with their names.
+    ValueError: config or weights are absent, damaged, pickled, or not each other's, with their names.
     """
-    read_config(ModelMixin, folder)
+    check_config(from_pretrained.__self__, read_config(ModelMixin, folder), folder)
     options |= {"use_safetensors": True, "output_loading_info": True}
     with one_line_errors(folder):
         model, found = from_pretrained(folder, **options)
@@ -99,38 +136,34 @@ def load_scheduler(folder: Path) -> SchedulerMixin:
     kind: Any = getattr(diffusers, name := str(config.get("_class_name")), None)
     if SchedulerMixin not in getattr(kind, "__mro__", ()):
         raise ValueError(f"got {name!r} in {folder}, wanted a scheduler of diffusers: give another folder")
+    check_config(kind, config, folder)
     with one_line_errors(folder):
         return kind.from_config(config)
 
 
-def load_published(build: Callable[..., ModelMixin], folder: Path, config: dict[str, Any]) -> ModelMixin:
-    """A published U-KAN of this config.json, in eval mode; `build` is `UKANModel`.
+def load_published(build: type[ModelMixin], folder: Path, config: dict[str, Any]) -> ModelMixin:
+    """A published U-KAN of this config.json, in eval mode; `build` is `UKANModel`. ValueError: as of `load_strictly`.
 
     Its tensors differ from ours in their `NAMES`, in the order of a spline weight's axes, and by the grid. The `attn`
     of its config is dropped: those weights never existed.
-
-    Raises:
-        ValueError: config or weights are absent, damaged, pickled, or not each other's; a spline grid is another.
     """
-    keys = ("in_channels", "T", "ch", "ch_mult", "num_res_blocks", "dropout", "sample_size")
-    if missing := [key for key in keys if key not in config]:
+    if missing := [key for key in ARGUMENTS if key not in config]:
         raise ValueError(f"got a {CLASS_NAME} config.json without {', '.join(missing)}, wanted it: fetch it again")
-    channels, timesteps, width, factors, layers, dropout, side = (config[key] for key in keys)
     with one_line_errors(folder):
-        widths = tuple(width * factor for factor in factors)
-        times = {"num_train_timesteps": timesteps, "base_channels": width}
-        model = build(side, channels, channels, widths, layers, dropout=dropout, **times)
+        ours = {name: config[key] for key, name in ARGUMENTS.items()}
+        ours["block_out_channels"] = tuple(config["ch"] * factor for factor in config["ch_mult"])
+        ours["out_channels"] = config["in_channels"]
+        check_config(build, ours, folder)
+        with torch.device("meta"):  # until its tensors are known to be those in the file
+            model = build(**ours)
         theirs = load_file(folder / WEIGHTS)
-    ours, wanted = renamed(theirs), model.state_dict()
+    tensors, wanted = renamed(theirs), model.state_dict()
     if model.bottleneck is None:  # which depends on the config alone, not on what the file holds
-        ours = {name: tensor for name, tensor in ours.items() if not name.startswith("bottleneck.")}
-    refuse_differences(
-        folder / WEIGHTS,
-        missing=wanted.keys() - ours.keys(),
-        unknown=ours.keys() - wanted.keys(),
-        of_another_shape=[name for name in wanted.keys() & ours.keys() if wanted[name].shape != ours[name].shape],
-    )
-    model.load_state_dict(ours)
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("bottleneck.")}
+    missing, unknown = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
+    shapes = [name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape]
+    refuse_differences(folder, missing=missing, unknown=unknown, of_another_shape=shapes)
+    model.to_empty(device="cpu").load_state_dict(tensors)
     return model.eval()
 
 
@@ -150,12 +183,10 @@ def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def refuse_differences(where: Path, **differences: Iterable[str]) -> None:
-    """Raise a ValueError that names the tensors that are missing, unknown or of another shape, if there are any."""
-    named = {kind.replace("_", " "): sorted(names) for kind, names in differences.items() if names}
+    """Raise a ValueError that names some tensors that are missing, unknown or of another shape, if there are any."""
+    named = {kind.replace("_", " "): sorted(names)[:5] for kind, names in differences.items() if names}
     if named:
-        raise ValueError(
-            f"got weights in {where} that are not those of its config: {json.dumps(named)}; fetch or save it again"
-        )
+        raise ValueError(f"got weights in {where}, wanted those of its config ({json.dumps(named)}): fetch it again")
 
 
 @contextmanager
@@ -166,10 +197,8 @@ def one_line_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(
-            f"got {folder}, which does not load ({one_line(error)}), wanted its config and {WEIGHTS}, both undamaged "
-            "(pickled weights are not read): fetch or save it again"
-        ) from error
+        wanted = f"wanted its config and {WEIGHTS}, whole (pickled weights are not read): fetch or save it again"
+        raise ValueError(f"got {folder}, which does not load ({one_line(error)}), {wanted}") from error
     finally:
         logging.set_verbosity(verbosity)
 
@@ -177,4 +206,4 @@ def one_line_errors(folder: Path) -> Iterator[None]:
 def one_line(error: Exception) -> str:
     """What an error says first, or its name."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].split(" If you want to")[0].rstrip(".")
+    return lines[0].split(" If you want to")[0].rstrip(".")[:200]

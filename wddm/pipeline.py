@@ -21,88 +21,109 @@ from torch import Generator, Tensor
 from wddm.backbones import load_backbone
 from wddm.bandrate import BandRates, Group
 from wddm.cards import card_of
-from wddm.loading import fetched, load_scheduler, load_strictly, read_config
+from wddm.conditions import Answer, Labels, Missing, correction, held, labelled
+from wddm.loading import fetched, is_path, load_scheduler, load_strictly, read_config
 from wddm.objective import NOISE, SOLVERS, build_solver, check_options, exact_step
-from wddm.wavelets import WaveletCodec
+from wddm.wavelets import WaveletCodec, check_choice, check_multiple
+
+Callback = Callable[..., dict[str, Tensor] | None]  # (pipeline, i, t, {"latents": ..., "denoised": ...})
 
 
 class WaveletPipeline(DiffusionPipeline):
-    """Unconditional image generation by a denoiser of wavelet coefficients."""
+    """Image generation by a denoiser of wavelet coefficients."""
 
     model_cpu_offload_seq = "backbone"
 
     def __init__(self, backbone: ModelMixin, scheduler: SchedulerMixin, codec: WaveletCodec) -> None:
         super().__init__()
-        side = backbone.config.sample_size
-        if not isinstance(side, int):
-            raise ValueError(f"got a backbone of sample_size {side!r}, wanted a whole number: give another")
         self.register_modules(backbone=backbone, scheduler=scheduler, codec=codec)
+        config, sides = backbone.config, self.map_size
+        whole = len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)
+        if not whole or config.in_channels != config.out_channels:
+            got = f"sample_size {config.sample_size}, {config.in_channels} channels in and {config.out_channels} out"
+            raise ValueError(f"got a backbone of {got}, wanted a side or (height, width), and as many out as in")
+        check_multiple("channels", config.in_channels, 4**codec.config.level, "4^level", "take parts of one model")
 
     @property
-    def image_size(self) -> int:
-        """Side of the images drawn, in pixels."""
-        return self.backbone.config.sample_size * 2**self.codec.config.level
+    def map_size(self) -> tuple[int, int]:
+        """(h, w) of the coefficients."""
+        size = self.backbone.config.sample_size
+        return tuple(size) if isinstance(size, list | tuple) else (size, size)
+
+    @property
+    def image_size(self) -> int | tuple[int, int]:
+        """Side of the images drawn, in pixels, or (height, width) where they are not square."""
+        height, width = (side * 2**self.codec.config.level for side in self.map_size)
+        return height if height == width else (height, width)
 
     @torch.no_grad()
     def __call__(
-        self,
-        batch_size: int = 1,
-        generator: Generator | list[Generator] | None = None,
-        num_inference_steps: int = 50,
-        eta: float = 0.0,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        seed: int = 0,
-        detail_steps: int | None = None,
-        latents: Tensor | None = None,
-        callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
-    ) -> ImagePipelineOutput | tuple:
-        """Draw images.
+        self, batch_size: int = 1, generator: Generator | list[Generator] | None = None, num_inference_steps: int = 50,
+        eta: float = 0.0, output_type: str = "pil", return_dict: bool = True, seed: int = 0,
+        detail_steps: int | None = None, latents: Tensor | None = None, callback_on_step_end: Callback | None = None,
+        labels: Labels | None = None, guidance: float = 1.0, guidance_details: float | None = None,
+        low_resolution: Tensor | None = None, known: Tensor | None = None, mask: Tensor | None = None,
+    ) -> ImagePipelineOutput | tuple:  # fmt: skip
+        """Draw images: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), the last two float in [0, 1].
 
         Args:
-            batch_size: how many.
             generator: one for the batch or one per image. Default: one per image, image k seeded `seed + k`, so
                 that it does not depend on the batch size.
-            num_inference_steps: solver steps.
             eta: 0 deterministic DDIM, 1 as random as DDPM; only for solvers that know it.
-            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), the last two float in [0, 1].
-            return_dict: False for a tuple of one.
             detail_steps: solver steps of the detail bands, if others than those of the coarse band (see bandrate.py).
             latents: unit noise (B, 4^L C, h, w) to start from; the generators then only draw what the solver adds.
-            callback_on_step_end: called `(pipeline, i, t, {"latents": ..., "denoised": ...})` after each step;
+            callback_on_step_end: called `(pipeline, i, t, {"latents": ..., "denoised": ...})` after each step, where
                 "denoised" estimates the clean coefficients, or is None; sampling goes on with the "latents" it returns.
+            labels: one for all or one per image, for a network that was trained with them.
+            guidance, guidance_details: above 1 the label counts more, in all bands or in the details.
+            low_resolution: (B or 1, C, H/2^k, W/2^k) in [0, 1], k <= L, the means that the images are to have.
+            known, mask: images (B or 1, C, H, W) in [0, 1], kept where the bool mask (B or 1, 1, H, W) is True.
 
         Raises:
-            ValueError: unknown output type, latents of another shape, a wrong number of generators or steps, eta or
-                detail_steps for a solver that cannot honour them, coefficients or images that are not finite.
+            ValueError: what the solver or the checkpoint cannot do, or coefficients or images that are not finite.
         """
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"got output_type={output_type!r}, wanted pil, np or pt: choose one of them")
+        check_choice("output_type", output_type, ("pil", "np", "pt"))
         self._check_solver(num_inference_steps, eta, detail_steps)
+        weights, conditions = (guidance, guidance_details), (low_resolution, known, mask)
+        network, missing = self._network(batch_size, labels, weights, conditions)
         if generator is None:
             generator = image_generators(range(seed, seed + batch_size))
         z = self._noise(latents, batch_size, generator)  # (B, 4^L C, h, w)
         self.scheduler.set_timesteps(num_inference_steps, device=self.device)
         scheduler = self.scheduler if detail_steps is None else self._band_rates(detail_steps, generator)
-        known = inspect.signature(self.scheduler.step).parameters
-        options = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in known}
-
+        taken = inspect.signature(self.scheduler.step).parameters
+        options = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in taken}
         z = (z * scheduler.init_noise_sigma).to(z.dtype)
         step = exact_step(scheduler)
         for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
-            output = self.backbone(scheduler.scale_model_input(z, t), t).sample
-            done = step(output, t, z, **options)
+            done = step(network(scheduler.scale_model_input(z, t), t), t, z, **options)
             z = done.prev_sample
+            if missing is not None and i + 1 == len(scheduler.timesteps):
+                z = z + missing(z)
             if callback_on_step_end is not None:
                 state = {"latents": z, "denoised": getattr(done, "pred_original_sample", None)}
                 z = (callback_on_step_end(self, i, t, state) or {}).get("latents", z)
-
         images: Any = self.decode(z)
         if output_type != "pt":
             images = images.permute(0, 2, 3, 1).float().cpu().numpy()
         if output_type == "pil":
             images = self.numpy_to_pil(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _network(
+        self, count: int, labels: Labels | None, guidance: tuple[float, float | None], known: tuple[Tensor | None, ...]
+    ) -> tuple[Answer, Missing | None]:
+        """The network under the conditions of conditions.py, and what has to be added to the result."""
+        level, channels, (weight, details) = self.codec.config.level, self.backbone.config.in_channels, guidance
+        if details is not None and not level:
+            raise ValueError("got guidance_details at level 0, which has no detail bands: leave guidance_details out")
+        coarse = channels // 4**level
+        weights = [weight] * coarse + [weight if details is None else details] * (channels - coarse)
+        answer = labelled(self.backbone, count, labels, weights)
+        shape = (count, coarse, *(side * 2**level for side in self.map_size))
+        missing = correction(self.codec, shape, *known)
+        held_answer = missing and held(answer, self.scheduler, missing, self.codec.clip_value)
+        return held_answer or answer, missing
 
     def _check_solver(self, steps: int, eta: float, detail_steps: int | None) -> None:
         """Raise a ValueError if the solver cannot do what is asked of it."""
@@ -116,7 +137,7 @@ class WaveletPipeline(DiffusionPipeline):
 
     def _noise(self, latents: Tensor | None, batch_size: int, generator: Generator | list[Generator]) -> Tensor:
         """Unit noise (B, 4^L C, h, w): the latents given, or drawn."""
-        shape = (batch_size, self.backbone.config.in_channels, *[self.backbone.config.sample_size] * 2)
+        shape = (batch_size, self.backbone.config.in_channels, *self.map_size)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=self.device, dtype=self.backbone.dtype)
         if latents.shape != shape:
@@ -126,37 +147,27 @@ class WaveletPipeline(DiffusionPipeline):
     def _band_rates(self, detail_steps: int, generator: Generator | list[Generator]) -> BandRates:
         """The coarse band by this pipeline's solver, the details by another of `detail_steps` steps."""
         copies = [one.clone_state() for one in generator] if isinstance(generator, list) else generator.clone_state()
-        details = deepcopy(self.scheduler)
+        details, channels = deepcopy(self.scheduler), self.backbone.config.in_channels
         details.set_timesteps(detail_steps, device=self.device)
-        channels = self.backbone.config.in_channels
         coarse = channels // 4**self.codec.config.level  # the coarse band comes first
-        return BandRates(
-            Group(self.scheduler, slice(0, coarse), generator), Group(details, slice(coarse, channels), copies)
-        )
+        first = Group(self.scheduler, slice(0, coarse), generator)
+        return BandRates(first, Group(details, slice(coarse, channels), copies))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1] of coefficients (B, 4^L C, h, w); ValueError if they are not finite."""
         images = self.codec.decode(latents) / 2 + 0.5
         if images.isfinite().all():
             return images.clamp(0, 1)
-        if latents.isfinite().all():
-            raise ValueError("got images that are not finite from the codec, wanted numbers: take another checkpoint")
         solver = f"{type(self.scheduler).__name__} in {self.scheduler.num_inference_steps} steps"
-        raise ValueError(
-            f"got coefficients that are not finite from {solver}, wanted numbers: take more steps, leading spacing, "
-            "another solver or another checkpoint"
-        )
+        source, also = ("the codec", "") if latents.isfinite().all() else (solver, "more steps, another solver or ")
+        raise ValueError(f"got images that are not finite from {source}, wanted numbers: take {also}another checkpoint")
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, scheduler: SchedulerMixin | None = None, **options: Any) -> Self:
-        """A pipeline folder or Hub repository of ours. No module that its files name is imported.
+        """A pipeline folder or Hub repository of ours; `scheduler` is taken in the place of the stored one.
 
-        Args:
-            scheduler: taken in the place of the stored one.
-            options: revision, cache_dir, token, local_files_only, torch_dtype.
-
-        Raises:
-            ValueError: a part is absent, damaged, pickled, or its tensors are not those of its config.
+        No module that its files name is imported. `options`: revision, cache_dir, token, local_files_only,
+        torch_dtype. ValueError: a part is absent, damaged, pickled, or its tensors are not those of its config.
         """
         folder = fetched(path, options)
         read_config(cls, folder)
@@ -170,37 +181,22 @@ class WaveletPipeline(DiffusionPipeline):
 
     @classmethod
     def from_published(
-        cls,
-        path: str | Path,
-        *,
-        level: int | None = 1,
-        image_size: int | None = None,
-        prediction_type: str | None = None,
-        solver: str = "ddim",
-        spacing: str = "leading",
-        **options: Any,
-    ) -> Self:
+        cls, path: str | Path, *, level: int | None = 1, image_size: int | None = None,
+        prediction_type: str | None = None, solver: str = "ddim", spacing: str = "leading", **options: Any,
+    ) -> Self:  # fmt: skip
         """A published UNet or U-KAN checkpoint (folder or Hub repository), wired as the published system wires it.
 
-        Args:
-            level: wavelet level that it was trained at; None takes it from the channels, of which an image has 3.
-            prediction_type: not stored in it; "sample" for a name with "celeba" in it, else "epsilon" unless given.
-            options: subfolder, revision, cache_dir, token, local_files_only, torch_dtype.
-
-        Raises:
-            ValueError: `image_size` or `level` contradict the checkpoint, or it is damaged.
+        `level` None is taken from the channels, of which an image has 3. The prediction type is not stored in it:
+        "sample" for a name with "celeba" in it, else "epsilon", unless given. `options`: those of `from_pretrained`,
+        and subfolder. ValueError: `image_size` or `level` contradict the checkpoint, or it is damaged.
         """
         folder = fetched(path, options) / (options.pop("subfolder", None) or "")
         backbone = load_backbone(folder, **options)
-        channels = backbone.config.in_channels
-        if level is None:
-            level = round(math.log(max(channels, 3) / 3, 4))
+        channels, timesteps = backbone.config.in_channels, backbone.config.get("num_train_timesteps")
+        level = round(math.log(max(channels, 3) / 3, 4)) if level is None else level
         if channels % 4**level or channels // 4**level not in (1, 3):
-            raise ValueError(
-                f"got level={level} for a checkpoint of {channels} channels, wanted 3 x 4^level: give its own level"
-            )
-        timesteps, wanted = backbone.config.get("num_train_timesteps"), NOISE["num_train_timesteps"]
-        if timesteps not in (None, wanted):
+            raise ValueError(f"got level={level} for {channels} channels, wanted 3 x 4^level: give its own level")
+        if timesteps not in (None, wanted := NOISE["num_train_timesteps"]):
             raise ValueError(f"got a checkpoint of {timesteps} timesteps, wanted {wanted}, as published: give another")
         prediction_type = prediction_type or ("sample" if "celeba" in str(path).lower() else "epsilon")
         codec = WaveletCodec("haar", level, "packet", "dyadic", "AVHD")
@@ -215,32 +211,21 @@ class WaveletPipeline(DiffusionPipeline):
     ) -> str:
         """Upload this pipeline with a model card (see cards.py) to the Hub; its address is returned.
 
-        Args:
-            repo_id: name on the Hub, or a local folder (see `is_path`), which is then all that is written to.
-            report: reports/<run> of its training, for the card; found if it was loaded from runs/<run>/pipeline.
-                Without a report, the card that it was loaded with is kept.
+        `repo_id` may be a local folder (see `is_path`), which is then all that is written to. `report` is
+        reports/<run> of its training, found if it was loaded from runs/<run>/pipeline; without one, the card that it
+        was loaded with is kept.
         """
-        if is_path(repo_id):
-            self._write(Path(repo_id), card_of(self, repo_id, report))
-            return repo_id
-        hub = HfApi(token=token)
-        name = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with TemporaryDirectory() as folder:
-            self._write(Path(folder), card_of(self, name, report))
-            return str(hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload WaveletPipeline"))
-
-    def _write(self, folder: Path, card: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        self.save_pretrained(folder)
+        hub, local = HfApi(token=token), is_path(repo_id)
+        name = repo_id if local else hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        card = card_of(self, name, report)
+        with TemporaryDirectory() as temporary:
+            folder = Path(repo_id if local else temporary)
+            self.save_pretrained(folder)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+            message = "Upload WaveletPipeline"
+            return name if local else str(hub.upload_folder(repo_id=name, folder_path=folder, commit_message=message))
 
 
 def image_generators(seeds: range) -> list[Generator]:
     """One CPU generator per image, so that image k is the same on every device and in every batch."""
     return [Generator().manual_seed(seed) for seed in seeds]
-
-
-def is_path(name: str) -> bool:
-    """Whether a name means a folder here, not one on the Hub: it or its parent exists, or it starts with . or /."""
-    folder = Path(name)
-    return folder.is_dir() or name.startswith((".", "/")) or (len(folder.parts) > 1 and folder.parent.is_dir())

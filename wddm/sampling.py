@@ -5,12 +5,13 @@ What the checkpoint says need not be given; what is given and contradicts it is 
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
@@ -30,26 +31,21 @@ class Solving(TypedDict, total=False):
     num_inference_steps: int
     eta: float
     detail_steps: int | None
+    guidance: float
+    guidance_details: float | None
 
 
 def open_pipeline(
-    path: str | Path,
-    *,
-    model_type: str | None = None,
-    level: int | None = None,
-    resolution: int | None = None,
-    prediction_type: str | None = None,
-    scheduler: str = "ddim",
-    spacing: str | None = None,
-) -> WaveletPipeline:
+    path: str | Path, *, model_type: str | None = None, level: int | None = None, resolution: int | None = None,
+    prediction_type: str | None = None, scheduler: str = "ddim", spacing: str | None = None,
+) -> WaveletPipeline:  # fmt: skip
     """A pipeline folder of ours, or a published checkpoint (folder or Hub repository), with the solver asked for.
 
-    Args:
-        model_type, level, resolution, prediction_type: what the checkpoint is expected to be, a ValueError if it is
-            not. A published one does not store its prediction type: as `from_published` has it unless given.
-        spacing: of the solver's steps; unless given `default_spacing` for ours, "leading" for published ones.
+    ValueError if it is not of the model type, level, resolution (height) or prediction type given; a published one does
+    not store the last. `spacing` of the solver's steps: unless given `default_spacing`, "leading" for published ones.
     """
-    folder = fetched(path, {})
+    model_type, prediction_type, spacing = (name and name.lower() for name in (model_type, prediction_type, spacing))
+    folder, scheduler = fetched(path, {}), scheduler.lower()
     if (folder / WaveletPipeline.config_name).is_file():
         pipeline = WaveletPipeline.from_pretrained(folder)
         stored = pipeline.scheduler.config.prediction_type
@@ -59,9 +55,9 @@ def open_pipeline(
             folder, level=None, prediction_type=prediction_type, solver=scheduler, spacing=spacing or "leading"
         )
     for name, wanted, found in (
-        ("model_type", model_type and model_type.lower(), backbone_name(type(pipeline.backbone).__name__)),
+        ("model_type", model_type, backbone_name(type(pipeline.backbone).__name__)),
         ("wavelet_level", level, pipeline.codec.config.level),
-        ("resolution", resolution, pipeline.image_size),
+        ("resolution", resolution, int(np.ravel(pipeline.image_size)[0])),
         ("prediction_type", prediction_type, pipeline.scheduler.config.prediction_type),
     ):
         if wanted not in (None, found):
@@ -70,98 +66,98 @@ def open_pipeline(
 
 
 def draw(
-    pipeline: WaveletPipeline,
-    folder: Path,
-    count: int,
-    *,
-    batch_size: int = 64,
-    seed: int = 0,
-    **solving: Unpack[Solving],
-) -> None:
+    pipeline: WaveletPipeline, folder: Path, count: int, *, batch_size: int = 64, seed: int = 0,
+    labels: Sequence[int] | None = None, **solving: Unpack[Solving],
+) -> None:  # fmt: skip
     """Write images 00000.png ..., grid.png of the first 64, and samples.json that says how they were made.
 
     Under `accelerate launch` each process draws its share of the batches, the main one with a progress bar; the files
     are those of one process. The folder is made, or a ValueError if it is not empty.
     """
     processes = PartialState()
-    share = {"rank": processes.process_index, "world_size": processes.num_processes}
+    rank, world_size = processes.process_index, processes.num_processes
     new_folder(folder)
     processes.wait_for_everyone()  # to have looked, before anybody writes
-    starts = range(0, count, images_per_call(pipeline, batch_size))[share["rank"] :: share["world_size"]]
-    batches = sample_images(pipeline, count, batch_size=batch_size, seed=seed, **share, **solving)
+    starts = range(0, count, images_per_call(pipeline, batch_size))[rank::world_size]
+    share = {"batch_size": batch_size, "seed": seed, "rank": rank, "world_size": world_size}
+    batches = sample_images(pipeline, count, **share, labels=labels, **solving)
     bar = tqdm(batches, "sampling", len(starts), unit="batch", file=sys.stdout, disable=not processes.is_main_process)
     for start, batch in zip(starts, bar, strict=True):
         write_images(folder, batch, start)
     processes.wait_for_everyone()
     if processes.is_main_process:
-        write_summary(folder, pipeline, count, seed, solving)
+        write_summary(folder, pipeline, count, seed, {"labels": labels, **solving})
     processes.wait_for_everyone()
 
 
 def sample_images(
-    pipeline: WaveletPipeline,
-    count: int,
-    *,
-    batch_size: int = 64,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    **solving: Unpack[Solving],
-) -> Iterator[np.ndarray]:
+    pipeline: WaveletPipeline, count: int, *, batch_size: int = 64, seed: int = 0, rank: int = 0, world_size: int = 1,
+    labels: Sequence[int] | None = None, **solving: Unpack[Solving],
+) -> Iterator[np.ndarray]:  # fmt: skip
     """Draw `count` images batch by batch, uint8 (b, H, W, C), image k seeded `seed + k`; the last batch is shorter.
 
-    Of the batches, this process draws every `world_size`-th from the `rank`-th on.
+    Image k has label k of `labels`, over and over. Of the batches, this process draws every `world_size`-th from the
+    `rank`-th on.
     """
     size = images_per_call(pipeline, batch_size)
     for start in range(rank * size, count, world_size * size):
         stop = start + size if pipeline.device.type == "cpu" else min(start + size, count)
         generators = image_generators(range(seed + start, seed + stop))
-        (images,) = pipeline(len(generators), generators, output_type="np", return_dict=False, **solving)
+        asked = [labels[k % len(labels)] for k in range(start, stop)] if labels else None
+        (images,) = pipeline(
+            len(generators), generators, output_type="np", return_dict=False, labels=asked, **solving
+        )
         yield (images[: count - start] * 255).round().astype(np.uint8)
 
 
 def images_per_call(pipeline: WaveletPipeline, batch_size: int) -> int:
     """How many images are drawn at a time: `batch_size` on a GPU, a number of the network's own on the CPU.
 
-    Sums round differently in batches of different size, and a network that is not trained to the end makes much of
-    it. With one size, image k is the same to the last bit whatever the batch size; this one costs no speed.
+    Sums round differently in batches of different size. With one size, image k is the same to the last bit whatever
+    the batch size; this one costs no speed.
     """
-    return max(1, 2048 // pipeline.backbone.config.sample_size**2) if pipeline.device.type == "cpu" else batch_size
+    height, width = pipeline.map_size
+    return max(1, 2048 // (height * width)) if pipeline.device.type == "cpu" else batch_size
+
+
+def check_device(name: str) -> None:
+    """Raise a ValueError if nothing can be computed on a device of this name, "cuda:1" for example."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        found = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+        raise ValueError(f"got device {name!r}, wanted {' or '.join(['cpu', *found])}: choose one of them") from error
 
 
 def new_folder(folder: str | Path) -> None:
-    """Make a folder; ValueError if it is there and not empty."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    """Make a folder; ValueError if it is there and not empty, or cannot be made."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"got {folder}, wanted a new folder ({error.strerror}): give another") from error
     if any(Path(folder).iterdir()):
         raise ValueError(f"got {folder}, which is not empty, wanted a new folder: nothing is overwritten, give another")
 
 
 def write_images(folder: str | Path, images: np.ndarray, start: int = 0) -> None:
-    """Write uint8 images (N, H, W, C) as PNGs, numbered from `start`."""
-    for number, image in enumerate(images, start):
-        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(Path(folder, f"{number:05d}.png"))
+    """Write uint8 images (N, H, W, C) as PNGs, numbered from `start`: three channels as RGB, or the first as grey."""
+    shown = images[..., :3] if images.shape[-1] >= 3 else images[..., 0]
+    for number, image in enumerate(shown, start):
+        Image.fromarray(image).save(Path(folder, f"{number:05d}.png"))
 
 
-def write_summary(folder: str | Path, pipeline: WaveletPipeline, count: int, seed: int, solving: Solving) -> None:
+def write_summary(
+    folder: str | Path, pipeline: WaveletPipeline, count: int, seed: int, solving: Mapping[str, Any]
+) -> None:
     """Write samples.json, which says how the images were made, and grid.png of the first 64 in the folder."""
-    description = {
-        "images": count,
-        "seeds": [seed, seed + count - 1],
-        "backbone": type(pipeline.backbone).__name__,
-        "parameters": pipeline.backbone.num_parameters(),
-        "codec": public(pipeline.codec.config),
-        "solver": type(pipeline.scheduler).__name__,
-        "prediction_type": pipeline.scheduler.config.prediction_type,
-        "spacing": pipeline.scheduler.config.get("timestep_spacing"),
-        **solving,
-        "resolution": pipeline.image_size,
-        "versions": {name: version(name) for name in ("wddm", "torch", "diffusers")},
-    }
-    Path(folder, "samples.json").write_text(json.dumps(description, indent=2) + "\n")
+    about = {"images": count, "seeds": [seed, seed + count - 1], "resolution": pipeline.image_size, **solving}
+    about |= {"prediction_type": pipeline.scheduler.config.prediction_type, "solver": type(pipeline.scheduler).__name__}
+    about |= {name: public(part.config) for name, part in pipeline.components.items()}
+    about["versions"] = {name: version(name) for name in ("wddm", "torch", "diffusers")}
+    Path(folder, "samples.json").write_text(json.dumps(about, indent=2) + "\n")
     first = [Image.open(Path(folder, f"{number:05d}.png")) for number in range(min(count, GRID))]
     columns, (width, height) = max(1, round(len(first) ** 0.5)), first[0].size
-    rows = -(-len(first) // columns)
-    grid = Image.new("RGB", (columns * (width + 1) - 1, rows * (height + 1) - 1), "white")
+    grid = Image.new("RGB", (columns * (width + 1) - 1, -(-len(first) // columns) * (height + 1) - 1), "white")
     for k, image in enumerate(first):
         grid.paste(image, (k % columns * (width + 1), k // columns * (height + 1)))
     grid.save(Path(folder, "grid.png"))

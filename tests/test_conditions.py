@@ -1,0 +1,250 @@
+"""Oracles: the guided score of a Gaussian mixture in closed form, what is known itself, and the plain sampler."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from test_pipeline import GaussianDenoiser, tiny_pipeline
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from wddm.objective import NOT_OF_SAMPLE, SINGLE_STEP, SOLVERS, build_solver
+from wddm.pipeline import WaveletPipeline
+from wddm.sampling import sample_images
+from wddm.wavelets import WaveletCodec
+
+TARGETS = ("epsilon", "sample", "v_prediction")
+CODECS = [  # wavelet, level, transform, scaling
+    ("haar", 1, "packet", "band"),
+    ("haar", 2, "packet", "dyadic"),
+    ("haar", 2, "pyramid", "none"),
+    ("db2", 1, "packet", "dyadic"),
+    ("sym4", 2, "packet", "band"),
+    ("coif1", 2, "pyramid", "dyadic"),
+    ("haar", 0, "packet", "dyadic"),
+]
+
+
+class Tiny(torch.nn.Module):
+    """A network of random numbers that mixes all channels and neighbours, and counts its calls."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self, channels: int, side: int) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(in_channels=channels, sample_size=side)
+        self.conv, self.calls = torch.nn.Conv2d(channels, channels, 3, padding=1), 0
+
+    def forward(self, sample, timestep):
+        self.calls += 1
+        return SimpleNamespace(sample=self.conv(sample).tanh())
+
+
+def random_pipeline(
+    wavelet="haar", level=1, transform="packet", scaling="dyadic", solver="ddim", target="v_prediction"
+) -> WaveletPipeline:
+    """Images of 2 channels and 32 x 32 pixels, out of noise."""
+    torch.manual_seed(0)
+    codec = WaveletCodec(wavelet, level, transform, scaling)
+    codec.fit(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 2), np.uint8))
+    pipeline = tiny_pipeline(solver="ddim")
+    pipeline.codec, pipeline.backbone = codec, Tiny(2 * 4**level, 32 // 2**level)
+    pipeline.scheduler = build_solver(solver, target, codec=codec)
+    return pipeline
+
+
+def drawn(pipeline, **options) -> torch.Tensor:
+    """Two images, before they are clipped, in [0, 1] otherwise."""
+    last: list[torch.Tensor] = []
+    options = {"num_inference_steps": 4, "output_type": "pt"} | options
+    pipeline(2, callback_on_step_end=lambda pipe, i, t, state: last.append(state["latents"]), **options)
+    return pipeline.codec.decode(last[-1]) / 2 + 0.5
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_what_is_known_is_met_by_every_solver_target_family_and_level(solver: str, codec: tuple) -> None:
+    mask = torch.rand(2, 1, 32, 32) < 0.4
+    known = torch.rand(2, 2, 32, 32)
+    for target in TARGETS:
+        if target == "sample" and solver in NOT_OF_SAMPLE:
+            continue
+        pipeline = random_pipeline(*codec, solver=solver, target=target)
+        for k in range(codec[1] + 1):
+            low = torch.rand(2, 2, 32 // 2**k, 32 // 2**k)
+            assert_close(F.avg_pool2d(drawn(pipeline, low_resolution=low), 2**k), low, atol=1e-3, rtol=0)
+        images = drawn(pipeline, known=known, mask=mask)
+        assert_close(images[mask.expand_as(images)], known[mask.expand_as(known)], atol=1e-3, rtol=0)
+        assert images[~mask.expand_as(images)].std() > 0.01
+
+
+def test_a_mask_of_all_returns_the_input_and_of_none_the_plain_sample() -> None:
+    known, everywhere = torch.rand(1, 2, 32, 32), torch.ones(1, 1, 32, 32, dtype=torch.bool)
+    for solver, target in (("ddim", "epsilon"), ("heun", "v_prediction"), ("dpmsolver++", "sample")):
+        pipeline = random_pipeline("db2", 2, solver=solver, target=target)
+        options = {"num_inference_steps": 5, "output_type": "pt", "known": known}
+        assert_close(pipeline(2, mask=everywhere, **options).images, known.expand(2, -1, -1, -1), atol=1e-4, rtol=0)
+        plain = pipeline(2, num_inference_steps=5, output_type="pt").images
+        assert torch.equal(pipeline(2, mask=~everywhere, **options).images, plain)
+        first = torch.stack([everywhere[0], ~everywhere[0]])  # each image has its own
+        assert torch.equal(pipeline(2, mask=first, **options).images[1], plain[1])
+
+
+@pytest.mark.parametrize("solver", SINGLE_STEP)
+def test_what_is_known_is_known_at_other_band_rates(solver: str) -> None:
+    low = torch.rand(1, 2, 16, 16)
+    images = drawn(random_pipeline(solver=solver), low_resolution=low, detail_steps=7)
+    assert_close(F.avg_pool2d(images, 2), low.expand(2, -1, -1, -1), atol=1e-3, rtol=0)
+
+
+def test_what_is_not_known_follows_from_what_is() -> None:
+    """Of a Gaussian whose bands depend on each other, by 0.8; projection comes to half of it or more, not to all."""
+    covariance = 0.04 * torch.eye(4)
+    covariance[0, 1] = covariance[1, 0] = 0.032
+    pipeline = tiny_pipeline()
+    pipeline.codec = WaveletCodec(scaling="none")
+    pipeline.codec.clip_value.fill_(20.0)
+    pipeline.backbone = GaussianDenoiser(0.0, covariance, "epsilon")
+    pipeline.scheduler = build_solver("ddim", "epsilon", codec=pipeline.codec)
+    coarse = 0.2 * torch.randn(64, 1, 8, 8)
+    low = (coarse / 4 + 0.5).clamp(0, 1)  # of Haar, the coarse band is twice the mean of pixels in [-1, 1]
+    options = {"num_inference_steps": 100, "eta": 1.0, "output_type": "pt", "low_resolution": low}
+    z = pipeline.codec.encode(pipeline(64, **options).images * 2 - 1)
+    a, h = z[:, 0].flatten(), z[:, 1].flatten()
+    assert 0.4 < (a @ h) / (a @ a) < 0.85
+
+
+class Mixture(torch.nn.Module):
+    """The exact denoiser of two Gaussians N(+-mean, spread^2): of one by its label (0, 1), of both by the label 2.
+
+    With `guided` = (weights, label) it is what guidance makes of it: from the gradient of log p(z) + w (log p(z | c) -
+    log p(z)), where p are the densities of z_t.
+    """
+
+    dtype, device, spread = torch.float32, torch.device("cpu"), 0.15
+
+    def __init__(self, target: str, guided: tuple | None = None) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(in_channels=4, sample_size=8, num_class_embeds=3)
+        self.target, self.guided, self.calls = target, guided, 0
+        self.a = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod.double()
+
+    def log_density(self, z, a, label):
+        means = (a.sqrt() * 0.5, -a.sqrt() * 0.5)
+        logs = [-((z - mean) ** 2) / 2 / (a * self.spread**2 + 1 - a) for mean in means]
+        return logs[label] if label < 2 else torch.logaddexp(*logs)  # per value: they are independent
+
+    def score(self, z, a, labels):
+        z = z.double().requires_grad_()
+        with torch.enable_grad():
+            total = sum(self.log_density(z[i], a, int(label)).sum() for i, label in enumerate(labels))
+            return torch.autograd.grad(total, z)[0]
+
+    def forward(self, sample, timestep, class_labels=None):
+        self.calls += 1
+        low, rest = int(timestep), float(timestep) % 1
+        sigma = torch.lerp(*(1 / self.a[[low, min(low + 1, 999)]] - 1).sqrt(), rest)
+        a, both = 1 / (1 + sigma**2), [2] * len(sample)
+        if self.guided is None:
+            score = self.score(sample, a, class_labels)
+        else:
+            free, (weights, label) = self.score(sample, a, both), self.guided
+            score = free + torch.tensor(weights).view(-1, 1, 1) * (self.score(sample, a, [label] * len(sample)) - free)
+        noise = -(1 - a).sqrt() * score
+        clean = (sample - (1 - a).sqrt() * noise) / a.sqrt()
+        answers = {"epsilon": noise, "sample": clean, "v_prediction": a.sqrt() * noise - (1 - a).sqrt() * clean}
+        return SimpleNamespace(sample=answers[self.target].float())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("solver", "detail_steps"), [*((name, None) for name in SOLVERS), ("ddim", 4), ("heun", 3)])
+def test_guidance_is_that_of_the_guided_score(solver: str, detail_steps: int | None, target: str) -> None:
+    if target == "sample" and solver in NOT_OF_SAMPLE:
+        return
+    options = {"num_inference_steps": 6, "detail_steps": detail_steps, "output_type": "pt"}
+    pipeline = tiny_pipeline()
+    pipeline.codec.clip_value.fill_(20.0)
+    for details in (None, 1.0):
+        images = []
+        for guided in (None, ([2.5] + 3 * [2.5 if details is None else details], 1)):
+            asked = {} if guided else {"labels": 1, "guidance": 2.5, "guidance_details": details}
+            pipeline.scheduler = build_solver(solver, target, spacing="leading", codec=pipeline.codec)
+            pipeline.backbone = Mixture(target, guided)
+            pipeline.backbone.config.num_class_embeds = None if guided else 3
+            images.append(pipeline(2, **options, **asked).images)
+        assert_close(*images, atol=2e-4, rtol=0)
+
+
+def test_weight_1_is_the_plain_conditional_sampler_and_calls_the_network_once() -> None:
+    pipeline, options = tiny_pipeline(), {"num_inference_steps": 5, "output_type": "pt"}
+    pipeline.backbone = Mixture("epsilon")
+    plain = pipeline(3, labels=[0, 1, 0], **options).images
+    assert pipeline.backbone.calls == 5
+    weights, labels = {"guidance": 1.0, "guidance_details": 1.0}, torch.tensor([0, 1, 0])
+    assert torch.equal(pipeline(3, labels=labels, **weights, **options).images, plain)
+    assert pipeline.backbone.calls == 10
+    pipeline(3, labels=0, guidance=2.0, **options)
+    assert pipeline.backbone.calls == 20
+    pipeline.backbone = Mixture("epsilon", ([1.0] * 4, 0))
+    assert_close(pipeline(3, **options).images[::2], plain[::2], atol=1e-4, rtol=0)
+
+
+def conditional_pipeline(classes: int = 3) -> WaveletPipeline:
+    torch.manual_seed(0)
+    sizes = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 16)}
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "norm_num_groups": 8}
+    backbone = UNet2DModel(**sizes, **blocks, num_class_embeds=classes + 1).eval()
+    pipeline = WaveletPipeline(backbone, build_solver("ddim"), WaveletCodec(scaling="dyadic"))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_labels_reach_the_network() -> None:
+    pipeline, options = conditional_pipeline(), {"num_inference_steps": 3, "output_type": "pt"}
+    images = pipeline(3, labels=[0, 1, 2], seed=0, **options).images
+    for label in range(3):
+        alone, other = (pipeline(3, labels=one, **options).images[label] for one in (label, (label + 1) % 3))
+        assert torch.allclose(images[label], alone, atol=1e-6) and not torch.allclose(images[label], other, atol=1e-6)
+    seen: list[torch.Tensor] = []
+    keep = lambda module, inputs, named: seen.append(named["class_labels"])  # noqa: E731
+    pipeline.backbone.register_forward_pre_hook(keep, with_kwargs=True)
+    pipeline(3, **options)
+    assert seen and all(labels.tolist() == [3, 3, 3] for labels in seen)  # nothing is asked for
+    cycled = list(sample_images(pipeline, 5, labels=[2, 0], num_inference_steps=1))
+    assert seen[-1][:5].tolist() == [2, 0, 2, 0, 2] and len(np.concatenate(cycled)) == 5
+
+
+FAULTS = [
+    ({"labels": 3}, "got labels 3, wanted 0 to 2"),
+    ({"labels": [0, 1, 2]}, "wanted 0 to 2, one or 2 of them"),
+    ({"labels": -1}, "got labels -1"),
+    ({"labels": [0.5, 1.0]}, "got labels"),
+    ({"guidance": 2.0}, "got guidance 2.0, wanted labels"),
+    ({"labels": 0, "guidance": float("nan")}, "got guidance nan"),
+    ({"labels": 0, "guidance_details": -1.0}, "wanted labels and a number from 0 on"),
+    ({"known": torch.rand(2, 1, 16, 16)}, "got a part of known and mask"),
+    ({"mask": torch.ones(1, 1, 16, 16) > 0}, "got a part of known and mask"),
+    ({"known": torch.rand(2, 1, 8, 8), "mask": torch.ones(1, 1, 16, 16) > 0}, r"got images \(2, 1, 8, 8\)"),
+    ({"known": torch.rand(2, 1, 16, 16), "mask": torch.ones(1, 1, 16, 16)}, "of torch.float32, wanted bool"),
+    ({"known": torch.rand(2, 1, 16, 16), "mask": torch.ones(1, 1, 8, 8) > 0}, r"got a mask \(1, 1, 8, 8\)"),
+    ({"low_resolution": torch.rand(2, 1, 4, 4)}, r"got images \(2, 1, 4, 4\)"),
+    ({"low_resolution": torch.rand(2, 1, 8, 8) + 1}, "wanted floats in"),
+    ({"low_resolution": torch.full((2, 1, 8, 8), float("nan"))}, "wanted floats in"),
+    ({"low_resolution": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)}, "wanted floats in"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), FAULTS)
+def test_conditions_that_cannot_be_met_are_refused_in_one_line(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refused:
+        conditional_pipeline()(2, num_inference_steps=1, **options)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_network_without_labels_refuses_them() -> None:
+    with pytest.raises(ValueError, match="got labels for a network that was trained without, wanted none"):
+        tiny_pipeline()(1, labels=0, num_inference_steps=1)
+    with pytest.raises(ValueError, match="got guidance_details at level 0"):
+        random_pipeline(level=0)(1, guidance_details=2.0)
