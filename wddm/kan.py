@@ -30,7 +30,8 @@ def spline_basis(x: Tensor) -> Tensor:
     On a uniform grid every basis is the same piecewise cubic of the distance d to its centre, in knots:
     B(d) = ((2 - d)_+^3 - 4 (1 - d)_+^3) / 6, which needs no recursion over orders.
     """
-    return _basis(*_ramps(_offsets(x.unsqueeze(-1)))).squeeze(-1)
+    _, outer, inner = _ramps(x.unsqueeze(-1))
+    return torch.sub(outer.pow(3), inner.pow(3), alpha=4).div(6).squeeze(-1)
 
 
 class SplineSum(torch.autograd.Function):
@@ -66,9 +67,8 @@ def _bases(x: Tensor, grad_bases: Tensor | None = None, grad_x: Tensor | None = 
     bases, rows = x.new_empty(len(x), BASES, x.shape[1]), _rows(x, PER_CHUNK)
     for start in range(0, len(x), rows):
         chunk = slice(start, start + rows)
-        offsets = _offsets(x[chunk])
-        outer, inner = _ramps(offsets)
-        _basis(outer, inner, bases[chunk])
+        offsets, outer, inner = _ramps(x[chunk])
+        torch.sub(outer.pow(3), inner.pow(3), alpha=4, out=bases[chunk]).div_(6)
         if grad_bases is not None and grad_x is not None:
             slope = outer.square_().sub_(inner.square_(), alpha=4).mul_(offsets.sign_())
             torch.sum(slope.mul_(grad_bases[chunk]), 1, out=grad_x[chunk]).mul_(-0.5 / SPACING)
@@ -80,25 +80,15 @@ def _rows(x: Tensor, values: int) -> int:
     return max(1, (values if x.device.type == "cpu" else 2**26) // (BASES * x.shape[1]))
 
 
-def _offsets(x: Tensor) -> Tensor:
-    """Signed distances of x (..., in) to the 8 centres, in knots, (..., 8, in)."""
+def _ramps(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Signed distances of x (..., in) to the 8 centres, in knots, (..., 8, in); (2 - d)_+ and (1 - d)_+ of them."""
     centres = torch.arange(BASES, device=x.device, dtype=x.dtype) - (1 + 1 / SPACING)
-    return (x / SPACING).unsqueeze(-2) - centres.unsqueeze(-1)
-
-
-def _ramps(offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """(2 - d)_+ and (1 - d)_+ of the distances d."""
-    distance = offsets.abs()
-    return (2 - distance).relu_(), (1 - distance).relu_()
-
-
-def _basis(outer: Tensor, inner: Tensor, out: Tensor | None = None) -> Tensor:
-    """B(d) of the two ramps of d, written to `out` if it is given."""
-    return torch.sub(outer.pow(3), inner.pow(3), alpha=4, out=out).div_(6)
+    offsets = (x / SPACING).unsqueeze(-2) - centres.unsqueeze(-1)
+    return offsets, (2 - offsets.abs()).relu_(), (1 - offsets.abs()).relu_()
 
 
 class SplineLinear(nn.Module):
-    """y = W_b SiLU(x) + sum_k (s * W_k) B_k(x), with s a scale per edge."""
+    """y = W_b SiLU(x) + sum_k (s * W_k) B_k(x), with s a scale per edge: (..., in) -> (..., out)."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -110,14 +100,13 @@ class SplineLinear(nn.Module):
         nn.init.uniform_(self.spline_weight, -0.05 / INTERVALS, 0.05 / INTERVALS)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
         weight = self.spline_weight * self.spline_scaler.unsqueeze(1)  # (out, 8, in)
         splines = SplineSum.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
         return F.linear(F.silu(x), self.base_weight) + splines
 
 
 class KANBlock(nn.Module):
-    """LayerNorm -> spline layer -> plus projected time. As in the published models, no residual path goes around it."""
+    """LayerNorm -> spline layer -> plus projected time, without a residual path: tokens (B, N, D), time (B, E)."""
 
     def __init__(self, width: int, time_width: int) -> None:
         super().__init__()
@@ -126,5 +115,4 @@ class KANBlock(nn.Module):
         self.time = nn.Linear(time_width, width)
 
     def forward(self, tokens: Tensor, time: Tensor) -> Tensor:
-        """Tokens (B, N, D) and time (B, E) -> (B, N, D)."""
         return self.spline(self.norm(tokens)) + self.time(F.silu(time)).unsqueeze(1)
