@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from diffusers import ModelMixin
 
+from benchmarks.matched import matched
 from wddm.backbones import IMAGES, PRESETS, build_backbone, preset_sizes
 from wddm.objective import build_solver
 from wddm.pipeline import WaveletPipeline
@@ -118,12 +119,10 @@ def entries(kind: str, dataset: str, levels: Sequence[int], attention_head_dim: 
         if level == 0:
             networks[PRESET, 0] = network
             continue
-        same, pixels = preset_sizes(kind, dataset, level), preset_sizes(kind, dataset, 0)
+        same = preset_sizes(kind, dataset, level)
         same["widths"] = same.pop("block_out_channels")
-        pixels["widths"] = on_paper(network | {"matched": True}).config.block_out_channels
-        del pixels["block_out_channels"]
         networks[WAVELETS, level] = network
-        networks[SAME, level], networks[MATCHED, level] = network | {"level": 0} | same, network | {"level": 0} | pixels
+        networks[SAME, level], networks[MATCHED, level] = network | {"level": 0} | same, matched(network)
     models = {key: on_paper(network) for key, network in networks.items()}
     counted = {key: (model.num_parameters(), profiling.forward_flops(model)) for key, model in models.items()}
     return [Entry(*key, network, *counted[key], {}) for key, network in networks.items()]
