@@ -47,7 +47,7 @@ def open_pipeline(
     Args:
         model_type, level, resolution, prediction_type: what the checkpoint is expected to be, a ValueError if it is
             not. A published one does not store its prediction type: as `from_published` has it unless given.
-        spacing: of the solver's steps; unless given `default_spacing` for ours, "leading" for published ones.
+        spacing: of the solver's steps; unless given "trailing" for ours, "leading" for published ones.
     """
     folder = fetched(path, {})
     if (folder / WaveletPipeline.config_name).is_file():

@@ -27,7 +27,7 @@ from wddm.data import Dataset, to_batch
 from wddm.files import append_row, read_rows
 from wddm.metrics import scores
 from wddm.metrics.intervals import Estimate
-from wddm.objective import alphas_cumprod, build_solver, check_options, clean_estimate, default_spacing
+from wddm.objective import alphas_cumprod, build_solver, check_options, clean_estimate
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
 
@@ -46,10 +46,10 @@ def settings(
 ) -> list[Row]:
     """Every combination. Only ddim takes the etas; detail steps that equal the steps are the plain sampler's, None.
 
-    A spacing of None is the solver's default.
+    A spacing of None is trailing, the default.
     """
     return [
-        dict(zip(SETTING, (name, count, eta, spacing or default_spacing(name), details), strict=True))
+        dict(zip(SETTING, (name, count, eta, spacing or "trailing", details), strict=True))
         for name, spacing in itertools.product(schedulers, spacings)
         for eta, count in itertools.product(etas if name == "ddim" else (0.0,), steps)
         for details in (None if details == count else details for details in detail_steps)
