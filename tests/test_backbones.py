@@ -4,11 +4,20 @@ import inspect
 
 import pytest
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from torch.testing import assert_close
 
-from wddm.backbones import BACKBONES, IMAGES, PRESETS, Backbone, backbone_name, build_backbone, load_backbone
+from wddm.backbones import (
+    BACKBONES,
+    IMAGES,
+    PRESETS,
+    Backbone,
+    backbone_name,
+    build_backbone,
+    forward_flops,
+    load_backbone,
+)
 from wddm.loading import load_strictly
 
 PUBLISHED = {
@@ -68,19 +77,91 @@ def test_heads_are_as_wide_as_every_width_allows(backbone: str) -> None:
     assert model(torch.randn(1, 4, 8, 8), 3).sample.shape == (1, 4, 8, 8)
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_matched_is_a_pixel_network_of_the_same_size(backbone: str) -> None:
-    with torch.device("meta"):
-        wavelet = build_backbone(backbone, dataset="cifar10", level=1)
-        pixel = build_backbone(backbone, dataset="cifar10", level=1, matched=True)
-    assert pixel.config.in_channels == 3 and pixel.config.sample_size == 32
-    assert abs(pixel.num_parameters() / wavelet.num_parameters() - 1) < 0.05
-
-
 def test_a_folder_of_ones_own_needs_its_sizes() -> None:
     model = build_backbone("unet", level=2, image_size=48, image_channels=1, widths=(32, 64))
     assert model.config.in_channels == 16 and model.config.sample_size == 12
     assert model(torch.randn(1, 16, 12, 12), 3).sample.shape == (1, 16, 12, 12)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_any_size_and_number_of_channels_is_built_saved_and_counted(tmp_path, backbone: str) -> None:
+    sizes = {"image_size": [32, 64], "image_channels": 5, "widths": (32, 32)}
+    model, x = build_backbone(backbone.upper(), **sizes, num_class_embeds=3).eval(), torch.randn(2, 20, 16, 32)
+    assert tuple(model.config.sample_size) == (16, 32) and model.config.in_channels == 20
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path)
+    again = load_backbone(tmp_path)
+    with torch.no_grad():
+        first, second = (model(x, 3, torch.tensor(labels)).sample for labels in ([0, 1], [2, 1]))
+        assert_close(again(x, 3, class_labels=torch.tensor([0, 1])).sample, first)
+        assert first.shape == x.shape and not torch.allclose(first[0], second[0]) and torch.equal(first[1], second[1])
+        for network, labels in ((model, None), (build_backbone(backbone, **sizes), torch.tensor([0, 1]))):
+            with pytest.raises(ValueError):
+                network(x, 3, labels)
+    assert forward_flops(model) == forward_flops(build_backbone(backbone, **sizes)) > 2 * 20 * 32 * 16 * 32
+
+
+@pytest.mark.parametrize(
+    ("size", "level", "wanted"),
+    [
+        (64, 1, ("stl10", 1)),
+        (32, 1, ("cifar10", 1)),
+        (16, 1, ("digits", 1)),
+        ((48, 64), 2, ("stl10", 2)),  # maps of 12 x 16, 14 in the geometric mean
+        (64, 0, ("stl10", 0)),
+        (128, 1, ("stl10", 0)),  # as near in side and level as CelebA-HQ's level 2
+        (256, 2, ("celebahq", 2)),
+        (512, 3, ("celebahq", 2)),
+        (96, 1, ("stl10", 0)),  # maps of 48: nearer to 64 than to 32 by ratio
+    ],
+)
+def test_a_folder_of_ones_own_takes_the_preset_of_the_nearest_maps(size, level: int, wanted: tuple) -> None:
+    with torch.device("meta"):
+        model = build_backbone("unet", dataset="photographs", level=level, image_size=size, image_channels=3)
+    assert model.config.block_out_channels == PRESETS[wanted].unet
+    attending = [i for i, kind in enumerate(model.config.down_block_types) if kind == "AttnDownBlock2D"]
+    assert tuple(attending) == PRESETS[wanted].attention and model.config.dropout == 0
+
+
+GFLOP = {  # published, to the digits given
+    ("unet", "cifar10", 1): "3.18",
+    ("unet", "cifar10", 2): "0.20",
+    ("unet", "stl10", 1): "12.82",
+    ("unet", "celebahq", 0): "812",
+    ("unet", "celebahq", 1): "122",
+    ("unet", "celebahq", 2): "13.8",
+    ("ukan", "cifar10", 0): "11.19",
+    ("ukan", "cifar10", 1): "2.60",
+    ("ukan", "cifar10", 2): "0.32",
+    ("ukan", "stl10", 0): "45.6",
+    ("ukan", "stl10", 1): "11.2",
+    ("ukan", "celebahq", 0): "266",
+    ("ukan", "celebahq", 1): "51",
+    ("ukan", "celebahq", 2): "46",
+}
+
+
+@pytest.mark.parametrize(("kind", "dataset", "level"), GFLOP)
+def test_forward_flops_are_the_published_ones(kind: str, dataset: str, level: int) -> None:
+    wanted = GFLOP[kind, dataset, level]
+    with torch.device("meta"):
+        backbone = build_backbone(kind, dataset=dataset, level=level)
+    got = forward_flops(backbone, attention=False) / 1e9
+    assert f"{got:.{len(wanted.partition('.')[2])}f}" == wanted
+
+
+def test_attention_is_counted_unless_it_is_left_out() -> None:
+    """Two products of (n, c) with (c, n) in the middle block and nowhere else: 4 n^2 c."""
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (32,)}
+    backbone = UNet2DModel(sample_size=8, in_channels=3, out_channels=3, attention_head_dim=8, **blocks)
+    assert forward_flops(backbone) - forward_flops(backbone, attention=False) == 4 * 64**2 * 32
+
+
+def test_counting_needs_no_memory_and_leaves_the_network_alone() -> None:
+    backbone = build_backbone("ukan", dataset="digits", level=1).train()
+    forward_flops(backbone)
+    assert backbone.training and {p.device.type for p in backbone.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize(
@@ -97,6 +178,22 @@ def test_a_folder_of_ones_own_needs_its_sizes() -> None:
         ({"backbone": "ukan", "dataset": "digits", "widths": (30,)}, "wanted multiples of 8"),
         ({"backbone": "ukan", "dataset": "digits", "widths": (32, 64, 64, 64, 64)}, "maps of side 8, .* give fewer"),
         ({"backbone": "unet", "dataset": "digits", "attention_head_dim": 0}, "got attention_head_dim 0"),
+        ({"backbone": "unet", "dataset": "digits", "layers_per_block": 0}, "got layers_per_block 0, wanted 1 or more"),
+        ({"backbone": "ukan", "dataset": "digits", "layers_per_block": -1}, "got layers_per_block -1, wanted 1"),
+        ({"backbone": "unet", "dataset": "digits", "num_class_embeds": 0}, "got num_class_embeds 0, wanted 1"),
+        ({"backbone": "unet", "dataset": "digits", "level": -1}, "got level -1, wanted 0 or more"),
+        ({"backbone": "ukan", "dataset": "digits", "dropout": 1}, "got dropout 1, wanted 0 or more and less than 1"),
+        ({"backbone": "unet", "dataset": "digits", "dropout": -0.1}, "got dropout -0.1, wanted 0 or more"),
+        ({"backbone": "dit", "dataset": "digits", "dropout": float("nan")}, "got dropout nan, wanted 0 or more"),
+        (
+            {"backbone": "unet", "image_size": (48, 50), "image_channels": 3, "level": 2, "widths": [32]},
+            "got image_size 50, wanted a multiple of 4",
+        ),
+        (
+            {"backbone": "ukan", "image_size": 100, "image_channels": 3, "level": 2},
+            "maps of side 25, .* give fewer",
+        ),
+        ({"backbone": "dit", "image_size": 256, "image_channels": 3}, "no preset for dataset None .* that have a dit"),
         (
             {"backbone": "unet", "dataset": "digits", "attention_levels": [9]},
             r"got attention_levels \[9\], .* 1",

@@ -15,8 +15,9 @@ from conftest import ROOT, wddm
 from torch.testing import assert_close
 
 from benchmarks import against_pixels, against_plain, figures, plain, profiling, workloads
+from benchmarks.matched import matched
 from benchmarks.profiling import Measurement, ready
-from wddm.backbones import build_backbone
+from wddm.backbones import BACKBONES, build_backbone
 from wddm.kan import SplineLinear, spline_basis
 from wddm.objective import noise_scheduler
 from wddm.wavelets import WaveletCodec
@@ -227,7 +228,8 @@ def test_efficiency(root: Path) -> None:
     slow = costs[(costs.dataset == "celebahq") & (costs.level == 0)]
     if not torch.cuda.is_available():
         assert slow.training_images_per_s.isna().all() and slow.training_not_run.str.endswith("s a step").all()
-    assert set(pd.read_csv(report / "speedups.csv").over) == {against_pixels.PRESET, against_pixels.SAME, against_pixels.MATCHED}
+    over = {against_pixels.PRESET, against_pixels.SAME, against_pixels.MATCHED}
+    assert set(pd.read_csv(report / "speedups.csv").over) == over
     page = (report / "efficiency.html").read_text()
     assert "Traceback (most" not in page and "Warning:" not in page and "it/s]" not in page
     assert {p.stem for p in (report / "figures").glob("*.png")} == {"rates", "speedups"}
@@ -269,3 +271,13 @@ def test_benchmarks(root: Path) -> None:
     assert json.loads((report / "timings.json").read_text())["loop_ratio"] > 0.1
     page = (report / "benchmarks.html").read_text()
     assert "Traceback (most" not in page and "Warning:" not in page
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_matched_is_a_pixel_network_of_the_same_size(backbone: str) -> None:
+    network = {"backbone": backbone, "dataset": "cifar10", "level": 1}
+    with torch.device("meta"):
+        wavelet = build_backbone(**network)
+        pixel = build_backbone(**matched(network))
+    assert pixel.config.in_channels == 3 and pixel.config.sample_size == 32
+    assert abs(pixel.num_parameters() / wavelet.num_parameters() - 1) < 0.05

@@ -51,11 +51,13 @@ def test_positions_matter_and_nothing_else_tells_them_apart() -> None:
         assert_close(model(shuffled(x), 3).sample, shuffled(model(x, 3).sample), atol=1e-5, rtol=1e-5)
 
 
-def test_positions_are_of_rows_and_of_columns() -> None:
-    positions = DiTModel(6, 4, 4, (32,), attention_head_dim=16).positions.view(6, 6, 32)
+@pytest.mark.parametrize("size", [6, (4, 6), (6, 4)])
+def test_positions_are_of_rows_and_of_columns(size) -> None:
+    height, width = (size, size) if isinstance(size, int) else size
+    positions = DiTModel(size, 4, 4, (32,), attention_head_dim=16).positions.view(height, width, 32)
     rows, columns = positions.unbind(0), positions.unbind(1)
-    assert len({tuple(p.tolist()) for p in positions.flatten(0, 1)}) == 36
-    assert torch.equal(rows[0][:, :16], rows[5][:, :16]) and torch.equal(columns[0][:, 16:], columns[5][:, 16:])
+    assert len({tuple(p.tolist()) for p in positions.flatten(0, 1)}) == height * width
+    assert torch.equal(rows[0][:, :16], rows[-1][:, :16]) and torch.equal(columns[0][:, 16:], columns[-1][:, 16:])
 
 
 def test_every_position_sees_every_other() -> None:

@@ -1,7 +1,10 @@
 """Oracles: closed forms of the forward process; a model that knows the noise; finite gradients everywhere."""
 
+import inspect
+import itertools
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,6 +18,7 @@ from wddm.objective import (
     build_solver,
     clean_estimate,
     diffusion_loss,
+    exact_step,
     loss_weights,
     noise_scheduler,
     target,
@@ -174,8 +178,38 @@ def test_a_solver_is_told_all_that_it_was_built_with(name: str) -> None:
     assert (config.prediction_type, config.timestep_spacing) == ("epsilon", "linspace")
     assert (config.num_train_timesteps, config.beta_schedule) == (1000, "squaredcos_cap_v2")
     assert config.get("clip_sample_range") == (7.5 if name in ("ddpm", "ddim", "heun") else None)
-    assert build_solver(name).config.timestep_spacing == ("leading" if name == "heun" else "trailing")
+    assert build_solver(name).config.timestep_spacing == "trailing"
     assert config.get("clip_sample", True) and build_solver(name).config.get("clip_sample_range", 1.0) == 1.0
+
+
+def drawn(name: str, spacing: str, steps: int, eta: float) -> torch.Tensor:
+    """What a solver makes of noise with the exact denoiser of a Gaussian of standard deviation 0.3."""
+    solver, generator = build_solver(name, "v_prediction", spacing=spacing), torch.Generator().manual_seed(1)
+    solver.set_timesteps(steps)
+    z, step = torch.randn(1, 1, 32, 32, generator=generator) * solver.init_noise_sigma, exact_step(solver)
+    known, table = inspect.signature(solver.step).parameters, solver.alphas_cumprod.numpy()
+    options = {key: value for key, value in (("eta", eta), ("generator", generator)) if key in known}
+    for t in solver.timesteps:
+        a, seen = float(np.interp(float(t), np.arange(1000), table)), solver.scale_model_input(z, t)
+        clean = a**0.5 * 0.09 / (a * 0.09 + 1 - a) * seen
+        z = step((a**0.5 * seen - clean) / (1 - a) ** 0.5, t, z, **options).prev_sample
+    return z
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_solver_in_few_steps_is_finite_and_far_from_saturated(name: str, spacing: str) -> None:
+    for eta, steps in itertools.product((0.0, 0.5, 1.0) if name == "ddim" else (0.0,), range(1, 13)):
+        z = drawn(name, spacing, steps, eta)
+        assert z.dtype == torch.float32 and z.isfinite().all(), (steps, eta)
+        assert steps < 3 or z.std() < 0.5, (steps, eta)
+
+
+def test_names_are_taken_in_any_case() -> None:
+    assert type(build_solver("DDIM", "Epsilon")) is type(build_solver("ddim"))
+    assert build_solver("Euler_A", "V_Prediction").config.prediction_type == "v_prediction"
+    assert noise_scheduler("EPSILON").config.prediction_type == "epsilon"
+    objective.check_options("DDIM", eta=0.5, detail_steps=3)
 
 
 def test_a_solver_is_an_entry_and_refuses_what_it_does_not_have(monkeypatch) -> None:
@@ -192,6 +226,10 @@ def test_a_solver_is_an_entry_and_refuses_what_it_does_not_have(monkeypatch) -> 
         (lambda: build_solver("ddim", spacing="even"), "got spacing='even', wanted one of leading"),
         (lambda: build_solver("ddim", "eps"), "got prediction_type='eps', wanted one of epsilon"),
         (lambda: build_solver("pndm", "sample"), "got prediction_type='sample' for pndm"),
+        (
+            lambda: diffusion_loss(None, None, None, None, None, None, reconstruction=-1),
+            "got reconstruction=-1, wanted 0",
+        ),
         (lambda: objective.check_options("pndm", eta=0.5), "got eta=0.5 for pndm, wanted 0"),
         (lambda: objective.check_options("ddim", eta=1.5), "got eta=1.5, wanted 0"),
         (lambda: objective.check_options("unipc", detail_steps=5), "got detail_steps for unipc, wanted one of ddpm"),

@@ -352,7 +352,7 @@ def test_a_codec_that_is_not_finite_draws_nothing() -> None:
 
 
 def test_what_is_not_finite_is_no_image() -> None:
-    pipeline = tiny_pipeline(solver="euler_a")
+    pipeline = tiny_pipeline(prediction_type="v_prediction", solver="euler_a")
     pipeline.backbone.conv_out.bias.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite from EulerAncestralDiscreteScheduler in 4 steps"):
         pipeline(1, num_inference_steps=4)

@@ -203,7 +203,7 @@ def test_clip_and_prediction_are_those_of_the_checkpoint(ours) -> None:
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     assert pipeline.scheduler.config.timestep_spacing == "trailing"
     assert pipeline.scheduler.config.clip_sample_range == pipeline.codec.clip_value.item()
-    assert open_pipeline(ours, scheduler="heun").scheduler.config.timestep_spacing == "leading"
+    assert open_pipeline(ours, scheduler="heun").scheduler.config.timestep_spacing == "trailing"
 
 
 def test_the_kind_of_network_is_expected_by_its_name_in_any_case(ours, chaotic) -> None:

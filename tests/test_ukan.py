@@ -226,13 +226,3 @@ def test_config_is_readable_json(tmp_path) -> None:
     UKANModel(8, 4, 4, (32,)).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["_class_name"] == "UKANModel" and config["block_out_channels"] == [32]
-
-
-def test_weights_saved_with_splines_the_other_way_round_load(tmp_path) -> None:
-    model = UKANModel(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32,)).eval()
-    model.save_pretrained(tmp_path)
-    file = tmp_path / WEIGHTS
-    tensors = {k: v.transpose(1, 2).contiguous() if "spline_weight" in k else v for k, v in load_file(file).items()}
-    save_file(tensors, file, {"format": "pt"})
-    x, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
-    assert_close(UKANModel.from_pretrained(tmp_path)(x, t).sample, model(x, t).sample)

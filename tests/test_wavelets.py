@@ -66,7 +66,7 @@ def test_pyramid_is_pywavelets_wavedec_folded(wavelet: str) -> None:
     order=st.sampled_from(["AHVD", "AVHD"]),
     rows=st.integers(5, 8),
     columns=st.integers(5, 8),
-    colours=st.sampled_from([1, 3]),
+    colours=st.sampled_from([1, 3, 5]),
 )
 def test_decode_inverts_encode(wavelet, level, transform, scaling, order, rows, columns, colours) -> None:
     side = 8 if wavelet in ("bior4.4", "db4", "sym4") else 4
@@ -106,7 +106,7 @@ def test_calling_a_codec_encodes_and_so_do_its_exports() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wavelet", ["haar", "db2"])
-def test_it_works_in_half_the_bits(wavelet: str, dtype: torch.dtype) -> None:
+def test_it_works_in_half_the_bits(wavelet: str, dtype: torch.dtype, recwarn, caplog) -> None:
     images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
     codec, batch = WaveletCodec(wavelet, 2), torch.rand(2, 3, 16, 16)
     wanted = codec.fit(images).encode(batch)
@@ -115,6 +115,7 @@ def test_it_works_in_half_the_bits(wavelet: str, dtype: torch.dtype) -> None:
     assert coefficients.dtype == half.decode(coefficients).dtype == half.clip_value.dtype == dtype
     assert_close(coefficients.float(), wanted, atol=0.1, rtol=0.05)
     assert_close(half.decode(coefficients).float(), batch, atol=0.04, rtol=0)
+    assert not recwarn.list and not caplog.records
 
 
 def test_dyadic_haar_stays_in_range_and_reaches_it() -> None:
@@ -198,6 +199,7 @@ def test_published_coefficients(published) -> None:
         ({"wavelet": "dmey"}, None, "got wavelet='dmey', wanted one that reconstructs perfectly"),
         ({"transform": "packets"}, None, "wanted one of packet, pyramid"),
         ({"level": -1}, None, "wanted 0 or more"),
+        ({"scaling": "Band"}, None, "got scaling='Band', wanted one of band"),
     ],
 )
 def test_bad_input_is_refused_with_a_remedy(options: dict, shape: tuple | None, message: str) -> None:

@@ -7,7 +7,6 @@ enter it in `BACKBONES`. The presets of UNet and U-KAN are the published models;
 
 import inspect
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,11 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wddm.dit import DiTModel
 from wddm.loading import CLASS_NAME, load_strictly, read_config
-from wddm.ukan import FEWER_WIDTHS, UKANModel
-from wddm.wavelets import check_choice, check_multiple
+from wddm.ukan import UKANModel, check_halvings
+from wddm.wavelets import check_choice, check_multiple, sides
 
 IMAGES = {"digits": (16, 1), "patches": (32, 3), "cifar10": (32, 3), "stl10": (64, 3), "celebahq": (256, 3)}
 Options = dict[str, Any]  # arguments of a network, by name
+PASSES = 3  # of a training step: forward, and backward at twice its cost
 
 
 class Preset(NamedTuple):
@@ -56,62 +56,50 @@ PRESETS = {  # (dataset, level)
 
 
 def build_backbone(
-    backbone: str,
-    *,
-    dataset: str | None = None,
-    level: int = 1,
-    image_size: int | None = None,
-    image_channels: int | None = None,
-    widths: Sequence[int] | None = None,
-    attention_levels: Sequence[int] | None = None,
-    layers_per_block: int | None = None,
-    attention_head_dim: int = 64,
-    dropout: float | None = None,
-    matched: bool = False,
-) -> ModelMixin:
-    """A freshly initialised denoiser for images of `dataset` at wavelet level `level`.
+    backbone: str, *, dataset: str | None = None, level: int = 1, image_size: int | Sequence[int] | None = None,
+    image_channels: int | None = None, widths: Sequence[int] | None = None, layers_per_block: int | None = None,
+    attention_levels: Sequence[int] | None = None, attention_head_dim: int = 64, dropout: float | None = None,
+    num_class_embeds: int | None = None,
+) -> ModelMixin:  # fmt: skip
+    """A freshly initialised denoiser for images at wavelet level `level`; ValueError if the options do not fit.
 
     Args:
-        backbone: a key of `BACKBONES`.
-        dataset: name of a preset; without one (a folder of your own), give image_size, image_channels and widths.
-        level: wavelet level L; the network sees 4^L C channels of side image_size / 2^L.
-        image_size, image_channels, widths, attention_levels, layers_per_block, dropout: override the preset.
+        dataset: a key of `IMAGES`, which gives size, channels and preset. Other images need image_size (a side, or
+            height and width) and image_channels; without widths they get the preset whose coefficient maps have the
+            nearest side (geometric mean, by ratio), and of several the one of the nearest level.
+        widths, attention_levels, layers_per_block, dropout: override the preset.
         attention_head_dim: channels of an attention head, or its greatest common divisor with the widths. Published
             models have 8; wider heads train faster, above all on large maps.
-        matched: build a pixel-space (level 0) network with as many parameters instead, for a fair comparison.
-
-    Raises:
-        ValueError: unknown backbone, no preset for (dataset, level) and no widths, sides that do not divide, an
-            option that this backbone does not have.
+        num_class_embeds: how many class labels the network is told apart, if any.
     """
-    check_choice("backbone", backbone, BACKBONES)
-    size, channels = IMAGES.get(dataset or "", (0, 0))
-    size, channels = image_size or size, image_channels or channels
+    backbone = check_choice("backbone", backbone, BACKBONES)
+    known_size, known_channels = IMAGES.get(dataset or "", (0, 0))
+    size, channels = image_size or known_size, image_channels or known_channels
     if not size or not channels:
         raise ValueError(f"got dataset={dataset!r} without image_size and image_channels, wanted both: give them")
-    why = f"2^level, level={level}"
-    check_multiple("image_size", size, 2**level, why, "choose a smaller level or another resolution")
-    if attention_head_dim < 1:
-        raise ValueError(f"got attention_head_dim {attention_head_dim}, wanted 1 or more: take 8, as published, or 64")
+    for name, value, least in (
+        ("level", level, 0), ("image_channels", channels, 1), ("attention_head_dim", attention_head_dim, 1),
+        ("layers_per_block", layers_per_block, 1), ("num_class_embeds", num_class_embeds, 1),
+    ):  # fmt: skip
+        if value is not None and value < least:
+            raise ValueError(f"got {name} {value}, wanted {least} or more: change it")
+    if not 0 <= (dropout or 0) < 1:
+        raise ValueError(f"got dropout {dropout}, wanted 0 or more and less than 1: change it")
+    for side in sides(size):
+        remedy = "choose a smaller level or another resolution"
+        check_multiple("image_size", side, 2**level, f"2^level, level={level}", remedy)
+    height, width = (side // 2**level for side in sides(size))
+    given: Options = {"block_out_channels": widths, "attention_levels": attention_levels, "dropout": dropout}
+    given |= {"layers_per_block": layers_per_block, "num_class_embeds": num_class_embeds}
+    options = resolve_options(backbone, dataset, level, math.sqrt(height * width), given)
+    # by name: what is given by position, diffusers takes for a default, and `from_config` then drops it
+    options |= {"sample_size": height if height == width else (height, width)}
+    options |= dict.fromkeys(("in_channels", "out_channels"), 4**level * channels)
+    options["attention_head_dim"] = math.gcd(attention_head_dim, *options["block_out_channels"])
+    return BACKBONES[backbone].build(**options)
 
-    def build(level: int, options: Options) -> ModelMixin:
-        head_dim, stacked = math.gcd(attention_head_dim, *options["block_out_channels"]), 4**level * channels
-        # by name: what is given by position, diffusers takes for a default, and `from_config` then drops it
-        maps = {"sample_size": size // 2**level, "in_channels": stacked, "out_channels": stacked}
-        return BACKBONES[backbone].build(**maps, attention_head_dim=head_dim, **options)
 
-    common = {"layers_per_block": layers_per_block, "dropout": dropout}
-    given = common | {"block_out_channels": widths, "attention_levels": attention_levels}
-    options = resolve_options(backbone, dataset, level, given)
-    if matched and level:
-        with torch.device("meta"):
-            parameters = build(level, options).num_parameters()
-        level, options = 0, resolve_options(backbone, dataset, 0, common)
-        options["block_out_channels"] = matched_widths(partial(build, 0), options, parameters)
-    return build(level, options)
-
-
-def resolve_options(backbone: str, dataset: str | None, level: int, given: Options) -> Options:
+def resolve_options(backbone: str, dataset: str | None, level: int, side: float, given: Options) -> Options:
     """Arguments of a network: the given ones that are not None, else the preset's; ValueError if one does not fit."""
     accepted = inspect.signature(BACKBONES[backbone].build).parameters
     given = {name: value for name, value in given.items() if value is not None}
@@ -120,7 +108,7 @@ def resolve_options(backbone: str, dataset: str | None, level: int, given: Optio
     options: Options = {"attention_levels": (), "layers_per_block": 1 if dataset == "digits" else 2}
     options["dropout"] = 0.1 if dataset == "cifar10" else 0.0
     if "block_out_channels" not in given:
-        options |= preset_sizes(backbone, dataset, level)
+        options |= preset_sizes(backbone, dataset, level, side)
     options = {name: value for name, value in (options | given).items() if name in accepted}
     widths, attending = tuple(options["block_out_channels"]), list(options.get("attention_levels", ()))
     if not widths or any(width < 8 or width % 8 for width in widths):
@@ -130,58 +118,52 @@ def resolve_options(backbone: str, dataset: str | None, level: int, given: Optio
     return options | {"block_out_channels": widths}
 
 
-def preset_sizes(backbone: str, dataset: str | None, level: int) -> dict[str, tuple[int, ...]]:
-    """Widths of a preset and a UNet's attention levels, as arguments of the network; ValueError if there is none."""
-    preset = PRESETS.get((dataset or "", level))
-    widths = getattr(preset, backbone, None)
-    if preset is None or widths is None:
+def preset_sizes(backbone: str, dataset: str | None, level: int, side: float = 1) -> dict[str, tuple[int, ...]]:
+    """Widths of a preset (of the nearest `side` of maps for other data sets) and a UNet's attention levels."""
+    key = (dataset or "", level)
+    if key[0] not in IMAGES:
+        off = {(name, n): math.log(IMAGES[name][0] / 2**n / side) for name, n in PRESETS}
+        key = min(PRESETS, key=lambda other: (abs(off[other]), abs(other[1] - level)))
+    widths = getattr(PRESETS.get(key), backbone, None)
+    if widths is None:
         known = ", ".join(sorted({name for name, _ in PRESETS}))
         raise ValueError(
             f"got no widths and no preset for dataset {dataset!r} at level {level}, wanted one of them: give widths, "
             f"e.g. [64, 128], or choose among {known} at the levels that have a {backbone}"
         )
-    return {"block_out_channels": widths} | ({"attention_levels": preset.attention} if backbone == "unet" else {})
-
-
-def matched_widths(build: Callable[[Options], ModelMixin], options: Options, parameters: int) -> tuple[int, ...]:
-    """The widths, scaled by the one factor, to multiples of 8, whose network comes closest to so many parameters."""
-
-    def count(widths: tuple[int, ...]) -> int:
-        return build(options | {"block_out_channels": widths}).num_parameters()
-
-    percents, widths = range(10, 300, 2), options["block_out_channels"]
-    scaled = sorted({tuple(max(8, 8 * round(width * percent / 800)) for width in widths) for percent in percents})
-    with torch.device("meta"):
-        larger = bisect_left(scaled, parameters, key=count)
-        return min(scaled[max(0, larger - 1) : larger + 1], key=lambda widths: abs(count(widths) - parameters))
+    return {"block_out_channels": widths} | ({"attention_levels": PRESETS[key].attention} if backbone == "unet" else {})
 
 
 def build_unet(
-    sample_size: int,
-    in_channels: int,
-    out_channels: int,
-    block_out_channels: tuple[int, ...],
-    attention_levels: Sequence[int],
-    layers_per_block: int,
-    attention_head_dim: int,
-    dropout: float,
-) -> UNet2DModel:
+    sample_size: int | tuple[int, int], in_channels: int, out_channels: int, block_out_channels: tuple[int, ...],
+    attention_levels: Sequence[int], layers_per_block: int, attention_head_dim: int, dropout: float,
+    num_class_embeds: int | None = None,
+) -> UNet2DModel:  # fmt: skip
     """diffusers' UNet with self-attention in the middle and at `attention_levels` (0 = finest)."""
-    levels = len(block_out_channels)
-    check_multiple("maps of side", sample_size, 2 ** (levels - 1), f"{levels} widths", FEWER_WIDTHS)
-    attends = [level in attention_levels for level in range(levels)]
+    check_halvings(sample_size, len(block_out_channels))
+    attends = [level in attention_levels for level in range(len(block_out_channels))]
     return UNet2DModel(
-        sample_size=sample_size,
-        in_channels=in_channels,
-        out_channels=out_channels,
-        block_out_channels=block_out_channels,
-        layers_per_block=layers_per_block,
+        sample_size=sample_size, in_channels=in_channels, out_channels=out_channels, dropout=dropout,
+        block_out_channels=block_out_channels, layers_per_block=layers_per_block, num_class_embeds=num_class_embeds,
         down_block_types=tuple("AttnDownBlock2D" if here else "DownBlock2D" for here in attends),
         up_block_types=tuple("AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)),
-        dropout=dropout,
-        attention_head_dim=attention_head_dim,
-        norm_num_groups=math.gcd(32, *block_out_channels),
-    )
+        attention_head_dim=attention_head_dim, norm_num_groups=math.gcd(32, *block_out_channels),
+    )  # fmt: skip
+
+
+def forward_flops(backbone: ModelMixin, *, attention: bool = True) -> int:
+    """Floating-point operations of one forward pass at batch 1, counted without memory for weights or activations.
+
+    A multiply-add counts as two; norms, activations and spline bases as none. The published numbers leave out the two
+    products inside attention (`attention=False`), as counters do that do not see into its fused kernel.
+    """
+    config = backbone.config
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network, t = type(backbone).from_config(config).eval(), torch.zeros(1, dtype=torch.long)
+        labels = {"class_labels": t} if config.get("num_class_embeds") else {}
+        network(torch.empty(1, config.in_channels, *sides(config.sample_size)), t, **labels)
+    counted = counter.get_flop_counts()["Global"].items()
+    return sum(n for name, n in counted if attention or not any(part in str(name) for part in ("bmm", "attention")))
 
 
 class Backbone(NamedTuple):
@@ -210,21 +192,3 @@ def load_backbone(folder: Path, **options: Any) -> ModelMixin:
     """The network in a folder, of the class that its config.json names, in eval mode; `options`: torch_dtype."""
     class_name = str(read_config(UKANModel, folder).get("_class_name"))
     return BACKBONES[backbone_name(class_name)].load[class_name](folder, **options)
-
-
-PASSES = 3  # forward passes that a training step costs: the backward pass takes two
-
-
-def forward_flops(backbone: ModelMixin, *, attention: bool = True) -> int:
-    """Floating-point operations of one forward pass at batch 1, without memory for weights or activations.
-
-    A multiply-add counts as two; norms, activations and spline bases count as none. Published numbers leave out the two
-    matrix products of attention: `attention=False`.
-    """
-    config, side = backbone.config, backbone.config.sample_size
-    height, width = (side, side) if isinstance(side, int) else side
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        copy = type(backbone).from_config(config).eval()
-        copy(torch.empty(1, config.in_channels, height, width), torch.zeros(1).long())
-    counted = counter.get_flop_counts()["Global"].items()
-    return sum(n for name, n in counted if attention or not any(part in str(name) for part in ("bmm", "attention")))

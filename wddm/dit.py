@@ -12,30 +12,24 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wddm.ukan import with_labels
+from wddm.wavelets import sides
+
 
 class DiTModel(ModelMixin, ConfigMixin):
     """Denoiser of self-attention and MLP blocks, which the time embedding modulates (adaLN-Zero).
 
-    Args:
-        sample_size: side of the (square) coefficient maps.
-        in_channels, out_channels: channels of `sample` and of the output.
-        block_out_channels: width of every block, all the same.
-        attention_head_dim: channels of an attention head.
-        dropout: probability inside the MLPs, in training only.
+    Arguments are those of `UKANModel`, but `block_out_channels` is the width of every block, all the same.
     """
 
     _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(
-        self,
-        sample_size: int = 16,
-        in_channels: int = 12,
-        out_channels: int = 12,
-        block_out_channels: tuple[int, ...] = (128, 128, 128, 128),
-        attention_head_dim: int = 64,
-        dropout: float = 0.0,
-    ) -> None:
+        self, sample_size: int | tuple[int, int] = 16, in_channels: int = 12, out_channels: int = 12,
+        block_out_channels: tuple[int, ...] = (128, 128, 128, 128), attention_head_dim: int = 64, dropout: float = 0.0,
+        num_class_embeds: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         width = block_out_channels[0]
         if {width} != set(block_out_channels) or width % 4 or width % attention_head_dim:
@@ -44,9 +38,11 @@ class DiTModel(ModelMixin, ConfigMixin):
                 "all blocks, a multiple of 4 and of the heads: for example [64, 64, 64, 64]"
             )
         self.gradient_checkpointing = False
-        self.register_buffer("positions", get_2d_sincos_pos_embed(width, sample_size).float(), persistent=False)
+        positions = get_2d_sincos_pos_embed(width, sides(sample_size)).float()  # (h w, width)
+        self.register_buffer("positions", positions, persistent=False)
         self.frequencies = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0.0)
         self.time = TimestepEmbedding(256, width)
+        self.class_embedding = nn.Embedding(num_class_embeds, width) if num_class_embeds else None
         self.proj_in, self.proj_out = nn.Linear(in_channels, width), nn.Linear(width, out_channels)
         self.blocks = nn.ModuleList(DiTBlock(width, attention_head_dim, dropout) for _ in block_out_channels)
         self.norm_out, self.modulation_out = plain_norm(width), nn.Linear(width, 2 * width)
@@ -54,11 +50,12 @@ class DiTModel(ModelMixin, ConfigMixin):
             nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
 
     def forward(
-        self, sample: Tensor, timestep: Tensor | float | int, return_dict: bool = True
+        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> UNet2DOutput | tuple[Tensor]:
-        """Denoise `sample` (B, C, h, w) at `timestep`, a number or one per sample (B,), fractions allowed."""
+        """As `UKANModel` has it."""
         timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
-        time = F.silu(self.time(self.frequencies(timestep).to(self.dtype)))  # (B, width)
+        time = self.time(self.frequencies(timestep).to(self.dtype))  # (B, width)
+        time = F.silu(with_labels(time, self.class_embedding, class_labels))
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         call = self._gradient_checkpointing_func if recompute else nn.Module.__call__
         x = self.proj_in(sample.flatten(2).transpose(1, 2)) + self.positions  # (B, h w, width)
@@ -71,7 +68,7 @@ class DiTModel(ModelMixin, ConfigMixin):
 
 
 class DiTBlock(nn.Module):
-    """Self-attention, then an MLP. The time embedding shifts and scales the input of each and gates its output."""
+    """Self-attention, then an MLP, on tokens (B, N, width); time (B, width) shifts, scales and gates each of them."""
 
     def __init__(self, width: int, head_dim: int, dropout: float) -> None:
         super().__init__()
@@ -82,7 +79,6 @@ class DiTBlock(nn.Module):
         nn.init.zeros_(self.modulation.weight), nn.init.zeros_(self.modulation.bias)  # at first, the identity
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """Tokens (B, N, width) and time (B, width) -> (B, N, width)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(time).unsqueeze(1).chunk(6, dim=-1)
         qkv = self.qkv(self.norm1(x) * (1 + scale1) + shift1).unflatten(-1, (3, -1, self.head_dim))
         attended = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # (B, heads, N, head_dim)

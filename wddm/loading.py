@@ -42,6 +42,8 @@ NAMES = (  # tensors of a published U-KAN: what is replaced, by what, in this or
     (r"\.block([12])\.0\.", r".norm\1."),
     (r"\.block([12])\.[23]\.", r".conv\1."),
     (r"\.main\.", ".conv."),
+    (r"^(down|up)(.*)\.temb_proj\.1\.", r"\1\2.time_emb_proj."),
+    (r"\.shortcut\.", ".conv_shortcut."),
     (r"\.temb_proj\.1\.", ".time."),
     (r"^patch_embed3\.", "bottleneck.embed1."),
     (r"^patch_embed4\.", "bottleneck.embed2."),

@@ -36,21 +36,19 @@ class Loss(NamedTuple):
 
 def noise_scheduler(prediction_type: str = "v_prediction") -> DDPMScheduler:
     """The forward process: 1000 steps of the squared-cosine schedule (Nichol & Dhariwal 2021)."""
-    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-    return DDPMScheduler(**NOISE, prediction_type=prediction_type)
+    return DDPMScheduler(**NOISE, prediction_type=check_choice("prediction_type", prediction_type, PREDICTION_TYPES))
 
 
 def target(scheduler: SchedulerMixin, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """What the network should answer to z_t, shaped as z, by the scheduler's prediction type."""
-    prediction_type = scheduler.config.prediction_type
-    if prediction_type == "epsilon":
-        return noise
-    return z if prediction_type == "sample" else scheduler.get_velocity(z, noise, t)
+    if scheduler.config.prediction_type == "v_prediction":
+        return scheduler.get_velocity(z, noise, t)
+    return noise if scheduler.config.prediction_type == "epsilon" else z
 
 
 def clean_estimate(scheduler: SchedulerMixin, noisy: Tensor, output: Tensor, t: Tensor) -> Tensor:
     """The estimate of z (B, 4^L C, h, w) that the network's `output` for `noisy` implies, at each sample's own t."""
-    prediction_type, a = scheduler.config.prediction_type, alphas_cumprod(scheduler, t)  # (B, 1, 1, 1)
+    prediction_type, a = scheduler.config.prediction_type, alphas_cumprod(scheduler, t)
     if prediction_type == "sample":
         return output
     if prediction_type == "epsilon":
@@ -79,27 +77,21 @@ WEIGHTINGS: dict[str, Callable[[Tensor, str], Tensor]] = {"none": no_weights, "m
 
 def loss_weights(scheduler: SchedulerMixin, t: Tensor, weighting: str) -> Tensor:
     """Weight of each sample's squared error, (B, 1, 1, 1), by the function of that name in `WEIGHTINGS`."""
-    check_choice("weighting", weighting, WEIGHTINGS)
-    a = alphas_cumprod(scheduler, t)
-    return WEIGHTINGS[weighting](a / (1 - a), scheduler.config.prediction_type)
+    a, weigh = alphas_cumprod(scheduler, t), WEIGHTINGS[check_choice("weighting", weighting, WEIGHTINGS)]
+    return weigh(a / (1 - a), scheduler.config.prediction_type)
 
 
 def diffusion_loss(
-    model: nn.Module,
-    codec: WaveletCodec,
-    scheduler: SchedulerMixin,
-    images: Tensor,
-    noise: Tensor,
-    t: Tensor,
-    *,
-    weighting: str = "min_snr",
-    reconstruction: float = 0.0,
-) -> Loss:
+    model: nn.Module, codec: WaveletCodec, scheduler: SchedulerMixin, images: Tensor, noise: Tensor, t: Tensor, *,
+    weighting: str = "min_snr", reconstruction: float = 0.0,
+) -> Loss:  # fmt: skip
     """Loss of a batch of images (B, C, H, W) in [-1, 1], with noise shaped as their coefficients and t (B,).
 
     `reconstruction` weights a second term: the smooth L1 distance between the decoded clean estimate and the image,
     times a_t, because at large t the division by sqrt(a_t) makes any error of the noise large.
     """
+    if not reconstruction >= 0:
+        raise ValueError(f"got reconstruction={reconstruction}, wanted 0 or more: it weights a second term of the loss")
     z = codec.encode(images)
     noisy = scheduler.add_noise(z, noise, t)
     output = model(noisy, t).sample
@@ -114,59 +106,37 @@ def diffusion_loss(
 
 
 SOLVERS = {  # name: class of diffusers
-    "ddpm": "DDPMScheduler",
-    "ddim": "DDIMScheduler",
-    "pndm": "PNDMScheduler",
-    "dpmsolver++": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler",
-    "deis": "DEISMultistepScheduler",
-    "lms": "LMSDiscreteScheduler",
-}
+    "ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "pndm": "PNDMScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler", "heun": "HeunDiscreteScheduler",
+    "euler": "EulerDiscreteScheduler", "euler_a": "EulerAncestralDiscreteScheduler",
+    "deis": "DEISMultistepScheduler", "lms": "LMSDiscreteScheduler",
+}  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {  # of one solver each
     "ddpm": {"variance_type": "fixed_small"},
     "pndm": {"skip_prk_steps": True},  # the Runge-Kutta start diverges where the schedule leaves no signal
 }
 NOT_OF_SAMPLE = ("pndm", "euler_a")  # diffusers' classes do not know prediction_type="sample"
-ASSUME_EQUAL_GAPS = ("DDIMScheduler", "PNDMScheduler")  # see `exact_step`
 SINGLE_STEP = ("ddpm", "ddim", "euler", "euler_a", "heun")  # they keep nothing from the steps before the last
 
 
-def default_spacing(name: str) -> str:
-    """Spacing that starts at pure noise ("trailing"), but "leading" for heun: its first step from there, where sigma is
-    near 20,000, multiplies the network's error a hundredfold, and no image comes out."""
-    return "leading" if name == "heun" else "trailing"
-
-
 def build_solver(
-    name: str,
-    prediction_type: str = "v_prediction",
-    *,
-    spacing: str | None = None,
-    codec: WaveletCodec | None = None,
+    name: str, prediction_type: str = "v_prediction", *, spacing: str | None = None, codec: WaveletCodec | None = None
 ) -> SchedulerMixin:
-    """A solver by name, on our noise schedule.
+    """A solver by name, on our noise schedule; ValueError for an option that it does not have.
 
     Args:
-        name: a key of `SOLVERS`.
-        prediction_type: what the network predicts.
-        spacing: how the steps are spread over the 1000: "leading", "trailing" or "linspace"; None: `default_spacing`.
+        spacing: how the steps are spread over the 1000: "leading", "trailing" (from pure noise) or "linspace".
         codec: of the coefficients. ddpm, ddim and heun clip the clean estimate at its `clip_value`; without one, at 1.
-
-    Raises:
-        ValueError: an unknown name, or an option that this solver does not have.
     """
-    check_choice("solver", name, SOLVERS)
-    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+    name = check_choice("solver", name, SOLVERS)
+    prediction_type = check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     if prediction_type == "sample" and name in NOT_OF_SAMPLE:
         raise ValueError(f"got prediction_type='sample' for {name}, which does not know it: choose another solver")
     solver = getattr(diffusers, SOLVERS[name])
     known = inspect.signature(solver.__init__).parameters
     options = {**NOISE, "prediction_type": prediction_type, **SETTINGS.get(name, {})}
     if "timestep_spacing" in known:
-        options["timestep_spacing"] = spacing or default_spacing(name)
+        options["timestep_spacing"] = spacing or "trailing"
         check_choice("spacing", options["timestep_spacing"], ("leading", "trailing", "linspace"))
     elif spacing:
         raise ValueError(f"got spacing={spacing!r} for {name}, which spaces its steps itself: leave spacing out")
@@ -177,34 +147,58 @@ def build_solver(
 
 def check_options(name: str, *, eta: float = 0.0, detail_steps: int | None = None) -> None:
     """Raise a ValueError if the solver called `name` does not have one of these options of sampling."""
-    if eta and name != "ddim":
+    if eta and name.lower() != "ddim":
         raise ValueError(f"got eta={eta} for {name}, wanted 0: only ddim knows eta, take it or leave eta out")
     if not 0 <= eta <= 1:
         raise ValueError(f"got eta={eta}, wanted 0 (deterministic) to 1 (as random as ddpm): change eta")
-    if detail_steps and name not in SINGLE_STEP:
+    if detail_steps and name.lower() not in SINGLE_STEP:
         raise ValueError(f"got detail_steps for {name}, wanted one of {', '.join(SINGLE_STEP)}: choose one of them")
 
 
 def exact_step(solver: SchedulerMixin) -> Callable[..., Any]:
-    """`solver.step`, made to end exactly at the next of the timesteps that are set.
+    """`solver.step`, for the timesteps that are set, without three faults that diffusers' own has.
 
     DDIM and PNDM step to t - 1000 // num_inference_steps, which is another timestep where the number of steps does not
-    divide 1000: at 300 steps, spaced trailing, a Gaussian's standard deviation came out 18 % too large. So before each
+    divide 1000: at 300 steps, spaced trailing, a Gaussian's standard deviation came out 18 % too large. So for each
     step `num_inference_steps` is set to 1000 divided by the gap to the next timestep.
+    DDIM with eta 1 and euler_a take the root of a difference as small as a_t, which is 2e-9 at t = 999: in float32 it
+    comes out below zero. So it is taken in float64.
+    Heun's correction multiplies the change of the clean estimate by half of the ratio of the two noise levels: by 1,000
+    and more in a first step from pure noise. Where the ratio is over 30, Euler's step is taken.
     """
-    if type(solver).__name__ not in ASSUME_EQUAL_GAPS:
+    kind = type(solver).__name__
+    if kind == "EulerAncestralDiscreteScheduler" and solver.sigmas[0] > 1000 * solver.sigmas[1]:
+        solver.sigmas = solver.sigmas.double()
+    if kind == "HeunDiscreteScheduler":
+        return _heun_step(solver)
+    if kind not in ("DDIMScheduler", "PNDMScheduler"):
         return solver.step
-    count = solver.num_inference_steps
     gaps: list[int] = []
     for t, after in pairwise([*solver.timesteps.tolist(), -1]):
         gaps.append(t - after or gaps[-1])  # PNDM visits its second timestep twice, to do the first step again
-    remaining = iter(gaps)
+    remaining, count, table = iter(gaps), solver.num_inference_steps, solver.alphas_cumprod
 
     def step(*args: Any, **options: Any) -> Any:
         solver.num_inference_steps = Fraction(solver.config.num_train_timesteps, next(remaining))
+        solver.alphas_cumprod = table.double() if options.get("eta") else table
         try:
             return solver.step(*args, **options)
         finally:
-            solver.num_inference_steps = count
+            solver.num_inference_steps, solver.alphas_cumprod = count, table
+
+    return step
+
+
+def _heun_step(solver: SchedulerMixin) -> Callable[..., Any]:
+    predicted: Tensor | None = None
+
+    def step(*args: Any, **options: Any) -> Any:
+        nonlocal predicted
+        i, corrects = solver.step_index, not solver.state_in_first_order
+        done = solver.step(*args, **options)
+        if corrects and solver.sigmas[i - 1] > 30 * solver.sigmas[i]:
+            done.prev_sample = predicted
+        predicted = done.prev_sample
+        return done
 
     return step

@@ -42,7 +42,7 @@ def open_pipeline(
     """A pipeline folder of ours, or a published checkpoint (folder or Hub repository), with the solver asked for.
 
     ValueError if it is not of the model type, level, resolution (height) or prediction type given; a published one does
-    not store the last. `spacing` of the solver's steps: unless given `default_spacing`, "leading" for published ones.
+    not store the last. `spacing` of the solver's steps: unless given "trailing", "leading" for published ones.
     """
     model_type, prediction_type, spacing = (name and name.lower() for name in (model_type, prediction_type, spacing))
     folder, scheduler = fetched(path, {}), scheduler.lower()

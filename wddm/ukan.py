@@ -12,63 +12,55 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wddm.kan import KANBlock
 from wddm.loading import CLASS_NAME, fetched, load_published, load_strictly, read_config
-from wddm.wavelets import check_multiple
-
-FEWER_WIDTHS = "give fewer widths, a smaller level or another resolution"
+from wddm.wavelets import check_multiple, sides
 
 
 class UKANModel(ModelMixin, ConfigMixin):
-    """Denoiser with a Kolmogorov-Arnold bottleneck.
+    """Denoiser with a Kolmogorov-Arnold bottleneck, which is left out where the deepest maps would be under 4.
 
     Args:
-        sample_size: side of the (square) coefficient maps it is built for.
-        in_channels, out_channels: channels of `sample` and of the output.
-        block_out_channels: width of every level; each level but the last halves the side.
+        sample_size: side of the coefficient maps it is built for, or (height, width).
+        block_out_channels: width of every level; each level but the last halves the sides.
         layers_per_block: residual blocks per level on the way down; one more on the way up.
         attention_levels: levels (0 = finest) whose residual blocks are followed by self-attention.
-        attention_head_dim: channels of an attention head, or its greatest common divisor with the level's width.
+        attention_head_dim, norm_num_groups: channels of an attention head and groups of GroupNorm, or their greatest
+            common divisor with the width.
         dropout: probability inside the residual blocks, in training only.
-        norm_num_groups: groups of GroupNorm, or its greatest common divisor with the width.
         num_train_timesteps: rows of the time table; timesteps lie in [0, num_train_timesteps - 1].
         base_channels: width of the first convolution, and a quarter of the time embedding's; None: the first level's.
-
-    Raises:
-        ValueError: maps that cannot be halved once per level after the first.
+        num_class_embeds: how many class labels it is told apart, if any; their embedding is added to the time's.
     """
 
     _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(
-        self,
-        sample_size: int = 16,
-        in_channels: int = 12,
-        out_channels: int = 12,
-        block_out_channels: tuple[int, ...] = (128, 256),
-        layers_per_block: int = 2,
-        attention_levels: tuple[int, ...] = (),
-        attention_head_dim: int = 64,
-        dropout: float = 0.0,
-        norm_num_groups: int = 32,
-        num_train_timesteps: int = 1000,
-        base_channels: int | None = None,
-    ) -> None:
+        self, sample_size: int | tuple[int, int] = 16, in_channels: int = 12, out_channels: int = 12,
+        block_out_channels: tuple[int, ...] = (128, 256), layers_per_block: int = 2,
+        attention_levels: tuple[int, ...] = (), attention_head_dim: int = 64, dropout: float = 0.0,
+        norm_num_groups: int = 32, num_train_timesteps: int = 1000, base_channels: int | None = None,
+        num_class_embeds: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         width, levels = base_channels or block_out_channels[0], len(block_out_channels)
-        check_multiple("maps of side", sample_size, 2 ** (levels - 1), f"{levels} widths", FEWER_WIDTHS)
+        check_halvings(sample_size, levels)
         self.gradient_checkpointing = False
         time_width = 4 * width
         self.time_embedding = TimeEmbedding(num_train_timesteps, width, time_width)
+        self.class_embedding = nn.Embedding(num_class_embeds, time_width) if num_class_embeds else None
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
 
         def residual(c_in: int, c_out: int, level: int) -> ResidualBlock:
-            head_dim = attention_head_dim if level in attention_levels else None
+            head_dim = attention_head_dim if level in attention_levels else 0
             return ResidualBlock(c_in, c_out, time_width, dropout, norm_num_groups, head_dim)
 
         self.down, skips = nn.ModuleList(), [width]
@@ -78,69 +70,56 @@ class UKANModel(ModelMixin, ConfigMixin):
                 width = c_out
                 skips.append(width)
             if level < levels - 1:
-                self.down.append(Resample(width, up=False))
+                self.down.append(Downsample2D(width, use_conv=True, name="op"))
                 skips.append(width)
-
-        has_bottleneck = sample_size // 2**levels >= 4
+        has_bottleneck = min(sides(sample_size)) // 2**levels >= 4
         self.bottleneck = KANBottleneck(width, time_width, norm_num_groups) if has_bottleneck else None
-
         self.up = nn.ModuleList()
         for level, c_out in reversed(list(enumerate(block_out_channels))):
             for _ in range(layers_per_block + 1):
                 self.up.append(residual(width + skips.pop(), c_out, level))
                 width = c_out
             if level:
-                self.up.append(Resample(width, up=True))
-        self.norm_out = group_norm(norm_num_groups, width)
+                self.up.append(Upsample2D(width, use_conv=True))
+        self.norm_out = nn.GroupNorm(math.gcd(norm_num_groups, width), width)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(
-        self, sample: Tensor, timestep: Tensor | float | int, return_dict: bool = True
+        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> UNet2DOutput | tuple[Tensor]:
-        """Denoise `sample` (B, C, h, w) at `timestep`, a number or one per sample (B,), fractions allowed."""
-        timestep = torch.as_tensor(timestep, device=sample.device)
-        time = self.time_embedding(timestep.reshape(-1).expand(len(sample)))
+        """Denoise `sample` (B, C, h, w) at `timestep`, a number or one per sample (B,), fractions allowed.
+
+        `class_labels` (B,) are for a network that was built with `num_class_embeds`, which needs them.
+        """
+        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
+        time = with_labels(self.time_embedding(timestep), self.class_embedding, class_labels)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         call = self._gradient_checkpointing_func if recompute else nn.Module.__call__
         x = self.conv_in(sample)
         skips = [x]
         for block in self.down:
-            x = call(block, x, time)
+            x = call(block, x, time) if isinstance(block, ResidualBlock) else block(x)
             skips.append(x)
         if self.bottleneck is not None:
             x = call(self.bottleneck, x, time)
         for block in self.up:
-            if isinstance(block, ResidualBlock):
-                x = torch.cat([x, skips.pop()], dim=1)
-            x = call(block, x, time)
+            is_residual = isinstance(block, ResidualBlock)
+            x = call(block, torch.cat([x, skips.pop()], dim=1), time) if is_residual else block(x)
         x = self.conv_out(F.silu(self.norm_out(x)))
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> Self:
-        """Load from a folder or Hub repository, in our format or the published one, in eval mode.
-
-        Raises:
-            ValueError: the checkpoint is damaged, pickled, or its tensors are not those of its config.
-        """
+        """Load from a folder or Hub repository, in our format or the published one, strictly and in eval mode."""
         folder = fetched(path, kwargs) / (kwargs.pop("subfolder", None) or "")
         config = read_config(cls, folder)
         if config.get("_class_name") == CLASS_NAME:
             return load_published(cls, folder, config).to(kwargs.get("torch_dtype"))
         return load_strictly(super().from_pretrained, folder, **kwargs)
 
-    def _fix_state_dict_keys_on_load(self, state_dict: dict[str, Tensor]) -> None:
-        """Transpose spline weights of older checkpoints, which hold them as (out, in, 8)."""
-        super()._fix_state_dict_keys_on_load(state_dict)
-        for name, parameter in self.named_parameters():
-            if name.endswith(".spline_weight") and name in state_dict:
-                c_out, bases, c_in = parameter.shape
-                if state_dict[name].shape == (c_out, c_in, bases) != parameter.shape:
-                    state_dict[name] = state_dict[name].transpose(1, 2).contiguous()
-
 
 class TimeEmbedding(nn.Module):
-    """Table of sinusoids (one row per timestep, sin and cos interleaved) -> linear -> SiLU -> linear."""
+    """Table of sinusoids (a row per timestep, linear between rows; sin and cos interleaved) -> linear, SiLU, linear."""
 
     def __init__(self, rows: int, width: int, time_width: int) -> None:
         super().__init__()
@@ -152,61 +131,31 @@ class TimeEmbedding(nn.Module):
         self.linear_2 = nn.Linear(time_width, time_width)
 
     def forward(self, timestep: Tensor) -> Tensor:
-        """(B,) in [0, rows - 1] -> (B, time_width); between two rows, linear interpolation."""
         last = len(self.table) - 1
-        if timestep.is_floating_point():
-            low = timestep.floor().long().clamp(0, last)
-            fraction = (timestep - low).clamp(0, 1).to(self.table.dtype).unsqueeze(1)
-            row = torch.lerp(self.table[low], self.table[(low + 1).clamp_max(last)], fraction)
-        else:
-            row = self.table[timestep]
+        low = timestep.floor().long().clamp(0, last)
+        fraction = (timestep - low).clamp(0, 1).to(self.table.dtype).unsqueeze(1)
+        row = torch.lerp(self.table[low], self.table[(low + 1).clamp_max(last)], fraction)
         return self.linear_2(F.silu(self.linear_1(row)))
 
 
-class ResidualBlock(nn.Module):
-    """GroupNorm, SiLU, 3x3 conv, plus time; GroupNorm, SiLU, dropout, 3x3 conv; plus shortcut; then attention.
+class ResidualBlock(ResnetBlock2D):
+    """diffusers' block, then self-attention where `head_dim` is not 0; time is (B, time_width)."""
 
-    (B, c_in, h, w) and time (B, time_width) -> (B, c_out, h, w).
-    """
-
-    def __init__(
-        self, c_in: int, c_out: int, time_width: int, dropout: float, groups: int, head_dim: int | None
-    ) -> None:
-        super().__init__()
-        self.norm1, self.conv1 = group_norm(groups, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time = nn.Linear(time_width, c_out)
-        self.norm2, self.conv2 = group_norm(groups, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.dropout = nn.Dropout(dropout)
-        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+    def __init__(self, c_in: int, c_out: int, time_width: int, dropout: float, groups: int, head_dim: int) -> None:
+        sizes = {"in_channels": c_in, "out_channels": c_out, "temb_channels": time_width, "dropout": dropout}
+        groups_in, groups = math.gcd(groups, c_in), math.gcd(groups, c_out)
+        super().__init__(**sizes, groups=groups_in, groups_out=groups, eps=1e-5)
         self.attention = nn.Identity()
-        if head_dim is not None:
-            head_dim, groups = math.gcd(head_dim, c_out), math.gcd(groups, c_out)
-            options = {"norm_num_groups": groups, "bias": True, "residual_connection": True}
-            self.attention = Attention(c_out, heads=c_out // head_dim, dim_head=head_dim, **options)
+        if head_dim:
+            sizes = {"heads": c_out // math.gcd(head_dim, c_out), "dim_head": math.gcd(head_dim, c_out)}
+            self.attention = Attention(c_out, **sizes, norm_num_groups=groups, bias=True, residual_connection=True)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x))) + self.time(F.silu(time))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.attention(h + self.shortcut(x))
-
-
-class Resample(nn.Module):
-    """3x3 convolution of stride 2, or after nearest-neighbour upsampling: (B, c, h, w) -> half or twice the sides."""
-
-    def __init__(self, width: int, up: bool) -> None:
-        super().__init__()
-        self.up = up
-        self.conv = nn.Conv2d(width, width, 3, stride=1 if up else 2, padding=1)
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else x)
+        return self.attention(super().forward(x, time))
 
 
 class KANBottleneck(nn.Module):
-    """Two patch embeddings down (c -> 3c/2 -> 2c), each with a KAN block, and back up with additive skips.
-
-    (B, c, h, w) and time (B, time_width) -> (B, c, h, w).
-    """
+    """Two patch embeddings down (c -> 3c/2 -> 2c), each with a KAN block, and back up with additive skips."""
 
     def __init__(self, width: int, time_width: int, groups: int) -> None:
         super().__init__()
@@ -241,7 +190,7 @@ class Decode(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, time_width: int, groups: int) -> None:
         super().__init__()
-        self.norm, self.conv = group_norm(groups, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm, self.conv = nn.GroupNorm(math.gcd(groups, c_in), c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(time_width, c_out)
 
     def forward(self, x: Tensor, time: Tensor, size: torch.Size) -> Tensor:
@@ -255,5 +204,16 @@ def on_tokens(block: KANBlock, norm: nn.LayerNorm, x: Tensor, time: Tensor) -> T
     return norm(block(tokens, time)).transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
-def group_norm(groups: int, width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(groups, width), width)
+def check_halvings(size: int | tuple[int, int], levels: int) -> None:
+    """Raise a ValueError if maps of this size cannot be halved once per level after the first."""
+    for side in sides(size):
+        remedy = "give fewer widths, a smaller level or another resolution"
+        check_multiple("maps of side", side, 2 ** (levels - 1), f"{levels} widths", remedy)
+
+
+def with_labels(time: Tensor, embedding: nn.Embedding | None, labels: Tensor | None) -> Tensor:
+    """Time (B, E) plus the embedding of the class labels (B,), if the network has one; ValueError if they disagree."""
+    if (embedding is None) != (labels is None):
+        got, wanted = ("no class_labels", "one per sample") if labels is None else ("class_labels", "none")
+        raise ValueError(f"got {got}, wanted {wanted}: they belong to a network built with num_class_embeds")
+    return time if embedding is None else time + embedding(labels)

@@ -7,7 +7,7 @@ Level 0 is the identity, so that a model of pixels needs no code of its own.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Self
 
@@ -17,41 +17,36 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
+from torch.nn import functional as F
 
 HAAR = ("haar", "db1")
+ANY_CASE = ("backbone", "model_type", "prediction_type", "scheduler", "solver")  # what may be named in capitals too
 
 
 class WaveletCodec(ModelMixin, ConfigMixin):
     """Invertible map between images and the coefficients that a denoiser works on; called, it encodes.
 
     Args:
-        wavelet: any orthogonal or biorthogonal family of PyWavelets that reconstructs perfectly ("haar", "db2", ...).
-        level: number of splits L; 0 is the identity.
+        wavelet: any orthogonal or biorthogonal family of PyWavelets that reconstructs perfectly.
+        level: number of splits L.
         transform: "packet" splits every band again at each level; "pyramid" splits only A and folds the finer
             details to the coarsest grid by space-to-depth, so that the shape is the same.
         scaling: "band" gives every channel zero mean and unit variance, with statistics from `fit`; "dyadic" divides
             by 2^L (Haar stays in [-1, 1]), as the published models do; "none" leaves the coefficients as they are.
-        band_order: order of the bands within one split; "AVHD" is what the published models use.
-        channels: image channels; only "band" scaling needs it, and `fit` fills it in.
-
-    Raises:
-        ValueError: unknown wavelet, transform, scaling or band order; a wavelet without exact inverse; negative level.
+        band_order: of the bands within one split; "AVHD" in published models.
+        channels: of the images; only "band" scaling needs it, and `fit` fills it in.
     """
 
     shift: Tensor
     scale: Tensor
     clip_value: Tensor
+    to = torch.nn.Module.to  # diffusers' own warns of modules to be kept in float32, and there are none
 
     @register_to_config
     def __init__(
-        self,
-        wavelet: str = "haar",
-        level: int = 1,
-        transform: str = "packet",
-        scaling: str = "band",
-        band_order: str = "AHVD",
-        channels: int | None = None,
-    ) -> None:
+        self, wavelet: str = "haar", level: int = 1, transform: str = "packet", scaling: str = "band",
+        band_order: str = "AHVD", channels: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         check_choice("transform", transform, ("packet", "pyramid"))
         check_choice("scaling", scaling, ("band", "dyadic", "none"))
@@ -71,11 +66,7 @@ class WaveletCodec(ModelMixin, ConfigMixin):
         self.register_buffer("clip_value", torch.tensor(1.0))  # the largest |coefficient|, where solvers clip
 
     def encode(self, images: Tensor) -> Tensor:
-        """Coefficients (B, 4^L C, H/2^L, W/2^L) of images (B, C, H, W) in [-1, 1].
-
-        Raises:
-            ValueError: a side is not divisible by 2^L or shorter than the filter; "band" scaling was not fitted.
-        """
+        """Coefficients (B, 4^L C, H/2^L, W/2^L) of images (B, C, H, W) in [-1, 1]; ValueError if they do not fit."""
         self.check_size(*images.shape[-2:])
         self._check_statistics(images.shape[1])
         return (self._stack(images, self.config.level) - self.shift) / self.scale
@@ -83,11 +74,7 @@ class WaveletCodec(ModelMixin, ConfigMixin):
     forward = encode  # so that a codec is exported, compiled and hooked as any module
 
     def decode(self, coefficients: Tensor) -> Tensor:
-        """Images (B, C, H, W) of coefficients (B, 4^L C, h, w): the inverse of `encode`, not clipped.
-
-        Raises:
-            ValueError: the channels are not those of this level; "band" scaling was not fitted.
-        """
+        """Images (B, C, H, W) of coefficients (B, 4^L C, h, w): the inverse of `encode`, not clipped."""
         channels, bands = coefficients.shape[1], 4**self.config.level
         check_multiple("channels", channels, bands, "4^level", "decode with the level that encoded")
         self._check_statistics(channels // bands)
@@ -116,13 +103,12 @@ class WaveletCodec(ModelMixin, ConfigMixin):
         return self
 
     def bands(self) -> list[str]:
-        """Names of the 4^L bands in channel order, each standing for C consecutive channels.
+        """Names of the 4^L bands in channel order, each of C consecutive channels.
 
-        Packets are named by their path, first split first ("AH": the H of A). Folded details of a pyramid carry
-        their level and position in the cell ("H1.0" to "H1.3").
+        A packet's name is its path ("AH": the H of A); a folded detail's, its level and place in the cell ("H1.0").
         """
         order, level = self.config.band_order, self.config.level
-        if level == 0:
+        if not level:
             return ["pixels"]
         if self.config.transform == "packet":
             return ["".join(reversed(path)) for path in product(order, repeat=level)]
@@ -138,8 +124,8 @@ class WaveletCodec(ModelMixin, ConfigMixin):
         """Raise ValueError, saying which side and what to do, if images of this size cannot be encoded."""
         level, taps = self.config.level, self.filter_length
         for name, side in (("height", height), ("width", width)):
-            why = f"2^level, level={level}"
-            check_multiple(name, side, 2**level, why, "resize the images, or choose a smaller level")
+            remedy = "resize the images, or choose a smaller level"
+            check_multiple(name, side, 2**level, f"2^level, level={level}", remedy)
             shortest = 2 * side // 2**level  # what the last split is given
             if level and shortest < taps:
                 raise ValueError(
@@ -148,7 +134,6 @@ class WaveletCodec(ModelMixin, ConfigMixin):
                 )
 
     def _check_statistics(self, channels: int) -> None:
-        """Raise a ValueError if "band" scaling has no statistics of images with so many channels."""
         if self.config.scaling == "band" and self.config.channels != channels:
             fitted = f"statistics for {self.config.channels}" if self.config.channels else "no statistics"
             raise ValueError(
@@ -157,7 +142,6 @@ class WaveletCodec(ModelMixin, ConfigMixin):
             )
 
     def _stack(self, x: Tensor, level: int) -> Tensor:
-        """Unscaled coefficients after `level` more splits: of all bands (packet), or of A alone (pyramid)."""
         if level == 0:
             return x
         z = self._split(x)
@@ -165,21 +149,18 @@ class WaveletCodec(ModelMixin, ConfigMixin):
             return self._stack(z, level - 1)
         a, details = z.tensor_split([x.shape[1]], dim=1)
         cell = 2 ** (level - 1)  # of the finer grid, in one position of the coarsest
-        maps = details.unflatten(3, (-1, cell)).unflatten(2, (-1, cell)).unflatten(1, (3, -1))
-        folded = maps.permute(0, 1, 4, 6, 2, 3, 5).flatten(1, 4)  # (B, 3, C, h, cell, w, cell) -> (B, 3 cell^2 C, h, w)
-        return torch.cat((self._stack(a, level - 1), folded), dim=1)
+        folded = F.pixel_unshuffle(details, cell).unflatten(1, (3, -1, cell**2)).transpose(2, 3).flatten(1, 3)
+        return torch.cat((self._stack(a, level - 1), folded), dim=1)  # folded: (B, 3 cell^2 C, h, w)
 
     def _unstack(self, z: Tensor, level: int) -> Tensor:
-        """Inverse of `_stack`."""
         if level == 0:
             return z
         if self.config.transform == "packet" or level == 1:
             return self._merge(self._unstack(z, level - 1))
         a, folded = z.tensor_split([z.shape[1] // 4], dim=1)
         cell = 2 ** (level - 1)
-        maps = folded.unflatten(1, (3, cell, cell, -1)).permute(0, 1, 4, 5, 2, 6, 3)  # (B, 3, C, h, cell, w, cell)
-        details = maps.flatten(5, 6).flatten(3, 4).flatten(1, 2)  # (B, 3C, h cell, w cell)
-        return self._merge(torch.cat((self._unstack(a, level - 1), details), dim=1))
+        details = folded.unflatten(1, (3, cell**2, -1)).transpose(2, 3).flatten(1, 3)  # (B, 3 C cell^2, h, w)
+        return self._merge(torch.cat((self._unstack(a, level - 1), F.pixel_shuffle(details, cell)), dim=1))
 
     def _split(self, x: Tensor) -> Tensor:
         """One split (B, C, H, W) -> (B, 4C, H/2, W/2): A of all channels, then the details in `band_order`."""
@@ -194,7 +175,6 @@ class WaveletCodec(ModelMixin, ConfigMixin):
         return torch.cat((a, *self._ordered(h, v, d)), dim=1) / 2
 
     def _merge(self, z: Tensor) -> Tensor:
-        """Inverse of `_split`: (B, 4C, h, w) -> (B, C, 2h, 2w)."""
         a, *details = z.chunk(4, dim=1)
         h, v, d = self._ordered(*details)
         if self.config.wavelet not in HAAR:
@@ -205,7 +185,7 @@ class WaveletCodec(ModelMixin, ConfigMixin):
         return x / 2
 
     def _ordered(self, h: Tensor, v: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Details from PyWavelets' order to `band_order`, or back: V and H swap, or nothing does."""
+        """Details from PyWavelets' order to `band_order`, or back."""
         return (v, h, d) if self.config.band_order == "AVHD" else (h, v, d)
 
     def _fix_state_dict_keys_on_load(self, state_dict: dict[str, Tensor]) -> None:
@@ -215,10 +195,18 @@ class WaveletCodec(ModelMixin, ConfigMixin):
             state_dict["clip_value"] = state_dict.pop("limit")
 
 
-def check_choice(name: str, got: str, wanted: Iterable[str]) -> None:
-    """Raise a ValueError that lists the choices, if `got` is none of them."""
-    if got not in wanted:
+def check_choice(name: str, got: str, wanted: Iterable[str]) -> str:
+    """`got`, in lower case where `ANY_CASE` has the name; ValueError that lists the choices if it is none of them."""
+    found = got.lower() if name in ANY_CASE and isinstance(got, str) else got
+    if found not in wanted:
         raise ValueError(f"got {name}={got!r}, wanted one of {', '.join(wanted)}: choose one of them")
+    return found
+
+
+def sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of a size, which is one number where they are equal."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def check_multiple(name: str, got: int, factor: int, reason: str, remedy: str) -> None:

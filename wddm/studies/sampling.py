@@ -25,7 +25,7 @@ from wddm.data import Dataset, to_batch
 from wddm.files import append_row, read_rows
 from wddm.metrics import scores
 from wddm.metrics.intervals import Estimate
-from wddm.objective import alphas_cumprod, build_solver, check_options, clean_estimate, default_spacing
+from wddm.objective import alphas_cumprod, build_solver, check_options, clean_estimate
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
 from wddm.wavelets import check_choice
@@ -40,9 +40,9 @@ def settings(
     schedulers: Sequence[str], steps: Sequence[int], *, etas: Sequence[float] = (0.0,),
     spacings: Sequence[str | None] = (None,), detail_steps: Sequence[int | None] = (None,),
 ) -> list[Row]:  # fmt: skip
-    """Every combination; etas for ddim alone, the solver's own spacing for None, None for details in as many steps."""
+    """Every combination; etas for ddim alone, trailing spacing for None, None for details in as many steps."""
     return [
-        dict(zip(SETTING, (name, count, eta, spacing or default_spacing(name), details), strict=True))
+        dict(zip(SETTING, (name, count, eta, spacing or "trailing", details), strict=True))
         for name, spacing in itertools.product(schedulers, spacings)
         for eta, count in itertools.product(etas if name == "ddim" else (0.0,), steps)
         for details in (None if details == count else details for details in detail_steps)
