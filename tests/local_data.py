@@ -34,6 +34,17 @@ def write_shard(file: Path, cells: list[bytes], labels=None, *, column: str = "i
     pq.write_table(pa.table(table, schema=Features(features).arrow_schema), file, **options)
 
 
+def write_table(file: Path, cells: list, **columns) -> Path:
+    """A Parquet file without metadata, as other writers than `datasets` leave it; the folder that it is in."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    image = pa.array(cells, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"image": image, **columns}), file)
+    return file.parent
+
+
 def hub_copy(folder: Path, images: np.ndarray) -> Path:
     """Two shards of `train` and one of `test` in a folder below; an image's label is the parity of its first value."""
     for name, part in (("train-00000-of-00002", images[:13]), ("train-00001-of-00002", images[13:]),

@@ -231,7 +231,7 @@ def test_arrays_of_any_channels_are_scaled_band_by_band():
         (tiff(WIDE_COLOURS // 16, photometric="rgb"), "16-bit values in the lowest quarter of the range"),
         (tiff(np.int8(GREY - 128)), "signed 8-bit integers"),
         (tiff(WIDE / 65535), "a TIFF of samples that PIL does not read: save it as PNG"),
-        (tiff(np.zeros((8, 8, 5), np.uint8), photometric="minisblack", planarconfig="contig"), "a TIFF of samples that"),
+        (tiff(np.zeros((8, 8, 5), np.uint8), photometric="minisblack", planarconfig="contig"), "a TIFF of samples"),
         (encoded(RGB, "EPS"), "of no known format"),
         (encoded(RGB, "PCX"), "of no known format"),
     ],

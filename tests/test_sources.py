@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from local_data import encoded, png_folder, prepare, write_shard
+from local_data import encoded, png_folder, prepare, write_shard, write_table
 from local_data import pictures as noise
 from PIL import Image
 
@@ -137,6 +137,194 @@ def test_a_folder_of_anything(tmp_path):
     assert prepare("folder", 16, tmp_path / "loose", dataset_path=tmp_path / "in").labels is None
 
 
+def cell(value: int) -> dict:
+    return {"bytes": encoded(np.full((4, 4, 3), value, np.uint8)), "path": None}
+
+
+LABELS = {  # the column and its values: labels, names, note
+    "labels": ([0, 1, 1], [0, 1, 1], None, ""),
+    "fine_label": ([2, None, -1], [2, -1, -1], None, ""),
+    "kind": (["dog", None, "cat"], [1, -1, 0], ["cat", "dog"], ""),
+    "indoor": ([True, False, None], [1, 0, -1], ["False", "True"], ""),
+    "label": ([0.0, 1.0, None], [0, 1, -1], None, ""),  # integers, as pandas writes them beside a null
+    "weight": ([0.5, 1.0, 2.0], None, None, ""),
+    "none": ([-1, -1, None], None, None, ""),
+    "either": (None, None, None, "no labels: any of the columns either, other could be, name one label"),
+}
+
+
+@pytest.mark.parametrize("column", LABELS)
+def test_a_column_of_labels_is_found_by_its_kind(tmp_path, column):
+    values, labels, names, note = LABELS[column]
+    columns = {column: values} if values else {column: [1, 2, 3], "other": [1, 2, 3]}
+    folder = write_table(tmp_path / "in/part-0.parquet", [cell(i) for i in range(3)], **columns)
+    prepared = prepare("folder", 4, tmp_path / "out", dataset_path=folder)
+    np.testing.assert_array_equal(prepared.images[:, 0, 0, 0], [0, 1, 2])
+    assert (None if prepared.labels is None else prepared.labels.tolist()) == labels
+    assert prepared.class_names == names and prepared.manifest["note"] == note
+    if labels:
+        counts = prepared.manifest["class_counts"]
+        assert sum(counts.values()) == 3 - labels.count(-1) and set(counts) <= set(names or "012")
+        said = [f"unlabelled: {labels.count(-1)}"] if -1 in labels else []
+        assert prepared.notes == said and prepared.manifest["unlabelled"] == labels.count(-1)
+
+
+def test_labels_beyond_the_names_and_broken_metadata_are_refused_before_decoding(tmp_path):
+    write_shard(tmp_path / "beyond/a.parquet", [b""] * 2, [0, 5])
+    metadata = {"broken": b"{", "unknown": json.dumps({"info": {"features": {"x": {"_type": "New"}}}}).encode()}
+    write_shard(tmp_path / "names/a.parquet", [b""] * 2, [0, 1])
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(tmp_path / "names/a.parquet")
+    for name, text in metadata.items():
+        (tmp_path / name).mkdir()
+        pq.write_table(table.replace_schema_metadata({b"huggingface": text}), tmp_path / name / "a.parquet")
+    for name, message in {"beyond": "got label 5 in .*wanted at most 1", **dict.fromkeys(metadata, "metadata")}.items():
+        with pytest.raises(ValueError, match=message) as caught:
+            data.check_source("folder", 4, dataset_path=tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_rows_that_name_a_file_are_read_and_empty_ones_said(tmp_path, pictures):
+    png_folder(tmp_path / "in/data/images", pictures[:1])
+    write_table(tmp_path / "in/data/a.parquet", [{"bytes": None, "path": "images/000.png"}, cell(7), None])
+    with pytest.raises(ValueError, match=r"a\.parquet, row 2, which does not decode \(there is nothing in its place"):
+        prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in")
+    prepared = prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in", on_error="skip")
+    np.testing.assert_array_equal(prepared.images[0], pictures[0])
+    assert prepared.images[1].max() == 7 and prepared.manifest["skipped"]["count"] == 1
+    Image.fromarray(pictures[1]).save(tmp_path / "in/data/images/000.png")
+    again = prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in", on_error="skip")
+    np.testing.assert_array_equal(again.images[0], pictures[1])
+
+
+def test_metadata_csv_labels_the_images(tmp_path, pictures):
+    folder = png_folder(tmp_path / "in/images", pictures[:4]).parent
+    (folder / "metadata.csv").write_text(
+        "file_name,label\nimages/002.png,dog\nimages/000.png,cat\nimages/001.png,\nx.png,cat\n"
+    )
+    prepared = prepare("folder", 16, tmp_path / "out", dataset_path=folder)
+    assert prepared.labels.tolist() == [0, -1, 1, -1] and prepared.class_names == ["cat", "dog"]
+    assert prepared.manifest["unlabelled"] == 2 and "x.png (in metadata" in prepared.manifest["left_out"]["first"][0]
+    (folder / "metadata.csv").write_text("file_name,kind\nimages/002.png,7\nimages/000.png,-1\n")
+    assert prepare("folder", 16, tmp_path / "out", dataset_path=folder).labels.tolist() == [-1, -1, 7, -1]
+    (folder / "metadata.csv").write_text("name,label\nimages/002.png,7\n")
+    with pytest.raises(ValueError, match=r"metadata\.csv, wanted columns file_name and label"):
+        prepare("folder", 16, tmp_path / "out", dataset_path=folder)
+
+
+def test_splits_are_not_classes(tmp_path, pictures):
+    for i, part in enumerate(("train", "val", "test")):
+        png_folder(tmp_path / "in" / part / "cat", pictures[4 * i : 4 * i + 2])
+        png_folder(tmp_path / "in" / part / "dog", pictures[4 * i + 2 : 4 * i + 4])
+        write_shard(tmp_path / f"tables/data/{part}-00000-of-00001.parquet", [encoded(pictures[i])], [i % 2])
+    prepared = prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in")
+    np.testing.assert_array_equal(prepared.images, pictures[:4])
+    assert prepared.class_names == ["cat", "dog"] and prepared.labels.tolist() == [0, 0, 1, 1]
+    assert prepared.notes == ["left out: 1 (8 files of other splits than train)"]
+    assert prepared.manifest["split"] == "train"
+    for split, rows in (("validation", [4, 5, 6, 7]), ("test+val", [8, 9, 10, 11, 4, 5, 6, 7])):
+        prepared = prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in", split=split)
+        np.testing.assert_array_equal(prepared.images, pictures[rows])
+    for split, row in (("train", 0), ("validation", 1), ("test", 2)):
+        prepared = prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "tables", split=split)
+        np.testing.assert_array_equal(prepared.images, pictures[[row]])
+    with pytest.raises(ValueError, match=r"of split 'dev' .*a split of test, train, validation"):
+        prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "tables", split="dev")
+    with pytest.raises(ValueError, match="got split='test', which no folder"):
+        prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in/test", split="test")
+
+
+def test_cifar10_has_its_own_test_split(tmp_path, hub_copy, pictures):
+    prepared = prepare("cifar10", 16, tmp_path / "out", dataset_path=hub_copy, split="test")
+    np.testing.assert_array_equal(prepared.images, pictures[:1])
+
+
+def test_images_by_what_is_inside(tmp_path, pictures):
+    kinds = {"a.jfif": "JPEG", "b.jpe": "JPEG", "c.avif": "AVIF", "d.pbm": "PPM", "e.jp2": "JPEG2000", "f": "PNG"}
+    kinds |= {"g.jpg": "PNG", "h.data": "WEBP"}
+    for name, kind in kinds.items():
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(encoded(pictures[0], kind))
+    (tmp_path / "in/readme").write_text("no image")
+    (tmp_path / "in/i.png").write_bytes(encoded(pictures[0], "EPS"))  # PIL would start an interpreter for it
+    prepared = prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in", on_error="skip")
+    assert len(prepared.images) == 8 and prepared.manifest["left_out"]["first"] == ["readme: no image"]
+    assert prepared.manifest["skipped"]["first"] == [str(tmp_path / "in/i.png")]
+    np.testing.assert_array_equal(prepared.images[[3, 4, 5, 6]], pictures[[0] * 4])
+    with pytest.raises(ValueError, match=r"i\.png, which does not decode \(of no known format"):
+        prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in")
+
+
+def test_grey_sets_stay_grey_and_images_need_not_be_square(tmp_path, pictures):
+    (tmp_path / "in").mkdir()
+    for i, image in enumerate(pictures[:3]):
+        Image.fromarray(image[..., 0]).save(tmp_path / f"in/{i}.{('png', 'tif', 'bmp')[i]}")
+    prepared = prepare("folder", 8, tmp_path / "out", dataset_path=tmp_path / "in", width=16)
+    oracle = [image[4:12, :, :1] for image in pictures[:3]]
+    np.testing.assert_array_equal(prepared.images, oracle)
+    assert prepared.folder.name.startswith("folder-8x16-") and prepared.manifest["width"] == 16
+    assert prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in", width=16).manifest["width"] is None
+    rgb = prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in", channels=3)
+    np.testing.assert_array_equal(rgb.images, pictures[:3, ..., :1].repeat(3, -1))
+    Image.fromarray(pictures[3]).save(tmp_path / "in/3.png")
+    assert prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in").images.shape == (4, 16, 16, 3)
+    assert prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in", channels=1).images.shape[-1] == 1
+
+
+def test_arrays_of_any_channels(tmp_path):
+    bands = np.random.default_rng(0).integers(0, 65536, (6, 8, 8, 5), dtype=np.uint16)
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in/bands.npy", bands)
+    prepared = prepare("folder", 8, tmp_path / "out", dataset_path=tmp_path / "in/bands.npy")
+    np.testing.assert_array_equal(prepared.images, bands >> 8)
+    assert prepared.labels is None
+    np.save(tmp_path / "in/labels.npy", [0, 1, -1, 2, 2, 1])
+    prepared = prepare("folder", 8, tmp_path / "out", dataset_path=tmp_path / "in", limit=3)
+    rows = np.sort(np.random.default_rng(0).choice(6, 3, replace=False))
+    np.testing.assert_array_equal(prepared.images, bands[rows] >> 8)
+    np.testing.assert_array_equal(prepared.labels, np.array([0, 1, -1, 2, 2, 1])[rows])
+    np.save(tmp_path / "grey.npy", bands[..., 0].astype(">u2"))
+    np.save(tmp_path / "float.npy", np.asfortranarray(bands[..., :3] / 65535))
+    files = [tmp_path / "grey.npy", tmp_path / "float.npy"]
+    grey, rgb = (prepare("folder", 8, tmp_path / "out", dataset_path=file) for file in files)
+    np.testing.assert_array_equal(grey.images, bands[..., :1] >> 8)
+    np.testing.assert_array_equal(rgb.images, np.round(bands[..., :3] / 65535 * 255))
+    bad = {"whole": np.zeros((5, 8, 8), np.int64), "first": np.zeros((5, 3, 8, 8), np.uint8), "flat": np.zeros((5, 8))}
+    for name, pixels in bad.items():
+        np.save(tmp_path / f"{name}.npy", pixels)
+        with pytest.raises(ValueError, match=rf"{name}\.npy, wanted one \(N, H, W\)"):
+            data.check_source("folder", 8, dataset_path=tmp_path / f"{name}.npy")
+    with pytest.raises(ValueError, match=r"got channels=3 for .*, wanted 5"):
+        data.check_source("folder", 8, dataset_path=tmp_path / "in", channels=3)
+    np.save(tmp_path / "in/labels.npy", [0.5])
+    with pytest.raises(ValueError, match=r"got labels float64 \(1,\) of 6 images"):
+        data.check_source("folder", 8, dataset_path=tmp_path / "in")
+
+
+def test_emoji_are_the_bitmaps_of_the_font(tmp_path):
+    from matplotlib.font_manager import findSystemFonts
+
+    with pytest.raises(ValueError, match="fonts-noto-color-emoji") as caught:
+        data.check_source("emoji", 64, dataset_path=next(font for font in findSystemFonts() if "Emoji" not in font))
+    assert "\n" not in str(caught.value)
+    if not any("NotoColorEmoji" in font for font in findSystemFonts()):
+        pytest.skip("needs the font NotoColorEmoji, which is not here")
+    prepared = prepare("emoji", 64, tmp_path)
+    assert 1300 < len(prepared.images) < 2000 and prepared.images.shape[1:] == (64, 64, 3)
+    assert prepared.class_names == sorted(prepared.class_names) and min(prepared.manifest["class_counts"].values()) > 50
+    assert (prepared.images[:, 0, 0] == 255).all(-1).mean() > 0.8 and "drawings" in prepared.notes[0]
+    images = sources.SOURCES["emoji"]((64, 64), None, 0, "train").open(False)
+    items = {where: (image, label) for image, label, where in images.read(np.arange(images.count))}
+    for code, group in {0x1F600: "smileys", 0x1F43B: "nature", 0x1F355: "food", 0x1F680: "travel"}.items():
+        assert prepared.class_names[items[f"U+{code:X}"][1]] == group
+    flags = [where for where in items if re.search("U\\+1F1[EF]|U\\+1F3F[BCDEF]", where)]
+    grinning, row = Image.open(io.BytesIO(items["U+1F600"][0])), list(items).index("U+1F600")
+    assert not flags and grinning.size == (136, 128)
+    yellow = prepared.images[row, 32, 8].astype(int)
+    assert yellow[0] > 200 and yellow[1] > 130 and yellow[2] < 120
+
+
 # ------------------------------------------------------------------------------------------- what is not right
 
 
@@ -188,7 +376,7 @@ def test_skipped_images_are_counted_and_named(tmp_path, pictures):
         prepare("folder", 16, tmp_path / "none", dataset_path=folder, on_error="skip")
 
 
-def test_what_cannot_be_taken_is_counted_and_named(tmp_path, pictures, capsys):
+def test_what_cannot_be_taken_is_counted_and_named(tmp_path, pictures, capsys, monkeypatch):
     """Links that lead nowhere or round, what is no file or no image. Linked folders and strange names are fine."""
     folder, elsewhere = png_folder(tmp_path / "in", pictures[:2]), png_folder(tmp_path / "elsewhere", pictures[2:4])
     whole = prepare("folder", 16, tmp_path / "out", dataset_path=folder)
@@ -200,13 +388,16 @@ def test_what_cannot_be_taken_is_counted_and_named(tmp_path, pictures, capsys):
     (folder / "notes.txt").write_text("no image")
     os.mkfifo(folder / "pipe.png")
     os.mkdir(folder / ".hidden")
+    (folder / "secret.png").write_bytes(b"")
+    monkeypatch.setattr(os, "access", lambda path, _: path.name != "secret.png")  # root may read everything
     prepared = prepare("folder", 16, tmp_path / "out", dataset_path=folder)
-    assert prepared.manifest["left_out"] == {"count": 5, "first": [
+    assert prepared.manifest["left_out"] == {"count": 6, "first": [
         "folder.png/up: a link that leads round", "loop.png: Too many levels of symbolic links",
         "notes.txt: no image", "nowhere.png: a link that leads nowhere", "pipe.png: no regular file",
+        "secret.png: no permission",
     ]}  # fmt: skip
     assert prepared.sha256 == whole.sha256 and prepared.manifest["skipped"]["count"] == 0
-    assert capsys.readouterr().out.startswith("left out: 5 (folder.png/up: a link that leads round; ")
+    assert capsys.readouterr().out.startswith("left out: 6 (folder.png/up: a link that leads round; ")
     (folder / "more").symlink_to(elsewhere)
     image = (folder / "000.png").read_bytes()
     with open(os.fsencode(folder) + b"/caf\xe9.png", "wb") as file:
@@ -271,6 +462,12 @@ def test_parquet_without_images_is_refused(tmp_path):
             {"dataset": "folder", "dataset_path": str(Path(__file__).parent)},
             "got 0 Parquet files and 0 images",
         ),
+        ({"dataset": "folder", "dataset_path": __file__}, r"0 images.*left out \['test_sources.py: no image'\]"),
+        ({"dataset": "folder", "dataset_path": ""}, "got dataset_path='', which does not exist"),
+        ({"dataset": "folder", "dataset_path": "~/no/such"}, f"got dataset_path={Path.home()}/no/such, which does not"),
+        ({"width": 5}, "got width=5, wanted an even"),
+        ({"channels": 0}, "got channels=0, wanted an integer"),
+        ({"split": "test"}, "got split=test, wanted none, digits is embedded"),
         ({"dataset": "stl10", "dataset_path": str(Path(__file__).parent)}, "of split 'unlabeled' in .*tests"),
         ({"dataset": "patches", "resolution": 500}, "got resolution=500, wanted at most 426"),
     ],

@@ -173,9 +173,10 @@ def check_source(
 def _opened(source: Source, settings: dict[str, Any]) -> Images:
     """The images of a source, refused if they do not have the channels that were asked for."""
     images, channels = source.open(settings["on_error"] == "skip"), settings["channels"]
-    if {channels, images.channels} - {None, 1, 3} and channels not in (None, images.channels):
-        have = f"{images.channels} channels" if images.channels else "images"
-        raise ValueError(f"got channels={channels} for {have} in {source.name}, wanted them or 1 or 3: change channels")
+    possible = [1, 3] if images.channels in (None, 1, 3) else [images.channels]
+    if channels not in (None, *possible):
+        wanted = " or ".join(map(str, possible))
+        raise ValueError(f"got channels={channels} for {source.name}, wanted {wanted}: change channels")
     return images
 
 

@@ -83,6 +83,8 @@ def _pixels(image: bytes | Path | np.ndarray | str | None, shape: Shape) -> np.n
 
 def _fitted(picture: Image.Image, height: int, width: int) -> Image.Image:
     """Scaled until it covers the size, and cut at a whole number of pixels of what that gives."""
+    if picture.size == (width, height):
+        return picture
     scale = max(height / picture.height, width / picture.width)
     full = round(picture.width * scale), round(picture.height * scale)
     left, top = (full[0] - width) // 2, (full[1] - height) // 2
@@ -93,7 +95,7 @@ def _fitted(picture: Image.Image, height: int, width: int) -> Image.Image:
 
 def _of_array(array: np.ndarray) -> list[Image.Image]:
     """The bands of (H, W) or (H, W, C): one of each channel, of three together."""
-    if array.dtype == np.uint16:
+    if array.dtype.kind == "u" and array.itemsize == 2:
         array = (array >> 8).astype(np.uint8)
     elif array.dtype.kind == "f":
         if not (array.min() >= 0 and array.max() <= 1):  # nor NaN

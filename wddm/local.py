@@ -72,7 +72,8 @@ def of_split(root: Path, files: list[Path], split: str) -> list[Path]:
         found = [file for file in files if split_of(root, file) == SPLITS.get(part, part)]
         total = re.search(r"-of-0*(\d+)", found[0].name) if found else None
         if not found or (total and len(found) != int(total[1])):
-            have = f"got {len(found)} Parquet files of split {part!r} in {plain(root)}"
+            kind = "images" if files and files[0].suffix != ".parquet" else "Parquet files"
+            have = f"got {len(found)} {kind} of split {part!r} in {plain(root)}"
             there = ", ".join(sorted({split_of(root, file) or "none" for file in files})) or "none"
             raise ValueError(f"{have}, wanted {total[1] if total else 'some'} files: give all, or a split of {there}")
         chosen += found
@@ -102,8 +103,9 @@ def _of_csv(tables: list[Path], files: list[Path]) -> tuple[np.ndarray | None, l
         column, note = _label_column(list(frame.columns), [])
         known |= dict(zip(paths, frame[column] if column else [None] * len(paths), strict=True))
     left_out = [f"{plain(path)} (in metadata.csv, but not there)" for path in known.keys() - {*files}]
-    labels, names = numbers([pd.Series([known.get(file) for file in files])]) if column else (None, None)
-    return labels, names, note, sorted(left_out)
+    if not column:
+        return None, None, note, sorted(left_out)
+    return *numbers([pd.Series([known.get(file) for file in files])], column), sorted(left_out)
 
 
 def _label_column(candidates: list[str], classes: list[str]) -> tuple[str | None, str]:
@@ -114,15 +116,17 @@ def _label_column(candidates: list[str], classes: list[str]) -> tuple[str | None
     return None, f"no labels: any of the columns {', '.join(candidates)} could be, name one label" * bool(candidates)
 
 
-def numbers(parts: list["pd.Series"]) -> tuple[np.ndarray, list[str] | None]:
-    """Class numbers, -1 for none, of integers, strings or bools, and the names of the classes unless integers."""
+def numbers(parts: list["pd.Series"], column: str) -> tuple[np.ndarray | None, list[str] | None, str]:
+    """Class numbers, -1 for none, of integers, strings or bools; the classes' names unless integers; a note if none."""
     import pandas as pd
 
     labels = pd.concat(parts).convert_dtypes()
+    if labels.nunique() > max(1000, len(labels) / 2):
+        return None, None, f"no labels: most values of the column {column} occur once"
     if pd.api.types.is_integer_dtype(labels):
-        return np.maximum(labels.fillna(-1).to_numpy(np.int64), -1), None
+        return np.maximum(labels.fillna(-1).to_numpy(np.int64), -1), None, ""
     codes, names = pd.factorize(labels, sort=True)
-    return codes.astype(np.int64), [str(name) for name in names]
+    return codes.astype(np.int64), [str(name) for name in names], ""
 
 
 def array(pixels: np.ndarray, labels: np.ndarray | None, name: str, class_names: list[str] | None = None) -> Images:
@@ -171,7 +175,7 @@ def tables(files: list[Path], skip: bool, *, beside: Sequence[Path] = (), channe
             stored += sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups))
     if not counts:
         raise ValueError(f"got {len(files)} Parquet files of which none can be read, wanted whole ones: {left_out[0]}")
-    labels, names = numbers(parts) if label else (None, None)
+    labels, names, note = numbers(parts, label) if label else (None, None, note)
     if labels is not None and classes and max(labels) >= len(classes):
         raise ValueError(f"got label {max(labels)} in {plain(files[0])}, wanted at most {len(classes) - 1}: correct it")
     chunk = max(1, min(CHUNK, CHUNK_BYTES * sum(counts.values()) // max(1, stored)))
@@ -197,8 +201,8 @@ def _columns(file: Path, schema: "pa.Schema") -> tuple[str, str | None, list[str
     images = [one.name for one in schema if kinds.is_struct(one.type) and one.type.get_field_index("bytes") >= 0]
     if not images:
         raise ValueError(f"got columns {schema.names} in {plain(file)}, wanted one of images: give other files")
-    could = (kinds.is_integer, kinds.is_boolean, kinds.is_string, kinds.is_large_string)
-    candidates = [one.name for one in schema if any(is_kind(one.type) for is_kind in could)]
+    could = (kinds.is_integer, kinds.is_boolean, kinds.is_string, kinds.is_large_string, kinds.is_dictionary)
+    candidates = [one.name for one in schema if one.name == "label" or any(is_kind(one.type) for is_kind in could)]
     classes = {name: kind.names for name, kind in features.items() if isinstance(kind, ClassLabel)}
     label, note = _label_column(candidates, list(classes))
     return images[0], label, classes.get(label or ""), note
@@ -217,9 +221,10 @@ def _cells(file: Path, column: str, rows: np.ndarray, chunk: int, beside: set[Pa
                 here, due = np.split(due, np.searchsorted(due, [first + len(batch)]))
                 for row, value in zip(here, batch.take(pa.array(here - first)).to_pylist(), strict=True):
                     cell = value[column] or {}
-                    path = cell.get("path") or ""
-                    named = next((folder / path for folder in file.parents if folder / path in beside), None)
-                    yield cell.get("bytes") or named, f"{plain(file)}, row {row} {plain(path)}".rstrip()
+                    image, path = cell.get("bytes"), cell.get("path") or ""
+                    if not image and beside:  # a row may name a file
+                        image = next((folder / path for folder in file.parents if folder / path in beside), None)
+                    yield image, f"{plain(file)}, row {row} {plain(path)}".rstrip()
                 first += len(batch)
         except (pa.ArrowException, OSError) as error:
             for row in due:

@@ -92,8 +92,8 @@ def emoji(size: tuple[int, int], dataset_path: str | None, seed: int, split: str
         found = [Path(font) for font in sorted(findSystemFonts()) if "NotoColorEmoji" in font]
     else:
         found = sorted(Path(dataset_path).rglob("NotoColorEmoji*.ttf")) or [Path(dataset_path)]
-    if not found:
-        raise ValueError(f"got no font Noto Color Emoji on this machine, wanted it: {FONT}")
+    if not found or not found[0].is_file():
+        raise ValueError(f"got no font Noto Color Emoji, wanted it: {FONT}")
 
     def opened(skip: bool) -> Images:
         from fontTools.ttLib import TTFont, TTLibError
