@@ -40,9 +40,10 @@ def labelled(backbone: ModelMixin, count: int, labels: Labels | None, weights: S
     outside = labels is not None and ((given < 0) | (given >= last)).any()
     if outside or given.is_floating_point() or given.shape not in ((), (1,), (count,)):
         raise ValueError(f"got labels {given.tolist()}, wanted 0 to {last - 1}, one or {count} of them: change them")
-    asked, w = given.long().expand(count).to(backbone.device), torch.tensor(weights).view(-1, 1, 1)
+    w = torch.tensor(weights).view(-1, 1, 1)
 
     def answer(z: Tensor, t: Tensor) -> Tensor:
+        asked = given.long().expand(count).to(z.device)
         c = backbone(z, t, class_labels=asked).sample
         if not guided:
             return c

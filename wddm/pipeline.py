@@ -141,7 +141,7 @@ class WaveletPipeline(DiffusionPipeline):
         return latents.to(self.device, self.backbone.dtype)
 
     def _band_rates(self, detail_steps: int, generator: Generator | list[Generator]) -> BandRates:
-        """The coarse band (it comes first) by this pipeline's solver, the details by another of `detail_steps` steps."""
+        """The coarse band, the first, by this pipeline's solver, the details by another of `detail_steps` steps."""
         copies = [one.clone_state() for one in generator] if isinstance(generator, list) else generator.clone_state()
         details, channels = deepcopy(self.scheduler), self.backbone.config.in_channels
         details.set_timesteps(detail_steps, device=self.device)
