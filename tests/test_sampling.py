@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -241,6 +242,19 @@ def test_contradictions_are_refused_in_one_line(ours, tmp_path, capsys, options:
     error = capsys.readouterr().err
     assert code == 2 and message in error and error.count("\n") == 1
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+@pytest.mark.parametrize(("processes", "wanted"), [(1, "cuda:1"), (2, "cuda:3")])
+def test_the_device_is_the_one_asked_for_or_of_the_process(ours, tmp_path, monkeypatch, processes, wanted) -> None:
+    moved = []
+    state = SimpleNamespace(num_processes=processes, device="cuda:3", is_main_process=False)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("accelerate.PartialState", lambda cpu: state)
+    monkeypatch.setattr("wddm.sampling.check_device", lambda name: moved.append(f"{name} is there"))
+    monkeypatch.setattr("wddm.sampling.draw", lambda *_, **__: None)
+    monkeypatch.setattr(WaveletPipeline, "to", lambda self, device: moved.append(device) or self)
+    assert sample(ours, tmp_path / "out", "--device", "cuda:1") == 0
+    assert moved == ["cuda:1 is there", wanted]
 
 
 def test_nothing_is_overwritten(ours, tmp_path, capsys) -> None:

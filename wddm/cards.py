@@ -56,47 +56,38 @@ def model_card(pipeline: DiffusionPipeline, name: str, report: Path | None) -> s
     `name` is that of the Hub repository or folder that it will be loaded from. Of reports/<run> all but params.yaml may
     be absent (ValueError); None where nothing was recorded.
     """
-    run, metrics, data, made_with = recorded(report) if report else ({}, {}, {}, {})
+    if report and not (report / "params.yaml").is_file():
+        raise ValueError(f"got report={report}, which has no params.yaml, wanted reports/<run>: give a run's report")
+    run, metrics, data, made_with = recorded(report.resolve()) if report else ({}, {}, {}, {})
     network, codec, task = pipeline.backbone, pipeline.codec.config, "unconditional-image-generation"
     model = {
         "backbone": type(network).__name__,
         "parameters": f"{network.num_parameters():,}",
-        "widths": ", ".join(map(str, network.config.block_out_channels)),
-        "images": " x ".join(str(side * 2**codec.level) for side in pipeline.map_size) + " pixels",
         "coefficients": " x ".join(map(str, (network.config.in_channels, *pipeline.map_size))),
         "codec": ", ".join(f"{key} {codec[key]}" for key in ("wavelet", "level", "transform", "scaling")),
         "predicts": pipeline.scheduler.config.prediction_type,
     }
     source = str(data.get("source", data.get("dataset", "unknown")))
     results = [EvalResult(task, "image", source, *distance) for distance in known(metrics, "fid", "kid", "fwd").items()]
-    card_data = ModelCardData(
-        license="apache-2.0",
-        library_name="diffusers",
-        pipeline_tag=task,
-        tags=["wavelets", "wddm"],
-        datasets=[source.split("@")[0]] if source.count("/") == 1 else None,
-        model_name=name.split("/")[-1] if results else None,
-        eval_results=results or None,
-    )
+    about: dict[str, Any] = {"license": "apache-2.0", "library_name": "diffusers", "pipeline_tag": task}
+    about |= {"model_name": name.split("/")[-1], "eval_results": results} if results else {}
+    about |= {"datasets": [source.split("@")[0]]} if source.count("/") == 1 else {}
     tables = {"Data": data, "Model": model, "Parameters": run, "Metrics": metrics, "Made with": made_with}
     flags = known(run, "scheduler", "sampling_steps", "eta", "spacing")
-    return str(
-        ModelCard.from_template(card_data, template_str=TEMPLATE, name=name, run=run, flags=flags, tables=tables)
-    )
+    values: dict[str, Any] = {"name": name, "run": run, "flags": flags, "tables": tables}
+    card_data = ModelCardData(tags=["wavelets", "wddm"], **about)
+    return str(ModelCard.from_template(card_data, template_str=TEMPLATE, **values))
 
 
 def recorded(report: Path) -> tuple[dict[str, Any], ...]:
     """What a run recorded: its parameters, its metrics, its data set, and what it was made with."""
-    if not (report / "params.yaml").is_file():
-        raise ValueError(f"got report={report}, which has no params.yaml, wanted reports/<run>: give a run's report")
     parameters = yaml.safe_load((report / "params.yaml").read_text(encoding="utf-8"))
     metrics, environment = read_json(report / "metrics.json"), read_json(report / "environment.json")
-    root, name = report.resolve().parents[1], report.resolve().name
-    record = read_json(root / "runs" / name / "record.json")
-    manifest = read_json(root / record.get("data", {}).get("path", "nowhere"))
+    record = read_json(report.parents[1] / "runs" / report.name / "record.json")
+    manifest = read_json(report.parents[1] / record.get("data", {}).get("path", "nowhere"))
     data = known(parameters, "dataset", "resolution") | known(manifest, "source", "revision", "split", "count")
-    versions = known(environment.get("versions", {}), "wddm", "torch", "diffusers")
     public = [name for name in parameters if not name.endswith(("_path", "_dir"))]  # those are of one machine
+    versions = known(environment.get("versions", {}), "wddm", "torch", "diffusers")
     return known(parameters, *public), metrics, data, known(environment, "commit", "device") | versions
 
 

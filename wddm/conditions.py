@@ -29,9 +29,8 @@ def labelled(backbone: ModelMixin, count: int, labels: Labels | None, weights: S
 
     None is the network's own "no label", its last. ValueError: labels that it does not have, weights below 0.
     """
-    last = (getattr(backbone.config, "num_class_embeds", None) or 0) - 1
-    guided = any(weight != 1 for weight in weights)
-    if not all(0 <= weight < float("inf") for weight in weights) or (guided and labels is None):
+    last, guided = (getattr(backbone.config, "num_class_embeds", None) or 0) - 1, any(w != 1 for w in weights)
+    if not all(0 <= w < float("inf") for w in weights) or (guided and labels is None):
         raise ValueError(f"got guidance {max(weights)}, wanted labels and a number from 0 on: leave guidance out")
     if last < 0 and labels is not None:
         raise ValueError("got labels for a network that was trained without, wanted none: leave labels out")
@@ -41,14 +40,15 @@ def labelled(backbone: ModelMixin, count: int, labels: Labels | None, weights: S
     outside = labels is not None and ((given < 0) | (given >= last)).any()
     if outside or given.is_floating_point() or given.shape not in ((), (1,), (count,)):
         raise ValueError(f"got labels {given.tolist()}, wanted 0 to {last - 1}, one or {count} of them: change them")
-    asked, weight = given.long().expand(count).to(backbone.device), torch.tensor(weights).view(-1, 1, 1)
+    w = torch.tensor(weights).view(-1, 1, 1)
 
     def answer(z: Tensor, t: Tensor) -> Tensor:
-        with_label = backbone(z, t, class_labels=asked).sample
+        asked = given.long().expand(count).to(z.device)
+        c = backbone(z, t, class_labels=asked).sample
         if not guided:
-            return with_label
-        without = backbone(z, t, class_labels=torch.full_like(asked, last)).sample
-        return without + weight.to(without) * (with_label - without)
+            return c
+        u = backbone(z, t, class_labels=torch.full_like(asked, last)).sample
+        return u + w.to(u) * (c - u)
 
     return answer
 
@@ -56,33 +56,30 @@ def labelled(backbone: ModelMixin, count: int, labels: Labels | None, weights: S
 def correction(
     codec: WaveletCodec, shape: Sequence[int], low_resolution: Tensor | None, known: Tensor | None, mask: Tensor | None
 ) -> Missing | None:
-    """What to add to coefficients (B, 4^L C, h, w) for images of `shape` (B, C, H, W) that agree with what is known.
+    """What coefficients lack for images of `shape` (B, C, H, W) to agree with what is known, or None if nothing is.
 
-    Known are images of sides H / 2^k, k <= L, of which the result has the means, or the pixels where a mask (B or 1, 1,
-    H, W) is True; None if nothing is. ValueError: other shapes or values, or both.
+    Known are the means over cells of 2^k x 2^k pixels, k <= L, or the pixels where a mask (B or 1, 1, H, W) is True.
+    ValueError: other shapes or values, or both.
     """
     if low_resolution is None and known is None and mask is None:
         return None
-    if (known is None) != (mask is None) or (low_resolution is not None and known is not None):
+    if (known is None) != (mask is None) or (low_resolution is None) == (known is None):
         raise ValueError("got a part of known and mask, or low_resolution too, wanted one of them: give that alone")
-    count, channels, height, width = shape
-    images = torch.as_tensor(known if low_resolution is None else low_resolution)
-    cells = [1] if low_resolution is None else [2**k for k in range(codec.config.level + 1)]
-    sizes = [(n, channels, height // cell, width // cell) for cell in cells for n in (1, count)]
+    (count, channels, height, width), level = shape, codec.config.level if known is None else 0
+    images = torch.as_tensor(low_resolution if known is None else known)
+    sizes = [(n, channels, height // 2**k, width // 2**k) for k in range(level + 1) for n in (1, count)]
     if images.shape not in sizes or not images.is_floating_point() or not ((images >= 0) & (images <= 1)).all():
         raise ValueError(f"got images {tuple(images.shape)}, wanted floats in [0, 1] of {sizes[-1]}: change them")
-    allowed = [(n, 1, height, width) for n in (1, count)]
-    if mask is not None and (mask.dtype != torch.bool or mask.shape not in allowed):
-        raise ValueError(f"got a mask {tuple(mask.shape)} of {mask.dtype}, wanted bool (1, 1, {height}, {width})")
-    cell, wanted = height // images.shape[-2], images.to(codec.device, codec.dtype) * 2 - 1
+    where = torch.ones(1, 1, height, width, dtype=torch.bool) if mask is None else torch.as_tensor(mask)
+    if where.dtype != torch.bool or where.shape not in [(n, 1, height, width) for n in (1, count)]:
+        raise ValueError(f"got a mask {tuple(where.shape)} of {where.dtype}, wanted bool (1, 1, {height}, {width})")
+    cell, wanted, where = height // images.shape[-2], images.to(codec.clip_value) * 2 - 1, where.to(codec.device)
     zero = codec.encode(wanted.new_zeros(1, channels, height, width))
 
     def missing(z: Tensor) -> Tensor:
         error = wanted - F.avg_pool2d(codec.decode(z.to(codec.dtype)), cell)
-        if mask is not None:
-            error = error.where(mask.to(error.device), 0)
         error = error.repeat_interleave(cell, dim=2).repeat_interleave(cell, dim=3)
-        return (codec.encode(error) - zero).to(z.dtype)
+        return (codec.encode(error.where(where, 0)) - zero).to(z.dtype)
 
     return missing
 
@@ -98,7 +95,7 @@ def held(answer: Answer, scheduler: SchedulerMixin, missing: Missing, clip: Tens
         estimate = p * z + q * output
         clipped = estimate.clamp(-clip, clip)
         change = missing(clipped)
-        held_to = (change != 0).flatten(1).any(1).view(-1, 1, 1, 1)  # of an image with an empty mask nothing is known
-        return output + (clipped - estimate + change).where(held_to, 0) / q
+        any_known = (change != 0).flatten(1).any(1).view(-1, 1, 1, 1)  # not with an empty mask
+        return output + (clipped - estimate + change).where(any_known, 0) / q
 
     return agreeing

@@ -67,10 +67,7 @@ def is_path(name: str) -> bool:
 
 
 def fetched(path: str | Path, options: dict[str, Any]) -> Path:
-    """The folder itself, or the local copy of a Hub repository, downloaded the first time; ValueError without either.
-
-    `options` are those of a `from_pretrained`, of which the ones that concern the Hub are taken out.
-    """
+    """The folder, or the local copy of a Hub repository; ValueError without either. The Hub's options are taken out."""
     names = ("cache_dir", "revision", "token", "local_files_only")
     hub = {name: options.pop(name) for name in names if name in options}
     if (folder := Path(path).expanduser()).is_dir():
@@ -120,7 +117,7 @@ def fits(value: Any, hint: Any, maximum: int) -> bool:
 
 
 def load_strictly(from_pretrained: Any, folder: Path, **options: Any) -> ModelMixin:
-    """What a diffusers class's `from_pretrained(folder, **options)` makes of a folder, in eval mode.
+    """What a diffusers class's `from_pretrained` makes of a folder, in eval mode.
 
     ValueError: config or weights are absent, damaged, pickled, or not each other's, with their names.
     """
@@ -144,10 +141,9 @@ def load_scheduler(folder: Path) -> SchedulerMixin:
 
 
 def load_published(build: type[ModelMixin], folder: Path, config: dict[str, Any]) -> ModelMixin:
-    """A published U-KAN of this config.json, in eval mode; `build` is `UKANModel`. ValueError: as of `load_strictly`.
+    """A published U-KAN as `UKANModel`, which is `build`, in eval mode; ValueError as of `load_strictly`.
 
-    Its tensors differ from ours in their `NAMES`, in the order of a spline weight's axes, and by the grid. The `attn`
-    of its config is dropped: those weights never existed.
+    The `attn` of its config is dropped: those weights never existed.
     """
     if missing := [key for key in ARGUMENTS if key not in config]:
         raise ValueError(f"got a {CLASS_NAME} config.json without {', '.join(missing)}, wanted it: fetch it again")

@@ -79,11 +79,10 @@ class WaveletPipeline(DiffusionPipeline):
             low_resolution: (B or 1, C, H/2^k, W/2^k) in [0, 1], k <= L, the means that the images are to have.
             known, mask: images (B or 1, C, H, W) in [0, 1], kept where the bool mask (B or 1, 1, H, W) is True.
 
-        Raises:
-            ValueError: what the solver or the checkpoint cannot do, or coefficients or images that are not finite.
+        ValueError: what the solver or the checkpoint cannot do, or coefficients or images that are not finite.
         """
         check_choice("output_type", output_type, ("pil", "np", "pt"))
-        self._check_solver(num_inference_steps, eta, detail_steps)
+        self._check_solver(num_inference_steps, eta, detail_steps, guidance_details)
         weights, conditions = (guidance, guidance_details), (low_resolution, known, mask)
         network, missing = self._network(batch_size, labels, weights, conditions)
         if generator is None:
@@ -115,25 +114,22 @@ class WaveletPipeline(DiffusionPipeline):
     ) -> tuple[Answer, Missing | None]:
         """The network under the conditions of conditions.py, and what has to be added to the result."""
         level, channels, (weight, details) = self.codec.config.level, self.backbone.config.in_channels, guidance
-        if details is not None and not level:
-            raise ValueError("got guidance_details at level 0, which has no detail bands: leave guidance_details out")
         coarse = channels // 4**level
         weights = [weight] * coarse + [weight if details is None else details] * (channels - coarse)
         answer = labelled(self.backbone, count, labels, weights)
-        shape = (count, coarse, *(side * 2**level for side in self.map_size))
-        missing = correction(self.codec, shape, *known)
-        held_answer = missing and held(answer, self.scheduler, missing, self.codec.clip_value)
-        return held_answer or answer, missing
+        missing = correction(self.codec, (count, coarse, *(side * 2**level for side in self.map_size)), *known)
+        return (held(answer, self.scheduler, missing, self.codec.clip_value) if missing else answer), missing
 
-    def _check_solver(self, steps: int, eta: float, detail_steps: int | None) -> None:
+    def _check_solver(self, steps: int, eta: float, detail_steps: int | None, guidance_details: float | None) -> None:
         """Raise a ValueError if the solver cannot do what is asked of it."""
         kind, maximum = type(self.scheduler).__name__, self.scheduler.config.num_train_timesteps
         if not all(1 <= count <= maximum for count in (steps, 1 if detail_steps is None else detail_steps)):
             raise ValueError(f"got {steps} steps and detail_steps={detail_steps}, wanted 1 to {maximum}: change them")
         name = next((name for name, known in SOLVERS.items() if known == kind), kind)
         check_options(name, eta=eta, detail_steps=detail_steps)
-        if detail_steps and not self.codec.config.level:
-            raise ValueError("got detail_steps at level 0, which has no detail bands: leave detail_steps out")
+        for name, value in (("detail_steps", detail_steps), ("guidance_details", guidance_details)):
+            if value is not None and not self.codec.config.level:
+                raise ValueError(f"got {name} at level 0, which has no detail bands: leave {name} out")
 
     def _noise(self, latents: Tensor | None, batch_size: int, generator: Generator | list[Generator]) -> Tensor:
         """Unit noise (B, 4^L C, h, w): the latents given, or drawn."""
@@ -145,11 +141,11 @@ class WaveletPipeline(DiffusionPipeline):
         return latents.to(self.device, self.backbone.dtype)
 
     def _band_rates(self, detail_steps: int, generator: Generator | list[Generator]) -> BandRates:
-        """The coarse band by this pipeline's solver, the details by another of `detail_steps` steps."""
+        """The coarse band, the first, by this pipeline's solver, the details by another of `detail_steps` steps."""
         copies = [one.clone_state() for one in generator] if isinstance(generator, list) else generator.clone_state()
         details, channels = deepcopy(self.scheduler), self.backbone.config.in_channels
         details.set_timesteps(detail_steps, device=self.device)
-        coarse = channels // 4**self.codec.config.level  # the coarse band comes first
+        coarse = channels // 4**self.codec.config.level
         first = Group(self.scheduler, slice(0, coarse), generator)
         return BandRates(first, Group(details, slice(coarse, channels), copies))
 
