@@ -1,11 +1,9 @@
 """Diagnostics compare samples with real images: spectra, wavelet bands, nearest neighbours and classes.
 
-Images are uint8 (N, H, W, C) or float (N, C, H, W) in [0, 1]. They are read in batches of float64, so that a memory
-map of any length will do.
+Images are uint8 (N, H, W, C), a memory map for instance, or float (N, C, H, W) in [0, 1], read in batches of float64.
 """
 
 import math
-import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -71,28 +69,21 @@ class UnitBatches:
         last = images.dtype in (np.uint8, torch.uint8)  # channels are
         sides = shape[1:3] if last else shape[2:]
         if len(shape) != 4 or not min(shape) or min(sides) <= 4 < shape[3 if last else 1]:  # so short a side is colours
-            raise ValueError(
-                f"got {images.dtype} images {shape}, wanted one or more, uint8 (N, H, W, C) or float (N, C, H, W): "
-                "transpose them, or give others"
-            )
+            wanted = "uint8 (N, H, W, C) or float (N, C, H, W): transpose them, or give others"
+            raise ValueError(f"got {images.dtype} images {shape}, wanted one or more, {wanted}")
         device = "cpu" if torch.device(self.device).type == "mps" else self.device
         size = max(1, min(self.batch_size, BATCH_VALUES // math.prod(shape[1:])))
         for start in range(0, self.count, size):
             part = slice(start, start + size)
             batch = images[part if self.rows is None else self.rows[part]]
             batch = (batch.detach() if isinstance(batch, Tensor) else torch.from_numpy(np.array(batch))).to(device)
-            if isinstance(images, np.memmap) and images.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
-                pages: mmap.mmap = images._mmap  # type: ignore[attr-defined]
-                pages.madvise(mmap.MADV_DONTNEED)  # what was read stays in the system's cache, not in our memory
             if last:
                 yield batch.permute(0, 3, 1, 2).double().div_(255)
             elif batch.is_floating_point() and batch.min() >= 0 and batch.max() <= 1:
                 yield batch.double()
             else:
-                raise ValueError(
-                    f"got {batch.dtype} images from {batch.min().item():g} to {batch.max().item():g}, wanted "
-                    "floats in [0, 1]: rescale or clamp them, or give uint8"
-                )
+                ends = f"{batch.min().item():g} to {batch.max().item():g}"
+                raise ValueError(f"got {batch.dtype} images from {ends}, wanted floats in [0, 1]: rescale them")
 
 
 def haar_packets(level: int) -> Callable[..., Tensor]:
@@ -208,8 +199,7 @@ def judge(generated: np.ndarray, real: np.ndarray, labels: np.ndarray, seed: int
     model = make_pipeline(bases, LogisticRegression(C=10, max_iter=500)).fit(real[fitted], labels[fitted])
     known, probability = (model.predict_proba(vectors) for vectors in (real[held_out], generated))
     threshold, confidence = float(np.quantile(known.max(1), 0.1)), probability.max(1)
-    counts = np.bincount(probability.argmax(1), minlength=len(model.classes_)).tolist()
+    counts = {int(name): int(np.sum(probability.argmax(1) == k)) for k, name in enumerate(model.classes_)}
     accuracy = share((model.classes_[known.argmax(1)] == labels[held_out]).sum(), len(held_out))
     confident = share((confidence >= threshold).sum(), len(confidence))
-    seen = dict(zip(model.classes_.tolist(), counts, strict=True))
-    return Verdict(seen, confidence, confident, known.max(1), threshold, accuracy)
+    return Verdict(counts, confidence, confident, known.max(1), threshold, accuracy)

@@ -133,9 +133,9 @@ def moments(images: Images, level: int = 3, *, device: Device = "cpu") -> Moment
 def accumulated(batches: Iterable[Tensor], weights: np.ndarray) -> list[Moments]:
     """Of float64 vectors that come in batches (P, n, d), repeated as every line of `weights` (R, N) says.
 
-    Sums are of differences from the mean of the first batch, so that nothing cancels where means are large.
+    Differences from the mean of the first batch are added up, so that nothing cancels where means are large.
     """
-    start, counts = 0, weights.sum(1)
+    start = 0
     for k, x in enumerate(batches):
         if not k:
             origin = x.mean(1, keepdim=True)
@@ -147,7 +147,7 @@ def accumulated(batches: Iterable[Tensor], weights: np.ndarray) -> list[Moments]
             each.baddbmm_((x * part[:, None]).mT, x)  # in place, to save memory
         start += x.shape[1]
     found = []
-    for count, first, second in zip(counts.tolist(), sums, squares, strict=True):
+    for count, first, second in zip(weights.sum(1).tolist(), sums, squares, strict=True):
         covariance = second.sub_(first[..., None] * first[..., None, :] / count).div_(count - 1)
         found.append(Moments(count, (origin[:, 0] + first / count).cpu().numpy(), covariance.cpu().numpy()))
     return found
@@ -157,10 +157,8 @@ def check(images: UnitBatches, level: int) -> int:
     """How many values a packet has; refuses what are no such images, or fewer than that."""
     values = haar_packets(level)(next(iter(replace(images, batch_size=1)))).shape[-1]
     if images.count < (minimum := max(values, 2)):
-        raise ValueError(
-            f"got {images.count} images for packets of {values} values, wanted {minimum} images or more: give more "
-            "images (num_samples), or choose a deeper level (fwd_level)"
-        )
+        got = f"got {images.count} images for packets of {values} values, wanted {minimum} images or more"
+        raise ValueError(f"{got}: give more (num_samples), or choose a deeper level (fwd_level)")
     return values
 
 

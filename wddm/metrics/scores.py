@@ -57,8 +57,8 @@ class Options:
 class Score:
     """One number of a report: `estimate` is None where it was not computed, and `protocol` then says why.
 
-    `floor` is what real images score in the place of generated ones, as many as there are, but at most half of the
-    set, against all the others; computed as the score is. `count` and `count_real`: how many images were compared.
+    `floor` is what as many real images score against all the others, at most half of the set. `count` samples were
+    compared with `count_real` real images.
     """
 
     key: str
@@ -93,16 +93,10 @@ class Score:
 
 
 def evaluate(samples: np.ndarray, reference: Dataset, options: Options = Options()) -> dict[str, list[Score]]:
-    """The scores of every metric in METRICS, by its name.
-
-    Raises:
-        ValueError: images of another shape than the reference's, too few for FWD, weights that are none.
-    """
+    """The scores of every metric in METRICS, by its name; ValueError where images are too few or do not match."""
     if samples.dtype != np.uint8 or samples.shape[1:] != reference.images.shape[1:]:
-        raise ValueError(
-            f"got {samples.dtype} images {samples.shape[1:]} and a reference of {reference.images.shape[1:]}, wanted "
-            "uint8 and the same height, width and colours: give another reference, or convert the images"
-        )
+        got = f"got {samples.dtype} images {samples.shape[1:]} and a reference of {reference.images.shape[1:]}"
+        raise ValueError(f"{got}, wanted uint8 and one size and colour: give another reference, or convert the images")
     inception.find_weights(options.inception_weights)  # mistakes are told before anything is computed
     for images in (samples, reference.images):
         frechet.check(UnitBatches(images), options.level)
@@ -169,8 +163,8 @@ def classifier(samples: np.ndarray, reference: Dataset, options: Options) -> lis
 def by_inception(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
     """FID, KID, Inception score, precision and recall; one score without a value where there are no weights."""
     counts, path = (len(samples), len(reference.images)), inception.find_weights(options.inception_weights)
-    if path is None or samples.shape[-1] not in (1, 3):
-        why = "images that are neither grey nor RGB" if path else "no Inception weights"
+    if path is None or samples.shape[-1] not in (1, 3) or min(counts) < 10:
+        why = "fewer than 10 images, or neither grey nor RGB" if path else "no Inception weights"
         return [Score("fid", ", ".join(INCEPTION.values()), None, None, *counts, f"not computed: {why}")]
     digest, network = sha256(path), inception.build(path, options.device)
     extract = partial(inception.features, network=network, progress=options.progress)
@@ -186,10 +180,9 @@ def by_inception(samples: np.ndarray, reference: Dataset, options: Options) -> l
 
 
 def copies(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
-    """Whether samples are training images: distance to the nearest, share nearer than real ones, share memorised.
+    """Whether samples are training images, by pixels, and by EfficientNet's features where these can be had.
 
-    By pixels, and by EfficientNet's features where these can be had, which also know a shifted or mirrored image. The
-    first SEARCHED samples are compared with all real images; as many real images, with all others, give the floor.
+    The first SEARCHED samples are compared with all real images; as many real images, with all others, give the floor.
     `detail`: rows and distances (n, 3) of the samples' neighbours, distances (m, 2) of the real images'.
     """
     real, scores, draw = reference.images, [], np.random.default_rng(options.seed).choice
@@ -208,9 +201,9 @@ def copies(samples: np.ndarray, reference: Dataset, options: Options) -> list[Sc
         for d in (distances, apart):
             shares = d[:, 0] < near, diagnostics.memorised(d, ratio)
             estimates.append([median(d[:, 0]), *(share(hits.sum(), len(d)) for hits in shares)])
-        for (key, name), *both in zip(COPIES.items(), *estimates, strict=True):
-            said = f"seed {options.seed}"
-            scores.append(Score(key + end, name + by, both[0], both[1], len(rows), len(real), said, detail))
+        said = len(rows), len(real), f"seed {options.seed}", detail
+        for (key, name), mine, floor in zip(COPIES.items(), *estimates, strict=True):
+            scores.append(Score(key + end, name + by, mine, floor, *said))
     return scores
 
 
@@ -260,11 +253,7 @@ def as_json(found: dict[str, list[Score]], images: Path, reference: Dataset) -> 
 
 
 def read_images(path: Path) -> np.ndarray:
-    """uint8 (N, H, W, C) of a samples.npy, or of a folder that holds one or PNGs as `wddm sample` writes them.
-
-    Raises:
-        ValueError: there are none, one cannot be read, or they are not of one size and colour.
-    """
+    """uint8 (N, H, W, C) of a samples.npy, or of a folder that holds one or PNGs as `wddm sample` writes them."""
     array, found = path / "samples.npy" if path.is_dir() else path, []
     is_array = array.suffix == ".npy" and array.is_file()
     files = [array] if is_array else sorted({*path.glob("*.png")} - {path / "grid.png"})  # an overview by `wddm sample`
@@ -313,10 +302,7 @@ def _scores(
     names: dict[str, str], stem: str, found: Estimates, between: Callable[..., Estimates], counts: tuple[int, int],
     said: str, reference: Dataset, options: Options,
 ) -> list[Score]:  # fmt: skip
-    """What was found, by name, with floors: what is `between` some real images and all others, given by their rows.
-
-    Floors are kept under a name that begins with `stem`; where there are too few images, the protocol says so.
-    """
+    """What was found, by name, with floors: what is `between` some real images and all others, given by their rows."""
     count, said, floors = min(counts[1] // 2, counts[0]), f"{said}, seed {options.seed}", {}
 
     def compared() -> dict[str, np.ndarray]:
