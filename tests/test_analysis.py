@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -117,8 +118,8 @@ def test_what_a_solver_cannot_do_is_a_row_with_its_error(pipeline) -> None:
     cell = dict(zip(sampling.SETTING, ("ddim", 2000, 0.0, "trailing", None), strict=True)) | {"first": 0, "count": 4}
     found = sampling.quality(pipeline, None, cell, metric="fwd", batch_size=4, measuring=Options(1))
     assert found["error"].startswith("got 2000 steps")
-    rows = [cell | found] * 2
-    assert sampling.pooled(rows, "fwd").empty
+    with pytest.raises(ValueError, match="got no setting that could be sampled, wanted one"):
+        sampling.pooled([cell | found] * 2, "fwd")
 
 
 # --------------------------------------------------------------------------------------------------- findings
@@ -263,23 +264,43 @@ def runs_of(values: dict[str, list[float]], **more) -> list[Finished]:
 
 
 def test_variants_are_summed_up_over_seeds_best_first() -> None:
-    table = sweeps.everything(runs_of({"worse": [2.0, 4.0], "better": [1.0]}))
+    table = sweeps.everything(runs_of({"worse": [2.0, 4.0], "better": [1.0]}), "fwd")
     first, second = sweeps.summary(table, "fwd").to_dict("records")
     assert (first["variant"], first["mean"], first["over the floor"]) == ("better", 1.0, 2.0)
     assert (second["mean"], second["minimum"], second["maximum"], second["over the best"]) == (3.0, 2.0, 4.0, 3.0)
     assert np.isnan(sweeps.summary(table.drop(columns="fwd_floor"), "fwd")["over the floor"]).all()
 
 
+def test_what_cannot_be_compared_is_told_in_one_line() -> None:
+    runs = runs_of({"a": [1.0], "b": [2.0]}, fid=None, kid_efficientnet=0.1)
+    lacking = replace(runs[1], metrics={})
+    assert sweeps.everything([runs[0], lacking], "fwd").fwd.isna().tolist() == [False, True]
+    with pytest.raises(ValueError, match="got 1 finished run, a-0, wanted two or more to compare: name others"):
+        sweeps.everything(runs[:1], "fwd")
+    wanted = "wanted a number in metrics.json of these runs: did you mean"
+    for metric, near in (
+        ("kid_eficientnet", "kid_efficientnet"),
+        ("fwdd", "fwd"),
+        ("fid", "fid"),
+        ("loss", "one of fid, fwd"),
+    ):
+        with pytest.raises(ValueError, match=f"got metric='{metric}', {wanted} {near}"):
+            sweeps.everything(runs, metric)
+    with pytest.raises(ValueError, match="got a-0, b-0, which trained nothing, wanted runs of 02_train"):
+        sweeps.by_codec(runs)
+
+
 def test_curves_are_means_over_equal_parts_of_log_images() -> None:
     logs = [[{"images_seen": n, "loss": 10 * n + k} for n in (1, 2, 10, 20, 100)] for k in (0, 1)]
-    seen, values = sweeps.curve(logs, "loss", points=2)  # 1 to 101: parts end at 10.05
-    np.testing.assert_allclose(seen, [13 / 3, 60])
-    np.testing.assert_allclose(values, [[130 / 3, 600], [130 / 3 + 1, 601]])
+    found = sweeps.curve(logs, "loss", points=2)  # 1 to 101: parts end at 10.05
+    np.testing.assert_allclose(found.kimg, [13 / 3000, 60 / 1000])
+    np.testing.assert_allclose(found[["loss_low", "loss_high"]].T, [[130 / 3, 600], [130 / 3 + 1, 601]])
+    np.testing.assert_allclose(found.loss, [130 / 3 + 0.5, 600.5])
     logs[1] = [row for row in logs[1] if row["images_seen"] < 20]
-    assert sweeps.curve(logs, "loss", points=2)[0].tolist() == [13 / 3]  # nothing where a run has nothing
-    assert sweeps.curve(logs, "fwd")[0].size == 0
+    assert sweeps.curve(logs, "loss", points=2).kimg.tolist() == [pytest.approx(13 / 3000)]  # of what both have
+    assert len(sweeps.curve(logs, "fwd")) == 0
     logs[0][0]["fwd"] = None
-    assert sweeps.curve(logs, "fwd")[0].size == 0
+    assert len(sweeps.curve(logs, "fwd")) == 0
 
 
 def test_curves_over_seconds_follow_the_logs(tmp_path) -> None:
@@ -289,28 +310,30 @@ def test_curves_over_seconds_follow_the_logs(tmp_path) -> None:
         folder.mkdir(parents=True)
         rows = ({"images_seen": n, "images_per_s": rate} for n in (300, 600))  # 30, 60 s and 10, 20 s
         (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    table = sweeps.everything(runs)
-    seen, _ = sweeps.learning(tmp_path, table, "images_per_s")["a"]
-    seconds, values = sweeps.learning(tmp_path, table, "images_per_s", "seconds")["a"]
-    np.testing.assert_allclose(seen, [300, 600])
-    np.testing.assert_allclose(seconds, [(30 + 10) / 2, (60 + 20) / 2])
-    np.testing.assert_allclose(values, [[10, 10], [30, 30]])
+    table = sweeps.everything(runs, "fwd")
+    found = sweeps.learning(tmp_path, table, "images_per_s")
+    np.testing.assert_allclose(found.kimg, [0.3, 0.6])
+    np.testing.assert_allclose(found.seconds, [(30 + 10) / 2, (60 + 20) / 2])
+    np.testing.assert_allclose(found[["images_per_s_low", "images_per_s_high"]], [[10, 30], [10, 30]])
+    assert found.legend.tolist() == ["a (2)"] * 2
 
 
 def test_a_variant_has_reached_another_once_all_its_seeds_are_as_near() -> None:
-    seen = np.array([1000, 2000, 4000])
-    curves = {
-        "slow": (seen, np.array([[9, 6, 3], [9, 6, 5]])),  # 4 in the end
-        "fast": (seen, np.array([[5, 3, 1], [4, 4, 2]])),
-        "never": (seen, np.array([[9, 9, 3], [9, 9, 5]])),
+    seeds = {
+        "slow": [[9, 6, 3], [9, 6, 5]],  # 4 in the end
+        "fast": [[5, 3, 1], [4, 4, 2]],
+        "never": [[9, 9, 3], [9, 9, 5]],
     }
-    rows = sweeps.reaching(curves, "slow")
-    assert [row["thousand images"] for row in rows] == [4, 2, None]
-    assert [row["share of images"] for row in rows] == [1, 0.5, None]
-    assert [row["in the end"] for row in rows] == [4, 1.5, 4]
-    assert sweeps.reaching(curves, "slow", "seconds")[1]["seconds"] == 2000
+    logs = {name: [[{"images_seen": 1000 * 2**k, "images_per_s": 10, "fwd": x} for k, x in enumerate(each)]
+                   for each in both] for name, both in seeds.items()}  # fmt: skip
+    curves = pd.concat([sweeps.curve(both, "fwd").assign(variant=name) for name, both in logs.items()])
+    rows = sweeps.reaching(curves, "fwd", "slow")
+    assert [row["kimg"] for row in rows] == [4, 2, None]
+    assert [row["share of kimg"] for row in rows] == [1, 0.5, None]
+    assert [row["in the end"] for row in rows] == [4, 1.5, 4] and [row["seeds"] for row in rows] == [2, 2, 2]
+    assert sweeps.reaching(curves, "fwd", "slow", "seconds")[1]["seconds"] == 200
     with pytest.raises(ValueError, match="got reference='other', wanted one of slow, fast, never"):
-        sweeps.reaching(curves, "other")
+        sweeps.reaching(curves, "fwd", "other")
 
 
 @pytest.mark.parametrize(
