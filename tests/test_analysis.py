@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,14 +12,15 @@ import pytest
 import torch
 from conftest import wddm
 
+from wddm import data
 from wddm.backbones import build_backbone
 from wddm.files import append_row, read_rows
-from wddm.metrics.scores import Options
+from wddm.metrics.scores import Options, wavelet
 from wddm.objective import alphas_cumprod, build_solver, noise_scheduler
 from wddm.pipeline import WaveletPipeline
 from wddm.studies import sampling, sweeps
 from wddm.wavelets import WaveletCodec
-from wddm.workbook import collect, records
+from wddm.workbook import Run, collect, records
 from wddm.workbook.records import Finished
 
 RNG = np.random.default_rng(0)
@@ -116,8 +118,8 @@ def test_what_a_solver_cannot_do_is_a_row_with_its_error(pipeline) -> None:
     cell = dict(zip(sampling.SETTING, ("ddim", 2000, 0.0, "trailing", None), strict=True)) | {"first": 0, "count": 4}
     found = sampling.quality(pipeline, None, cell, metric="fwd", batch_size=4, measuring=Options(1))
     assert found["error"].startswith("got 2000 steps")
-    rows = [cell | found] * 2
-    assert sampling.pooled(rows, "fwd").empty
+    with pytest.raises(ValueError, match="got no setting that could be sampled, wanted one"):
+        sampling.pooled([cell | found] * 2, "fwd")
 
 
 # --------------------------------------------------------------------------------------------------- findings
@@ -262,23 +264,43 @@ def runs_of(values: dict[str, list[float]], **more) -> list[Finished]:
 
 
 def test_variants_are_summed_up_over_seeds_best_first() -> None:
-    table = sweeps.everything(runs_of({"worse": [2.0, 4.0], "better": [1.0]}))
+    table = sweeps.everything(runs_of({"worse": [2.0, 4.0], "better": [1.0]}), "fwd")
     first, second = sweeps.summary(table, "fwd").to_dict("records")
     assert (first["variant"], first["mean"], first["over the floor"]) == ("better", 1.0, 2.0)
     assert (second["mean"], second["minimum"], second["maximum"], second["over the best"]) == (3.0, 2.0, 4.0, 3.0)
     assert np.isnan(sweeps.summary(table.drop(columns="fwd_floor"), "fwd")["over the floor"]).all()
 
 
+def test_what_cannot_be_compared_is_told_in_one_line() -> None:
+    runs = runs_of({"a": [1.0], "b": [2.0]}, fid=None, kid_efficientnet=0.1)
+    lacking = replace(runs[1], metrics={})
+    assert sweeps.everything([runs[0], lacking], "fwd").fwd.isna().tolist() == [False, True]
+    with pytest.raises(ValueError, match="got 1 finished run, a-0, wanted two or more to compare: name others"):
+        sweeps.everything(runs[:1], "fwd")
+    wanted = "wanted a number in metrics.json of these runs: did you mean"
+    for metric, near in (
+        ("kid_eficientnet", "kid_efficientnet"),
+        ("fwdd", "fwd"),
+        ("fid", "fid"),
+        ("loss", "one of fid, fwd"),
+    ):
+        with pytest.raises(ValueError, match=f"got metric='{metric}', {wanted} {near}"):
+            sweeps.everything(runs, metric)
+    with pytest.raises(ValueError, match="got a-0, b-0, which trained nothing, wanted runs of 02_train"):
+        sweeps.by_codec(runs)
+
+
 def test_curves_are_means_over_equal_parts_of_log_images() -> None:
     logs = [[{"images_seen": n, "loss": 10 * n + k} for n in (1, 2, 10, 20, 100)] for k in (0, 1)]
-    seen, values = sweeps.curve(logs, "loss", points=2)  # 1 to 101: parts end at 10.05
-    np.testing.assert_allclose(seen, [13 / 3, 60])
-    np.testing.assert_allclose(values, [[130 / 3, 600], [130 / 3 + 1, 601]])
+    found = sweeps.curve(logs, "loss", points=2)  # 1 to 101: parts end at 10.05
+    np.testing.assert_allclose(found.kimg, [13 / 3000, 60 / 1000])
+    np.testing.assert_allclose(found[["loss_low", "loss_high"]].T, [[130 / 3, 600], [130 / 3 + 1, 601]])
+    np.testing.assert_allclose(found.loss, [130 / 3 + 0.5, 600.5])
     logs[1] = [row for row in logs[1] if row["images_seen"] < 20]
-    assert sweeps.curve(logs, "loss", points=2)[0].tolist() == [13 / 3]  # nothing where a run has nothing
-    assert sweeps.curve(logs, "fwd")[0].size == 0
+    assert sweeps.curve(logs, "loss", points=2).kimg.tolist() == [pytest.approx(13 / 3000)]  # of what both have
+    assert len(sweeps.curve(logs, "fwd")) == 0
     logs[0][0]["fwd"] = None
-    assert sweeps.curve(logs, "fwd")[0].size == 0
+    assert len(sweeps.curve(logs, "fwd")) == 0
 
 
 def test_curves_over_seconds_follow_the_logs(tmp_path) -> None:
@@ -288,28 +310,30 @@ def test_curves_over_seconds_follow_the_logs(tmp_path) -> None:
         folder.mkdir(parents=True)
         rows = ({"images_seen": n, "images_per_s": rate} for n in (300, 600))  # 30, 60 s and 10, 20 s
         (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    table = sweeps.everything(runs)
-    seen, _ = sweeps.learning(tmp_path, table, "images_per_s")["a"]
-    seconds, values = sweeps.learning(tmp_path, table, "images_per_s", "seconds")["a"]
-    np.testing.assert_allclose(seen, [300, 600])
-    np.testing.assert_allclose(seconds, [(30 + 10) / 2, (60 + 20) / 2])
-    np.testing.assert_allclose(values, [[10, 10], [30, 30]])
+    table = sweeps.everything(runs, "fwd")
+    found = sweeps.learning(tmp_path, table, "images_per_s")
+    np.testing.assert_allclose(found.kimg, [0.3, 0.6])
+    np.testing.assert_allclose(found.seconds, [(30 + 10) / 2, (60 + 20) / 2])
+    np.testing.assert_allclose(found[["images_per_s_low", "images_per_s_high"]], [[10, 30], [10, 30]])
+    assert found.legend.tolist() == ["a (2)"] * 2
 
 
 def test_a_variant_has_reached_another_once_all_its_seeds_are_as_near() -> None:
-    seen = np.array([1000, 2000, 4000])
-    curves = {
-        "slow": (seen, np.array([[9, 6, 3], [9, 6, 5]])),  # 4 in the end
-        "fast": (seen, np.array([[5, 3, 1], [4, 4, 2]])),
-        "never": (seen, np.array([[9, 9, 3], [9, 9, 5]])),
+    seeds = {
+        "slow": [[9, 6, 3], [9, 6, 5]],  # 4 in the end
+        "fast": [[5, 3, 1], [4, 4, 2]],
+        "never": [[9, 9, 3], [9, 9, 5]],
     }
-    rows = sweeps.reaching(curves, "slow")
-    assert [row["thousand images"] for row in rows] == [4, 2, None]
-    assert [row["share of images"] for row in rows] == [1, 0.5, None]
-    assert [row["in the end"] for row in rows] == [4, 1.5, 4]
-    assert sweeps.reaching(curves, "slow", "seconds")[1]["seconds"] == 2000
+    logs = {name: [[{"images_seen": 1000 * 2**k, "images_per_s": 10, "fwd": x} for k, x in enumerate(each)]
+                   for each in both] for name, both in seeds.items()}  # fmt: skip
+    curves = pd.concat([sweeps.curve(both, "fwd").assign(variant=name) for name, both in logs.items()])
+    rows = sweeps.reaching(curves, "fwd", "slow")
+    assert [row["kimg"] for row in rows] == [4, 2, None]
+    assert [row["share of kimg"] for row in rows] == [1, 0.5, None]
+    assert [row["in the end"] for row in rows] == [4, 1.5, 4] and [row["seeds"] for row in rows] == [2, 2, 2]
+    assert sweeps.reaching(curves, "fwd", "slow", "seconds")[1]["seconds"] == 200
     with pytest.raises(ValueError, match="got reference='other', wanted one of slow, fast, never"):
-        sweeps.reaching(curves, "other")
+        sweeps.reaching(curves, "fwd", "other")
 
 
 @pytest.mark.parametrize(
@@ -335,15 +359,6 @@ def test_runs_of_different_sets_are_not_compared() -> None:
 
 # --------------------------------------------------------------------------------------------------- notebooks
 
-TINY = {
-    "train_kimg": 0.32,
-    "warmup_kimg": 0.1,
-    "batch_size": 32,
-    "num_samples": 40,
-    "sampling_steps": 3,
-    "fwd_level": 2,
-}
-
 
 def run(root: Path, *arguments: str) -> str:
     done = wddm(root, *arguments)
@@ -362,15 +377,35 @@ def is_clean(page: Path) -> bool:
     return "Traceback (most" not in text and "Warning" not in text and "it/s]" not in text
 
 
-@pytest.mark.slow
-def test_sampling_dynamics_is_measured_once_and_written_down(root, tmp_path) -> None:
+@pytest.fixture(scope="module")
+def prepared(root) -> data.Dataset:
+    return data.prepare("digits", 16, root / "data", limit=200, progress=False)
+
+
+def leave_data(root: Path, name: str, prepared: data.Dataset) -> None:
+    """What 01_prepare leaves of a run."""
+    book = Run(name, root, root / "runs" / name, root / "reports" / name, "01_prepare")
+    book.made("data", prepared.folder / "manifest.json")
+
+
+def save_pipeline(folder: Path, level: int) -> WaveletPipeline:
+    """A network that has learned nothing."""
     torch.manual_seed(0)
-    backbone = build_backbone("unet", dataset="digits", level=1, widths=(32,))
-    codec = WaveletCodec("haar", 1, scaling="dyadic")
-    WaveletPipeline(backbone, build_solver("ddim", "v_prediction"), codec).save_pretrained(root / "runs/tiny/pipeline")
+    backbone = build_backbone("unet", dataset="digits", level=level, widths=(32,))
+    codec = WaveletCodec("haar", level, scaling="dyadic")
+    made = WaveletPipeline(backbone, build_solver("ddim", "v_prediction"), codec)
+    made.save_pretrained(folder)
+    return made
+
+
+@pytest.mark.slow
+def test_sampling_dynamics_is_measured_once_and_written_down(root, prepared) -> None:
+    leave_data(root, "sampling-dynamics", prepared)
+    save_pipeline(root / "runs/tiny/pipeline", 1)
     options = ["model_dir=runs/tiny/pipeline", "solvers=[ddim, heun]", "steps=[2, 4]", "band_steps=[2, 3]"]
     options += ["reference_steps=6", "sets=2", "num_samples=40", "spacing_solvers=[ddim]"]
-    command = ["run", "params/sampling-dynamics.yaml", *(word for option in options for word in ("-p", option))]
+    command = ["run", "params/sampling-dynamics.yaml", "--only", "sampling_dynamics"]
+    command += [word for option in options for word in ("-p", option)]
     run(root, *command)
     report, cells = root / "reports/sampling-dynamics", root / "runs/sampling-dynamics/cells.jsonl"
     rows, measured = saved(report, "settings"), read_rows(cells)
@@ -390,34 +425,47 @@ def test_sampling_dynamics_is_measured_once_and_written_down(root, tmp_path) -> 
     assert figures >= {"solvers-fwd", "costs-fwd", "spacing-fwd", "band-rate-fwd", "change", "denoising"}
     assert is_clean(report / "sampling_dynamics.html")
     before = cells.read_bytes()
-    run(root, *command, "--force", "--only", "sampling_dynamics")
+    run(root, *command, "--force")
     assert cells.read_bytes() == before and saved(report, "settings") == rows  # timings too: nothing was measured anew
 
 
 @pytest.fixture(scope="module")
-def swept(root) -> Path:
-    """The workbook after a tiny sweep over levels with its summary."""
-    (root / "params/depth.yaml").write_text(
-        "summary: [analysis/wavelet_depth]\n"
-        + "".join(f"{key}: {value}\n" for key, value in TINY.items() if key != "train_kimg")
-        + "widths: [32]\npreview_kimg: 0\n"
-        "sweep:\n"
-        "  - {level: [0], train_kimg: [0.32], seed: [0]}\n"
-        "  - {level: [1], train_kimg: [1.28], seed: [0, 1]}\n"
+def compared(root, prepared) -> Path:
+    """The workbook with three finished runs, and both summaries of them in one report."""
+    for level, seed in ((0, 0), (1, 0), (1, 1)):
+        name, folder = f"depth-level={level}-seed={seed}", root / "runs" / f"depth-level={level}-seed={seed}"
+        leave_data(root, name, prepared)
+        network = save_pipeline(folder / "pipeline", level).backbone
+        noise = np.random.default_rng(seed).normal(0, 40 - 10 * level, (40, 16, 16, 1))
+        samples = np.clip(prepared.images[:40] + noise, 0, 255).astype(np.uint8)
+        np.save(folder / "samples.npy", samples)
+        for k in range(1, 5):
+            row = {"step": k, "images_seen": 100 * k, "images_per_s": 50, "loss": 1 / k, "fwd": 9 / (k + level)}
+            append_row(folder / "log.jsonl", row)
+        (score,) = wavelet(samples, prepared, Options(2))
+        metrics = score.record() | {"parameters": network.num_parameters(), "train_images": 400}
+        parameters = f"level: {level}\nseed: {seed}\nwavelet: haar\ntransform: packet\nscaling: band\n"
+        finished_run(root, name, parameters=parameters, **metrics)
+        records.write_json(root / "reports" / name / "timings.json", {"train_images_per_s": 50})
+    trained = (root / "notebooks/02_train.ipynb").read_text()
+    assert all(f"    {key}=" in trained for key in ("parameters", "train_images", "train_images_per_s"))  # as here
+    (root / "params/side.yaml").write_text(
+        "notebooks: [analysis/wavelet_depth, analysis/compare]\nruns: [depth-level=*, nothing]\nclock: true\n"
+        "fwd_level: 2\nreference: level 0\n"
     )
-    run(root, "run", "params/depth.yaml", "--jobs", "2")
+    run(root, "run", "params/side.yaml")
     return root
 
 
 @pytest.mark.slow
-def test_wavelet_depth_says_what_was_spent_and_where_it_falls_short(swept) -> None:
-    report = swept / "reports/depth"
+def test_wavelet_depth_says_what_was_spent_and_where_it_falls_short(compared) -> None:
+    report = compared / "reports/side"
     rows = {row["run"]: row for row in saved(report, "depth")}
     assert len(rows) == 3 and {row["variant"] for row in rows.values()} == {"pixels", "level 1"}
     for name, row in rows.items():
-        metrics = json.loads((swept / "reports" / name / "metrics.json").read_text())
+        metrics = json.loads((compared / "reports" / name / "metrics.json").read_text())
         assert row["fwd"] == metrics["fwd"] and row["train_flops"] == 3 * row["forward_flops"] * row["train_images"]
-    pixels, wavelets = (rows[f"depth-{name}-seed=0"] for name in ("level=0-train_kimg=0.32", "level=1-train_kimg=1.28"))
+    pixels, wavelets = (rows[f"depth-level={level}-seed=0"] for level in (0, 1))
     assert pixels["forward_flops"] / wavelets["forward_flops"] == pytest.approx(4, rel=0.1)
     packets = {row.pop("variant"): list(row.values()) for row in saved(report, "packets")}
     assert set(packets) == {"pixels", "level 1", "real images"} and {len(each) for each in packets.values()} == {16}
@@ -425,19 +473,11 @@ def test_wavelet_depth_says_what_was_spent_and_where_it_falls_short(swept) -> No
     assert json.loads((report / "metrics.json").read_text())["fwd_best"] > 0
     assert {"depth", "packets", "samples"} <= {path.stem for path in (report / "figures").glob("*.png")}
     assert is_clean(report / "wavelet_depth.html")
-    assert run(swept, "run", "params/depth.yaml").count("unchanged, skipped") == 3 * 4 + 1
 
 
 @pytest.mark.slow
-def test_compare_sets_any_runs_side_by_side(swept) -> None:
-    (swept / "params/side.yaml").write_text(
-        "notebooks: [analysis/compare]\nruns: [depth-level=*, nothing]\nclock: true\n"
-    )
-    log = swept / "runs/depth-level=0-train_kimg=0.32-seed=0/log.jsonl"
-    seen = [row | {"images_seen": row["images_seen"] // k} for row in read_rows(log) for k in (2, 1)]
-    log.write_text("".join(json.dumps(row | {"fwd": 1 / row["images_seen"]}) + "\n" for row in seen))
-    run(swept, "run", "params/side.yaml")
-    report = swept / "reports/side"
+def test_compare_sets_any_runs_side_by_side(compared) -> None:
+    report = compared / "reports/side"
     rows = saved(report, "runs")
     assert [row["level"] for row in rows] == [0, 1, 1] and [row["seed"] for row in rows] == [0, 0, 1]
     assert all(row["fwd_low"] < row["fwd"] < row["fwd_high"] for row in rows)
@@ -447,3 +487,5 @@ def test_compare_sets_any_runs_side_by_side(swept) -> None:
     assert figures >= {"loss", "learning", "learning-seconds", "variants", "samples"}
     page = (report / "compare.html").read_text()
     assert "no finished runs: nothing" in page and is_clean(report / "compare.html")
+    reached = {row["variant"]: row for row in saved(report, "reached")}
+    assert (reached["level 0"]["kimg"], reached["level 1"]["kimg"]) == (0.4, 0.3)

@@ -70,9 +70,6 @@ FIGURES = {
         {"ddim": BOTH, "heun": BOTH[:3]}, "fwd", "FWD", {"steps": "steps"}, by="spacing", floor=0.08,
         reference=("ddpm", Estimate(0.15, 0.1, 0.2)),
     ),
-    "learning_curves": lambda: plots.learning_curves(
-        {"modern": ([1000, 8000], [[0.5, 0.1], [0.7, 0.2]]), "published": ([2000], [[0.9]])}, "FWD", 0.05
-    ),
     "class_counts": lambda: plots.class_counts(*SHARES),
     "confidence": lambda: plots.confidence([0.5, 0.9, 1], [0.1, 0.2, 0.8, 0.9], 0.6),
     "lines": lambda: plots.lines({"a": ([1, 2], [3, 4]), "b": ([1, 3], [1, 9])}, "steps", "error", "xy", ["b"]),
@@ -396,7 +393,8 @@ def test_curves_points_and_fronts_are_where_they_were_measured():
 
 def test_a_legend_of_long_names_stays_within_the_figure():
     names = [f"level 1, train_kimg 104, backbone unet, recipe modern, seed {k}" for k in range(5)]
-    figure = plots.learning_curves({name: ([1000, 2000], [[0.5, 0.4]]) for name in names}, "FWD", 0.1)
+    table = pd.concat([CURVE.assign(variant=name) for name in names])
+    figure = plots.quality_curves({"": table}, "fwd", "FWD", {"seconds": "s"}, by="variant", floor=0.1)
     figure.draw_without_rendering()
     legend = figure.legends[0].get_window_extent()
     assert legend.x0 >= 0 and legend.x1 <= figure.bbox.x1 and legend.y1 < figure.axes[0].get_window_extent().y0
@@ -416,14 +414,6 @@ def test_work_that_was_never_run_is_an_empty_panel():
     figure = figures.rates_by_level([row])
     figure.draw_without_rendering()
     assert [len(axes.lines) for axes in figure.axes] == [0, 1]
-
-
-def test_learning_curves_are_mean_and_range_over_seeds():
-    (axes,) = FIGURES["learning_curves"]().axes
-    np.testing.assert_allclose(axes.lines[1].get_xydata(), [[1, 0.6], [8, 0.15]])
-    heights = axes.collections[0].get_paths()[0].vertices[:, 1]
-    assert (heights.min(), heights.max()) == (0.1, 0.7)
-    assert axes.lines[1].get_label() == "modern (2)"
 
 
 def test_variants_have_a_dot_and_an_interval_per_seed():
@@ -590,7 +580,6 @@ def test_confidence_is_the_distribution_and_counts_below_the_threshold():
         lambda: plots.nearest_distances([1, 2], [[1, 2]]),
         lambda: plots.quality_curves({}, "fwd", "FWD", {"steps": "steps"}, by="solver"),
         lambda: plots.quality_curves({"": CURVE[:0]}, "fwd", "FWD", {"steps": "steps"}, by="steps"),
-        lambda: plots.learning_curves({"a": ([1000], [0.5])}, "FWD"),
         lambda: plots.class_counts(["a", "b"], [1, 2, 3], [0.5, 0.5]),
         lambda: plots.confidence([[0.5]], [0.5], 0.5),
         lambda: plots.confidence([0.5], [], 0.5),

@@ -21,7 +21,7 @@ from wddm.plots.style import ACCENT, DASHED, GENERATED, REAL, SIDES, need, palet
 
 __all__ = [
     "band_energy", "band_histograms", "band_kurtosis", "band_trajectory", "channel_histograms", "class_counts",
-    "confidence", "learning_curves", "lines", "nearest_distances", "noise_schedule", "packet_map", "quality_curves",
+    "confidence", "lines", "nearest_distances", "noise_schedule", "packet_map", "quality_curves",
     "score_chart", "spectra", "training_curves", "variants",
 ]  # fmt: skip
 
@@ -72,23 +72,21 @@ def training_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
 
     frame, names = pd.DataFrame(rows), ["images_seen", "loss", "lr", "grad_norm"]
     need(set(names) <= set(frame), f"{len(frame)} rows of {list(frame)}", names, "pass a dict per step")
-    frame = frame.assign(images_seen=frame.images_seen / 1000)
-    smooth = frame[names].rolling(max(1, len(frame) // 50), min_periods=1, center=True).mean()
-    with panels(2.8, "AB;AC", width_ratios=(3, 2), sharex=True) as (figure, (left, top, bottom)):
-        for axes, name, title in ((left, "loss", "Loss"), (bottom, "grad_norm", "Gradient norm")):
-            axes.plot(frame.images_seen, frame[name], color=GENERATED, alpha=0.3, linewidth=0.5)
-            axes.plot(frame.images_seen, smooth[name], color=GENERATED)
-            axes.set(title=title, xlabel="images seen (thousands)")
-            style.logarithmic(axes, "y")
-        held_out = frame.reindex(columns=["images_seen", "validation_loss"]).dropna()
-        if len(held_out):
-            left.plot(*held_out.to_numpy().T, ".-", color=ACCENT, linewidth=0.8, label="held-out")
-            left.legend()
-        top.plot(frame.images_seen, frame.lr, color=GENERATED)
-        top.set(title="Learning rate", ylim=(0, None))
-        top.xaxis.set_major_locator(MaxNLocator(5, steps=style.ROUND))  # of all three, which share it
-        top.yaxis.set_major_locator(MaxNLocator(3, steps=style.ROUND))
-        top.yaxis.set_major_formatter("{x:g}")
+    seen, smooth = frame.images_seen / 1000, frame.rolling(max(1, len(frame) // 50), min_periods=1, center=True).mean()
+    titles = {"loss": "Loss", "lr": "Learning rate", "grad_norm": "Gradient norm"}
+    with panels(2.8, "AB;AC", width_ratios=(3, 2), sharex=True) as (figure, axs):
+        for axes, (name, title) in zip(axs, titles.items(), strict=True):
+            axes.plot(seen, frame[name], color=GENERATED, alpha=0.3, linewidth=0.5)
+            axes.plot(seen, frame.lr if name == "lr" else smooth[name], "-" if len(frame) > 1 else "o", color=GENERATED)
+            axes.set(title=title, xlabel="images seen (thousands)" if name != "lr" else "")
+            style.logarithmic(axes, "y" * (name != "lr"))
+        if len(held_out := frame.reindex(columns=["validation_loss"]).dropna()):
+            axs[0].plot(seen[held_out.index], held_out, ".-", color=ACCENT, linewidth=0.8, label="held-out")
+            axs[0].legend()
+        axs[1].set(ylim=(0, None))
+        axs[1].xaxis.set_major_locator(MaxNLocator(4, steps=style.ROUND))  # of all three, which share it
+        axs[1].yaxis.set_major_locator(MaxNLocator(3, steps=style.ROUND))
+        axs[1].yaxis.set_major_formatter("{x:g}")
     return figure
 
 
@@ -269,22 +267,6 @@ def quality_curves(
                 axes.xaxis.set_major_formatter("{x:g}")
                 axes.minorticks_off()
         axs[0].set(ylabel=quantity)
-    return figure
-
-
-def learning_curves(
-    curves: Mapping[str, Curve], quantity: str, floor: float | None = None, *, seconds: bool = False
-) -> Figure:
-    """By variant, images seen (K,), or seconds, and a quantity (S, K) of its seeds: their mean, shaded their range."""
-    with panels(3.4, log="xy", legend="lower center") as (figure, (axes,)):
-        if floor is not None:
-            axes.axhline(floor, **FLOOR)
-        for (name, (seen, seeds)), color in zip(curves.items(), palette(len(curves)), strict=True):
-            values = shaped(name, seeds, ("seeds", np.size(seen)), "pass a row per seed")
-            x = np.asarray(seen) / (1 if seconds else 1000)
-            axes.plot(x, values.mean(0), ".-", linewidth=1, color=color, label=f"{name} ({len(values)})")
-            axes.fill_between(x, values.min(0), values.max(0), color=color, **AREA)
-        axes.set(ylabel=quantity, xlabel="seconds of training" if seconds else "images seen (thousands)")
     return figure
 
 

@@ -63,8 +63,8 @@ def panels(
         if legend and named:
             beside, names = legend.startswith("right"), wrapped(named, 24 if legend.startswith("right") else 80)
             columns = 1 + len(named) // 20 if beside else min(4, max(1, 100 // (7 + max(map(len, named)))))
-            rows = 0 if beside else sum(1 + name.count("\n") for name in names) / columns
-            figure.set_figheight(height + 0.17 * max(0, rows - 2))
+            rows = sum(1 + name.count("\n") for name in names) / columns
+            figure.set_figheight(max(height, 0.18 * rows) if beside else height + 0.17 * max(0, rows - 2))
             place: Any = f"outside {legend}"
             figure.legend(list(named.values()), names, loc=place, ncols=columns)
         for axes in figure.axes:  # ticks are made lazily, from rcParams at that moment: make them now
@@ -85,9 +85,9 @@ def shaped(name: str, values: ArrayLike, shape: tuple[int | str, ...], remedy: s
     return array
 
 
-def wrapped(names: Iterable[str], width: int = 30) -> list[str]:
-    """Names in lines of this many letters, three at most."""
-    return ["\n".join(textwrap.wrap(name, width, max_lines=3, placeholder=" …")) for name in names]
+def wrapped(names: Iterable[str], width: int = 36, lines: int | None = None) -> list[str]:
+    """Names in lines of this many letters, so many at most."""
+    return ["\n".join(textwrap.wrap(name, width, max_lines=lines, placeholder=" …")) for name in names]
 
 
 def palette(count: int) -> list[Any]:
@@ -159,7 +159,8 @@ def image_grid(
     fitting, largest = round(WIDTH * DPI / columns / (images.shape[2] + 1)), max(6, 220 // images.shape[2])
     scale = max(1, min(fitting, largest))
     images = images.repeat(scale, 1).repeat(scale, 2)  # from here on lengths are in pixels of the figure
-    (height, width), line, sides = images.shape[1:3], 24 * any(titles), wrapped(sides)
+    (height, width), line = images.shape[1:3], 24 * any(titles)
+    sides = wrapped(sides, lines=max(1, height // 15))
     space = line if any(titles[:-columns] if below else titles[columns:]) else gap
     canvas = compose(images, columns, (space, gap))
     left = 14 + 9 * max(len(part) for side in sides for part in side.split("\n")) if sides else 0

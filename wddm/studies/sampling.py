@@ -115,23 +115,20 @@ def quality(
     raise ValueError(f"got metric={metric!r}, {found[0].protocol}, wanted one that is computed here: choose fwd")
 
 
-def pooled(rows: Iterable[Row], metric: str) -> pd.DataFrame:
+def pooled(rows: Sequence[Row], metric: str) -> pd.DataFrame:
     """A row per setting of the cells without an error: mean distance with its interval, median seconds."""
+    if all("error" in row for row in rows):
+        raise ValueError(f"got no setting that could be sampled, wanted one ({rows[0]['error']}): change them")
     done, found = pd.DataFrame([row for row in rows if "error" not in row]), []
-    for setting, sets in done.groupby(list(SETTING), sort=False, dropna=False) if len(done) else ():
+    for setting, sets in done.groupby(list(SETTING), sort=False, dropna=False):
         row = dict(zip(SETTING, setting, strict=True)) | {"sets": len(sets)}
         row |= dict(sets.iloc[0][["count", "evaluations"]])
         row["solver"] = row["scheduler"] + f", eta {row['eta']:g}" * bool(row["eta"])
         row["seconds_per_image"] = sets.seconds_per_image.median()
-        row |= {f"{metric}_floor": sets.iloc[0].get(f"{metric}_floor")}
+        row[f"{metric}_floor"] = sets.iloc[0].get(f"{metric}_floor")
         ends = mean_interval(*(sets[metric + end] for end in ENDS))
         found.append(row | dict(zip([metric + end for end in ENDS], ends, strict=True)))
-    return _table(found)
-
-
-def _table(rows: Sequence[Row]) -> pd.DataFrame:
-    """Rows with the columns of SETTING at least."""
-    return pd.DataFrame(rows, columns=None if rows else list(SETTING)).astype({"detail_steps": float})
+    return pd.DataFrame(found).astype({"detail_steps": float})
 
 
 def mean_interval(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> Estimate[float]:
@@ -143,7 +140,8 @@ def mean_interval(values: Sequence[float], low: Sequence[float], high: Sequence[
 
 def picked(table: pd.DataFrame, settings: Sequence[Row]) -> pd.DataFrame:
     """The rows of these settings, in their order, as far as they were measured."""
-    return _table(settings).merge(table, on=list(SETTING))
+    wanted = pd.DataFrame(settings, columns=list(SETTING)).astype({"detail_steps": float})
+    return wanted.merge(table, on=list(SETTING))
 
 
 def pareto_front(cost: Sequence[float], value: Sequence[float]) -> np.ndarray:

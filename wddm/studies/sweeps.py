@@ -1,11 +1,12 @@
 """sweeps: finished runs side by side: what they differ in, what they cost, how they learned, where they fall short.
 
-A run has a name, a variant (runs of one variant differ in their seeds alone), and its resolved parameters, metrics and
-timings by name. `everything` makes a table of them, a row per run, which most other functions read.
+A run has a name, a variant (runs of one variant differ in their seeds alone), and parameters, metrics and timings by
+name. `everything` makes a table of them, a row per run, which most other functions read.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,6 @@ from wddm.metrics.frechet import split_floor
 from wddm.steps import read_log
 from wddm.wavelets import check_choice
 
-Curve = tuple[np.ndarray, np.ndarray]  # images seen (K,), or seconds, and a logged quantity of S runs (S, K)
-
 
 def differences(runs: Sequence[Any]) -> pd.DataFrame:
     """How many runs a variant has, and those parameters that are not the same in all variants."""
@@ -33,8 +32,17 @@ def differences(runs: Sequence[Any]) -> pd.DataFrame:
     return names.value_counts(sort=False).rename("runs").to_frame().join(differing).reset_index()
 
 
-def everything(runs: Sequence[Any]) -> pd.DataFrame:
-    """A row per run: its name and variant, the parameters that differ, seed, metrics, and timings."""
+def everything(runs: Sequence[Any], metric: str) -> pd.DataFrame:
+    """A row per run: its name and variant, the parameters that differ, the seed, metrics and timings.
+
+    ValueError for fewer than two runs, and for a metric that none of them has.
+    """
+    if len(runs) < 2:
+        raise ValueError(f"got {len(runs)} finished run, {runs[0].name}, wanted two or more to compare: name others")
+    if all(run.metrics.get(metric) is None for run in runs):
+        known = sorted({key for run in runs for key in run.metrics})
+        hint = ", ".join(get_close_matches(metric, known)) or "one of " + ", ".join(known)
+        raise ValueError(f"got metric={metric!r}, wanted a number in metrics.json of these runs: did you mean {hint}?")
     differing = differences(runs).drop(columns="runs").set_index("variant").to_dict("index")
     return pd.DataFrame(
         {"run": run.name, "variant": run.variant, **differing[run.variant], "seed": run.parameters.get("seed")}
@@ -60,45 +68,45 @@ def summary(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     return found.assign(**{name: found["mean"] / np.where(by > 0, by, np.nan) for name, by in ratios.items()})
 
 
-def curve(logs: Sequence[Sequence[Mapping[str, Any]]], key: str, over: str = "images_seen", points: int = 40) -> Curve:
-    """A logged quantity of S runs over images seen, or "seconds" of training: means over parts of log(images).
-
-    The parts are equal, `points` at most; those in which a run has logged nothing are left out, so that K may be 0.
-    Seconds are without those of held-out losses and distances.
+def curve(logs: Sequence[Sequence[Mapping[str, Any]]], key: str, points: int = 40) -> pd.DataFrame:
+    """A logged quantity of some runs: its mean, {key}_low and {key}_high over kimg (thousand images) and seconds of
+    training, in those of `points` equal parts of log(images) in which all runs have logged it.
     """
     tables = [pd.DataFrame(log).reindex(columns=sorted({"images_seen", "images_per_s", key})) for log in logs]
     for log in tables:
         log["seconds"] = (log.images_seen.diff().fillna(log.images_seen) / log.images_per_s).cumsum()
-    tables = [log.dropna(subset=key).astype(float) for log in tables]
-    if not tables or not all(map(len, tables)):
-        return np.empty(0), np.empty((len(tables), 0))
-    rows = pd.concat(tables, keys=range(len(tables)), names=["run", None])
-    edges = np.geomspace(rows.images_seen.min(), rows.images_seen.max() + 1, points + 1)
-    parts = rows.groupby([np.digitize(rows.images_seen, edges), "run"])[[over, key]].mean().unstack().dropna()
-    return parts[over].mean(axis=1).to_numpy(), parts[key].to_numpy().T
+        log["kimg"] = log.images_seen / 1000
+    rows = pd.concat(dict(enumerate(tables)), names=["run"]).astype(float).dropna(subset=key)
+    edges = np.geomspace(rows.kimg.min(), rows.kimg.max() + 1e-3, points + 1)
+    means = rows.groupby([np.digitize(rows.kimg, edges), "run"])[[key, "kimg", "seconds"]].mean()
+    parts = means.groupby(level=0)
+    ends = {f"{key}_low": parts[key].min(), f"{key}_high": parts[key].max()}
+    found = parts.mean().assign(runs=parts.size(), **ends)
+    return found[found.runs == len(logs)]
 
 
-def learning(root: Path, table: pd.DataFrame, key: str, over: str = "images_seen") -> dict[str, Curve]:
-    """By variant, the `curve` of a logged quantity over its runs; of those that logged it."""
-    found = {}
-    for name, runs in table.groupby("variant", sort=False)["run"]:
-        found[name] = curve([log for run in runs if (log := read_log(root / "runs" / run))], key, over)
-    return {name: each for name, each in found.items() if len(each[0])}
+def learning(root: Path, table: pd.DataFrame, key: str) -> pd.DataFrame:
+    """The `curve` of a logged quantity of every variant over its runs that have a log; of those that logged it."""
+    found = []
+    for variant, runs in table.groupby("variant", sort=False)["run"]:
+        if logs := [log for run in runs if (log := read_log(root / "runs" / run))]:
+            found.append(curve(logs, key).assign(variant=variant, legend=f"{variant} ({len(logs)})"))
+    return pd.concat(found) if found else pd.DataFrame({"variant": []})
 
 
-def reaching(curves: Mapping[str, Curve], reference: str, unit: str = "thousand images") -> list[dict[str, Any]]:
-    """The images, or seconds, after which all seeds of a variant are as near as the reference is in the end on average.
+def reaching(curves: pd.DataFrame, key: str, reference: str, over: str = "kimg") -> list[dict[str, Any]]:
+    """The kimg, or seconds, after which all seeds of a variant are as near as the reference is in the end on average.
 
     An upper bound: between two measurements nothing is known.
     """
-    check_choice("reference", reference, curves)
-    in_all, wanted = curves[reference][0][-1], curves[reference][1][:, -1].mean()
-    rows = []
-    for name, (seen, distances) in curves.items():
-        there = seen[(distances <= wanted).all(0)] if name != reference else seen[-1:]
-        row = {"variant": name, "in the end": distances[:, -1].mean(), "seeds": len(distances)}
-        row[unit] = there[0] / (1 if unit == "seconds" else 1000) if len(there) else None
-        rows.append(row | {f"share of {unit.split()[-1]}": there[0] / in_all if len(there) else None})
+    by_variant = dict(iter(curves.groupby("variant", sort=False)))
+    check_choice("reference", reference, by_variant)
+    last, rows = by_variant[reference].iloc[-1], []
+    for name, each in by_variant.items():
+        there = each[over][each[f"{key}_high"] <= last[key]] if name != reference else each[over][-1:]
+        first = there.iloc[0] if len(there) else None
+        row = {"variant": name, "in the end": each[key].iloc[-1], "seeds": each.runs.iloc[-1], over: first}
+        rows.append(row | {f"share of {over}": first and first / last[over]})
     return rows
 
 
@@ -126,18 +134,18 @@ def spending(table: pd.DataFrame) -> pd.DataFrame:
 
 def packets(root: Path, table: pd.DataFrame, reference: Dataset, level: int, seed: int = 0) -> pd.DataFrame:
     """Distance in every Haar packet, a column each: by variant the mean over its runs; "real images" is their floor."""
-    options, rows, counts = scores.Options(level, seed), [], [len(reference.images) // 2]
-    for run in table.run:
-        samples = np.load(root / "runs" / run / "samples.npy", mmap_mode="r")
-        rows.append(scores.wavelet(samples, reference, options)[0].detail.per_packet)
-        counts.append(len(samples))
-    floor = split_floor(reference.images, level, count=min(counts), seed=seed).per_packet
-    means = pd.DataFrame(rows).groupby(table.variant.to_numpy(), sort=False).mean()
+    samples = [np.load(root / "runs" / run / "samples.npy", mmap_mode="r") for run in table.run]
+    measured = [scores.wavelet(images, reference, scores.Options(level, seed))[0].detail for images in samples]
+    count = min(len(reference.images) // 2, *map(len, samples))
+    floor = split_floor(reference.images, level, count=count, seed=seed).per_packet
+    means = pd.DataFrame([one.per_packet for one in measured]).groupby(table.variant.to_numpy(), sort=False).mean()
     return pd.concat([means, pd.DataFrame([floor], index=["real images"])])
 
 
 def by_codec(runs: Sequence[Any]) -> list[Any]:
     """The runs by level, their variants named after the codec."""
+    if foreign := [run.name for run in runs if "level" not in run.parameters]:
+        raise ValueError(f"got {', '.join(foreign)}, which trained nothing, wanted runs of 02_train: leave them out")
     named = [replace(run, variant=codec_name(**run.parameters)) for run in runs]
     return sorted(named, key=lambda run: run.parameters["level"])
 
