@@ -182,10 +182,10 @@ def _check_images(experiment: Experiment) -> None:
     if name is None or height is None:
         return
     source = data.check_source(**share(data.check_source, parameters))[1]
-    opened = source.open() if parameters.get("dataset_path") else None
+    opened = source.open(parameters.get("on_error") == "skip") if parameters.get("dataset_path") else None
     count, channels = (opened.count, opened.channels) if opened else (IMAGES_IN.get(name), IMAGES.get(name, (0, 3))[1])
     count = min(count or 10**9, parameters.get("limit") or 10**9)
-    shape = height, parameters.get("width") or height, parameters.get("channels") or channels
+    shape = height, parameters.get("width") or height, parameters.get("channels") or channels or 3
     with torch.device("meta"):
         if "wavelet" in parameters:
             WaveletCodec(**share(WaveletCodec, parameters)).check_size(*shape[:2])
