@@ -50,14 +50,13 @@ class Dataset:
     @property
     def notes(self) -> list[str]:
         """What was left out or skipped, what is unlabelled, and what its source says of itself, a line each."""
-        about = self.manifest
-        lines = [
-            f"{name.replace('_', ' ')}: {about[name]['count']} ({'; '.join(about[name]['first'][:3])})"
-            for name in ("left_out", "skipped")
-            if about[name]["count"]
-        ]
-        lines += [f"unlabelled: {about['unlabelled']}"] * (self.labels is not None and about["unlabelled"] > 0)
-        return lines + [about["note"]] * bool(about["note"])
+        lines = [self.manifest["note"]]
+        for name in ("left_out", "skipped"):
+            some = self.manifest[name]
+            said = f"{name.replace('_', ' ')}: {some['count']} ({'; '.join(some['first'][:3])})"
+            lines.append(said * bool(some["count"]))
+        unlabelled = self.manifest["unlabelled"] if self.labels is not None else 0
+        return [line for line in (*lines, f"unlabelled: {unlabelled}" * bool(unlabelled)) if line]
 
 
 def prepare(
@@ -109,11 +108,7 @@ def prepare(
 
 
 def load(folder: str | Path, verify: bool = False) -> Dataset:
-    """Open a prepared folder; `verify` also compares the sha256 of the arrays with the manifest.
-
-    Raises:
-        FileNotFoundError: nothing was prepared there. ValueError: it is damaged.
-    """
+    """Open a prepared folder; FileNotFoundError: none; ValueError: damaged, by the sha256 too with `verify`."""
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
         raise FileNotFoundError(f"got {folder}, wanted a prepared data set: run {NOTEBOOK} first")
@@ -139,8 +134,8 @@ def check_source(
 ) -> tuple[dict[str, Any], Source]:  # fmt: skip
     """The options that the prepared bytes depend on (a seed without influence is None), and the source.
 
-    Raises the ValueError that `prepare` would, as far as it can be known without network and decoding, and, unless they
-    are asked for, without the `headers` of local files.
+    Raises the ValueError that `prepare` would, as far as it is known without network, decoding and, if not asked for,
+    the `headers` of local files.
     """
     if dataset not in SOURCES:
         close = get_close_matches(str(dataset), SOURCES, n=1)
