@@ -39,7 +39,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000"
 IMAGES_PER_PROCESS = 1024  # fewer do not pay for its start
 SECONDS = 60  # that a decoding process may take for an image; for a chunk, 2 more for each
 SERVE = "from wddm.decoding import _serve; _serve()"
-TiffImagePlugin.OPEN_INFO |= {  # white-is-zero TIFFs that PIL decodes but does not list
+TiffImagePlugin.OPEN_INFO |= {  # TIFFs that PIL decodes but does not list, most of them white-is-zero
+    (b"MM", 1, (1,), 1, (32,), ()): ("I", "I;32B"),
     (b"MM", 0, (1,), 1, (16,), ()): ("I;16B", "I;16B"),
     (b"II", 0, (1,), 1, (12,), ()): ("I;16", "I;12"),
 }
@@ -128,11 +129,11 @@ def _of_file(image: bytes | Path) -> Image.Image:
     picture.load()
     orientation, profile = picture.getexif().get(ORIENTATION, 1), picture.info.get("icc_profile")
     opaque = _opaque(image, picture, raw)
-    picture = _eight_bits(picture)
+    picture = _eight_bits(picture.convert("LA") if picture.mode == "La" else picture)
     if opaque is None and picture.has_transparency_data:
         opaque = picture.convert("RGBA").getchannel("A")
     if picture.mode not in ("L", "RGB", "CMYK"):
-        picture = picture.convert("RGBA").convert("L" if picture.mode[0] in "1L" else "RGB")
+        picture = picture.convert("RGBA").convert("L" if picture.mode in ("1", "LA") else "RGB")
     picture.info.pop("transparency", None)
     transform = _to_srgb(profile, picture.mode) if profile else None
     if transform:
@@ -192,7 +193,7 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     except (ImageCms.PyCMSError, OSError):
         return None
     cube = Image.fromarray(51 * np.indices((6, 6, 6), np.uint8).reshape(3, 6, 36).transpose(1, 2, 0))
-    if mode == "RGB" and np.ptp(np.asarray(cube).astype(int) - ImageCms.applyTransform(cube, transform)) <= 2:
+    if mode == "RGB" and np.abs(np.asarray(cube).astype(int) - ImageCms.applyTransform(cube, transform)).max() <= 2:
         return None
     return transform
 
