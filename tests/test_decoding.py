@@ -62,6 +62,7 @@ WIDE_COLOURS = np.dstack([WIDE, WIDE[::-1], WIDE.T])
 CONTIG = {"photometric": "minisblack", "planarconfig": "contig"}
 PREMULTIPLIED = np.dstack([np.round(GREY * (ALPHA[..., 0] / 255)).astype(np.uint8), ALPHA])
 GREY_ON_WHITE = np.round(GREY * (ALPHA[..., 0] / 255) + 255 - ALPHA[..., 0].astype(float))
+WHITE = np.full_like(RGB, 255)
 CORNER = RGB.copy()
 CORNER[0, 0] = 255
 COLOURS = np.array([[10, 20, 30], [200, 100, 50]], np.uint8)[GREY // 128]
@@ -94,7 +95,7 @@ KEYED = np.where(GREY[..., None] < 128, 255, COLOURS)  # the first colour of the
         pytest.param(tiff(PREMULTIPLIED, extrasamples=["assocalpha"], **CONTIG), GREY_ON_WHITE, 2, id="premultiplied"),
         pytest.param(encoded(GREY, "GIF", transparency=int(GREY[0, 0])), np.where(GREY[0, 0] == GREY, 255, GREY), 0,
                      id="GIF, a grey transparent"),
-        pytest.param(encoded(Image.new("LAB", (8, 8), (255, 128, 128)), "TIFF"), np.full_like(GREY, 255), 1, id="Lab, white"),
+        pytest.param(encoded(Image.new("LAB", (8, 8), (255, 128, 128)), "TIFF"), WHITE, 1, id="Lab"),
         pytest.param(png_rgb16(WIDE_COLOURS), WIDE_COLOURS >> 8, 0, id="16 bits, colour"),
         pytest.param(animated(), GREYS, 0, id="the first frame"),
         pytest.param(GREY, GREYS, 0, id="pixels"),

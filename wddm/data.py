@@ -75,9 +75,7 @@ def prepare(
         on_error: "stop" at an image or a Parquet file that cannot be read, or "skip" it; the manifest counts these.
         channels: 1 (grey), 3 (RGB), or as an array has them; by default 1 if all images are grey by their headers.
         split: of a folder with several: train, validation, test. Of a set from the Hub, `train` is what it trains on.
-
-    Raises:
-        ValueError: a bad argument, an image that does not decode. ConnectionError: the Hub is out of reach.
+    ConnectionError: the Hub is out of reach. ValueError: anything else that is wrong, in one line.
     """
     settings, source = check_source(
         dataset, resolution, dataset_path=dataset_path, seed=seed, limit=limit, on_error=on_error, width=width,
@@ -203,20 +201,12 @@ def _write(source: Source, settings: dict[str, Any], to: Path, progress: bool) -
         np.save(to / "labels.npy", labels)
         names, known = images.class_names, sorted(Counter(labels[labels >= 0].tolist()).items())
         counts = {names[label] if names else str(label): count for label, count in known}
-    manifest = {
-        **settings,
-        "source": source.name,
-        "revision": images.revision,
-        "count": len(found),
-        "skipped": {"count": len(skipped), "first": skipped[:NAMED]},
-        "left_out": {"count": len(left_out), "first": left_out[:NAMED]},
-        "note": images.note,
-        "unlabelled": int((labels < 0).sum()),
-        "shape": [len(found), *shape],
-        "sha256": {file.stem: sha256(file) for file in sorted(to.glob("*.npy"))},
-        "class_names": names,
-        "class_counts": counts,
-    }
+    manifest = settings | {"source": source.name, "revision": images.revision, "note": images.note, "count": len(found)}
+    for name, some in {"skipped": skipped, "left_out": left_out}.items():
+        manifest[name] = {"count": len(some), "first": some[:NAMED]}
+    manifest |= {"unlabelled": int((labels < 0).sum()), "shape": [len(found), *shape]}
+    manifest |= {"sha256": {file.stem: sha256(file) for file in sorted(to.glob("*.npy"))}}
+    manifest |= {"class_names": names, "class_counts": counts}
     (to / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
