@@ -32,9 +32,9 @@ class Digests:
             self._known = {}
 
     def of(self, path: Path) -> str:
-        """Of a file, or of all files below a folder with their names; "absent" where there is nothing."""
+        """Of a file, or of all readable files below a folder with their names; "absent" where there is nothing."""
         if path.is_dir():
-            return self.of_files(path, sorted(file for file in path.rglob("*") if file.is_file()))
+            return self.of_files(path, [file for file, trouble in walk(path) if not trouble])
         return self._of_file(path) if path.exists() else "absent"
 
     def of_files(self, root: Path, files: Iterable[Path]) -> str:

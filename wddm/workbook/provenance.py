@@ -90,7 +90,8 @@ def declared_paths(experiment: Experiment, notebook: Path, kind: str) -> list[Pa
         values = [known[name] for name in names]
         for chosen in itertools.product(*(each if isinstance(each, list) else [each] for each in values)):
             if None not in chosen:
-                paths += _matching(str(experiment.root / template.format(**dict(zip(names, chosen, strict=True)))))
+                path = Path(template.format(**dict(zip(names, chosen, strict=True)))).expanduser()
+                paths += _matching(str(experiment.root / path))
     return paths
 
 
