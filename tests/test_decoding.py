@@ -59,6 +59,10 @@ def animated() -> bytes:
 
 CMYK = Image.fromarray(np.dstack([RGB, np.zeros_like(GREY)]), "CMYK")
 WIDE_COLOURS = np.dstack([WIDE, WIDE[::-1], WIDE.T])
+CONTIG = {"photometric": "minisblack", "planarconfig": "contig"}
+PREMULTIPLIED = np.dstack([np.round(GREY * (ALPHA[..., 0] / 255)).astype(np.uint8), ALPHA])
+GREY_ON_WHITE = np.round(GREY * (ALPHA[..., 0] / 255) + 255 - ALPHA[..., 0].astype(float))
+WHITE = np.full_like(RGB, 255)
 CORNER = RGB.copy()
 CORNER[0, 0] = 255
 COLOURS = np.array([[10, 20, 30], [200, 100, 50]], np.uint8)[GREY // 128]
@@ -85,6 +89,13 @@ KEYED = np.where(GREY[..., None] < 128, 255, COLOURS)  # the first colour of the
         pytest.param(encoded(WIDE, "TIFF"), WIDE >> 8, 0, id="16 bits, TIFF"),
         pytest.param(encoded(WIDE, "PPM"), WIDE >> 8, 0, id="16 bits, PGM"),
         pytest.param(encoded(WIDE.astype(np.int32), "TIFF"), WIDE >> 8, 0, id="16 bits in 32"),
+        pytest.param(tiff(WIDE.astype(np.uint32), byteorder=">"), WIDE >> 8, 0, id="16 bits in 32, big-endian"),
+        pytest.param(tiff((WIDE // 2).astype(np.int16)), WIDE >> 8, 0, id="16 bits, signed"),
+        pytest.param(tiff(WIDE_COLOURS, photometric="rgb", byteorder=">"), WIDE_COLOURS >> 8, 0, id="16 bits, RGB"),
+        pytest.param(tiff(PREMULTIPLIED, extrasamples=["assocalpha"], **CONTIG), GREY_ON_WHITE, 2, id="premultiplied"),
+        pytest.param(encoded(GREY, "GIF", transparency=int(GREY[0, 0])), np.where(GREY[0, 0] == GREY, 255, GREY), 0,
+                     id="GIF, a grey transparent"),
+        pytest.param(encoded(Image.new("LAB", (8, 8), (255, 128, 128)), "TIFF"), WHITE, 1, id="Lab"),
         pytest.param(png_rgb16(WIDE_COLOURS), WIDE_COLOURS >> 8, 0, id="16 bits, colour"),
         pytest.param(animated(), GREYS, 0, id="the first frame"),
         pytest.param(GREY, GREYS, 0, id="pixels"),

@@ -17,7 +17,7 @@ from local_data import encoded, png_folder, prepare, write_shard, write_table
 from local_data import pictures as noise
 from PIL import Image
 
-from wddm import data, sources
+from wddm import data, files, sources
 
 
 def test_digits_are_those_of_scikit_learn(tmp_path):
@@ -211,6 +211,17 @@ def test_metadata_csv_labels_the_images(tmp_path, pictures):
     (folder / "metadata.csv").write_text("name,label\nimages/002.png,7\n")
     with pytest.raises(ValueError, match=r"metadata\.csv, wanted columns file_name and label"):
         prepare("folder", 16, tmp_path / "out", dataset_path=folder)
+
+
+def test_a_change_in_a_linked_folder_is_a_change_of_the_whole(tmp_path, pictures):
+    folder, elsewhere = png_folder(tmp_path / "in", pictures[:1]), png_folder(tmp_path / "elsewhere", pictures[2:4])
+    (folder / "more").symlink_to(elsewhere)
+    known = files.Digests(tmp_path / "known.json")
+    before, sets = known.of(folder), [prepare("folder", 16, tmp_path / "out", dataset_path=folder)]
+    Image.fromarray(pictures[5]).save(elsewhere / "001.png")
+    sets.append(prepare("folder", 16, tmp_path / "out", dataset_path=folder))
+    assert known.of(folder) != before and sets[0].folder != sets[1].folder
+    np.testing.assert_array_equal(sets[1].images, pictures[[0, 2, 5]])
 
 
 def test_splits_are_not_classes(tmp_path, pictures):

@@ -50,14 +50,13 @@ class Dataset:
     @property
     def notes(self) -> list[str]:
         """What was left out or skipped, what is unlabelled, and what its source says of itself, a line each."""
-        about = self.manifest
-        lines = [
-            f"{name.replace('_', ' ')}: {about[name]['count']} ({'; '.join(about[name]['first'][:3])})"
-            for name in ("left_out", "skipped")
-            if about[name]["count"]
-        ]
-        lines += [f"unlabelled: {about['unlabelled']}"] * (self.labels is not None and about["unlabelled"] > 0)
-        return lines + [about["note"]] * bool(about["note"])
+        lines = [self.manifest["note"]]
+        for name in ("left_out", "skipped"):
+            some = self.manifest[name]
+            said = f"{name.replace('_', ' ')}: {some['count']} ({'; '.join(some['first'][:3])})"
+            lines.append(said * bool(some["count"]))
+        unlabelled = self.manifest["unlabelled"] if self.labels is not None else 0
+        return [line for line in (*lines, f"unlabelled: {unlabelled}" * bool(unlabelled)) if line]
 
 
 def prepare(
@@ -76,9 +75,7 @@ def prepare(
         on_error: "stop" at an image or a Parquet file that cannot be read, or "skip" it; the manifest counts these.
         channels: 1 (grey), 3 (RGB), or as an array has them; by default 1 if all images are grey by their headers.
         split: of a folder with several: train, validation, test. Of a set from the Hub, `train` is what it trains on.
-
-    Raises:
-        ValueError: a bad argument, an image that does not decode. ConnectionError: the Hub is out of reach.
+    ConnectionError: the Hub is out of reach. ValueError: anything else that is wrong, in one line.
     """
     settings, source = check_source(
         dataset, resolution, dataset_path=dataset_path, seed=seed, limit=limit, on_error=on_error, width=width,
@@ -109,11 +106,7 @@ def prepare(
 
 
 def load(folder: str | Path, verify: bool = False) -> Dataset:
-    """Open a prepared folder; `verify` also compares the sha256 of the arrays with the manifest.
-
-    Raises:
-        FileNotFoundError: nothing was prepared there. ValueError: it is damaged.
-    """
+    """Open a prepared folder; FileNotFoundError: none; ValueError: damaged, by the sha256 too with `verify`."""
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
         raise FileNotFoundError(f"got {folder}, wanted a prepared data set: run {NOTEBOOK} first")
@@ -139,8 +132,8 @@ def check_source(
 ) -> tuple[dict[str, Any], Source]:  # fmt: skip
     """The options that the prepared bytes depend on (a seed without influence is None), and the source.
 
-    Raises the ValueError that `prepare` would, as far as it can be known without network and decoding, and, unless they
-    are asked for, without the `headers` of local files.
+    Raises the ValueError that `prepare` would, as far as it is known without network, decoding and, if not asked for,
+    the `headers` of local files.
     """
     if dataset not in SOURCES:
         close = get_close_matches(str(dataset), SOURCES, n=1)
@@ -208,20 +201,12 @@ def _write(source: Source, settings: dict[str, Any], to: Path, progress: bool) -
         np.save(to / "labels.npy", labels)
         names, known = images.class_names, sorted(Counter(labels[labels >= 0].tolist()).items())
         counts = {names[label] if names else str(label): count for label, count in known}
-    manifest = {
-        **settings,
-        "source": source.name,
-        "revision": images.revision,
-        "count": len(found),
-        "skipped": {"count": len(skipped), "first": skipped[:NAMED]},
-        "left_out": {"count": len(left_out), "first": left_out[:NAMED]},
-        "note": images.note,
-        "unlabelled": int((labels < 0).sum()),
-        "shape": [len(found), *shape],
-        "sha256": {file.stem: sha256(file) for file in sorted(to.glob("*.npy"))},
-        "class_names": names,
-        "class_counts": counts,
-    }
+    manifest = settings | {"source": source.name, "revision": images.revision, "note": images.note, "count": len(found)}
+    for name, some in {"skipped": skipped, "left_out": left_out}.items():
+        manifest[name] = {"count": len(some), "first": some[:NAMED]}
+    manifest |= {"unlabelled": int((labels < 0).sum()), "shape": [len(found), *shape]}
+    manifest |= {"sha256": {file.stem: sha256(file) for file in sorted(to.glob("*.npy"))}}
+    manifest |= {"class_names": names, "class_counts": counts}
     (to / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 

@@ -28,7 +28,6 @@ from functools import lru_cache, partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
@@ -40,7 +39,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000"
 IMAGES_PER_PROCESS = 1024  # fewer do not pay for its start
 SECONDS = 60  # that a decoding process may take for an image; for a chunk, 2 more for each
 SERVE = "from wddm.decoding import _serve; _serve()"
-TiffImagePlugin.OPEN_INFO |= {  # white-is-zero TIFFs that PIL decodes but does not list
+TiffImagePlugin.OPEN_INFO |= {  # TIFFs that PIL decodes but does not list, most of them white-is-zero
+    (b"MM", 1, (1,), 1, (32,), ()): ("I", "I;32B"),
     (b"MM", 0, (1,), 1, (16,), ()): ("I;16B", "I;16B"),
     (b"II", 0, (1,), 1, (12,), ()): ("I;16", "I;12"),
 }
@@ -56,12 +56,10 @@ def decode(chunk: list[Item], shape: Shape) -> Decoded:
     """uint8 (n, H, W, C) and labels of the items that decode; where the others are from, and why they do not."""
     pixels = np.empty((len(chunk), *shape), np.uint8)
     labels: list[int | None] = []
-    failed: list[tuple[str, str]] = []
+    failed = []
     for image, label, where in chunk:
         try:
             pixels[len(labels)] = _pixels(image, shape)
-        except MemoryError:
-            raise
         except Exception as error:  # PIL's decoders raise nearly everything
             failed.append((where, " ".join(str(error).split()) or type(error).__name__))
         else:
@@ -89,8 +87,8 @@ def _fitted(picture: Image.Image, height: int, width: int) -> Image.Image:
     full = round(picture.width * scale), round(picture.height * scale)
     left, top = (full[0] - width) // 2, (full[1] - height) // 2
     across, down = picture.width / full[0], picture.height / full[1]  # where these are 1, pixels stay what they are
-    right, bottom = min((left + width) * across, picture.width), min((top + height) * down, picture.height)
-    return picture.resize((width, height), Image.Resampling.LANCZOS, (left * across, top * down, right, bottom))
+    box = left * across, top * down, (left + width) * across, (top + height) * down
+    return picture.resize((width, height), Image.Resampling.LANCZOS, tuple(np.minimum(box, 2 * picture.size)))
 
 
 def _of_array(array: np.ndarray) -> list[Image.Image]:
@@ -117,11 +115,10 @@ def opened(image: bytes | Path) -> Image.Image:
         raise ValueError(f"of no known format, which are {', '.join(FORMATS)}") from None
 
 
-def is_grey(image: bytes | Path | np.ndarray | str | None) -> bool:
+def is_grey(image: Any) -> bool:
     """Whether the header of an image says so, or says nothing; a palette counts as colours."""
-    if isinstance(image, bytes | Path):
-        with suppress(Exception), opened(image) as picture:  # what is wrong with it is said when it is decoded
-            return picture.mode != "LAB" and picture.mode[0] in "1LIF"
+    with suppress(Exception), opened(image) as picture:  # what is wrong with it is said when it is decoded
+        return picture.mode != "LAB" and picture.mode[0] in "1LIF"
     return True
 
 
@@ -132,15 +129,12 @@ def _of_file(image: bytes | Path) -> Image.Image:
     picture.load()
     orientation, profile = picture.getexif().get(ORIENTATION, 1), picture.info.get("icc_profile")
     opaque = _opaque(image, picture, raw)
-    picture = _eight_bits(picture)
+    picture = _eight_bits(picture.convert("LA") if picture.mode == "La" else picture)
     if opaque is None and picture.has_transparency_data:
-        grey = picture.mode[0] in "1L"
-        picture = picture.convert("RGBA")
-        opaque = picture.getchannel("A")
-        picture = picture.convert("L" if grey else "RGB")
-    picture.info.pop("transparency", None)
+        opaque = picture.convert("RGBA").getchannel("A")
     if picture.mode not in ("L", "RGB", "CMYK"):
-        picture = picture.convert("L" if picture.mode == "1" else "RGB")
+        picture = picture.convert("RGBA").convert("L" if picture.mode in ("1", "LA") else "RGB")
+    picture.info.pop("transparency", None)
     transform = _to_srgb(profile, picture.mode) if profile else None
     if transform:
         picture = ImageCms.applyTransform(picture, transform) or picture
@@ -199,7 +193,7 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     except (ImageCms.PyCMSError, OSError):
         return None
     cube = Image.fromarray(51 * np.indices((6, 6, 6), np.uint8).reshape(3, 6, 36).transpose(1, 2, 0))
-    if mode == "RGB" and np.ptp(np.asarray(cube).astype(int) - ImageCms.applyTransform(cube, transform)) <= 2:
+    if mode == "RGB" and np.abs(np.asarray(cube).astype(int) - ImageCms.applyTransform(cube, transform)).max() <= 2:
         return None
     return transform
 
@@ -207,12 +201,8 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 def write_images(
     chunks: Iterable[list[Item]], count: int, shape: Shape, to: Path, on_error: str, progress: bool
 ) -> tuple[list[int | None], list[str]]:
-    """Decode `count` images into the .npy file `to`; their labels, and where skipped ones are from.
-
-    An image that does not decode is a ValueError, where `on_error` is not "skip".
-    """
-    labels: list[int | None] = []
-    skipped: list[str] = []
+    """Decode `count` images into the .npy file `to`; their labels, and where skipped ones are from, or a ValueError."""
+    labels, skipped = [], []
     bar = tqdm(total=count, desc="decoding", unit="image", file=sys.stdout, disable=not progress)
     decoding = decoded(chunks, shape, processes=count // IMAGES_PER_PROCESS)
     with to.open("wb") as file, bar, decoding as results:
@@ -239,19 +229,17 @@ def decoded(chunks: Iterable[list[Item]], shape: Shape, *, processes: int | None
     processes 1.6 times. For fewer than two there are threads.
     """
     number = cores() if processes is None else min(cores(), processes)
-    idle: SimpleQueue[Worker] = SimpleQueue()
-
-    def elsewhere(chunk: list[Item]) -> Decoded:
-        worker = idle.get()
-        try:
-            return worker.decode(chunk, shape)
-        finally:
-            idle.put(worker)
-
     with ExitStack() as stack:
-        for _ in range(number) if number > 1 else ():
-            idle.put(stack.enter_context(closing(Worker())))
-        function, threads = (elsewhere, number) if number > 1 else (partial(decode, shape=shape), cores())
+        idle = [stack.enter_context(closing(Worker())) for _ in range(number if number > 1 else 0)]
+
+        def elsewhere(chunk: list[Item]) -> Decoded:
+            worker = idle.pop()  # there are as many as threads
+            try:
+                return worker.decode(chunk, shape)
+            finally:
+                idle.append(worker)
+
+        function, threads = (elsewhere, number) if idle else (partial(decode, shape=shape), cores())
         yield stack.enter_context(closing(ahead(function, chunks, threads)))
 
 

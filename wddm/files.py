@@ -22,10 +22,7 @@ def sha256(path: Path) -> str:
 
 
 class Digests:
-    """sha256 of files by content, remembered in a JSON file for as long as size, times and inode stay the same.
-
-    So a large file is read once, and one that was replaced by another of the same name and size is noticed.
-    """
+    """sha256 of files by content, remembered in a JSON file for as long as size, times and inode stay the same."""
 
     def __init__(self, memory: Path) -> None:
         self.memory, self._changed = memory, False
@@ -35,9 +32,9 @@ class Digests:
             self._known = {}
 
     def of(self, path: Path) -> str:
-        """Of a file, or of all files below a folder with their names; "absent" where there is nothing."""
+        """Of a file, or of all readable files below a folder with their names; "absent" where there is nothing."""
         if path.is_dir():
-            return self.of_files(path, sorted(file for file in path.rglob("*") if file.is_file()))
+            return self.of_files(path, [file for file, trouble in walk(path) if not trouble])
         return self._of_file(path) if path.exists() else "absent"
 
     def of_files(self, root: Path, files: Iterable[Path]) -> str:
@@ -150,8 +147,7 @@ def snapshot(
 ) -> Path:
     """Folder of the files of a Hub repository, named after the commit; without patterns none is fetched.
 
-    While the Hub is out of reach, its cache on this machine answers, or else it is a ConnectionError. `hub`: cache_dir,
-    token, local_files_only.
+    The cache on this machine answers while the Hub is out of reach. `hub`: cache_dir, token, local_files_only.
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -165,6 +161,5 @@ def snapshot(
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     raise ConnectionError(
         f"got nothing from the Hugging Face Hub for {repo} ({reason}), wanted it or its cache: connect to the network, "
-        f"or give{' dataset_path' * (repo_type == 'dataset')} a folder of its files, or bring here the cache of "
-        f"`hf download {repo} --repo-type {repo_type}`"
+        f"give dataset_path, a copy of it, or bring the cache of `hf download {repo} --repo-type {repo_type}`"
     )

@@ -19,10 +19,9 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 KINDS = {".parquet": "table", ".npy": "array", "metadata.csv": "labels", "labels.npy": "labels"}
-KINDS |= dict.fromkeys([".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".dib"], "image")
-KINDS |= dict.fromkeys([".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif"], "image")
-SPLITS = {"train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation"}
-SPLITS |= {"test": "test", "testing": "test", "unlabeled": "unlabeled"}
+KINDS |= dict.fromkeys([".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"], "image")
+SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
+SPLITS["unlabeled"] = "unlabeled"
 CHUNK, CHUNK_BYTES = 256, 2**22  # images that are decoded at a time, and what encoded ones take on average, at most
 
 
@@ -73,9 +72,9 @@ def of_split(root: Path, files: list[Path], split: str) -> list[Path]:
         total = re.search(r"-of-0*(\d+)", found[0].name) if found else None
         if not found or (total and len(found) != int(total[1])):
             kind = "images" if files and files[0].suffix != ".parquet" else "Parquet files"
-            have = f"got {len(found)} {kind} of split {part!r} in {plain(root)}"
             there = ", ".join(sorted({split_of(root, file) or "none" for file in files})) or "none"
-            raise ValueError(f"{have}, wanted {total[1] if total else 'some'} files: give all, or a split of {there}")
+            have = f"got {len(found)} {kind} of split {part!r} in {plain(root)}, wanted {total[1] if total else 'some'}"
+            raise ValueError(f"{have} files: give all, or a split of {there}")
         chosen += found
     return chosen
 
@@ -102,10 +101,9 @@ def _of_csv(tables: list[Path], files: list[Path]) -> tuple[np.ndarray | None, l
             paths = [table.parent / name for name in frame.pop("file_name")]
         column, note = _label_column(list(frame.columns), [])
         known |= dict(zip(paths, frame[column] if column else [None] * len(paths), strict=True))
-    left_out = [f"{plain(path)} (in metadata.csv, but not there)" for path in known.keys() - {*files}]
-    if not column:
-        return None, None, note, sorted(left_out)
-    return *numbers([pd.Series([known.get(file) for file in files])], column), sorted(left_out)
+    left_out = sorted(f"{plain(path)} (in metadata.csv, but not there)" for path in known.keys() - {*files})
+    labels = [pd.Series([known.get(file) for file in files])]
+    return *(numbers(labels, column) if column else (None, None, note)), left_out
 
 
 def _label_column(candidates: list[str], classes: list[str]) -> tuple[str | None, str]:
@@ -129,12 +127,6 @@ def numbers(parts: list["pd.Series"], column: str) -> tuple[np.ndarray | None, l
     return codes.astype(np.int64), [str(name) for name in names], ""
 
 
-def array(pixels: np.ndarray, labels: np.ndarray | None, name: str, class_names: list[str] | None = None) -> Images:
-    """An array (N, H, W) or (N, H, W, C), with class numbers or without."""
-    read = partial(map, lambda i: (np.asarray(pixels[i]), None if labels is None else int(labels[i]), f"{name} {i}"))
-    return Images(len(pixels), read, 1 if pixels.ndim == 3 else pixels.shape[3], class_names)
-
-
 def npy(files: list[Path], labels: list[Path], skip: bool) -> Images:
     """One array of uint8, uint16 or floats in [0, 1], and, in labels.npy, integers if it is there."""
     with readable(files[0], "wanted an array of numbers (.npy)"):
@@ -146,7 +138,9 @@ def npy(files: list[Path], labels: list[Path], skip: bool) -> Images:
         raise ValueError(f"got channels first, {pixels.shape}, in {plain(files[0])}, {wanted}")
     if classes is not None and (classes.shape != pixels.shape[:1] or classes.dtype.kind not in "iu"):
         raise ValueError(f"got labels {classes.dtype} {classes.shape} of {len(pixels)} images, {wanted}")
-    return array(pixels, None if classes is None else np.maximum(classes.astype(np.int64), -1), plain(files[0]))
+    numbers = np.full(len(pixels), -1) if classes is None else classes
+    read = partial(map, lambda i: (np.asarray(pixels[i]), max(int(numbers[i]), -1), f"{plain(files[0])} {i}"))
+    return Images(len(pixels), read, 1 if pixels.ndim == 3 else pixels.shape[3])
 
 
 def tables(files: list[Path], skip: bool, *, beside: Sequence[Path] = (), channels: int | None = None) -> Images:
@@ -161,9 +155,8 @@ def tables(files: list[Path], skip: bool, *, beside: Sequence[Path] = (), channe
             parquet = _parquet(file)
             columns = columns or _columns(file, parquet.schema_arrow)
             image, label, classes, note = columns
-            if not {image, label} - {None} <= {*parquet.schema_arrow.names}:
-                have = f"columns {parquet.schema_arrow.names} in {plain(file)}"
-                raise ValueError(f"got {have}, wanted those of {plain(files[0])}: separate them")
+            if not {image, label} - {None} <= {*(have := parquet.schema_arrow.names)}:
+                raise ValueError(f"got {have} in {plain(file)}, wanted those of {plain(files[0])}: separate them")
             with readable(file, f"wanted a whole column {label}"):
                 parts += [parquet.read([label])[label].to_pandas()] if label else []
         except ValueError as error:

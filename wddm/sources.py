@@ -17,9 +17,10 @@ import numpy as np
 
 from wddm import local
 from wddm.decoding import Item
-from wddm.files import Digests, plain, snapshot, walk
+from wddm.files import Digests, plain, snapshot
 from wddm.local import Images
 
+CELEBAHQ = "42078a1fb27b6079eaab8cf453efd3d79a8b7bda"  # revision
 PATCHES = 10_000  # crops in `patches`
 EMOJI = {  # Unicode's groups, roughly: where they begin, block by block
     0: "symbols", 0x1F300: "nature", 0x1F32D: "food", 0x1F330: "nature", 0x1F345: "food", 0x1F380: "activities",
@@ -34,13 +35,16 @@ FLAGS_AND_TONES = {*range(0x1F1E6, 0x1F200), 0x1F3F3, 0x1F3F4, *range(0x1F3FB, 0
 FONT = "install fonts-noto-color-emoji, or give its NotoColorEmoji.ttf, with bitmaps (CBDT), as dataset_path"
 
 
+Open = Callable[[bool], Images]  # from whether Parquet files that are damaged as a whole are left out
+
+
 @dataclass(frozen=True)
 class Source:
     """A set that can be opened. `content` is the same text for the same images, and another one for any others."""
 
     name: str
     content: Callable[[Digests], str]
-    open: Callable[[bool], Images]  # whether files that are damaged as a whole are left out
+    open: Open
     split: str = "all"
     left_out: Sequence[str] = ()  # what is in the folder and not taken, and why
 
@@ -53,7 +57,8 @@ def digits(size: tuple[int, int], dataset_path: str | None, seed: int, split: st
 
         bunch = load_digits()
         pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-        return local.array(pixels, bunch.target, "digits", [str(digit) for digit in range(10)])
+        read = partial(map, lambda i: (pixels[i], int(bunch.target[i]), f"digits {i}"))
+        return Images(len(pixels), read, 1, [str(digit) for digit in range(10)])
 
     return _embedded("digits", dataset_path, split, "load_digits", ["data/digits.csv.gz"], opened)
 
@@ -82,10 +87,7 @@ def patches(size: tuple[int, int], dataset_path: str | None, seed: int, split: s
 
 
 def emoji(size: tuple[int, int], dataset_path: str | None, seed: int, split: str) -> Source:
-    """The 1,600 colour bitmaps of the font Noto Color Emoji, 136x128, on white; flags and skin tones are left out.
-
-    Classes are Unicode's groups, by block and so roughly.
-    """
+    """The 1,600 bitmaps (136x128) of the font Noto Color Emoji, no flags or skin tones; classes roughly Unicode's."""
     if dataset_path is None:
         from matplotlib.font_manager import findSystemFonts
 
@@ -135,36 +137,29 @@ def folder(size: tuple[int, int], dataset_path: str | None, seed: int, split: st
             f"got {len(tables)} Parquet files and {len(pictures)} images, {len(arrays)} arrays in {plain(root)}"
             f"{f', left out {left_out[:3]}' * bool(left_out)}, wanted one of the three: separate them, unpack archives"
         )
-    files = every = tables or arrays or pictures
+    every = tables or arrays or pictures
     splits = {local.split_of(root, file) for file in every} - {None}
-    if splits:
-        files = local.of_split(root, every, split)
-    elif split != "train":
+    if not splits and split != "train":
         raise ValueError(f"got split={split!r}, which no folder or table in {plain(root)} is called: leave it out")
-    if others := len(every) - len(files):
-        left_out.append(f"{others} files of other splits than {split}")
-    if tables and (others := len(pictures) + len(arrays)):
-        left_out.append(f"{others} files beside Parquet ones, but for images that their rows name")
+    files = local.of_split(root, every, split) if splits else every
+    others, beside = len(every) - len(files), [*pictures, *arrays] if tables else []
+    left_out += [f"{others} files of other splits than {split}"] * bool(others)
+    left_out += [f"{len(beside)} files beside Parquet ones, but for those that rows name"] * bool(beside)
     if tables:
-        opened = partial(local.tables, files, beside=pictures)
+        opened = partial(local.tables, files, beside=beside)
     elif arrays:
         opened = partial(local.npy, files, [file for file in labels if file.suffix == ".npy"])
     else:
-        tables = [file for file in labels if file.suffix != ".npy"]
-        opened = partial(local.pictures, root, files, tables, bool(splits))
-    content = [*files, *labels, *(pictures if tables else [])]
-    return _local(dataset_path, root, content, opened, split if splits else "all", left_out)
+        opened = partial(local.pictures, root, files, [file for file in labels if file.suffix != ".npy"], bool(splits))
+    return _local(dataset_path, root, [*files, *labels, *beside], opened, split if splits else "all", left_out)
 
 
 def hub(size: tuple[int, int], dataset_path: str | None, seed: int, split: str, *, repo: str, own: str) -> Source:
-    """Splits ("train+validation") of "owner/name@revision" on the Hub, or of a copy laid out so.
-
-    `train` stands for the splits that the set is trained on, which are its `own`.
-    """
+    """Splits ("train+validation") of "owner/name@revision" on the Hub, or of a copy; `train` stands for its `own`."""
     split = own if split == "train" else split
     if dataset_path is not None:
         root = Path(dataset_path)
-        files = [file for file, trouble in walk(root) if not trouble and file.suffix == ".parquet"]
+        files = local.listed(root)[0]["table"]
         files = files if root.is_file() else local.of_split(root, files, split)
         return _local(dataset_path, root, files, partial(local.tables, files, channels=3), split)
     name, _, revision = repo.partition("@")
@@ -187,17 +182,14 @@ SOURCES: dict[str, Callable[[tuple[int, int], str | None, int, str], Source]] = 
     "emoji": emoji,
     "cifar10": partial(hub, repo="uoft-cs/cifar10@0b2714987fa478483af9968de7c934580d0bb9a2", own="train"),
     "stl10": partial(hub, repo="jxie/stl10", own="unlabeled"),
-    "celebahq": partial(
-        hub, repo="korexyz/celeba-hq-256x256@42078a1fb27b6079eaab8cf453efd3d79a8b7bda", own="train+validation"
-    ),
+    "celebahq": partial(hub, repo=f"korexyz/celeba-hq-256x256@{CELEBAHQ}", own="train+validation"),
     "folder": folder,
 }
 
 
 def _local(
-    name: str, root: Path, files: list[Path], opened: Callable[[bool], Images], split: str = "all",
-    left_out: Sequence[str] = (),
-) -> Source:  # fmt: skip
+    name: str, root: Path, files: list[Path], opened: Open, split: str = "all", left_out: Sequence[str] = ()
+) -> Source:
     """A set of files below `root`, which is the same one when the folder was moved or copied."""
 
     def content(digests: Digests) -> str:
@@ -206,12 +198,10 @@ def _local(
     return Source(plain(name), content, opened, split, left_out)
 
 
-def _embedded(
-    dataset: str, dataset_path: str | None, split: str, loader: str, files: list[str], opened: Callable[[bool], Images]
-) -> Source:
+def _embedded(dataset: str, path: str | None, split: str, loader: str, files: list[str], opened: Open) -> Source:
     """A set that comes with scikit-learn, which is not imported to tell the content of its files."""
-    if dataset_path is not None or split != "train":
-        given = "dataset_path" if dataset_path is not None else "split"
-        raise ValueError(f"got {given}={dataset_path or split}, wanted none, {dataset} is embedded: leave it out")
+    if path is not None or split != "train":
+        given = f"dataset_path={path}" if path is not None else f"split={split}"
+        raise ValueError(f"got {given}, wanted none, {dataset} is embedded: leave it out")
     root = Path(str(distribution("scikit-learn").locate_file("sklearn/datasets")))
     return _local(f"scikit-learn {loader}", root, [root / file for file in files], opened)

@@ -73,8 +73,9 @@ def declared_paths(experiment: Experiment, notebook: Path, kind: str) -> list[Pa
         values = [known[name] for name in names]
         for chosen in itertools.product(*(each if isinstance(each, list) else [each] for each in values)):
             if None not in chosen:
-                path = str(experiment.root / template.format(**dict(zip(names, chosen, strict=True))))
-                paths += [Path(found) for found in (sorted(glob(path)) if "*" in path else [path])]
+                path = Path(template.format(**dict(zip(names, chosen, strict=True)))).expanduser()
+                pattern = str(experiment.root / path)
+                paths += [Path(found) for found in (sorted(glob(pattern)) if "*" in pattern else [pattern])]
     return paths
 
 
