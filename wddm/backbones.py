@@ -32,7 +32,7 @@ class Preset(NamedTuple):
     unet: tuple[int, ...]
     attention: tuple[int, ...]
     ukan: tuple[int, ...]
-    dit: tuple[int, ...] | None = None  # one width per block; none where the maps have more than 1,024 positions
+    dit: tuple[int, ...] | None = None  # a width per block; none where there are more than 1,024 tokens
 
 
 PRESETS = {  # (dataset, level)
@@ -85,18 +85,17 @@ def build_backbone(
             raise ValueError(f"got {name} {value}, wanted {least} or more: change it")
     if not 0 <= (dropout or 0) < 1:
         raise ValueError(f"got dropout {dropout}, wanted 0 or more and less than 1: change it")
-    for side in sides(size):
-        remedy = "choose a smaller level or another resolution"
-        check_multiple("image_size", side, 2**level, f"2^level, level={level}", remedy)
     height, width = (side // 2**level for side in sides(size))
+    for side in sides(size):
+        why = f"2^level, level={level}"
+        check_multiple("image_size", side, 2**level, why, "choose a smaller level or another resolution")
     given: Options = {"block_out_channels": widths, "attention_levels": attention_levels, "dropout": dropout}
     given |= {"layers_per_block": layers_per_block, "num_class_embeds": num_class_embeds}
     options = resolve_options(backbone, dataset, level, math.sqrt(height * width), given)
-    # by name: what is given by position, diffusers takes for a default, and `from_config` then drops it
     options |= {"sample_size": height if height == width else (height, width)}
     options |= dict.fromkeys(("in_channels", "out_channels"), 4**level * channels)
     options["attention_head_dim"] = math.gcd(attention_head_dim, *options["block_out_channels"])
-    return BACKBONES[backbone].build(**options)
+    return BACKBONES[backbone].build(**options)  # by name: what comes by position, diffusers' `from_config` drops
 
 
 def resolve_options(backbone: str, dataset: str | None, level: int, side: float, given: Options) -> Options:
