@@ -32,9 +32,7 @@ class UKANModel(ModelMixin, ConfigMixin):
         block_out_channels: width of every level; each level but the last halves the sides.
         layers_per_block: residual blocks per level on the way down; one more on the way up.
         attention_levels: levels (0 = finest) whose residual blocks are followed by self-attention.
-        attention_head_dim, norm_num_groups: channels of an attention head and groups of GroupNorm, or their greatest
-            common divisor with the width.
-        dropout: probability inside the residual blocks, in training only.
+        attention_head_dim, norm_num_groups: or their greatest common divisor with the width.
         num_train_timesteps: rows of the time table; timesteps, whole or not, lie in [0, num_train_timesteps - 1].
         base_channels: width of the first convolution, and a quarter of the time embedding's; None: the first level's.
         num_class_embeds: how many class labels there are, if any; their embedding is added to the time's.
