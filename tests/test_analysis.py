@@ -46,7 +46,7 @@ def test_settings_are_all_combinations_with_eta_for_ddim_alone() -> None:
     assert [(row["scheduler"], row["eta"], row["steps"]) for row in found] == [
         ("ddim", 0.0, 5), ("ddim", 0.0, 10), ("ddim", 1.0, 5), ("ddim", 1.0, 10), ("heun", 0.0, 5), ("heun", 0.0, 10),
     ]  # fmt: skip
-    assert [row["spacing"] for row in found] == ["trailing"] * 4 + ["leading"] * 2
+    assert [row["spacing"] for row in found] == ["trailing"] * 6
     pairs = sampling.settings(["ddim"], [5, 10], detail_steps=[5, 10])
     assert [row["detail_steps"] for row in pairs] == [None, 10, 5, None]  # equal steps are the plain sampler
 

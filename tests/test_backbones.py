@@ -108,7 +108,8 @@ def test_any_size_and_number_of_channels_is_built_saved_and_counted(tmp_path, ba
         (64, 1, ("stl10", 1)),
         (32, 1, ("cifar10", 1)),
         (16, 1, ("digits", 1)),
-        ((48, 64), 2, ("stl10", 2)),  # maps of 12 x 16, 14 in the geometric mean
+        ((48, 64), 2, ("stl10", 2)),
+        ((16, 64), 0, ("cifar10", 0)),  # 32 in the geometric mean
         (64, 0, ("stl10", 0)),
         (128, 1, ("stl10", 0)),  # as near in side and level as CelebA-HQ's level 2
         (256, 2, ("celebahq", 2)),

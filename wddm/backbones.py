@@ -32,7 +32,7 @@ class Preset(NamedTuple):
     unet: tuple[int, ...]
     attention: tuple[int, ...]
     ukan: tuple[int, ...]
-    dit: tuple[int, ...] | None = None  # one width per block; none where the maps have more than 1,024 positions
+    dit: tuple[int, ...] | None = None  # a width per block; none where there are more than 1,024 tokens
 
 
 PRESETS = {  # (dataset, level)
@@ -85,37 +85,29 @@ def build_backbone(
             raise ValueError(f"got {name} {value}, wanted {least} or more: change it")
     if not 0 <= (dropout or 0) < 1:
         raise ValueError(f"got dropout {dropout}, wanted 0 or more and less than 1: change it")
-    for side in sides(size):
-        remedy = "choose a smaller level or another resolution"
-        check_multiple("image_size", side, 2**level, f"2^level, level={level}", remedy)
     height, width = (side // 2**level for side in sides(size))
+    for side in sides(size):
+        why, remedy = f"2^level, level={level}", "choose a smaller level or another resolution"
+        check_multiple("image_size", side, 2**level, why, remedy)
+    accepted = inspect.signature(BACKBONES[backbone].build).parameters
     given: Options = {"block_out_channels": widths, "attention_levels": attention_levels, "dropout": dropout}
     given |= {"layers_per_block": layers_per_block, "num_class_embeds": num_class_embeds}
-    options = resolve_options(backbone, dataset, level, math.sqrt(height * width), given)
-    # by name: what is given by position, diffusers takes for a default, and `from_config` then drops it
-    options |= {"sample_size": height if height == width else (height, width)}
-    options |= dict.fromkeys(("in_channels", "out_channels"), 4**level * channels)
-    options["attention_head_dim"] = math.gcd(attention_head_dim, *options["block_out_channels"])
-    return BACKBONES[backbone].build(**options)
-
-
-def resolve_options(backbone: str, dataset: str | None, level: int, side: float, given: Options) -> Options:
-    """Arguments of a network: the given ones that are not None, else the preset's; ValueError if one does not fit."""
-    accepted = inspect.signature(BACKBONES[backbone].build).parameters
     given = {name: value for name, value in given.items() if value is not None}
     if foreign := [name for name in given if name not in accepted]:
         raise ValueError(f"got {', '.join(foreign)} for a {backbone}, which does not have it: leave it out")
     options: Options = {"attention_levels": (), "layers_per_block": 1 if dataset == "digits" else 2}
-    options["dropout"] = 0.1 if dataset == "cifar10" else 0.0
-    if "block_out_channels" not in given:
-        options |= preset_sizes(backbone, dataset, level, side)
+    options |= {"dropout": 0.1 if dataset == "cifar10" else 0.0}
+    options |= {} if widths is not None else preset_sizes(backbone, dataset, level, math.sqrt(height * width))
     options = {name: value for name, value in (options | given).items() if name in accepted}
-    widths, attending = tuple(options["block_out_channels"]), list(options.get("attention_levels", ()))
+    options["block_out_channels"] = widths = tuple(options["block_out_channels"])
     if not widths or any(width < 8 or width % 8 for width in widths):
         raise ValueError(f"got widths {list(widths)}, wanted multiples of 8: for example [64, 128]")
-    if not set(attending) <= set(range(len(widths))):
-        raise ValueError(f"got attention_levels {attending}, wanted levels of 0 to {len(widths) - 1}: change them")
-    return options | {"block_out_channels": widths}
+    if not (attending := set(options.get("attention_levels", ()))) <= set(range(len(widths))):
+        raise ValueError(f"got attention_levels {[*attending]}, wanted levels of 0 to {len(widths) - 1}: change them")
+    options |= dict.fromkeys(("in_channels", "out_channels"), 4**level * channels)
+    options |= {"sample_size": height if height == width else (height, width)}
+    options["attention_head_dim"] = math.gcd(attention_head_dim, *widths)
+    return BACKBONES[backbone].build(**options)  # by name: what comes by position, diffusers' `from_config` drops
 
 
 def preset_sizes(backbone: str, dataset: str | None, level: int, side: float = 1) -> dict[str, tuple[int, ...]]:

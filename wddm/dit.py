@@ -33,10 +33,9 @@ class DiTModel(ModelMixin, ConfigMixin):
         super().__init__()
         width = block_out_channels[0]
         if {width} != set(block_out_channels) or width % 4 or width % attention_head_dim:
-            raise ValueError(
-                f"got widths {list(block_out_channels)} and heads of {attention_head_dim}, wanted the same width for "
-                "all blocks, a multiple of 4 and of the heads: for example [64, 64, 64, 64]"
-            )
+            got = f"got widths {list(block_out_channels)} and heads of {attention_head_dim}"
+            wanted = "wanted the same width for all blocks, a multiple of 4 and of the heads: for example [64, 64]"
+            raise ValueError(f"{got}, {wanted}")
         self.gradient_checkpointing = False
         positions = get_2d_sincos_pos_embed(width, sides(sample_size)).float()  # (h w, width)
         self.register_buffer("positions", positions, persistent=False)

@@ -93,8 +93,7 @@ def diffusion_loss(
     if not reconstruction >= 0:
         raise ValueError(f"got reconstruction={reconstruction}, wanted 0 or more: it weights a second term of the loss")
     z = codec.encode(images)
-    noisy = scheduler.add_noise(z, noise, t)
-    output = model(noisy, t).sample
+    output = model(noisy := scheduler.add_noise(z, noise, t), t).sample
     squared_error = (output - target(scheduler, z, noise, t)).square()
     total = (loss_weights(scheduler, t, weighting) * squared_error).mean()
     distance = total.new_zeros(())

@@ -32,12 +32,10 @@ class UKANModel(ModelMixin, ConfigMixin):
         block_out_channels: width of every level; each level but the last halves the sides.
         layers_per_block: residual blocks per level on the way down; one more on the way up.
         attention_levels: levels (0 = finest) whose residual blocks are followed by self-attention.
-        attention_head_dim, norm_num_groups: channels of an attention head and groups of GroupNorm, or their greatest
-            common divisor with the width.
-        dropout: probability inside the residual blocks, in training only.
-        num_train_timesteps: rows of the time table; timesteps lie in [0, num_train_timesteps - 1].
+        attention_head_dim, norm_num_groups: or their greatest common divisor with the width.
+        num_train_timesteps: rows of the time table; timesteps, whole or not, lie in [0, num_train_timesteps - 1].
         base_channels: width of the first convolution, and a quarter of the time embedding's; None: the first level's.
-        num_class_embeds: how many class labels it is told apart, if any; their embedding is added to the time's.
+        num_class_embeds: how many class labels there are, if any; their embedding is added to the time's.
     """
 
     _supports_gradient_checkpointing = True
@@ -53,8 +51,7 @@ class UKANModel(ModelMixin, ConfigMixin):
         super().__init__()
         width, levels = base_channels or block_out_channels[0], len(block_out_channels)
         check_halvings(sample_size, levels)
-        self.gradient_checkpointing = False
-        time_width = 4 * width
+        self.gradient_checkpointing, time_width = False, 4 * width
         self.time_embedding = TimeEmbedding(num_train_timesteps, width, time_width)
         self.class_embedding = nn.Embedding(num_class_embeds, time_width) if num_class_embeds else None
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
@@ -67,8 +64,7 @@ class UKANModel(ModelMixin, ConfigMixin):
         for level, c_out in enumerate(block_out_channels):
             for _ in range(layers_per_block):
                 self.down.append(residual(width, c_out, level))
-                width = c_out
-                skips.append(width)
+                skips.append(width := c_out)
             if level < levels - 1:
                 self.down.append(Downsample2D(width, use_conv=True, name="op"))
                 skips.append(width)
@@ -87,24 +83,19 @@ class UKANModel(ModelMixin, ConfigMixin):
     def forward(
         self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> UNet2DOutput | tuple[Tensor]:
-        """Denoise `sample` (B, C, h, w) at `timestep`, a number or one per sample (B,), fractions allowed.
-
-        `class_labels` (B,) are for a network that was built with `num_class_embeds`, which needs them.
-        """
+        """Denoise `sample` (B, C, h, w) at `timestep`, a number or one per sample (B,); class_labels are (B,)."""
         timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
         time = with_labels(self.time_embedding(timestep), self.class_embedding, class_labels)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         call = self._gradient_checkpointing_func if recompute else nn.Module.__call__
-        x = self.conv_in(sample)
-        skips = [x]
+        skips = [x := self.conv_in(sample)]
         for block in self.down:
-            x = call(block, x, time) if isinstance(block, ResidualBlock) else block(x)
-            skips.append(x)
+            skips.append(x := call(block, x, time) if isinstance(block, ResidualBlock) else block(x))
         if self.bottleneck is not None:
             x = call(self.bottleneck, x, time)
         for block in self.up:
-            is_residual = isinstance(block, ResidualBlock)
-            x = call(block, torch.cat([x, skips.pop()], dim=1), time) if is_residual else block(x)
+            residual = isinstance(block, ResidualBlock)
+            x = call(block, torch.cat([x, skips.pop()], dim=1), time) if residual else block(x)
         x = self.conv_out(F.silu(self.norm_out(x)))
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
