@@ -243,6 +243,18 @@ def test_conditions_that_cannot_be_met_are_refused_in_one_line(options: dict, me
     assert "\n" not in str(refused.value)
 
 
+def test_what_is_known_is_known_in_half_precision() -> None:
+    low = torch.rand(1, 2, 16, 16)
+    pipeline = random_pipeline(solver="dpmsolver++", target="epsilon").to(torch.bfloat16)
+    pipeline.backbone.dtype = torch.bfloat16
+    images = drawn(pipeline, low_resolution=low).float()
+    assert_close(F.avg_pool2d(images, 2), low.expand(2, -1, -1, -1), atol=0.02, rtol=0)
+
+
+def test_pictures_of_other_channels_show_the_first() -> None:
+    assert [image.mode for image in random_pipeline()(2, num_inference_steps=1).images] == ["L", "L"]  # of 2
+
+
 def test_a_network_without_labels_refuses_them() -> None:
     with pytest.raises(ValueError, match="got labels for a network that was trained without, wanted none"):
         tiny_pipeline()(1, labels=0, num_inference_steps=1)

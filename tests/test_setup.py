@@ -99,7 +99,7 @@ MODULES = {
 
 ROOMS = {
     "method": "files wavelets kan ukan dit backbones objective loading bandrate cards pipeline data sources decoding "
-    "checkpoints steps training sampling",
+    "checkpoints steps training sampling conditions",
     "goodness": "metrics studies plots",
     "workbook": "workbook",
 }
