@@ -102,8 +102,7 @@ def sample_images(
         stop = start + size if pipeline.device.type == "cpu" else min(start + size, count)
         generators = image_generators(range(seed + start, seed + stop))
         asked = [labels[k % len(labels)] for k in range(start, stop)] if labels else None
-        options = {"output_type": "np", "return_dict": False, "labels": asked, **solving}
-        (images,) = pipeline(len(generators), generators, **options)
+        (images,) = pipeline(stop - start, generators, output_type="np", return_dict=False, labels=asked, **solving)
         yield (images[: count - start] * 255).round().astype(np.uint8)
 
 
