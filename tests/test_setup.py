@@ -99,7 +99,7 @@ MODULES = {
 
 ROOMS = {
     "method": "files wavelets kan ukan dit backbones objective loading bandrate cards pipeline data sources decoding "
-    "local checkpoints steps training sampling",
+    "local checkpoints steps training sampling conditions",
     "goodness": "metrics studies plots",
     "workbook": "workbook",
 }

@@ -6,7 +6,7 @@ the clean image x, that is made to agree with y = A x, and becomes an answer of 
 
     x + A^+ (y - A x)    A picks the pixels of a mask, or is the mean over cells, whose A^+ repeats each pixel
 
-Images are floats in [0, 1] outside and in [-1, 1] here; whatever the codec, it is pixels that agree.
+It is pixels that agree, whatever the codec.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,9 +25,9 @@ Labels = int | Sequence[int] | Tensor
 
 
 def labelled(backbone: ModelMixin, count: int, labels: Labels | None, weights: Sequence[float]) -> Answer:
-    """The network's answers for the labels of `count` images, guided by the weight of each channel; all 1: one call.
+    """The network's answers for the labels of `count` images, guided by the weight w of each channel.
 
-    None is the network's own "no label", its last. ValueError: labels that it does not have, weights below 0.
+    No labels are the network's own "no label", its last. ValueError: labels that it does not have, weights below 0.
     """
     last, guided = (getattr(backbone.config, "num_class_embeds", None) or 0) - 1, any(w != 1 for w in weights)
     if not all(0 <= w < float("inf") for w in weights) or (guided and labels is None):
@@ -92,10 +92,10 @@ def held(answer: Answer, scheduler: SchedulerMixin, missing: Missing, clip: Tens
         signal, noise = a**0.5, (1 - a) ** 0.5
         weights = {"epsilon": (1 / signal, -noise / signal), "sample": (0.0, 1.0), "v_prediction": (signal, -noise)}
         p, q = weights[scheduler.config.prediction_type]
-        estimate = p * z + q * output
+        estimate = p * z.float() + q * output.float()  # p reaches 20,000, too much for half precision
         clipped = estimate.clamp(-clip, clip)
         change = missing(clipped)
         any_known = (change != 0).flatten(1).any(1).view(-1, 1, 1, 1)  # not with an empty mask
-        return output + (clipped - estimate + change).where(any_known, 0) / q
+        return output + ((clipped - estimate + change).where(any_known, 0) / q).to(output.dtype)
 
     return agreeing

@@ -94,7 +94,7 @@ def read_config(kind: type[ConfigMixin], folder: Path) -> dict[str, Any]:
 
 def check_config(kind: type, config: dict[str, Any], folder: Path) -> None:
     """Raise a ValueError if a value is not of the type of its argument of `kind`, or out of all proportion."""
-    hints = get_type_hints(vars(kind)["__init__"])
+    hints = get_type_hints(inspect.getattr_static(kind, "__init__"))
     for name, parameter in inspect.signature(kind).parameters.items():
         value = config.get(name, parameter.default)
         if value is not parameter.default and not fits(value, hints.get(name, object), MAXIMA.get(name, 100_000)):

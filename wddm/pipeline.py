@@ -106,7 +106,7 @@ class WaveletPipeline(DiffusionPipeline):
         if output_type != "pt":
             images = images.permute(0, 2, 3, 1).float().cpu().numpy()
         if output_type == "pil":
-            images = self.numpy_to_pil(images)
+            images = self.numpy_to_pil(images[..., : 3 if images.shape[-1] >= 3 else 1])
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _network(

@@ -69,10 +69,9 @@ def draw(
     pipeline: WaveletPipeline, folder: Path, count: int, *, batch_size: int = 64, seed: int = 0,
     labels: Sequence[int] | None = None, **solving: Unpack[Solving],
 ) -> None:  # fmt: skip
-    """Write images 00000.png ..., grid.png of the first 64, and samples.json that says how they were made.
+    """Write images 00000.png ..., grid.png and samples.json into a new folder, as `write_summary` and `new_folder` say.
 
-    Under `accelerate launch` each process draws its share of the batches, the main one with a progress bar; the files
-    are those of one process. The folder is made, or a ValueError if it is not empty.
+    Under `accelerate launch` each process draws its share of the batches; the files are those of one process.
     """
     processes = PartialState()
     rank, world_size = processes.process_index, processes.num_processes
@@ -96,25 +95,21 @@ def sample_images(
 ) -> Iterator[np.ndarray]:  # fmt: skip
     """Draw `count` images batch by batch, uint8 (b, H, W, C), image k seeded `seed + k`; the last batch is shorter.
 
-    Image k has label k of `labels`, over and over. Of the batches, this process draws every `world_size`-th from the
-    `rank`-th on.
+    Image k has label k of `labels`, over and over. The process `rank` draws every `world_size`-th batch.
     """
     size = images_per_call(pipeline, batch_size)
     for start in range(rank * size, count, world_size * size):
         stop = start + size if pipeline.device.type == "cpu" else min(start + size, count)
         generators = image_generators(range(seed + start, seed + stop))
         asked = [labels[k % len(labels)] for k in range(start, stop)] if labels else None
-        (images,) = pipeline(
-            len(generators), generators, output_type="np", return_dict=False, labels=asked, **solving
-        )
+        (images,) = pipeline(stop - start, generators, output_type="np", return_dict=False, labels=asked, **solving)
         yield (images[: count - start] * 255).round().astype(np.uint8)
 
 
 def images_per_call(pipeline: WaveletPipeline, batch_size: int) -> int:
-    """How many images are drawn at a time: `batch_size` on a GPU, a number of the network's own on the CPU.
+    """How many images are drawn at a time: `batch_size` on a GPU, on the CPU a number of the network's own.
 
-    Sums round differently in batches of different size. With one size, image k is the same to the last bit whatever
-    the batch size; this one costs no speed.
+    Sums round differently in batches of other sizes; so image k is the same to the last bit, at no loss of speed.
     """
     height, width = pipeline.map_size
     return max(1, 2048 // (height * width)) if pipeline.device.type == "cpu" else batch_size
