@@ -116,7 +116,8 @@ def test_average_is_diffusers_own_up_to_rounding(decay: float) -> None:
 
 
 def test_loss_goes_down(tmp_path) -> None:
-    losses = [s.loss for s in make(tmp_path, train_kimg=3.2, learning_rate=3e-3, log_every=20, checkpoint_kimg=0).steps()]
+    trainer = make(tmp_path, train_kimg=3.2, learning_rate=3e-3, log_every=20, checkpoint_kimg=0)
+    losses = [step.loss for step in trainer.steps()]
     assert losses[-1] < 0.8 * losses[0]
 
 

@@ -8,7 +8,6 @@ import json
 import math
 import time
 import zlib
-from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -22,12 +21,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid, numpy_to_pil
 from torch import Tensor
 
 from wddm import checkpoints, steps
 from wddm.data import batches, to_batch
-from wddm.files import append_row, whole, written_aside
+from wddm.files import append_row, written_aside
 from wddm.objective import WEIGHTINGS, build_solver, diffusion_loss, noise_scheduler
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
@@ -86,10 +84,8 @@ class Trainer:
         check_choice("weighting", self.weighting, WEIGHTINGS)
         if self.fwd_kimg and self.measure is None:
             raise ValueError(f"got fwd_kimg={self.fwd_kimg:g} without measure, wanted a function of samples: give both")
-        self.held_out = np.empty(0, int)  # rows of `images`, spread evenly over the set
-        if self.validation_kimg:
-            steps.check_held_out(self.validation_images, len(self.images))
-            self.held_out = np.linspace(0, len(self.images) - 1, self.validation_images).round().astype(int)
+        held_out = self.validation_images if self.validation_kimg else None
+        self.held_out = steps.held_out(held_out, len(self.images))  # rows of `images`
         self.accelerator = Accelerator(
             mixed_precision=steps.resolve_precision(self.precision, self.cpu),
             gradient_accumulation_steps=self.accumulation,
@@ -131,9 +127,9 @@ class Trainer:
     def steps(self) -> Generator[Step]:
         """Train to the end, a `Step` every `log_every` steps; then the pipeline is saved.
 
-        Ctrl-C or SIGTERM ends it at once with a checkpoint of the last whole step, and `checkpoints.Interrupted`; what
-        else was due at that step is done when the run goes on. A FloatingPointError (loss or gradient not finite) and
-        an OSError (no room for a checkpoint) leave the last checkpoint.
+        Ctrl-C or SIGTERM ends it at once by `checkpoints.Interrupted`, with a checkpoint of the last whole step; what
+        else was due at it is done when the run goes on. FloatingPointError (loss or gradient not finite) and OSError
+        (no room for a checkpoint) leave the last one.
         """
         stream = batches(
             self.images, self.batch_size, rows=np.delete(np.arange(len(self.images)), self.held_out), seed=self.seed,
@@ -146,9 +142,8 @@ class Trainer:
                     if self.watched:
                         self.unread.append(self.optimise(next(stream)))
                         self.step, self.watched = self.step + 1, False
-                    if self.world_size > 1 and self.step % self.log_every == 0:  # they ask each other only now and then
-                        self.stop.raises = any(gather_object([self.stop.is_set()]))
-                    if self.stop.raises:
+                    asking = self.world_size > 1 and self.step % self.log_every == 0  # each other, now and then
+                    if asking and any(gather_object([self.stop.is_set()])):
                         raise KeyboardInterrupt
                     row = self._watch(clock)
                     self.watched = True
@@ -190,8 +185,7 @@ class Trainer:
                 with self.accelerator.accumulate(self.network):
                     losses.append(self.loss(self.network, self.codec, self.noise_scheduler, *part))
                     self.accelerator.backward(losses[-1].total)
-        self.accelerator.unscale_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, 1.0)
         if self.accelerator.scaler is not None:  # fp16: a step whose gradients overflow is left out, not wrong
             norm = norm.nan_to_num(0, 0, 0)
         self.optimizer.step()
@@ -204,10 +198,7 @@ class Trainer:
     def lr(self) -> float:
         """Learning rate of the next step."""
         warmup = math.ceil(self.warmup_kimg * 1000 / self.batch_size)
-        if self.step < warmup:
-            return self.learning_rate * self.step / warmup
-        done = (self.step - warmup) / max(1, self.total_steps - warmup)
-        return self.learning_rate * SCHEDULES[self.schedule](done)
+        return self.learning_rate * steps.lr_share(self.schedule, self.step, warmup, self.total_steps)
 
     @property
     def images_seen(self) -> int:
@@ -237,50 +228,43 @@ class Trainer:
     def validate(self) -> float:
         """Mean loss of the averaged weights on the held-out images; the lowest so far is kept as checkpoints/best.
 
-        Every process takes its share. Noise and timestep are a function of the image's number alone.
+        Noise and timestep are a function of the image's number alone.
         """
-        losses: list[tuple[float, int]] = []
+        total = 0.0
         with self.averaged() as pipeline:
-            for start in range(0, len(self.held_out), self.batch_size)[self.rank :: self.world_size]:
+            for start in range(0, len(self.held_out), self.batch_size):
                 pixels = self.images[self.held_out[start : start + self.batch_size]]
                 images = to_batch(pixels, np.zeros(len(pixels), bool), self.device)
                 generators = [torch.Generator().manual_seed(start + k) for k in range(len(pixels))]
                 noise, t = steps.draw_noise(generators, 1, self.codec.shape(*images.shape[1:]), self.device)
                 loss = self.loss(pipeline.backbone, self.codec, self.noise_scheduler, images, noise, t)
-                losses.append((loss.total.item() * len(pixels), len(pixels)))
-        total, count = np.sum(gather_object(losses), axis=0).tolist()
-        if self.best is None or total / count < self.best:
-            self.best = total / count
+                total += loss.total.item() * len(pixels)
+        mean = total / len(self.held_out)
+        if self.best is None or mean < self.best:
+            self.best = mean
             self.save("best")
-        return total / count
+        return mean
 
     def samples(self, count: int) -> np.ndarray:
         """uint8 (count, H, W, C) of the averaged weights, by DDIM in 25 steps, from the same seeds every time."""
-        share = {"rank": self.rank, "world_size": self.world_size, "num_inference_steps": 25}
         with self.averaged() as pipeline:
             pipeline.set_progress_bar_config(disable=True)
-            batches = gather_object(list(enumerate(sample_images(pipeline, count, **share))))
-        return np.concatenate([images for _, images in sorted(batches, key=lambda batch: batch[0])])
+            return np.concatenate(list(sample_images(pipeline, count, num_inference_steps=25)))
 
     def _watch(self, clock: tuple[int, float]) -> Step | None:
-        """Do what is due at this step but for the checkpoint: previews/<images seen>.png, a `Step` and its row of
-        log.jsonl with means over all processes."""
+        """Do what is due at this step but for the checkpoint: in the main process previews/<images seen>.png and what
+        is measured; a row of log.jsonl, whose means are over all processes."""
         steps_per_s = (self.step - clock[0]) / (time.perf_counter() - clock[1])  # before what is no training
         validating, measuring, previewing = map(self._due, (self.validation_kimg, self.fwd_kimg, self.preview_kimg))
-        logging = self.step in (self.total_steps, self.step // self.log_every * self.log_every)
-        if not (logging or validating or measuring or previewing):
+        logging = validating or measuring or self.step == self.total_steps or self.step % self.log_every == 0
+        if logging or previewing:
+            steps.check_finite(self.unread, self.step, self.learning_rate)
+        if previewing and self.main:
+            steps.write_preview(self.samples(32), self.folder / "previews" / f"{self.images_seen:09d}.png")
+        if not logging:
             return None
-        self._check_finite()
-        if previewing:
-            samples = self.samples(32)
-            if self.main:  # 16 in a row; without colour, the first channel
-                colors = samples[..., : 3 if samples.shape[-1] >= 3 else 1]
-                with whole(self.folder / "previews" / f"{self.images_seen:09d}.png") as file:
-                    make_image_grid(numpy_to_pil(colors / 255), 2, 16).save(file, "PNG")
-        if not (logging or validating or measuring):
-            return None
-        validation_loss, fwd, bands = self.validate() if validating else None, None, self.codec.bands()
-        if measuring and self.measure:
+        validation_loss, fwd, bands = self.validate() if validating and self.main else None, None, self.codec.bands()
+        if measuring and self.main and self.measure:
             samples = self.samples(self.fwd_images)
             with self.stop.cuttable():
                 fwd = self.measure(samples)
@@ -288,9 +272,8 @@ class Trainer:
         loss, band_loss, grad_norm = (self.accelerator.reduce(mean, "mean") for mean in means)
         band_losses = dict(zip(bands, band_loss.view(len(bands), -1).mean(1).tolist(), strict=True))
         row = Step(
-            step=self.step, images_seen=self.images_seen, loss=loss.item(), lr=self.lr, grad_norm=grad_norm.item(),
-            images_per_s=steps_per_s * self.batch_size, memory_gb=steps.peak_memory_gb(self.device),
-            band_loss=band_losses, validation_loss=validation_loss, fwd=fwd,
+            self.step, self.images_seen, loss.item(), self.lr, grad_norm.item(), steps_per_s * self.batch_size,
+            steps.peak_memory_gb(self.device), band_losses, validation_loss, fwd,
         )  # fmt: skip
         if self.main:
             append_row(self.folder / "log.jsonl", asdict(row))
@@ -306,28 +289,18 @@ class Trainer:
                 (aside / "training.json").write_text(json.dumps(origin, indent=1))
         self.accelerator.end_training()
 
-    def _check_finite(self) -> None:
-        """FloatingPointError if a loss or a norm of gradients since the last `Step` was not finite."""
-        finite = [bool(loss.isfinite() & norm.isfinite()) for loss, _, norm in self.unread]
-        if not all(finite):
-            raise FloatingPointError(
-                f"got loss or gradient that are not finite at step {self.step - len(finite) + 1 + finite.index(False)}"
-                f", wanted numbers: lower learning_rate (now {self.learning_rate:g}); the last good checkpoint is kept"
-            )
-
     def save(self, name: str | None = None) -> None:
         """Write the checkpoint of this step (or of another name), from the main process."""
-        self._check_finite()
+        steps.check_finite(self.unread, self.step, self.learning_rate)
         if self.main:
             checkpoints.save(self.folder / "checkpoints", self.step, *self.state_dict(), name)
 
     def state_dict(self) -> tuple[checkpoints.Tensors, dict[str, Any]]:
         """What `load_state_dict` puts back: tensors, and the rest, which JSON can hold."""
-        moments = self.optimizer.state_dict()["state"].items()
         return {
             "weights": self.model.state_dict(),
             "ema": dict(zip(dict(self.model.named_parameters()), self.ema.shadow_params, strict=True)),
-            "optimizer": {f"{i}.{name}": value for i, kept in moments for name, value in kept.items()},
+            "optimizer": steps.moments(self.optimizer),
             "unread": {str(i): torch.stack(values) for i, values in enumerate(zip(*self.unread, strict=True))},
         }, {"best": self.best, "watched": self.watched, "settings": self.settings()}
 
@@ -338,11 +311,7 @@ class Trainer:
         self.model.load_state_dict(tensors["weights"])
         for shadow, (name, _) in zip(self.ema.shadow_params, self.model.named_parameters(), strict=True):
             shadow.copy_(tensors["ema"][name])
-        moments: dict[int, dict[str, Tensor]] = defaultdict(dict)
-        for key, value in tensors["optimizer"].items():
-            index, name = key.split(".")
-            moments[int(index)][name] = value
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        steps.load_moments(self.optimizer, tensors["optimizer"])
         columns = [tensors["unread"][str(i)].to(self.device) for i in range(len(tensors["unread"]))]
         self.unread = list(zip(*columns, strict=True))
 
