@@ -70,7 +70,16 @@ def build(parameters: Parameters, prepared: Dataset) -> tuple[WaveletCodec, Mode
     """
     refuse_impossible(parameters, "02_train")
     codec = WaveletCodec(**share(WaveletCodec, parameters)).fit(prepared.images)
-    return codec, _network(parameters, prepared.manifest["dataset"], prepared.images.shape[1:])
+    labels = labels_of(prepared, **share(labels_of, parameters))
+    classes = 0 if labels is None else len(prepared.class_names or range(labels.max() + 1))
+    return codec, _network(parameters, prepared.manifest["dataset"], prepared.images.shape[1:], classes)
+
+
+def labels_of(prepared: Dataset, class_conditional: bool = False) -> np.ndarray | None:
+    """Labels (N,) of a set that a network is to be told, if it is; ValueError if the set has none."""
+    if class_conditional and prepared.labels is None:
+        raise ValueError("got class_conditional=True for a set without labels, wanted some: set it to False")
+    return prepared.labels if class_conditional else None
 
 
 def train(
@@ -91,12 +100,14 @@ def train(
         if settings.get("fwd_kimg"):
             settings["measure"] = distance_to(prepared.images, **share(distance_to, book.parameters))
         parts = {"model": network, "codec": codec, "images": prepared.images, "data_sha256": prepared.sha256}
-        trainer = Trainer(**parts, folder=book.folder, **settings)
+        labels = labels_of(prepared, **share(labels_of, book.parameters))
+        trainer = Trainer(**parts, labels=labels, folder=book.folder, **settings)
         if not trainer.main:
             return deque(trainer.steps(), maxlen=0).clear()  # the main process shows and records
         book.begin("pipeline")
         print(*trainer.notes, sep="\n", end="\n" * bool(trainer.notes))
-        bar = progress(total=trainer.total_images, initial=trainer.images_seen, desc="training", unit="img")
+        total = trainer.total_steps * trainer.batch_size
+        bar = progress(total=total, initial=trainer.images_seen, desc="training", unit="img")
         with bar, closing(trainer.steps()) as steps:
             for step in steps:
                 bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
@@ -120,7 +131,7 @@ def distance_to(images: np.ndarray, train_fwd_level: int = 2) -> Callable[[np.nd
 
 TAKEN_BY: dict[str, list[Callable]] = {  # notebook: what takes its parameters
     "01_prepare": [data.prepare],
-    "02_train": [WaveletCodec, build_backbone, Trainer, distance_to, check_batch],
+    "02_train": [WaveletCodec, build_backbone, Trainer, distance_to, check_batch, labels_of],
 }
 
 
@@ -183,7 +194,7 @@ def _check_images(experiment: Experiment) -> None:
         if "wavelet" in parameters:
             WaveletCodec(**share(WaveletCodec, parameters)).check_size(*shape[:2])
         if "backbone" in parameters:
-            _network(parameters, name, shape)
+            _network(parameters, name, shape, parameters.get("class_conditional", 0))
     if parameters.get("validation_kimg"):
         held_out(parameters["validation_images"], count)
     for level, samples in (("fwd_level", "num_samples"), ("train_fwd_level", "fwd_images")):
@@ -238,10 +249,10 @@ def refuse_impossible(parameters: Parameters, notebook: str) -> None:
         raise ValueError(f"got a parameter {min(untaken)!r} that nothing takes: remove it from the notebook's cell")
 
 
-def _network(parameters: Parameters, dataset: str, shape: tuple[int, ...]) -> ModelMixin:
-    """The network for images of this shape (H, W, C), with initial weights drawn from `seed`."""
+def _network(parameters: Parameters, dataset: str, shape: tuple[int, ...], classes: int) -> ModelMixin:
+    """The network for images of this shape (H, W, C) and so many classes, with initial weights drawn from `seed`."""
     torch.manual_seed(parameters.get("seed", 0))
     height, width, channels = shape
     size = height if height == width else (height, width)
     given = share(build_backbone, parameters) | {"dataset": dataset, "image_size": size, "image_channels": channels}
-    return build_backbone(**given)
+    return build_backbone(**given | ({"num_class_embeds": classes + 1} if classes else {}))

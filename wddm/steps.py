@@ -7,6 +7,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant_with_warmup": lambda done: 1.0,
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
 }
+LABELS = 2**31  # third number of the seeds that drop labels
 PRECISIONS = ("auto", "no", "fp16", "bf16")
 VARYING = ("images_per_s", "memory_gb")  # of a Step; all else is the same whenever the settings are
 
@@ -87,6 +89,22 @@ def held_out(validation_images: int | None, count: int) -> np.ndarray:
         got = f"got validation_images={validation_images} of {count} images"
         raise ValueError(f"{got}, wanted 1 or more, and fewer than all: change validation_images")
     return np.linspace(0, count - 1, validation_images or 0).round().astype(int)
+
+
+def class_numbers(labels: np.ndarray | None, no_label: int, count: int) -> np.ndarray | None:
+    """Labels (N,) as int64, negative ones as `no_label`; ValueError if they are not what the network was built for."""
+    if labels is None and no_label < 0:
+        return None
+    if labels is None or len(labels) != count or labels.max() >= no_label or (labels < 0).all():
+        got = "none" if labels is None else f"{len(labels)} up to {labels.max()}"
+        wanted = f"wanted {count} below {no_label}" if no_label > 0 else "wanted none for this network"
+        raise ValueError(f"got labels ({got}), {wanted}: build_backbone(num_class_embeds=classes + 1) takes as many")
+    return np.where(labels < 0, no_label, labels).astype(np.int64)
+
+
+def conditioned(network: nn.Module, *labels: Tensor) -> Any:
+    """The network, told labels (B,) if there are any."""
+    return partial(network, class_labels=labels[0]) if labels else network
 
 
 def tune(model: nn.Module, device: torch.device) -> None:
