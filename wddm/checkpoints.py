@@ -28,7 +28,7 @@ KEEP = 2
 LAYOUT = 3  # of what a checkpoint holds, told among the settings: those of another layout are refused
 # what comes before or after training, so that a change there does not change what is learned
 ELSEWHERE = {"__init__", "__main__", "cli", "experiment", "sources", "decoding"}
-ELSEWHERE |= {"pipeline", "bandrate", "loading", "cards", "sampling", "conditions"}
+ELSEWHERE |= {"pipeline", "bandrate", "loading", "cards", "sampling"}
 
 Tensors = dict[str, dict[str, Tensor]]
 

@@ -165,13 +165,14 @@ def sample(
 @click.option("--fwd-level", type=COUNT, default=2, help="Level of the packets of the Fréchet wavelet distance.")
 @click.option("--inception-weights", type=PATH, metavar="FILE", help="torch-fidelity's file.")
 @click.option("--output", type=PATH, default=Path("metrics.json"), help="Where the numbers go.")
-@click.option("--seed", type=int, default=0, help="Of the resampling for intervals and floors.")
-@click.option("--device", help="A GPU if there is one, else cpu.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of resampling, for intervals and floors.")
+@click.option("--device", help="cpu, cuda, cuda:1, ...; a GPU if there is one, else cpu.")
 def evaluate(
     images: Path, reference: str, resolution: int | None, fwd_level: int, inception_weights: Path | None, output: Path,
     seed: int, device: str | None,
 ) -> None:  # fmt: skip
     """Score a folder of images against a prepared data set."""
+    import torch
     from accelerate import PartialState
 
     from wddm import workbook
@@ -179,8 +180,15 @@ def evaluate(
     from wddm.workbook.records import write_json
     from wddm.workbook.report import format_table
 
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        raise ValueError(f"got --output {output}, wanted a file in a folder that is there: give another")
+    try:  # what cannot be used is told before anything is computed
+        output.parent.mkdir(parents=True, exist_ok=True)
+        torch.zeros(1, device=device or "cpu").item()
+    except OSError as error:
+        raise ValueError(f"got --output {output} ({error.strerror}), wanted a file in a folder: change it") from None
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"got --device {device}, wanted cpu, or a GPU of this machine: change it") from error
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise ValueError(f"got --output {output}, wanted a file that can be written: change it")
     real = scores.find_reference(f"{reference}-{resolution}" if resolution else reference, workbook_root() or Path())
     samples = scores.read_images(images)
     options = scores.Options(fwd_level, seed, device or PartialState().device, inception_weights, workbook.progress)
@@ -200,12 +208,14 @@ def index() -> None:
     print(workbook.write_index(workbook.find_root()))
 
 
-RANGE = re.compile(r"Invalid value for ('.*?'): (.+) is not (?:in the range x>=(\S+)|a valid (.+))\.")
+FOUND = re.compile(r"Invalid value for ('.*?'): (.+) is not (?:a valid (.+)|in the range (?:(.+)<=x<=(.+)|x>=(.+)))\.")
 
 
 def remedied(error: click.ClickException) -> str:
     """click's message as got, wanted and what to do."""
-    text = RANGE.sub(lambda m: f"got {m[2]} for {m[1]}, wanted {m[4] or f'{m[3]} or more'}", error.format_message())
+    text = error.format_message()
+    if m := FOUND.fullmatch(text):
+        text = f"got {m[2]} for {m[1]}, wanted {m[3] or (f'{m[6]} or more' if m[6] else f'{m[4]} to {m[5]}')}"
     command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "wddm"
     return f"{' '.join(text.split()).rstrip('.')}: see {command} --help"
 

@@ -222,9 +222,7 @@ def batches(
         labels: int64 (N,); a batch is then (images, labels).
     """
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
-        raise ValueError(
-            f"got {images.dtype} images {images.shape}, wanted uint8 (N, H, W, C): give those of a Dataset"
-        )
+        raise ValueError(f"got {images.dtype} images {images.shape}, wanted uint8 (N, H, W, C): give a Dataset's")
     if batch_size < 1 or start < 0 or not 0 <= rank < world_size or batch_size % world_size:
         raise ValueError(
             f"got batch_size={batch_size}, start={start}, rank={rank}, world_size={world_size}, wanted a "

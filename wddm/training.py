@@ -89,6 +89,7 @@ class Trainer:
         if self.fwd_kimg and self.measure is None:
             raise ValueError(f"got fwd_kimg={self.fwd_kimg:g} without measure, wanted a function of samples: give both")
         self.held_out = steps.held_out(self.validation_images if self.validation_kimg else None, len(self.images))
+        self.trained = np.delete(np.arange(len(self.images)), self.held_out)  # rows of `images`
         self.no_label = (self.model.config.get("num_class_embeds") or 0) - 1
         self.classes = steps.class_numbers(self.labels, self.no_label, len(self.images))
         self.accelerator = Accelerator(
@@ -134,10 +135,10 @@ class Trainer:
         Ctrl-C or SIGTERM ends it at once by `checkpoints.Interrupted`, with a checkpoint of the last whole step; what
         else was due then is done when the run goes on. FloatingPointError and OSError (disk full) leave the last one.
         """
-        rows = np.delete(np.arange(len(self.images)), self.held_out)
-        drawn = {"seed": self.seed, "start": self.images_seen, "flip": self.flip, "rows": rows, "labels": self.classes}
-        share = {"device": self.device, "rank": self.rank, "world_size": self.world_size}
-        stream = batches(self.images, self.batch_size, **drawn, **share)
+        stream = batches(
+            self.images, self.batch_size, seed=self.seed, start=self.images_seen, device=self.device, flip=self.flip,
+            rank=self.rank, world_size=self.world_size, rows=self.trained, labels=self.classes,
+        )  # fmt: skip
         with self.held, self.stop:
             clock = self.step, time.perf_counter()
             try:
@@ -164,7 +165,6 @@ class Trainer:
                         (aside / "training.json").write_text(json.dumps(origin, indent=1))
                 self.accelerator.end_training()
             except (GeneratorExit, KeyboardInterrupt) as error:
-                self.stop.raises = False
                 self.save()
                 if isinstance(error, GeneratorExit):
                     raise
