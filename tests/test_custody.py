@@ -18,7 +18,7 @@ from test_workbook import SECOND, wait_for, write_notebook
 
 from wddm.backbones import build_backbone
 from wddm.cli import main
-from wddm.experiment import distance_to
+from wddm.experiment import distance_to, labels_of
 from wddm.files import Digests, whole, written_aside
 from wddm.training import Trainer
 from wddm.wavelets import WaveletCodec
@@ -125,7 +125,7 @@ def test_there_is_one_set_of_defaults() -> None:
     """Of the notebook's cell, of Python's functions, and of the recipe."""
     schema = {name: one.default for name, one in read_schema(ROOT / "notebooks/02_train.ipynb").items()}
     python: dict[str, object] = {}
-    for function in (WaveletCodec, build_backbone, Trainer, distance_to):
+    for function in (WaveletCodec, build_backbone, Trainer, distance_to, labels_of):
         for name, one in inspect.signature(function).parameters.items():
             if one.default is not inspect.Parameter.empty and name in schema:
                 assert python.setdefault(name, one.default) == one.default, name

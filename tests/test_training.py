@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from filelock import FileLock, Timeout
 from IPython.core.interactiveshell import InteractiveShell
@@ -24,11 +25,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from wddm import checkpoints, training
+from wddm import checkpoints
 from wddm.backbones import build_backbone
 from wddm.checkpoints import Interrupted, Stop, difference
 from wddm.metrics import frechet_wavelet_distance
 from wddm.pipeline import WaveletPipeline
+from wddm.sampling import sample_images
 from wddm.steps import VARYING, average, derived_seed, read_log, resolve_precision
 from wddm.training import Trainer
 from wddm.wavelets import WaveletCodec
@@ -453,13 +455,11 @@ def test_extend_goes_on_with_the_schedule_of_the_longer_run(tmp_path) -> None:
         make(tmp_path, train_kimg=0.064, extend=True)
 
 
-def test_held_out_loss_is_the_same_every_time_and_least_at_the_best(tmp_path, monkeypatch) -> None:
+def test_held_out_loss_is_the_same_every_time_and_least_at_the_best(tmp_path) -> None:
     trainer = make(tmp_path, train_kimg=0.8, validation_kimg=0.16, validation_images=10)
-    seen, given = [], training.batches
-    monkeypatch.setattr(training, "batches", lambda *a, **b: seen.append(b["rows"]) or given(*a, **b))
+    assert len(trainer.trained) == 30 and len(trainer.held_out) == 10
+    assert sorted([*trainer.trained, *trainer.held_out]) == list(range(40))
     rows = [row for row in trainer.steps() if row.validation_loss is not None]
-    assert len(seen[0]) == 30 and len(trainer.held_out) == 10
-    assert sorted([*seen[0], *trainer.held_out]) == list(range(40))
     assert [row.step for row in rows] == [10, 20, 30, 40, 50]
     assert rows[-1].validation_loss == trainer.validate()  # with dropout it would differ
     assert len({row.validation_loss for row in rows}) == 5
@@ -512,3 +512,75 @@ def test_seeds_of_different_keys_differ() -> None:
 def test_unknown_precision_is_refused() -> None:
     with pytest.raises(ValueError, match="got precision='bf8', wanted one of auto, no, fp16, bf16"):
         resolve_precision("bf8")
+
+
+# ---------------------------------------------------------------------------------------------------- labels
+
+
+def told(folder, labels: np.ndarray | None, **settings) -> Trainer:
+    """A Trainer of a UNet with embeddings of three classes and of no label."""
+    torch.manual_seed(0)
+    sizes = {"sample_size": 4, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16), "norm_num_groups": 8}
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "layers_per_block": 1}
+    network, codec = UNet2DModel(**sizes, **blocks, num_class_embeds=4), WaveletCodec().fit(IMAGES)
+    defaults: dict = {"train_kimg": 0.064, "batch_size": 16, "log_every": 1, "checkpoint_kimg": 0.016, "cpu": True}
+    defaults |= {"preview_kimg": 0, "warmup_kimg": 0, "flip": True}
+    parts = {"model": network, "codec": codec, "images": IMAGES, "labels": labels, "folder": folder}
+    return Trainer(**parts, **(defaults | settings))
+
+
+LABELS = np.arange(40) % 4 - 1  # 10 of them unlabelled
+
+
+def test_training_with_labels_is_resumed_exactly_and_shows_its_share_of_them(tmp_path, monkeypatch) -> None:
+    shown, inner = [], UNet2DModel.forward
+
+    def forward(self, sample, timestep, class_labels=None):
+        shown.append((self.training, class_labels.tolist()))
+        return inner(self, sample, timestep, class_labels)
+
+    monkeypatch.setattr(UNet2DModel, "forward", forward)
+    list(told(tmp_path / "whole", LABELS).steps())
+    before = [labels for _, labels in shown]
+    steps = told(tmp_path / "halves", LABELS).steps()
+    next(steps), next(steps), steps.close()
+    list(told(tmp_path / "halves", LABELS).steps())
+    assert [labels for _, labels in shown[4:]] == before
+    whole, halves = (bytes_below(tmp_path / name) for name in ("whole", "halves"))
+    assert [name for name in whole if whole[name] != halves[name]] == ["log.jsonl"] and whole.keys() == halves.keys()
+    assert "labels" in json.loads((tmp_path / "whole/pipeline/training.json").read_text())["settings"]
+
+    shown.clear()
+    sizes = {"train_kimg": 1.6, "checkpoint_kimg": 0, "validation_kimg": 1.6, "validation_images": 20}
+    list(told(tmp_path / "long", LABELS, label_dropout=0.25, **sizes).steps())
+    training = np.concatenate([labels for training, labels in shown if training])
+    assert abs((training == 3).mean() - (0.25 + 0.75 * 0.25)) < 0.03 and set(training) == {0, 1, 2, 3}
+    held_out = np.concatenate([labels for training, labels in shown if not training])
+    rows = np.linspace(0, 39, 20).round().astype(int)
+    assert held_out.tolist() == np.where(LABELS[rows] < 0, 3, LABELS[rows]).tolist()
+    with pytest.raises(ValueError, match="labels"):
+        told(tmp_path / "halves", (LABELS + 2) % 4 - 1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (None, r"got labels \(none\), wanted 40 below 3"), (LABELS[1:], r"got labels \(39 up to 2\), wanted 40"),
+        (LABELS + 1, r"got labels \(40 up to 3\), wanted 40 below 3"), (np.full(40, -1), "got labels"),
+    ],
+)  # fmt: skip
+def test_labels_that_the_network_was_not_built_for_are_refused(tmp_path, labels, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        told(tmp_path / "run", labels)
+    with pytest.raises(ValueError, match=r"wanted none for this network.*num_class_embeds"):
+        make(tmp_path / "run", labels=LABELS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_previews_are_of_one_label_after_the_other(tmp_path) -> None:
+    trainer = told(tmp_path, LABELS)
+    asked = trainer.samples(9)
+    with trainer.averaged() as pipeline:
+        pipeline.set_progress_bar_config(disable=True)
+        (wanted,) = sample_images(pipeline, 9, num_inference_steps=25, labels=[0, 1, 2])
+    assert asked.shape == (9, 8, 8, 1) and (asked == wanted).all()

@@ -4,17 +4,10 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-
 NAMES = {
-    "WaveletCodec": "wavelets",
-    "UKANModel": "ukan",
-    "build_backbone": "backbones",
-    "Trainer": "training",
-    "WaveletPipeline": "pipeline",
-    "prepare": "data",
-    "load": "data",
-    "open_run": "workbook",
-}
+    "WaveletCodec": "wavelets", "UKANModel": "ukan", "build_backbone": "backbones", "Trainer": "training",
+    "WaveletPipeline": "pipeline", "prepare": "data", "load": "data", "open_run": "workbook",
+}  # fmt: skip
 __all__ = list(NAMES)
 
 

@@ -216,12 +216,14 @@ def index() -> None:
     print(workbook.write_index(workbook.find_root()))
 
 
-RANGE = re.compile(r"Invalid value for ('.*?'): (.+) is not (?:in the range x>=(\S+)|a valid (.+))\.")
+FOUND = re.compile(r"Invalid value for ('.*?'): (.+) is not (?:a valid (.+)|in the range (?:(.+)<=x<=(.+)|x>=(.+)))\.")
 
 
 def remedied(error: click.ClickException) -> str:
     """click's message as got, wanted and what to do."""
-    text = RANGE.sub(lambda m: f"got {m[2]} for {m[1]}, wanted {m[4] or f'{m[3]} or more'}", error.format_message())
+    text = error.format_message()
+    if m := FOUND.fullmatch(text):
+        text = f"got {m[2]} for {m[1]}, wanted {m[3] or (f'{m[6]} or more' if m[6] else f'{m[4]} to {m[5]}')}"
     command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "wddm"
     return f"{' '.join(text.split()).rstrip('.')}: see {command} --help"
 

@@ -213,8 +213,8 @@ def _write(source: Source, settings: dict[str, Any], to: Path, progress: bool) -
 def batches(
     images: np.ndarray, batch_size: int, *, seed: int, start: int = 0, device: str | torch.device = "cpu",
     flip: bool = False, rank: int = 0, world_size: int = 1, on_device: bool | None = None,
-    rows: np.ndarray | None = None,
-) -> Iterator[Tensor]:  # fmt: skip
+    rows: np.ndarray | None = None, labels: np.ndarray | None = None,
+) -> Iterator[Any]:  # fmt: skip
     """Endless float32 batches (batch_size / world_size, C, H, W) in [-1, 1], contiguous, on the device.
 
     The stream is one permutation of the images per epoch, drawn from (seed, epoch), end to end: batches
@@ -228,6 +228,7 @@ def batches(
         on_device: keep the whole set on the device; by default on an accelerator where it `fits`. Otherwise a
             thread prepares the next batches while the caller computes. The batches are the same.
         rows: numbers of the images that the batches are of; by default all.
+        labels: int64 (N,); a batch is then (images, labels).
     """
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
         raise ValueError(f"got {images.dtype} images {images.shape}, wanted uint8 (N, H, W, C): give a Dataset's")
@@ -236,17 +237,21 @@ def batches(
             f"got batch_size={batch_size}, start={start}, rank={rank}, world_size={world_size}, wanted a "
             "batch size that world_size divides, start >= 0 and 0 <= rank < world_size: change batch_size"
         )
-    device = torch.device(device)
+    device, rows = torch.device(device), np.arange(len(images)) if rows is None else rows
     if on_device is None:
         on_device = device.type != "cpu" and fits(images.nbytes, device)
     share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-    rows = np.arange(len(images)) if rows is None else rows
     drawn = _order(len(rows), batch_size, seed, start)
-    order = ((rows[places[share]], mirrored[share] & flip) for places, mirrored in drawn)
-    if not on_device:
-        return ahead(lambda drawn: to_batch(images[drawn[0]], drawn[1], device), order, threads=1)
-    resident = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).contiguous()
-    return (_finish(resident[torch.from_numpy(rows).to(device)], mirrored) for rows, mirrored in order)
+    order = ((rows[chosen[share]], mirrored[share] & flip) for chosen, mirrored in drawn)
+    resident = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).contiguous() if on_device else None
+
+    def batch(drawn: tuple[np.ndarray, np.ndarray]) -> Tensor | tuple[Tensor, Tensor]:
+        at, mirrored = drawn
+        here = None if resident is None else resident[torch.from_numpy(at).to(device)]
+        x = to_batch(images[at], mirrored, device) if here is None else _finish(here, mirrored)
+        return x if labels is None else (x, torch.from_numpy(labels[at]).to(device))
+
+    return map(batch, order) if on_device else ahead(batch, order, threads=1)
 
 
 def fits(nbytes: int, device: torch.device) -> bool:

@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from typing import Any
@@ -24,7 +25,7 @@ from wddm.data import Dataset
 from wddm.decoding import is_grey
 from wddm.metrics.frechet import frechet_wavelet_distance, moments
 from wddm.objective import PREDICTION_TYPES, WEIGHTINGS, build_solver, check_options
-from wddm.steps import SCHEDULES, check_batch, check_held_out, resolve_precision
+from wddm.steps import PRECISIONS, SCHEDULES, check_batch, held_out
 from wddm.training import Step, Trainer
 from wddm.wavelets import WaveletCodec, check_choice
 from wddm.workbook import Run, progress
@@ -49,7 +50,8 @@ BOUNDS: dict[str, tuple[float, float]] = {  # parameter of any notebook: (minimu
     "max_step_seconds": (0.001, 10**6), "capacity_gib": (0.001, 10**6),
 }  # fmt: skip
 CHOICES: dict[str, Iterable[str]] = {
-    "weighting": WEIGHTINGS, "schedule": SCHEDULES, "prediction_type": PREDICTION_TYPES, "backbone": BACKBONES,
+    "weighting": WEIGHTINGS, "schedule": SCHEDULES, "precision": PRECISIONS, "prediction_type": PREDICTION_TYPES,
+    "backbone": BACKBONES, "backbones": BACKBONES, "datasets": IMAGES,
 }  # fmt: skip
 IMAGES_IN = {"digits": 1797, "patches": 10_000, "cifar10": 50_000, "stl10": 100_000, "celebahq": 30_000}
 
@@ -69,7 +71,16 @@ def build(parameters: Parameters, prepared: Dataset) -> tuple[WaveletCodec, Mode
     """
     refuse_impossible(parameters, "02_train")
     codec = WaveletCodec(**share(WaveletCodec, parameters)).fit(prepared.images)
-    return codec, _network(parameters, prepared.manifest["dataset"], prepared.images.shape[1:])
+    labels = labels_of(prepared, **share(labels_of, parameters))
+    classes = 0 if labels is None else len(prepared.class_names or range(labels.max() + 1))
+    return codec, _network(parameters, prepared.manifest["dataset"], prepared.images.shape[1:], classes)
+
+
+def labels_of(prepared: Dataset, class_conditional: bool = False) -> np.ndarray | None:
+    """Labels (N,) of a set that a network is to be told, if it is; ValueError if the set has none."""
+    if class_conditional and prepared.labels is None:
+        raise ValueError("got class_conditional=True for a set without labels, wanted some: set it to False")
+    return prepared.labels if class_conditional else None
 
 
 def train(
@@ -87,18 +98,30 @@ def train(
         if forked and not torch.cuda.is_available():
             torch.set_num_threads(1)  # the processes share the cores; OpenMP's threads do not survive a fork
             warnings.filterwarnings("ignore", "OMP_NUM_THREADS")
-        measure, sha256 = None, prepared.manifest["sha256"]["images"]
         if settings.get("fwd_kimg"):
-            measure = distance_to(prepared.images, **share(distance_to, book.parameters))
-        parts = {"model": network, "codec": codec, "images": prepared.images, "folder": book.folder}
-        trainer = Trainer(**parts, data_sha256=sha256, measure=measure, **settings)
-        if trainer.accelerator.is_main_process:
-            _watch(trainer, book, show)
-        else:
-            for _ in trainer.steps():
-                pass
+            settings["measure"] = distance_to(prepared.images, **share(distance_to, book.parameters))
+        parts = {"model": network, "codec": codec, "images": prepared.images, "data_sha256": prepared.sha256}
+        labels = labels_of(prepared, **share(labels_of, book.parameters))
+        trainer = Trainer(**parts, labels=labels, folder=book.folder, **settings)
+        if not trainer.main:
+            return deque(trainer.steps(), maxlen=0).clear()  # the main process shows and records
+        book.begin("pipeline")
+        print(*trainer.notes, sep="\n", end="\n" * bool(trainer.notes))
+        total = trainer.total_steps * trainer.batch_size
+        bar = progress(total=total, initial=trainer.images_seen, desc="training", unit="img")
+        with bar, closing(trainer.steps()) as steps:
+            for step in steps:
+                bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
+                bar.update(step.images_seen - bar.n)
+                show(step)
+        book.made("pipeline", book.folder / "pipeline", images_seen=trainer.images_seen)
 
-    _launch(work, **share(_launch, book.parameters))
+    if (processes := book.parameters["num_processes"]) == 1:
+        work(False)
+    else:  # as a notebook has to, in forks of this process
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = str(probe.getsockname()[1])
+        accelerate.notebook_launcher(work, (True,), num_processes=processes, use_port=port)
 
 
 def distance_to(images: np.ndarray, train_fwd_level: int = 2) -> Callable[[np.ndarray], float]:
@@ -107,32 +130,9 @@ def distance_to(images: np.ndarray, train_fwd_level: int = 2) -> Callable[[np.nd
     return lambda samples: frechet_wavelet_distance(real, samples, train_fwd_level).value
 
 
-def _launch(function: Callable[[bool], None], num_processes: int = 1) -> None:
-    """Call function(forked) here, or, as a notebook has to, in as many forks of this process."""
-    if num_processes == 1:
-        return function(False)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = str(probe.getsockname()[1])
-    accelerate.notebook_launcher(function, (True,), num_processes=num_processes, use_port=port)
-
-
-def _watch(trainer: Trainer, book: Run, show: Callable[[Step], None]) -> None:
-    """Train to the end in the main process: with a progress bar, and recorded."""
-    book.begin("pipeline")
-    print(*trainer.notes, sep="\n", end="\n" * bool(trainer.notes))
-    bar = progress(total=trainer.total_images, initial=trainer.images_seen, desc="training", unit="img")
-    steps: Any = trainer.steps()
-    with bar, closing(steps):
-        for step in steps:
-            bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
-            bar.update(step.images_seen - bar.n)
-            show(step)
-    book.made("pipeline", book.folder / "pipeline", images_seen=trainer.images_seen)
-
-
 TAKEN_BY: dict[str, list[Callable]] = {  # notebook: what takes its parameters
     "01_prepare": [data.prepare],
-    "02_train": [WaveletCodec, build_backbone, Trainer, distance_to, _launch],
+    "02_train": [WaveletCodec, build_backbone, Trainer, distance_to, check_batch, labels_of],
 }
 
 
@@ -140,7 +140,7 @@ def check(experiment: Experiment) -> None:
     """Refuse, before anything runs, what the notebooks would only find out later, with a line for every fault."""
     check_bounds(experiment.parameters)  # what follows expects numbers that can be
     problems: list[str] = []
-    for part in (_check_training, _check_images, _check_solvers, _check_folders):
+    for part in (_check_options, _check_images, _check_folders):
         try:
             part(experiment)
         except ValueError as error:
@@ -161,8 +161,8 @@ def check_bounds(parameters: Parameters) -> None:
         raise ValueError("\n".join(problems))
 
 
-def _check_training(experiment: Experiment) -> None:
-    """Names that no table has, parameters that nothing takes, batches that do not divide."""
+def _check_options(experiment: Experiment) -> None:
+    """Names that no table has, parameters that nothing takes, batches that do not divide, solvers without an option."""
     parameters = experiment.parameters
     for name, table in CHOICES.items():
         given = parameters.get(name) or []
@@ -170,10 +170,14 @@ def _check_training(experiment: Experiment) -> None:
             check_choice(name, value, table)
     for notebook in experiment.notebooks:
         refuse_impossible(experiment.values(notebook), notebook.stem)
-    if "precision" in parameters:
-        resolve_precision(parameters["precision"])
     if "accumulation" in parameters:
         check_batch(**share(check_batch, parameters))
+    for name in parameters.get("solvers", []) + parameters.get("spacing_solvers", []):
+        build_solver(name, spacing=parameters.get("spacing"))
+    if "scheduler" in parameters:
+        predicts = parameters.get("prediction_type") or "epsilon"
+        build_solver(parameters["scheduler"], predicts, spacing=parameters.get("spacing"))
+        check_options(parameters["scheduler"], **share(check_options, parameters))
 
 
 def _check_images(experiment: Experiment) -> None:
@@ -194,9 +198,9 @@ def _check_images(experiment: Experiment) -> None:
         if "wavelet" in parameters:
             WaveletCodec(**share(WaveletCodec, parameters)).check_size(*shape[:2])
         if "backbone" in parameters:
-            _network(parameters, name, shape)
+            _network(parameters, name, shape, parameters.get("class_conditional", 0))
     if parameters.get("validation_kimg"):
-        check_held_out(parameters["validation_images"], count)
+        held_out(parameters["validation_images"], count)
     for level, samples in (("fwd_level", "num_samples"), ("train_fwd_level", "fwd_images")):
         if {level, samples} <= parameters.keys() and (samples == "num_samples" or parameters["fwd_kimg"]):
             _check_packets(level, samples, parameters, shape, count)
@@ -204,33 +208,19 @@ def _check_images(experiment: Experiment) -> None:
 
 def _check_packets(level: str, samples: str, parameters: Parameters, shape: tuple[int, int, int], count: int) -> None:
     """ValueError if the Frechet wavelet distance at parameters[level] wants more samples, images or memory."""
-    (height, width, channels), factor = shape, 2 ** parameters[level]
-    got, deeper = f"got {level}={parameters[level]} for images of {height}x{width}x{channels}", f"a larger {level}"
+    (height, width, channels), factor, drawn = shape, 2 ** parameters[level], parameters[samples]
+    got = f"got {level}={parameters[level]} for images of {height}x{width}x{channels}"
     if height % factor or width % factor:
         raise ValueError(f"{got}, wanted sides that {factor} divides: choose a smaller {level}")
     values = max(2, height * width * channels // factor**2)
-    if parameters[samples] < values:
-        wanted = f"wanted {values} or more, the values of a packet at this resolution, channels and {level}"
-        raise ValueError(
-            f"got {samples}={parameters[samples]} at {level}={parameters[level]}, {wanted}: raise {samples}, or choose "
-            f"{deeper}"
-        )
-    if count < values:
-        raise ValueError(f"{got}, of which there are {count}, wanted {values}: take more (limit), or choose {deeper}")
-    needed, there = 8 * (factor * values) ** 2, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        gib = f"{needed / 2**30:.0f} GiB of memory, wanted at most the {there / 2**30:.0f} that there are"
-        raise ValueError(f"{got}, whose covariances take {gib}: choose {deeper}")
-
-
-def _check_solvers(experiment: Experiment) -> None:
-    parameters = experiment.parameters
-    for name in parameters.get("solvers", []) + parameters.get("spacing_solvers", []):
-        build_solver(name, spacing=parameters.get("spacing"))
-    if "scheduler" in parameters:
-        predicts = parameters.get("prediction_type") or "epsilon"
-        build_solver(parameters["scheduler"], predicts, spacing=parameters.get("spacing"))
-        check_options(parameters["scheduler"], **share(check_options, parameters))
+    needed, there = 8 * (factor * values) ** 2 >> 30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
+    for enough, wanted, remedy in (
+        (drawn >= values, f"{samples} of {values} (values in a packet) or more, not {drawn}", f"raise {samples}"),
+        (count >= values, f"a set of {values} (values in a packet) or more, not {count}", "take more images (limit)"),
+        (needed <= there, f"covariances of at most {there} GiB, not {needed}", "take a smaller resolution"),
+    ):
+        if not enough:
+            raise ValueError(f"{got}, wanted {wanted}: {remedy}, or choose a larger {level}")
 
 
 def _check_folders(experiment: Experiment) -> None:
@@ -263,10 +253,10 @@ def refuse_impossible(parameters: Parameters, notebook: str) -> None:
         raise ValueError(f"got a parameter {min(untaken)!r} that nothing takes: remove it from the notebook's cell")
 
 
-def _network(parameters: Parameters, dataset: str, shape: tuple[int, ...]) -> ModelMixin:
-    """The network for images of this shape (H, W, C), with initial weights drawn from `seed`."""
+def _network(parameters: Parameters, dataset: str, shape: tuple[int, ...], classes: int) -> ModelMixin:
+    """The network for images of this shape (H, W, C) and so many classes, with initial weights drawn from `seed`."""
     torch.manual_seed(parameters.get("seed", 0))
     height, width, channels = shape
     size = height if height == width else (height, width)
     given = share(build_backbone, parameters) | {"dataset": dataset, "image_size": size, "image_channels": channels}
-    return build_backbone(**given)
+    return build_backbone(**given | ({"num_class_embeds": classes + 1} if classes else {}))

@@ -4,15 +4,19 @@ import json
 import math
 import resource
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid, numpy_to_pil
 from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
 
 from wddm.files import read_rows, whole
 from wddm.objective import NOISE
@@ -23,6 +27,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant_with_warmup": lambda done: 1.0,
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
 }
+LABELS = 2**31  # third number of the seeds that drop labels
+PRECISIONS = ("auto", "no", "fp16", "bf16")
 VARYING = ("images_per_s", "memory_gb")  # of a Step; all else is the same whenever the settings are
 
 
@@ -57,9 +63,14 @@ def forget_after(folder: Path, step: int, images_seen: int) -> None:
             picture.unlink()
 
 
+def lr_share(schedule: str, step: int, warmup: int, total: int) -> float:
+    """Share of the learning rate after `step` steps of `total`, of which `warmup` are the warm-up."""
+    return step / warmup if step < warmup else SCHEDULES[schedule]((step - warmup) / max(1, total - warmup))
+
+
 def resolve_precision(precision: str, cpu: bool = False) -> str:
     """accelerate's name of the precision; "auto" is bf16 where a GPU has it, else "no"."""
-    check_choice("precision", precision, ("auto", "no", "fp16", "bf16"))
+    check_choice("precision", precision, PRECISIONS)
     if precision != "auto":
         return precision
     return "bf16" if not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
@@ -68,17 +79,32 @@ def resolve_precision(precision: str, cpu: bool = False) -> str:
 def check_batch(batch_size: int, accumulation: int = 1, num_processes: int = 1) -> None:
     """ValueError if a batch does not divide among processes and micro-batches."""
     if batch_size % (accumulation * num_processes):
-        raise ValueError(
-            f"got batch_size={batch_size}, wanted a multiple of {accumulation} (accumulation) times {num_processes} "
-            "(processes): change one of them"
-        )
+        wanted = f"a multiple of {accumulation} (accumulation) times {num_processes} (processes)"
+        raise ValueError(f"got batch_size={batch_size}, wanted {wanted}: change one of them")
 
 
-def check_held_out(validation_images: int, count: int) -> None:
-    """ValueError if so many of `count` images cannot be held out."""
-    if not 0 < validation_images < count:
+def held_out(validation_images: int | None, count: int) -> np.ndarray:
+    """So many rows of `count` images, spread evenly; ValueError if there are not more."""
+    if validation_images is not None and not 0 < validation_images < count:
         got = f"got validation_images={validation_images} of {count} images"
         raise ValueError(f"{got}, wanted 1 or more, and fewer than all: change validation_images")
+    return np.linspace(0, count - 1, validation_images or 0).round().astype(int)
+
+
+def class_numbers(labels: np.ndarray | None, no_label: int, count: int) -> np.ndarray | None:
+    """Labels (N,) as int64, negative ones as `no_label`; ValueError if they are not what the network was built for."""
+    if labels is None and no_label < 0:
+        return None
+    if labels is None or len(labels) != count or labels.max() >= no_label or (labels < 0).all():
+        got = "none" if labels is None else f"{len(labels)} up to {labels.max()}"
+        wanted = f"wanted {count} below {no_label}" if no_label > 0 else "wanted none for this network"
+        raise ValueError(f"got labels ({got}), {wanted}: build_backbone(num_class_embeds=classes + 1) takes as many")
+    return np.where(labels < 0, no_label, labels).astype(np.int64)
+
+
+def conditioned(network: nn.Module, *labels: Tensor) -> Any:
+    """The network, told labels (B,) if there are any."""
+    return partial(network, class_labels=labels[0]) if labels else network
 
 
 def tune(model: nn.Module, device: torch.device) -> None:
@@ -100,6 +126,16 @@ def derived_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0])
 
 
+def check_finite(unread: list[tuple[Tensor, ...]], step: int, learning_rate: float) -> None:
+    """FloatingPointError if something that `Trainer.optimise` gave in the steps up to this one is not finite."""
+    finite = [bool(loss.isfinite() & norm.isfinite()) for loss, _, norm in unread]
+    if not all(finite):
+        raise FloatingPointError(
+            f"got loss or gradient that are not finite at step {step - len(finite) + 1 + finite.index(False)}, wanted "
+            f"numbers: lower learning_rate (now {learning_rate:g}); the last good checkpoint is kept"
+        )
+
+
 def draw_noise(
     generators: list[Generator], each: int, shape: tuple[int, int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -107,6 +143,27 @@ def draw_noise(
     noise = [torch.randn(each, *shape, generator=one, device=one.device) for one in generators]
     t = [torch.randint(NOISE["num_train_timesteps"], (each,), generator=one, device=one.device) for one in generators]
     return torch.cat(noise).to(device), torch.cat(t).to(device)
+
+
+def moments(optimizer: Optimizer) -> dict[str, Tensor]:
+    """What an optimiser keeps of every parameter, as `<number of the parameter>.<name>`."""
+    kept = optimizer.state_dict()["state"].items()
+    return {f"{i}.{name}": value for i, values in kept for name, value in values.items()}
+
+
+def load_moments(optimizer: Optimizer, flat: dict[str, Tensor]) -> None:
+    """Put back what `moments` gave."""
+    kept: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for key, value in flat.items():
+        kept[int(key.split(".")[0])][key.split(".")[1]] = value
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": kept})
+
+
+def write_preview(samples: np.ndarray, file: Path) -> None:
+    """A picture of samples uint8 (N, H, W, C), 16 in a row; without colour, of the first channel."""
+    colors = samples[..., : 3 if samples.shape[-1] >= 3 else 1] / 255
+    with whole(file) as aside:
+        make_image_grid(numpy_to_pil(colors), len(samples) // 16, 16).save(aside, "PNG")
 
 
 @torch.no_grad()

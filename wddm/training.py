@@ -8,7 +8,6 @@ import json
 import math
 import time
 import zlib
-from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -22,12 +21,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid, numpy_to_pil
 from torch import Tensor
 
 from wddm import checkpoints, steps
 from wddm.data import batches, to_batch
-from wddm.files import append_row, whole, written_aside
+from wddm.files import append_row, written_aside
 from wddm.objective import WEIGHTINGS, build_solver, diffusion_loss, noise_scheduler
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
@@ -35,8 +33,10 @@ from wddm.steps import SCHEDULES, Step
 from wddm.wavelets import WaveletCodec, check_choice
 
 # what no weight depends on, or settings describe in another way: may change from one start of a run to the next
-FREE = {"cpu", "extend", "restart", "checkpoint_kimg", "preview_kimg", "gradient_checkpointing"}
-FREE |= {"measure", "fwd_kimg", "fwd_images", "data_sha256", "model", "codec", "images", "folder"}
+FREE = {
+    "cpu", "extend", "restart", "checkpoint_kimg", "preview_kimg", "gradient_checkpointing", "measure", "fwd_kimg",
+    "fwd_images", "data_sha256", "model", "codec", "images", "folder", "labels", "label_dropout",
+}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -52,6 +52,8 @@ class Trainer:
     codec: WaveletCodec
     images: np.ndarray  # uint8 (N, H, W, C)
     folder: Path
+    labels: np.ndarray | None = None  # (N,), for a network with class embeddings, the last of which is "no label"
+    label_dropout: float = 0.1  # share of labels that the network is not shown
     data_sha256: str | None = None  # identifies the images, in place of a checksum of some of them
     train_kimg: float = 160.0  # length of the training
     batch_size: int = 96  # images per optimiser step, over all processes and micro-batches
@@ -86,10 +88,10 @@ class Trainer:
         check_choice("weighting", self.weighting, WEIGHTINGS)
         if self.fwd_kimg and self.measure is None:
             raise ValueError(f"got fwd_kimg={self.fwd_kimg:g} without measure, wanted a function of samples: give both")
-        self.held_out = np.empty(0, int)  # rows of `images`, spread evenly over the set
-        if self.validation_kimg:
-            steps.check_held_out(self.validation_images, len(self.images))
-            self.held_out = np.linspace(0, len(self.images) - 1, self.validation_images).round().astype(int)
+        self.held_out = steps.held_out(self.validation_images if self.validation_kimg else None, len(self.images))
+        self.trained = np.delete(np.arange(len(self.images)), self.held_out)  # rows of `images`
+        self.no_label = (self.model.config.get("num_class_embeds") or 0) - 1
+        self.classes = steps.class_numbers(self.labels, self.no_label, len(self.images))
         self.accelerator = Accelerator(
             mixed_precision=steps.resolve_precision(self.precision, self.cpu),
             gradient_accumulation_steps=self.accumulation,
@@ -99,7 +101,6 @@ class Trainer:
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         steps.check_batch(self.batch_size, self.accumulation, self.world_size)
         self.total_steps = math.ceil(self.train_kimg * 1000 / self.batch_size)
-        self.total_images = self.total_steps * self.batch_size
         steps.tune(self.model, self.device)
         if self.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
@@ -129,26 +130,25 @@ class Trainer:
             self.held = held.pop_all()
 
     def steps(self) -> Generator[Step]:
-        """Train to the end, a `Step` every `log_every` steps; then the pipeline is saved.
+        """Train to the end, a `Step` every `log_every` steps; then write pipeline/.
 
-        Ctrl-C or SIGTERM ends it at once with a checkpoint of the last whole step, and `checkpoints.Interrupted`; what
-        else was due at that step is done when the run goes on. A FloatingPointError (loss or gradient not finite) and
-        an OSError (no room for a checkpoint) leave the last checkpoint.
+        Ctrl-C or SIGTERM ends it at once by `checkpoints.Interrupted`, with a checkpoint of the last whole step; what
+        else was due then is done when the run goes on. FloatingPointError and OSError (disk full) leave the last one.
         """
         stream = batches(
-            self.images, self.batch_size, rows=np.delete(np.arange(len(self.images)), self.held_out), seed=self.seed,
-            start=self.images_seen, flip=self.flip, device=self.device, rank=self.rank, world_size=self.world_size,
+            self.images, self.batch_size, seed=self.seed, start=self.images_seen, device=self.device, flip=self.flip,
+            rank=self.rank, world_size=self.world_size, rows=self.trained, labels=self.classes,
         )  # fmt: skip
         with self.held, self.stop:
             clock = self.step, time.perf_counter()
             try:
                 while self.step < self.total_steps or not self.watched:
                     if self.watched:
-                        self.unread.append(self.optimise(next(stream)))
+                        batch = next(stream)
+                        self.unread.append(self.optimise(*([batch] if self.classes is None else batch)))
                         self.step, self.watched = self.step + 1, False
-                    if self.world_size > 1 and self.step % self.log_every == 0:  # they ask each other only now and then
-                        self.stop.raises = any(gather_object([self.stop.is_set()]))
-                    if self.stop.raises:
+                    asking = self.world_size > 1 and self.step % self.log_every == 0  # each other, now and then
+                    if asking and any(gather_object([self.stop.is_set()])):
                         raise KeyboardInterrupt
                     row = self._watch(clock)
                     self.watched = True
@@ -157,9 +157,14 @@ class Trainer:
                     if row:
                         yield row
                         clock = self.step, time.perf_counter()  # what the caller did is no training
-                self._finish()
+                if self.main:
+                    with self.averaged() as pipeline, written_aside(self.folder / "pipeline") as aside:
+                        pipeline.save_pretrained(aside)
+                        origin: dict[str, Any] = {"settings": self.settings(), "images_seen": self.images_seen}
+                        origin["data_sha256"] = self.data_sha256
+                        (aside / "training.json").write_text(json.dumps(origin, indent=1))
+                self.accelerator.end_training()
             except (GeneratorExit, KeyboardInterrupt) as error:
-                self.stop.raises = False
                 self.save()
                 if isinstance(error, GeneratorExit):
                     raise
@@ -169,29 +174,30 @@ class Trainer:
 
     def _due(self, kimg: float) -> bool:
         """Whether something that happens every so many thousand images (0: never), and at the end, happens now."""
-        done, every = self.step == self.total_steps, max(1, round(kimg * 1000 / self.batch_size))
-        return bool(kimg) and (done or self.step % every == 0)
+        every = max(1, round(kimg * 1000 / self.batch_size))
+        return bool(kimg) and (self.step == self.total_steps or self.step % every == 0)
 
-    def optimise(self, images: Tensor) -> tuple[Tensor, ...]:
-        """One optimiser step on this process's share (b, C, H, W) of a batch; nothing is changed before its end.
-
-        Returns its loss, that of every channel (4^L C,) and the norm of the gradients, all left on the device: to read
-        them would be to wait for it.
+    def optimise(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
+        """One optimiser step on this process's share (b, C, H, W), (b,) of a batch; nothing is changed before its end.
+        Its loss, that of every channel (4^L C,) and the norm of the gradients, on the device: to read them is to wait.
         """
-        noise, t = self.draw_noise(images)
+        losses, parts = [], [images, *self.draw_noise(images)]
+        if labels is not None:
+            drawn = np.random.default_rng((self.seed, self.step, steps.LABELS)).random((self.world_size, len(images)))
+            dropped = torch.from_numpy(drawn[self.rank] < self.label_dropout).to(self.device)
+            parts.append(labels.masked_fill(dropped, self.no_label))
         # of this device alone: `torch.manual_seed` asks after every kind of device, a third of a millisecond
         generator = torch.default_generator if self.device.type == "cpu" else torch.get_device_module(self.device)
         generator.manual_seed(steps.derived_seed(self.seed, self.step, 1 + self.rank))  # dropout
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        losses = []
         with self.stop.cuttable():
-            for part in zip(*(x.chunk(self.accumulation) for x in (images, noise, t)), strict=True):
+            for x, eps, at, *classes in zip(*(part.chunk(self.accumulation) for part in parts), strict=True):
+                network = steps.conditioned(self.network, *classes)
                 with self.accelerator.accumulate(self.network):
-                    losses.append(self.loss(self.network, self.codec, self.noise_scheduler, *part))
+                    losses.append(self.loss(network, self.codec, self.noise_scheduler, x, eps, at))
                     self.accelerator.backward(losses[-1].total)
-        self.accelerator.unscale_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, 1.0)
         if self.accelerator.scaler is not None:  # fp16: a step whose gradients overflow is left out, not wrong
             norm = norm.nan_to_num(0, 0, 0)
         self.optimizer.step()
@@ -204,10 +210,7 @@ class Trainer:
     def lr(self) -> float:
         """Learning rate of the next step."""
         warmup = math.ceil(self.warmup_kimg * 1000 / self.batch_size)
-        if self.step < warmup:
-            return self.learning_rate * self.step / warmup
-        done = (self.step - warmup) / max(1, self.total_steps - warmup)
-        return self.learning_rate * SCHEDULES[self.schedule](done)
+        return self.learning_rate * steps.lr_share(self.schedule, self.step, warmup, self.total_steps)
 
     @property
     def images_seen(self) -> int:
@@ -235,52 +238,43 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss of the averaged weights on the held-out images; the lowest so far is kept as checkpoints/best.
-
-        Every process takes its share. Noise and timestep are a function of the image's number alone.
-        """
-        losses: list[tuple[float, int]] = []
+        """Mean loss of the averaged weights on the held-out images, with the same noise each time; checkpoints/best."""
+        total = 0.0
         with self.averaged() as pipeline:
-            for start in range(0, len(self.held_out), self.batch_size)[self.rank :: self.world_size]:
-                pixels = self.images[self.held_out[start : start + self.batch_size]]
-                images = to_batch(pixels, np.zeros(len(pixels), bool), self.device)
-                generators = [torch.Generator().manual_seed(start + k) for k in range(len(pixels))]
+            for start in range(0, len(self.held_out), self.batch_size):
+                rows = self.held_out[start : start + self.batch_size]
+                images = to_batch(self.images[rows], np.zeros(len(rows), bool), self.device)
+                classes = [] if self.classes is None else [torch.from_numpy(self.classes[rows]).to(self.device)]
+                generators = [torch.Generator().manual_seed(start + k) for k in range(len(rows))]
                 noise, t = steps.draw_noise(generators, 1, self.codec.shape(*images.shape[1:]), self.device)
-                loss = self.loss(pipeline.backbone, self.codec, self.noise_scheduler, images, noise, t)
-                losses.append((loss.total.item() * len(pixels), len(pixels)))
-        total, count = np.sum(gather_object(losses), axis=0).tolist()
-        if self.best is None or total / count < self.best:
-            self.best = total / count
+                network = steps.conditioned(pipeline.backbone, *classes)
+                loss = self.loss(network, self.codec, self.noise_scheduler, images, noise, t)
+                total += loss.total.item() * len(rows) / len(self.held_out)
+        if self.best is None or total < self.best:
+            self.best = total
             self.save("best")
-        return total / count
+        return total
 
     def samples(self, count: int) -> np.ndarray:
-        """uint8 (count, H, W, C) of the averaged weights, by DDIM in 25 steps, from the same seeds every time."""
-        share = {"rank": self.rank, "world_size": self.world_size, "num_inference_steps": 25}
+        """uint8 (count, H, W, C) of the averaged weights by DDIM in 25 steps, one label after the other, same seeds."""
+        options: Any = {"num_inference_steps": 25} | ({"labels": range(self.no_label)} if self.no_label > 0 else {})
         with self.averaged() as pipeline:
             pipeline.set_progress_bar_config(disable=True)
-            batches = gather_object(list(enumerate(sample_images(pipeline, count, **share))))
-        return np.concatenate([images for _, images in sorted(batches, key=lambda batch: batch[0])])
+            return np.concatenate(list(sample_images(pipeline, count, **options)))
 
     def _watch(self, clock: tuple[int, float]) -> Step | None:
-        """Do what is due at this step but for the checkpoint: previews/<images seen>.png, a `Step` and its row of
-        log.jsonl with means over all processes."""
-        steps_per_s = (self.step - clock[0]) / (time.perf_counter() - clock[1])  # before what is no training
+        """What is due at this step but for the checkpoint: a preview and measures, of the main process; a log's row."""
+        images_per_s = self.batch_size * (self.step - clock[0]) / (time.perf_counter() - clock[1])
         validating, measuring, previewing = map(self._due, (self.validation_kimg, self.fwd_kimg, self.preview_kimg))
-        logging = self.step in (self.total_steps, self.step // self.log_every * self.log_every)
-        if not (logging or validating or measuring or previewing):
+        logging = validating or measuring or self.step == self.total_steps or self.step % self.log_every == 0
+        if logging or previewing:
+            steps.check_finite(self.unread, self.step, self.learning_rate)
+        if previewing and self.main:
+            steps.write_preview(self.samples(32), self.folder / "previews" / f"{self.images_seen:09d}.png")
+        if not logging:
             return None
-        self._check_finite()
-        if previewing:
-            samples = self.samples(32)
-            if self.main:  # 16 in a row; without colour, the first channel
-                colors = samples[..., : 3 if samples.shape[-1] >= 3 else 1]
-                with whole(self.folder / "previews" / f"{self.images_seen:09d}.png") as file:
-                    make_image_grid(numpy_to_pil(colors / 255), 2, 16).save(file, "PNG")
-        if not (logging or validating or measuring):
-            return None
-        validation_loss, fwd, bands = self.validate() if validating else None, None, self.codec.bands()
-        if measuring and self.measure:
+        validation_loss, fwd, bands = self.validate() if validating and self.main else None, None, self.codec.bands()
+        if measuring and self.main and self.measure:
             samples = self.samples(self.fwd_images)
             with self.stop.cuttable():
                 fwd = self.measure(samples)
@@ -288,46 +282,26 @@ class Trainer:
         loss, band_loss, grad_norm = (self.accelerator.reduce(mean, "mean") for mean in means)
         band_losses = dict(zip(bands, band_loss.view(len(bands), -1).mean(1).tolist(), strict=True))
         row = Step(
-            step=self.step, images_seen=self.images_seen, loss=loss.item(), lr=self.lr, grad_norm=grad_norm.item(),
-            images_per_s=steps_per_s * self.batch_size, memory_gb=steps.peak_memory_gb(self.device),
-            band_loss=band_losses, validation_loss=validation_loss, fwd=fwd,
+            self.step, self.images_seen, loss.item(), self.lr, grad_norm.item(), images_per_s,
+            steps.peak_memory_gb(self.device), band_losses, validation_loss, fwd,
         )  # fmt: skip
         if self.main:
             append_row(self.folder / "log.jsonl", asdict(row))
         self.unread = []
         return row
 
-    def _finish(self) -> None:
-        """Write pipeline/ with the averaged weights, and in it training.json: where they come from."""
-        if self.main:
-            with self.averaged() as pipeline, written_aside(self.folder / "pipeline") as aside:
-                pipeline.save_pretrained(aside)
-                origin = {"settings": self.settings(), "images_seen": self.images_seen, "data_sha256": self.data_sha256}
-                (aside / "training.json").write_text(json.dumps(origin, indent=1))
-        self.accelerator.end_training()
-
-    def _check_finite(self) -> None:
-        """FloatingPointError if a loss or a norm of gradients since the last `Step` was not finite."""
-        finite = [bool(loss.isfinite() & norm.isfinite()) for loss, _, norm in self.unread]
-        if not all(finite):
-            raise FloatingPointError(
-                f"got loss or gradient that are not finite at step {self.step - len(finite) + 1 + finite.index(False)}"
-                f", wanted numbers: lower learning_rate (now {self.learning_rate:g}); the last good checkpoint is kept"
-            )
-
     def save(self, name: str | None = None) -> None:
-        """Write the checkpoint of this step (or of another name), from the main process."""
-        self._check_finite()
+        """Write the checkpoint of this step, or one of another name, from the main process."""
+        steps.check_finite(self.unread, self.step, self.learning_rate)
         if self.main:
             checkpoints.save(self.folder / "checkpoints", self.step, *self.state_dict(), name)
 
     def state_dict(self) -> tuple[checkpoints.Tensors, dict[str, Any]]:
         """What `load_state_dict` puts back: tensors, and the rest, which JSON can hold."""
-        moments = self.optimizer.state_dict()["state"].items()
         return {
             "weights": self.model.state_dict(),
             "ema": dict(zip(dict(self.model.named_parameters()), self.ema.shadow_params, strict=True)),
-            "optimizer": {f"{i}.{name}": value for i, kept in moments for name, value in kept.items()},
+            "optimizer": steps.moments(self.optimizer),
             "unread": {str(i): torch.stack(values) for i, values in enumerate(zip(*self.unread, strict=True))},
         }, {"best": self.best, "watched": self.watched, "settings": self.settings()}
 
@@ -338,11 +312,7 @@ class Trainer:
         self.model.load_state_dict(tensors["weights"])
         for shadow, (name, _) in zip(self.ema.shadow_params, self.model.named_parameters(), strict=True):
             shadow.copy_(tensors["ema"][name])
-        moments: dict[int, dict[str, Tensor]] = defaultdict(dict)
-        for key, value in tensors["optimizer"].items():
-            index, name = key.split(".")
-            moments[int(index)][name] = value
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        steps.load_moments(self.optimizer, tensors["optimizer"])
         columns = [tensors["unread"][str(i)].to(self.device) for i in range(len(tensors["unread"]))]
         self.unread = list(zip(*columns, strict=True))
 
@@ -355,4 +325,6 @@ class Trainer:
             "images": [*self.images.shape, self.data_sha256 or zlib.crc32(some.tobytes())],
             "layout": checkpoints.LAYOUT,
         }
+        if self.classes is not None:
+            described["labels"] = [self.label_dropout, zlib.crc32(self.classes.tobytes())]
         return json.loads(json.dumps(described))
