@@ -104,9 +104,9 @@ def test_no_script_runs_in_a_page(root, tmp_path, monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), Called) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
 
-        def call(path: str) -> str:  # neither a quote nor a slash, so that any name can hold it
+        def call(path: str) -> str:  # no quote, slash or space, so that any name can hold it
             codes = map(str, f"http://127.0.0.1:{server.server_port}/{path}".encode())
-            return f"new\tImage().src=String.fromCharCode({','.join(codes)})"
+            return f"fetch(String.fromCharCode({','.join(codes)}))"
 
         pages = [path.read_text() for path in page_of_attacks(root, call("hostile"), monkeypatch)]
         policies = [re.findall("<meta [^>]*Content-Security-Policy[^>]*>", page) for page in pages]
