@@ -1,9 +1,15 @@
 """Reports: what is printed, a page and an index that show what there is, whatever is in it."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import nbformat
 import pytest
@@ -45,9 +51,90 @@ def test_a_value_is_text_whatever_it_holds(root):
     assert "<script" not in page + index and "<b>help" not in page
 
 
+class Called(BaseHTTPRequestHandler):
+    """Notes which paths a script asked for."""
+
+    seen: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        self.seen.append(self.path)
+        self.send_response(404)
+        self.end_headers()
+
+    def log_message(self, *arguments):
+        pass
+
+
+def page_of_attacks(root: Path, call: str, monkeypatch) -> list[Path]:
+    """A page and an index in which everything that a parameter, a file or a class can name asks for `call`."""
+    img = f"<img src=x onerror={call}>"
+    attack = f"`{img}` \"><script>{call}</script> ' onload={call} </style></title></header></pre>{img} [a](javascript:)"
+    outputs, folder = [], root / "reports" / f"{img}"
+
+    def shown(data, metadata=None):
+        outputs.append(new_output("display_data", data=data, metadata=metadata or {}))
+
+    monkeypatch.setattr(workbook, "_display", shown)
+    book = workbook.Run("r", root, root, folder, "")
+    figure = SimpleNamespace(savefig=lambda file, **_: file.write(b"png"), get_figwidth=lambda: 6.0)
+    book.show(figure, "samples", attack)
+    book.table([{attack: attack, "n": 1}, {attack: None}], attack)
+    book.keep([{"a": attack}], img)
+    outputs += [new_output("stream", name=name, text=f"{attack}\n\x1b[31m{attack}") for name in ("stdout", "stderr")]
+    outputs += [new_output("execute_result", data={"text/plain": attack})]
+    outputs += [new_output("error", ename=attack, evalue=attack, traceback=[attack])]
+    schema = f"name: str = 'a'  # {attack}\nnames: list[str] = ['b']\n"
+    cells = [new_markdown_cell("# T\n\n`{name}` {name}"), new_code_cell(schema, metadata={"tags": ["parameters"]})]
+    cells += [new_code_cell(f"# {attack}", outputs=outputs)]
+    given = {"name": attack, "names": [attack]}
+    nbformat.write(new_notebook(cells=cells, metadata={"papermill": {"parameters": given}}), folder / "01_work.ipynb")
+    status = {"01_work": {"state": "failed", "seconds": 1.0, "error": attack, "started": attack},
+              img: {"state": attack, "seconds": None, "error": None}}  # fmt: skip
+    (folder / "status.json").write_text(json.dumps(status))
+    (folder / "params.yaml").write_text(yaml.safe_dump(given | {img: img}))
+    (folder / "metrics.json").write_text(json.dumps({attack: attack, "fwd": 1}))
+    (folder / "environment.json").write_text(json.dumps({"commit": "<script"}))
+    return [report.render(folder, "01_work"), report.write_index(root)]
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+def test_no_script_runs_in_a_page(root, tmp_path, monkeypatch):
+    """By escaping alone, the page's policy against scripts being taken out, and by this policy alone."""
+    monkeypatch.setattr(Called, "seen", [])
+    with ThreadingHTTPServer(("127.0.0.1", 0), Called) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+
+        def call(path: str) -> str:  # no quote, slash or space, so that any name can hold it
+            codes = map(str, f"http://127.0.0.1:{server.server_port}/{path}".encode())
+            return f"fetch(String.fromCharCode({','.join(codes)}))"
+
+        pages = [path.read_text() for path in page_of_attacks(root, call("hostile"), monkeypatch)]
+        policies = [re.findall("<meta [^>]*Content-Security-Policy[^>]*>", page) for page in pages]
+        assert [len(found) for found in policies] == [1, 1]
+        files = [page.replace(policy[0], "") for page, policy in zip(pages, policies, strict=True)]
+        for name, policy in (("open", ""), ("page", policies[0][0]), ("index", policies[1][0])):
+            files.append(f"<html><head>{policy}</head><script>{call(name)}</script></html>")
+        for number, text in enumerate(files):
+            (tmp_path / f"{number}.html").write_text(text)
+        (tmp_path / "all.html").write_text("".join(f"<iframe src={n}.html></iframe>" for n in range(len(files))))
+        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/chromium"]
+        command += ["--virtual-time-budget=4000", "--dump-dom", (tmp_path / "all.html").as_uri()]
+        subprocess.run(command, capture_output=True, check=True, timeout=60)
+        server.shutdown()
+    assert Called.seen == ["/open"]  # what is meant to run did: the others could have been seen
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
+        ("status.json", "[" * 100_000, False),
+        ("status.json", '{"01_work": {"state": "ok", "seconds": Infinity}}', True),
+        ("status.json", '{"01_work": {"state": ["ok"]}}', True),
+        ("status.json", '{"01_work": {"state": "ok", "started": 5, "error": {"a": 1}}}', False),
+        ("status.json", '{"01_work": {"state": "ok", "seconds": "long"}}', True),
+        ("metrics.json", '{"fwd": [1], "fid": NaN, "kid": Infinity, "n": {"a": null}}', False),
+        ("environment.json", '{"commit": 5}', True),
+        ("params.yaml", "a: &a [1]\nb: *a", False),
         ("status.json", "[1]", False),
         ("status.json", '{"01_work": {"seconds": 1}}', True),
         ("status.json", "{", False),

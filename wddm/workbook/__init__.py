@@ -20,7 +20,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,9 +178,7 @@ def open_run(run: str, notebook: str = "", namespace: Mapping[str, Any] | None =
     return Run(run, root, folder, root / "reports" / run, Path(notebook).name, parameters)
 
 
-def progress(
-    iterable: Iterable | None = None, total: int | None = None, desc: str = "", unit: str = "it", initial: int = 0
-) -> Any:
+def progress(iterable: Any = None, total: int | None = None, desc: str = "", unit: str = "it", initial: int = 0) -> Any:
     """A text tqdm on sys.stdout, of a given size, because a kernel cannot measure it; reports leave its lines out."""
     from tqdm import tqdm
 
@@ -189,10 +187,7 @@ def progress(
 
 
 def live(draw: Callable[[], Any], every: float = 5.0) -> Callable[..., None]:
-    """Something to call at every step: in JupyterLab it shows the figure that `draw` makes anew, every few seconds.
-
-    Elsewhere (papermill, a script) it does nothing: the report shows the last figure.
-    """
+    """To call at every step: in JupyterLab alone it shows the figure that `draw` makes anew, every few seconds."""
     if "JPY_SESSION_NAME" not in os.environ:
         return lambda *arguments: None
     from IPython.display import Image, display
@@ -202,8 +197,7 @@ def live(draw: Callable[[], Any], every: float = 5.0) -> Callable[..., None]:
     def update(*arguments: Any) -> None:
         nonlocal shown
         if time.monotonic() - shown > every:
-            draw().savefig(pixels := io.BytesIO(), format="png")
-            handle.update(Image(pixels.getvalue(), width=720))
+            handle.update(Image(_pixels(draw()), width=720))
             shown = time.monotonic()
 
     return update
@@ -215,8 +209,7 @@ def _pixels(figure: Any) -> bytes:
 
 
 def _width(figure: Any) -> int:
-    """Screen pixels, at 120 an inch."""
-    return round(120 * figure.get_figwidth())
+    return round(120 * figure.get_figwidth())  # screen pixels
 
 
 def _display(data: dict[str, Any], metadata: dict[str, Any] | None = None) -> None:

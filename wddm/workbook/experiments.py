@@ -61,8 +61,8 @@ def load_experiments(path: Path, root: Path, overrides: Iterable[str] = ()) -> l
     for text in overrides:
         key, equals, value = (part.strip() for part in text.partition("="))
         if not equals or not key:
-            raise ValueError(f"-p {text}: wanted key=value")
-        values[key] = "-p", parse(value, f"-p {key}")
+            raise ValueError(f"-p {' '.join(text.split())}: wanted key=value")
+        values[key] = "-p", parse(value, f"-p {' '.join(key.split())}")
     settings = {key: values.pop(key)[1] for key in SETTINGS if key in values}
     if "summary" in settings and not settings.get("sweep"):
         raise ValueError(f"{path}: summary: got one without a sweep, wanted both: it looks at the runs of the sweep")

@@ -10,11 +10,9 @@ allowed is up to the code that takes them.
 """
 
 import ast
-import io
 import json
 import math
 import re
-import tokenize
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,30 +111,22 @@ def parse_parameters(source: str, where: str) -> dict[str, Parameter]:
     """name -> Parameter of the source of a `parameters` cell; `where` begins the error messages."""
     try:
         statements = ast.parse(source).body
-        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
-    except (SyntaxError, tokenize.TokenError) as error:
+        parsed = [_parse_line(one, source) for one in statements if not re.match(r"['\"]", ast.unparse(one))]  # no docstring
+    except (SyntaxError, ValueError) as error:
         raise ValueError(f"{where}: parameters cell: {error}") from None
-    comments = {one.start[0]: one.string.lstrip("# ").rstrip() for one in tokens if one.type == tokenize.COMMENT}
-    schema = {}
-    for statement in statements:
-        if not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)):  # a docstring
-            try:
-                parameter = _parse_line(statement, comments.get(statement.end_lineno or 0, ""))
-            except ValueError as error:
-                raise ValueError(f"{where}: parameters cell: {error}") from None
-            schema[parameter.name] = parameter
-    return schema
+    return {parameter.name: parameter for parameter in parsed}
 
 
-def _parse_line(statement: ast.stmt, help: str) -> Parameter:
+def _parse_line(statement: ast.stmt, source: str) -> Parameter:
     wanted = f"got `{ast.unparse(statement)}`, wanted `name: type = default`"
+    end = source.splitlines()[(statement.end_lineno or 1) - 1].encode()[statement.end_col_offset :].decode()
     if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value):
         raise ValueError(wanted)
     try:
         default = ast.literal_eval(statement.value)
     except ValueError:
         raise ValueError(f"{wanted} with a literal default") from None
-    parameter = Parameter(statement.target.id, ast.unparse(statement.annotation), default, help)
+    parameter = Parameter(statement.target.id, ast.unparse(statement.annotation), default, end.strip("# "))
     return replace(parameter, default=parameter.convert(default))
 
 

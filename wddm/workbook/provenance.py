@@ -64,7 +64,8 @@ def declared_paths(experiment: Experiment, notebook: Path, kind: str) -> list[Pa
     cells = read_notebook(notebook)["cells"]
     first = next((cell["source"] for cell in cells if cell["cell_type"] == "markdown"), "")
     line = re.search(rf"\*\*{kind}:\*\*(.*?)(?=\n\n|\*\*|\Z)", first, re.DOTALL)
-    known = {"data": data_folder(experiment.root, experiment.run)} | experiment.parameters
+    data = read_record(experiment.root, experiment.run).get("data")
+    known = {"data": str(Path(data["path"]).parent) if data else None} | experiment.parameters
     paths = []
     for template in re.findall(r"`([^`]+)`", line[1] if line else ""):
         names = list(dict.fromkeys(re.findall(r"{(\w+)}", template)))
@@ -77,12 +78,6 @@ def declared_paths(experiment: Experiment, notebook: Path, kind: str) -> list[Pa
                 pattern = str(experiment.root / path)
                 paths += [Path(found) for found in (sorted(glob(pattern)) if "*" in pattern else [pattern])]
     return paths
-
-
-def data_folder(root: Path, run: str) -> str | None:
-    """The prepared set of a run, relative to the root, or None where none is recorded."""
-    entry = read_record(root, run).get("data")
-    return str(Path(entry["path"]).parent) if entry else None
 
 
 def watch(log: str, root: str, run: str) -> None:
