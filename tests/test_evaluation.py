@@ -72,8 +72,9 @@ def test_the_share_of_samples_of_which_a_classifier_is_sure(digits) -> None:
     real = np.array(digits.images)
     noise = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 1), dtype=np.uint8)
     (sure,), (doubtful,) = (scores.classifier(samples, digits, Options(seed=1)) for samples in (real[:100], noise))
-    verdict = diagnostics.judge(*map(diagnostics.small_pixels, (real[:100], real)), digits.labels, seed=1)
-    assert sure.key == "confident_share" and sure.estimate == verdict.confident and sure.value > 0.8
+    vectors = diagnostics.pixels(real, 16)
+    verdict = diagnostics.judge(vectors[:100], vectors, digits.labels, seed=1)
+    assert sure.key == "confident_share" and sure.value == np.mean(verdict.confidence >= verdict.threshold) > 0.8
     assert doubtful.value < 0.1 and doubtful.floor.value == pytest.approx(0.9, abs=0.02)
     assert sum(sure.detail.class_counts.values()) == 100 and sure.detail.classes_seen == 10
     assert f"classifier of pixels, right on {verdict.accuracy.value:.1%} of 150 held-out images" in sure.protocol

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import uniform_filter
+from torch.utils.data import Subset
 
 from wddm import data
 from wddm.metrics import inception, scores
@@ -68,8 +69,8 @@ def test_scores_are_torch_fidelitys_and_the_reference_is_measured_once(photograp
     assert found["kid_efficientnet"].row()["value"] == pytest.approx(1000 * kid.value)
     assert found["kid_efficientnet"].name == "KID, EfficientNet-Lite0 on ImageNet, not Inception (x 1000)"
     assert found["kid_efficientnet"].floor.low < 0 < found["kid_efficientnet"].floor.high
-    sets = [torch.from_numpy(side).permute(0, 3, 1, 2) for side in (samples, reference.images)]
-    options = {"feature_extractor": perceptual.NAME, "cuda": False, "verbose": False, "cache": False}
+    sets = [Subset(torch.from_numpy(x).permute(0, 3, 1, 2), range(len(x))) for x in (samples, reference.images)]
+    options = {"feature_extractor": perceptual.NAME, "cuda": False, "verbose": False, "save_cpu_ram": True}
     named = calculate_metrics(input1=sets[0], input2=sets[1], kid=True, kid_subset_size=50, **options)
     assert named["kernel_inception_distance_mean"] == pytest.approx(kid.value, rel=1e-3)  # in batches of another size
     monkeypatch.setattr(inception, "features", lambda *a: {perceptual.LAYER: pools[0].numpy()})

@@ -38,7 +38,6 @@ class Verdict(NamedTuple):
 
     class_counts: dict[int, int]  # how many images have each class as their top one
     confidence: np.ndarray  # (N,), their top probabilities
-    confident: Estimate[float]  # the share of them at or above the threshold
     held_out: np.ndarray  # (M,), top probabilities of real images that it was not fitted to
     threshold: float  # the 10th percentile of these: 90 % of real images pass
     accuracy: Estimate[float]  # the share of these whose class it found
@@ -92,6 +91,8 @@ def haar_packets(level: int) -> Callable[..., Tensor]:
     They come as (P, B, C H W / 4^L), in the order of `WaveletCodec`, by one product with the codec's matrix for a cell
     of 2^L x 2^L pixels: several times faster than splitting level by level.
     """
+    if level > 6:
+        raise ValueError(f"got level {level} of wavelet packets, wanted 6 or less: change it (fwd_level)")
     side, codec = 2**level, WaveletCodec("haar", level=level, scaling="none").double()
     matrix = codec.encode(torch.eye(4**level, dtype=torch.float64).view(-1, 1, side, side)).flatten(1).T
 
@@ -133,31 +134,32 @@ def _kurtosis(moments: np.ndarray) -> np.ndarray:
         return (m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / (m2 - m1**2) ** 2 - 3
 
 
-def nearest_neighbours(
-    generated: Images, real: Images, k: int = 1, batch_size: int = 2048
-) -> tuple[np.ndarray, np.ndarray]:
+def pixels(images: Images, side: int) -> np.ndarray:
+    """Images as vectors (N, d) of grey levels, float32; larger ones averaged to `side` x `side` pixels."""
+    pool = torch.nn.functional.adaptive_avg_pool2d
+    small = [pool(255 * x, (min(side, x.shape[2]), min(side, x.shape[3]))).float() for x in UnitBatches(images)]
+    return torch.cat(small).flatten(1).numpy()
+
+
+def nearest_neighbours(generated: Images, real: Images, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """The k real images nearest to every generated one: rows (n, k) and RMS pixel distances (n, k), in order.
 
-    Candidates are found by products in float32 and measured in float64, so that a copy has distance 0.
+    Images larger than 32 x 32 are compared as averages of that size. A copy has distance 0.
     """
+    rows, distances = nearest(pixels(generated, 32), pixels(real, 32), k)
+    return rows, distances / 255
+
+
+def nearest(generated: np.ndarray, real: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same of vectors (n, d) and (m, d)."""
+    from sklearn.neighbors import NearestNeighbors
+
     if not 1 <= k <= len(real):
         raise ValueError(f"got k={k} with {len(real)} real images, wanted 1 to {len(real)}: change k")
-    queries = torch.cat([batch.float().flatten(1) for batch in UnitBatches(generated)]) - 0.5
-    wanted, first = min(k + 8, len(real)), 0
-    best, rows = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
-    for batch in UnitBatches(real, batch_size=batch_size):
-        keys = batch.float().flatten(1) - 0.5
-        squares = keys.square().sum(1) - 2 * queries @ keys.T  # + |query|^2, the same for all keys
-        rows = torch.cat([rows, torch.arange(first, first + len(keys)).expand_as(squares)], 1)
-        first += len(keys)
-        best, order = torch.cat([best, squares], 1).topk(min(wanted, first), largest=False)
-        rows = rows.gather(1, order)
-    distances = np.empty(rows.shape)
-    for i, query in enumerate(UnitBatches(generated, batch_size=1)):
-        (candidates,) = UnitBatches(real, rows[i].numpy(), wanted)
-        distances[i] = (candidates - query).square().mean((1, 2, 3)).sqrt().numpy()
-    nearest = np.argsort(distances, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(rows.numpy(), nearest, 1), np.take_along_axis(distances, nearest, 1)
+    search = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(real)
+    rows = search.kneighbors(generated, return_distance=False)
+    apart = [np.sqrt(((real[i] - one.astype(float)) ** 2).mean(1)) for i, one in zip(rows, generated, strict=True)]
+    return rows, np.stack(apart)
 
 
 def memorised(distances: np.ndarray, ratio: float = 1 / 3) -> np.ndarray:
@@ -168,13 +170,6 @@ def memorised(distances: np.ndarray, ratio: float = 1 / 3) -> np.ndarray:
     if distances.ndim != 2 or distances.shape[1] < 2:
         raise ValueError(f"got distances {distances.shape}, wanted (n, 2 or more): ask for k=2 neighbours or more")
     return distances[:, 0] <= distances[:, 1] * ratio
-
-
-def small_pixels(images: Images) -> np.ndarray:
-    """Images averaged to 16 x 16 pixels at most, one vector (N, d) each, for a classifier."""
-    pool = torch.nn.functional.adaptive_avg_pool2d
-    small = [pool(x.float(), (min(16, x.shape[2]), min(16, x.shape[3]))) for x in UnitBatches(images)]
-    return torch.cat(small).flatten(1).numpy()
 
 
 def judge(generated: np.ndarray, real: np.ndarray, labels: np.ndarray, seed: int = 0) -> Verdict:
@@ -198,8 +193,6 @@ def judge(generated: np.ndarray, real: np.ndarray, labels: np.ndarray, seed: int
     bases = Nystroem(gamma=gamma, n_components=min(500, len(fitted)), random_state=seed)
     model = make_pipeline(bases, LogisticRegression(C=10, max_iter=500)).fit(real[fitted], labels[fitted])
     known, probability = (model.predict_proba(vectors) for vectors in (real[held_out], generated))
-    threshold, confidence = float(np.quantile(known.max(1), 0.1)), probability.max(1)
     counts = {int(name): int(np.sum(probability.argmax(1) == k)) for k, name in enumerate(model.classes_)}
     accuracy = share((model.classes_[known.argmax(1)] == labels[held_out]).sum(), len(held_out))
-    confident = share((confidence >= threshold).sum(), len(confidence))
-    return Verdict(counts, confidence, confident, known.max(1), threshold, accuracy)
+    return Verdict(counts, probability.max(1), known.max(1), float(np.quantile(known.max(1), 0.1)), accuracy)

@@ -47,7 +47,7 @@ class Moments:
     covariance: np.ndarray  # (P, d, d), unbiased
 
 
-Side = Images | UnitBatches | Moments  # of a distance: images, or the moments of their packets
+Side = Images | UnitBatches | Moments  # images, or the moments of their packets
 
 
 def frechet_distance(mean1: Images, cov1: Images, mean2: Images, cov2: Images) -> float | np.ndarray:
@@ -84,15 +84,13 @@ def frechet_wavelet_distance(
     It is biased upwards, about as 1 / images: compare only numbers with equal counts, and see `split_floor`. Time grows
     with d^3: images of 256 x 256 want level 5. ValueError for fewer than d images, whose covariance is singular.
     """
-    if resamples < 0 or resamples == 1 or (resamples and isinstance(generated, Moments)):
-        raise ValueError(f"got resamples={resamples}, wanted 0, or 2 and more of images, not of moments: change it")
     sides = (real, generated)
     one, other = (s if isinstance(s, UnitBatches | Moments) else UnitBatches(s, device=device) for s in sides)
-    for side in (one, other):
-        if isinstance(side, Moments) and len(side.mean) != 4**level:
-            raise ValueError(f"got moments of {len(side.mean)} packets, wanted {4**level}: take the same level")
-    values = other.mean.shape[1] if isinstance(other, Moments) else check(other, level)
-    count = int(other.count)
+    if isinstance(one, Moments) and len(one.mean) != 4**level:
+        raise ValueError(f"got moments of {len(one.mean)} packets, wanted {4**level}: take the same level")
+    if isinstance(other, Moments) or resamples == 1:
+        raise ValueError(f"got resamples={resamples}, wanted 0, or 2 and more, of images, not of moments: change it")
+    values, count = check(other, level), other.count
     weights = np.concatenate([np.ones((1, count), int), resample_counts(count, resamples, seed)])  # (1 + R, n)
     step = max(1, GROUP_BYTES // (8 * values**2 * (2 + resamples)))  # packets at a time
     found: list[np.ndarray] = []

@@ -16,7 +16,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from torch_fidelity.utils import create_feature_extractor
 
 from wddm.files import sha256
-from wddm.metrics.diagnostics import Device
+from wddm.metrics.diagnostics import Device, nearest
 
 NAME, LAYER, SIDE = "efficientnet-lite0-imagenet", "1280", 128
 BATCH = 16  # faster than more on a CPU, where its layers then stay in the cache
@@ -53,10 +53,6 @@ class EfficientNetLite0(FeatureExtractorBase):
     def get_default_feature_layer_for_metric(metric: str) -> str:
         return LAYER
 
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
 
 def build(device: Device = "cpu") -> torch.nn.Module:
     """The network by torch-fidelity, where it is registered from then on."""
@@ -76,9 +72,6 @@ def obstacle(channels: int) -> str | None:
 
 def neighbours(generated: np.ndarray, real: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k real images nearest to every generated one: rows and distances (n, k) of features scaled to length 1."""
-    from sklearn.neighbors import NearestNeighbors
-    from sklearn.preprocessing import normalize
-
-    search = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(normalize(real))
-    distances, rows = search.kneighbors(normalize(generated))
-    return rows, distances
+    one, other = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (generated, real))
+    rows, distances = nearest(one, other, k)
+    return rows, distances * one.shape[1] ** 0.5

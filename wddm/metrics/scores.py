@@ -146,18 +146,19 @@ def classifier(samples: np.ndarray, reference: Dataset, options: Options) -> lis
     """
     score = partial(Score, "confident_share", "share as sure as 90 % of real images")
     counts, labels, vectors = (len(samples), len(reference.images)), reference.labels, None
+    if labels is None:
+        return [score(None, None, *counts, "not computed: the reference has no labels")]
     try:
-        if labels is None:
-            raise ValueError("the reference has no labels")
         with suppress(ValueError):
             vectors = efficientnet(samples, reference, options) if samples.shape[-1] == 3 else None
-        pools = vectors or tuple(map(diagnostics.small_pixels, (samples, reference.images)))
-        verdict = diagnostics.judge(pools[0], pools[1], labels, options.seed)
+        one, real = vectors or (diagnostics.pixels(images, 16) for images in (samples, reference.images))
+        verdict = diagnostics.judge(one, real, labels, options.seed)
     except ValueError as error:
         return [score(None, None, *counts, f"not computed: {error}")]
-    real, right = verdict.held_out, verdict.accuracy.value
-    said = f"classifier of {'features' if vectors else 'pixels'}, right on {right:.1%} of {len(real):,} held-out images"
-    return [score(verdict.confident, share((real >= verdict.threshold).sum(), len(real)), *counts, said, verdict)]
+    said = f"classifier of {'features' if vectors else 'pixels'}, right on {verdict.accuracy.value:.1%} of "
+    said += f"{len(verdict.held_out):,} held-out images"
+    sure, floor = (share((top >= verdict.threshold).sum(), len(top)) for top in (verdict.confidence, verdict.held_out))
+    return [score(sure, floor, *counts, said, verdict)]
 
 
 def by_inception(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
