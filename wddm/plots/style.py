@@ -49,8 +49,8 @@ def panels(
 ) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure of this `height` (inches) and its panels, in the house style whatever rcParams hold.
 
-    Once drawn, the axes named in `log` ("x", "y", "xy") become logarithmic, and all panels share one legend outside
-    them, at a place such as "upper right". The layout and its options are those of matplotlib's subplot_mosaic.
+    Once drawn, the axes named in `log` become logarithmic, and all panels share one legend, outside them. Layout and
+    options are those of subplot_mosaic.
     """
     with matplotlib.style.context(["default", STYLE]):
         figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
@@ -63,8 +63,8 @@ def panels(
         if legend and named:
             beside, names = legend.startswith("right"), wrapped(named, 24 if legend.startswith("right") else 80)
             columns = 1 + len(named) // 20 if beside else min(4, max(1, 100 // (7 + max(map(len, named)))))
-            rows = 0 if beside else sum(1 + name.count("\n") for name in names) / columns
-            figure.set_figheight(height + 0.17 * max(0, rows - 2))
+            rows = sum(1 + name.count("\n") for name in names) / columns
+            figure.set_figheight(max(height, 0.18 * rows) if beside else height + 0.17 * max(0, rows - 2))
             place: Any = f"outside {legend}"
             figure.legend(list(named.values()), names, loc=place, ncols=columns)
         for axes in figure.axes:  # ticks are made lazily, from rcParams at that moment: make them now
@@ -85,9 +85,9 @@ def shaped(name: str, values: ArrayLike, shape: tuple[int | str, ...], remedy: s
     return array
 
 
-def wrapped(names: Iterable[str], width: int = 30) -> list[str]:
-    """Names in lines of this many letters, three at most."""
-    return ["\n".join(textwrap.wrap(name, width, max_lines=3, placeholder=" …")) for name in names]
+def wrapped(names: Iterable[str], width: int = 36, lines: int | None = None) -> list[str]:
+    """Names in lines of this many letters, so many at most."""
+    return ["\n".join(textwrap.wrap(name, width, max_lines=lines, placeholder=" …")) for name in names]
 
 
 def palette(count: int) -> list[Any]:
@@ -105,14 +105,12 @@ def ticks(low: float, high: float) -> Locator:
 
 
 def logarithmic(axes: Axes, names: str) -> None:
-    """Make the axes named, "x", "y" or "xy", logarithmic, but for one with negative numbers; 0.1 is not 10^-1 there,
-    unless it spans four decades.
-    """
+    """Make the axes named, "x", "y" or "xy", logarithmic where nothing is negative; a tick is 0.1, not 10^-1."""
     for name in names:
         if any(np.min(line.get_data(orig=False)["xy".index(name)], initial=1) < 0 for line in axes.lines):
             continue
         axes.set(**{f"{name}scale": "log"})
-        axis = axes.xaxis if name == "x" else axes.yaxis
+        axis = getattr(axes, f"{name}axis")
         low, high = axis.get_view_interval()
         axis.set_major_locator(ticks(low, high))
         axis.set_minor_formatter(NullFormatter())
@@ -159,7 +157,8 @@ def image_grid(
     fitting, largest = round(WIDTH * DPI / columns / (images.shape[2] + 1)), max(6, 220 // images.shape[2])
     scale = max(1, min(fitting, largest))
     images = images.repeat(scale, 1).repeat(scale, 2)  # from here on lengths are in pixels of the figure
-    (height, width), line, sides = images.shape[1:3], 24 * any(titles), wrapped(sides)
+    (height, width), line = images.shape[1:3], 24 * any(titles)
+    sides = wrapped(sides, lines=max(1, height // 18))
     space = line if any(titles[:-columns] if below else titles[columns:]) else gap
     canvas = compose(images, columns, (space, gap))
     left = 14 + 9 * max(len(part) for side in sides for part in side.split("\n")) if sides else 0
@@ -203,17 +202,14 @@ def neighbours(samples: ArrayLike, nearest: ArrayLike, distances: ArrayLike) -> 
 
 
 def _tiles(coefficients: np.ndarray, labels: Texts) -> tuple[np.ndarray, np.ndarray]:
-    """Bands (S, bands, C, h, w) of stacked coefficients (S, bands * C, h, w), and a picture (h, w, 3) of each in order.
-
-    Zero is amid a scale that ends at the 99.5th percentile of |value|.
-    """
+    """Bands (S, bands, C, h, w) of coefficients (S, bands * C, h, w), and pictures of them, (S * bands, h, w, 3)."""
     shape, count = coefficients.shape, len(labels)
     fits = len(shape) == 4 and count and shape[1] % count == 0
     need(fits, f"coefficients {shape[1:]}", f"({count} x channels, h, w)", "pass a label per band")
     bands, tiles = coefficients.reshape(shape[0], count, -1, *shape[2:]), []
     for band in bands.reshape(-1, *bands.shape[2:]):
         band = band[: 3 if len(band) >= 3 else 1]
-        scaled = np.clip(band / (np.percentile(np.abs(band), 99.5) or 1) / 2 + 0.5, 0, 1)
+        scaled = np.clip(band / (np.percentile(np.abs(band), 99.5) or 1) / 2 + 0.5, 0, 1)  # zero is in the middle
         tiles.append(colormaps["RdBu_r"](scaled[0])[..., :3] if len(band) == 1 else scaled.transpose(1, 2, 0))
     return bands, np.round(255 * np.array(tiles)).astype(np.uint8)
 
@@ -226,13 +222,10 @@ def coefficient_bands(coefficients: ArrayLike, labels: Texts) -> Figure:
 
 
 def trajectory(states: ArrayLike, labels: Texts, times: Sequence[float], images: ArrayLike) -> Figure:
-    """Denoising by band: states (S, bands * C, h, w), a column per time (S,), a row per label.
-
-    The decoded images (S, H, W, C), H a multiple of h, are on top. About ten steps read best.
-    """
+    """Denoising by band: states (S, bands * C, h, w), a column per time (S,), under the decoded images (S, H, W, C)."""
     states, images = shaped("states", states, (len(times), "C", "h", "w"), "pass a state per time"), as_rgb(images)
-    tiles = _tiles(states, labels)[1].reshape(len(times), len(labels), *states.shape[2:], 3).swapaxes(0, 1)
-    tiles = np.concatenate(tiles)
+    tiles = _tiles(states, labels)[1].reshape(len(times), len(labels), *states.shape[2:], 3)
+    tiles = np.concatenate(tiles.swapaxes(0, 1))
     tiles = tiles.repeat(images.shape[1] // states.shape[2], 1).repeat(images.shape[2] // states.shape[3], 2)
     images = shaped("images", images, (len(times), *tiles.shape[1:]), "decode the states")
     titles = [f"t = {t:.4g}" for t in times] + [""] * len(tiles)
