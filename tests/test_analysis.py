@@ -1,6 +1,5 @@
 """Studies of settings and of runs: their arithmetic in closed form, the analysis notebooks as users run them."""
 
-import csv
 import itertools
 import json
 from dataclasses import replace
@@ -13,14 +12,15 @@ import pytest
 import torch
 from conftest import wddm
 
+from wddm import data
 from wddm.backbones import build_backbone
 from wddm.files import append_row, read_rows
-from wddm.metrics.scores import Options
+from wddm.metrics.scores import Options, wavelet
 from wddm.objective import alphas_cumprod, build_solver, noise_scheduler
 from wddm.pipeline import WaveletPipeline
 from wddm.studies import sampling, sweeps
 from wddm.wavelets import WaveletCodec
-from wddm.workbook import collect, records
+from wddm.workbook import Run, collect, records
 from wddm.workbook.records import Finished
 
 RNG = np.random.default_rng(0)
@@ -46,7 +46,7 @@ def test_settings_are_all_combinations_with_eta_for_ddim_alone() -> None:
     assert [(row["scheduler"], row["eta"], row["steps"]) for row in found] == [
         ("ddim", 0.0, 5), ("ddim", 0.0, 10), ("ddim", 1.0, 5), ("ddim", 1.0, 10), ("heun", 0.0, 5), ("heun", 0.0, 10),
     ]  # fmt: skip
-    assert [row["spacing"] for row in found] == ["trailing"] * 4 + ["leading"] * 2
+    assert [row["spacing"] for row in found] == ["trailing"] * 6
     pairs = sampling.settings(["ddim"], [5, 10], detail_steps=[5, 10])
     assert [row["detail_steps"] for row in pairs] == [None, 10, 5, None]  # equal steps are the plain sampler
 
@@ -147,19 +147,6 @@ def test_rows_of_a_setting_are_pooled_over_sets() -> None:
     assert sampling.picked(table, []).empty
     shown = sampling.shown(table.assign(kid=0.002, kid_low=0.001, kid_high=0.003), "kid").iloc[0]
     assert (shown["network"], shown["ms per image"], shown["kid x 1000"], shown["kid x 1000 low"]) == (5, 2000, 2, 1)
-
-
-def test_the_front_is_what_nothing_beats() -> None:
-    assert sampling.pareto_front([1, 2, 3, 2], [9, 5, 5, 7]).tolist() == [True, True, False, False]
-    assert sampling.pareto_front([1, 1], [1, 1]).tolist() == [True, True]  # equals do not beat each other
-    cost, value = RNG.integers(0, 6, (2, 40))
-    on_front = sampling.pareto_front(cost, value)
-    for i in range(40):
-        beaten = any(
-            cost[j] <= cost[i] and value[j] <= value[i] and (cost[j], value[j]) != (cost[i], value[i])
-            for j in range(40)
-        )
-        assert on_front[i] == (not beaten)
 
 
 @pytest.mark.parametrize(
@@ -359,15 +346,6 @@ def test_runs_of_different_sets_are_not_compared() -> None:
 
 # --------------------------------------------------------------------------------------------------- notebooks
 
-TINY = {
-    "train_kimg": 0.32,
-    "warmup_kimg": 0.1,
-    "batch_size": 32,
-    "num_samples": 40,
-    "sampling_steps": 3,
-    "fwd_level": 2,
-}
-
 
 def run(root: Path, *arguments: str) -> str:
     done = wddm(root, *arguments)
@@ -376,12 +354,9 @@ def run(root: Path, *arguments: str) -> str:
 
 
 def saved(report: Path, name: str) -> list[dict]:
-    """Rows of <name>.json, which are those of <name>.csv."""
-    rows = json.loads((report / f"{name}.json").read_text())
-    with (report / f"{name}.csv").open(newline="") as file:
-        in_csv = list(csv.DictReader(file))
-    assert in_csv == [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
-    return rows
+    """Rows of <name>.csv; what is empty there is None."""
+    table = pd.read_csv(report / f"{name}.csv", float_precision="round_trip").astype(object)
+    return table.where(table.notna(), None).to_dict("records")
 
 
 def is_clean(page: Path) -> bool:
@@ -389,17 +364,37 @@ def is_clean(page: Path) -> bool:
     return "Traceback (most" not in text and "Warning" not in text and "it/s]" not in text
 
 
-@pytest.mark.slow
-def test_sampling_dynamics_is_measured_once_and_written_down(root, tmp_path) -> None:
+@pytest.fixture(scope="module")
+def prepared(root) -> data.Dataset:
+    return data.prepare("digits", 16, root / "data", limit=200, progress=False)
+
+
+def leave_data(root: Path, name: str, prepared: data.Dataset) -> None:
+    """What 01_prepare leaves of a run."""
+    book = Run(name, root, root / "runs" / name, root / "reports" / name, "01_prepare")
+    book.made("data", prepared.folder / "manifest.json")
+
+
+def save_pipeline(folder: Path, level: int) -> WaveletPipeline:
+    """A network that has learned nothing."""
     torch.manual_seed(0)
-    backbone = build_backbone("unet", dataset="digits", level=1, widths=(32,))
-    codec = WaveletCodec("haar", 1, scaling="dyadic")
-    WaveletPipeline(backbone, build_solver("ddim", "v_prediction"), codec).save_pretrained(root / "runs/tiny/pipeline")
-    options = ["model_dir=runs/tiny/pipeline", "solvers=[ddim, heun]", "steps=[2, 4]", "band_steps=[2, 3]"]
-    options += ["reference_steps=6", "sets=2", "num_samples=40", "spacing_solvers=[ddim]"]
-    command = ["run", "params/sampling-dynamics.yaml", *(word for option in options for word in ("-p", option))]
-    run(root, *command)
-    report, cells = root / "reports/sampling-dynamics", root / "runs/sampling-dynamics/cells.jsonl"
+    backbone = build_backbone("unet", dataset="digits", level=level, widths=(32,))
+    codec = WaveletCodec("haar", level, scaling="dyadic")
+    made = WaveletPipeline(backbone, build_solver("ddim", "v_prediction"), codec)
+    made.save_pretrained(folder)
+    return made
+
+
+@pytest.mark.slow
+def test_sampling_dynamics_is_measured_once_and_written_down(root, prepared) -> None:
+    leave_data(root, "dynamics", prepared)
+    save_pipeline(root / "runs/tiny/pipeline", 1)
+    (root / "params/dynamics.yaml").write_text(
+        "notebooks: [analysis/sampling_dynamics]\nmodel_dir: runs/tiny/pipeline\nsolvers: [ddim, heun]\nsteps: [2, 4]\n"
+        "band_steps: [2, 3]\nreference_steps: 6\nsets: 2\nnum_samples: 40\nspacing_solvers: [ddim]\n"
+    )
+    run(root, "run", "params/dynamics.yaml")
+    report, cells = root / "reports/dynamics", root / "runs/dynamics/cells.jsonl"
     rows, measured = saved(report, "settings"), read_rows(cells)
     # ddim with eta 0 and 1 and heun, at 2 and 4 steps; two spacings more; a pair of bands each way and the 3; ddpm
     assert len(rows) == 6 + 4 + 3 + 1 and len(measured) == 2 * len(rows)
@@ -417,34 +412,48 @@ def test_sampling_dynamics_is_measured_once_and_written_down(root, tmp_path) -> 
     assert figures >= {"solvers-fwd", "costs-fwd", "spacing-fwd", "band-rate-fwd", "change", "denoising"}
     assert is_clean(report / "sampling_dynamics.html")
     before = cells.read_bytes()
-    run(root, *command, "--force", "--only", "sampling_dynamics")
+    run(root, "run", "params/dynamics.yaml", "--force")
     assert cells.read_bytes() == before and saved(report, "settings") == rows  # timings too: nothing was measured anew
 
 
 @pytest.fixture(scope="module")
-def swept(root) -> Path:
-    """The workbook after a tiny sweep over levels with its summary."""
-    (root / "params/depth.yaml").write_text(
-        "summary: [analysis/wavelet_depth]\n"
-        + "".join(f"{key}: {value}\n" for key, value in TINY.items() if key != "train_kimg")
-        + "widths: [32]\npreview_kimg: 0\n"
-        "sweep:\n"
-        "  - {level: [0], train_kimg: [0.32], seed: [0]}\n"
-        "  - {level: [1], train_kimg: [1.28], seed: [0, 1]}\n"
+def compared(root, prepared) -> Path:
+    """The workbook with three finished runs, and both summaries of them in one report."""
+    for level, seed in ((0, 0), (1, 0), (1, 1)):
+        name, folder = f"depth-level={level}-seed={seed}", root / "runs" / f"depth-level={level}-seed={seed}"
+        leave_data(root, name, prepared)
+        network = save_pipeline(folder / "pipeline", level).backbone
+        noise = np.random.default_rng(seed).normal(0, 40 - 10 * level, (40, 16, 16, 1))
+        samples = np.clip(prepared.images[:40] + noise, 0, 255).astype(np.uint8)
+        np.save(folder / "samples.npy", samples)
+        for k in range(1, 5):
+            row = {"step": k, "images_seen": 100 * k, "images_per_s": 50, "loss": 1 / k, "fwd": 9 / (k + level)}
+            append_row(folder / "log.jsonl", row)
+        (score,) = wavelet(samples, prepared, Options(2))
+        metrics = score.record() | {"parameters": network.num_parameters(), "train_images": 400}
+        parameters = f"level: {level}\nseed: {seed}\nwavelet: haar\ntransform: packet\nscaling: band\n"
+        finished_run(root, name, parameters=parameters)
+        records.write_json(root / "reports" / name / "metrics.json", metrics)
+        records.write_json(root / "reports" / name / "timings.json", {"train_images_per_s": 50})
+    trained = (root / "notebooks/02_train.ipynb").read_text()
+    assert all(f"    {key}=" in trained for key in ("parameters", "train_images", "train_images_per_s"))  # as here
+    (root / "params/side.yaml").write_text(
+        "notebooks: [analysis/wavelet_depth, analysis/compare]\nruns: [depth-level=*, nothing]\nclock: true\n"
+        "fwd_level: 2\nreference: level 0\n"
     )
-    run(root, "run", "params/depth.yaml", "--jobs", "2")
+    run(root, "run", "params/side.yaml")
     return root
 
 
 @pytest.mark.slow
-def test_wavelet_depth_says_what_was_spent_and_where_it_falls_short(swept) -> None:
-    report = swept / "reports/depth"
+def test_wavelet_depth_says_what_was_spent_and_where_it_falls_short(compared) -> None:
+    report = compared / "reports/side"
     rows = {row["run"]: row for row in saved(report, "depth")}
     assert len(rows) == 3 and {row["variant"] for row in rows.values()} == {"pixels", "level 1"}
     for name, row in rows.items():
-        metrics = json.loads((swept / "reports" / name / "metrics.json").read_text())
+        metrics = json.loads((compared / "reports" / name / "metrics.json").read_text())
         assert row["fwd"] == metrics["fwd"] and row["train_flops"] == 3 * row["forward_flops"] * row["train_images"]
-    pixels, wavelets = (rows[f"depth-{name}-seed=0"] for name in ("level=0-train_kimg=0.32", "level=1-train_kimg=1.28"))
+    pixels, wavelets = (rows[f"depth-level={level}-seed=0"] for level in (0, 1))
     assert pixels["forward_flops"] / wavelets["forward_flops"] == pytest.approx(4, rel=0.1)
     packets = {row.pop("variant"): list(row.values()) for row in saved(report, "packets")}
     assert set(packets) == {"pixels", "level 1", "real images"} and {len(each) for each in packets.values()} == {16}
@@ -452,19 +461,11 @@ def test_wavelet_depth_says_what_was_spent_and_where_it_falls_short(swept) -> No
     assert json.loads((report / "metrics.json").read_text())["fwd_best"] > 0
     assert {"depth", "packets", "samples"} <= {path.stem for path in (report / "figures").glob("*.png")}
     assert is_clean(report / "wavelet_depth.html")
-    assert run(swept, "run", "params/depth.yaml").count("unchanged, skipped") == 3 * 4 + 1
 
 
 @pytest.mark.slow
-def test_compare_sets_any_runs_side_by_side(swept) -> None:
-    (swept / "params/side.yaml").write_text(
-        "notebooks: [analysis/compare]\nruns: [depth-level=*, nothing]\nclock: true\n"
-    )
-    log = swept / "runs/depth-level=0-train_kimg=0.32-seed=0/log.jsonl"
-    seen = [row | {"images_seen": row["images_seen"] // k} for row in read_rows(log) for k in (2, 1)]
-    log.write_text("".join(json.dumps(row | {"fwd": 1 / row["images_seen"]}) + "\n" for row in seen))
-    run(swept, "run", "params/side.yaml")
-    report = swept / "reports/side"
+def test_compare_sets_any_runs_side_by_side(compared) -> None:
+    report = compared / "reports/side"
     rows = saved(report, "runs")
     assert [row["level"] for row in rows] == [0, 1, 1] and [row["seed"] for row in rows] == [0, 0, 1]
     assert all(row["fwd_low"] < row["fwd"] < row["fwd_high"] for row in rows)
@@ -474,3 +475,5 @@ def test_compare_sets_any_runs_side_by_side(swept) -> None:
     assert figures >= {"loss", "learning", "learning-seconds", "variants", "samples"}
     page = (report / "compare.html").read_text()
     assert "no finished runs: nothing" in page and is_clean(report / "compare.html")
+    reached = {row["variant"]: row for row in saved(report, "reached")}
+    assert (reached["level 0"]["kimg"], reached["level 1"]["kimg"]) == (0.4, 0.3)
