@@ -9,6 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 from benchmarks import profiling
+from benchmarks.matched import matched
 from benchmarks.profiling import Maker, Measurement
 from benchmarks.workloads import Network, Row, on_paper, sampling, training
 from wddm.backbones import PASSES, PRESETS, forward_flops, preset_sizes
@@ -40,12 +41,10 @@ def entries(kind: str, dataset: str, levels: Sequence[int], attention_head_dim: 
         if level == 0:
             networks[PRESET, 0] = network
             continue
-        same, pixels = preset_sizes(kind, dataset, level), preset_sizes(kind, dataset, 0)
+        same = preset_sizes(kind, dataset, level)
         same["widths"] = same.pop("block_out_channels")
-        pixels["widths"] = on_paper(network | {"matched": True}).config.block_out_channels
-        del pixels["block_out_channels"]
         networks[WAVELETS, level] = network
-        networks[SAME, level], networks[MATCHED, level] = network | {"level": 0} | same, network | {"level": 0} | pixels
+        networks[SAME, level], networks[MATCHED, level] = network | {"level": 0} | same, matched(network)
     models = {key: on_paper(network) for key, network in networks.items()}
     counted = {key: (model.num_parameters(), forward_flops(model)) for key, model in models.items()}
     return [Entry(*key, network, *counted[key], {}) for key, network in networks.items()]

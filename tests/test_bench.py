@@ -15,8 +15,9 @@ from conftest import ROOT, wddm
 from torch.testing import assert_close
 
 from benchmarks import against_pixels, against_plain, figures, plain, profiling, workloads
+from benchmarks.matched import matched
 from benchmarks.profiling import Measurement, ready
-from wddm.backbones import build_backbone
+from wddm.backbones import BACKBONES, build_backbone
 from wddm.kan import SplineLinear, spline_basis
 from wddm.objective import noise_scheduler
 from wddm.wavelets import WaveletCodec
@@ -227,8 +228,11 @@ def test_efficiency(root: Path) -> None:
     slow = costs[(costs.dataset == "celebahq") & (costs.level == 0)]
     if not torch.cuda.is_available():
         assert slow.training_images_per_s.isna().all() and slow.training_not_run.str.endswith("s a step").all()
-    speedups = json.loads((report / "speedups.json").read_text())
-    assert {row["over"] for row in speedups} == {against_pixels.PRESET, against_pixels.SAME, against_pixels.MATCHED}
+    assert set(pd.read_csv(report / "speedups.csv").over) == {
+        against_pixels.PRESET,
+        against_pixels.SAME,
+        against_pixels.MATCHED,
+    }
     page = (report / "efficiency.html").read_text()
     assert "Traceback (most" not in page and "Warning:" not in page and "it/s]" not in page
     assert {p.stem for p in (report / "figures").glob("*.png")} == {"rates", "speedups"}
@@ -263,10 +267,20 @@ def test_benchmarks(root: Path) -> None:
     assert 0 < loops.share_of_rate.max() < 1
     heads = pd.read_csv(report / "heads.csv")
     assert heads.times_as_fast.tolist() == [pytest.approx(1, rel=0.9)] and heads.of.tolist() == ["2 images"]
-    claims = json.loads((report / "benchmarks.json").read_text())
-    assert len(claims) == 6 and all(row["met"] in ("yes", "no", "open") for row in claims)
+    claims = pd.read_csv(report / "benchmarks.csv")
+    assert len(claims) == 6 and set(claims.met) <= {"yes", "no", "open"}
     fixed = pd.read_csv(report / "fixed.csv").set_index("what").seconds
     assert fixed["import wddm"] < fixed["wddm run, nothing to do"] < fixed["wddm run, an empty notebook"]
     assert json.loads((report / "timings.json").read_text())["loop_ratio"] > 0.1
     page = (report / "benchmarks.html").read_text()
     assert "Traceback (most" not in page and "Warning:" not in page
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_matched_is_a_pixel_network_of_the_same_size(backbone: str) -> None:
+    network = {"backbone": backbone, "dataset": "cifar10", "level": 1}
+    with torch.device("meta"):
+        wavelet = build_backbone(**network)
+        pixel = build_backbone(**matched(network))
+    assert pixel.config.in_channels == 3 and pixel.config.sample_size == 32
+    assert abs(pixel.num_parameters() / wavelet.num_parameters() - 1) < 0.05
