@@ -99,7 +99,8 @@ def band_histograms(values_by_band: Mapping[str, ArrayLike]) -> Figure:
 
 def channel_histograms(images: ArrayLike) -> Figure:
     """Pixel values of images uint8 (N, H, W, C), a panel per channel, of the first six at most."""
-    channels = style.checked(images := np.asarray(images)).shape[-1]
+    style.as_rgb(images := np.asarray(images))  # which refuses what are no images
+    channels = images.shape[-1]
     titles = {1: [""], 3: ["Red", "Green", "Blue"]}.get(channels, [f"Channel {k}" for k in range(1, 7)])[:channels]
     with panels(2.0, "ABCDEF"[:channels], sharey=True) as (figure, axs):
         for channel, (axes, title) in enumerate(zip(axs, titles, strict=True)):

@@ -61,7 +61,8 @@ def panels(
             logarithmic(axes, log)
             named |= {str(label): handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
         if legend and named:
-            beside, names = legend.startswith("right"), wrapped(named, 24 if legend.startswith("right") else 80)
+            beside = legend.startswith("right")
+            names = wrapped(named, 24 if beside else 80)
             columns = 1 + len(named) // 20 if beside else min(4, max(1, 100 // (7 + max(map(len, named)))))
             rows = sum(1 + name.count("\n") for name in names) / columns
             figure.set_figheight(max(height, 0.18 * rows) if beside else height + 0.17 * max(0, rows - 2))
@@ -118,17 +119,11 @@ def logarithmic(axes: Axes, names: str) -> None:
             axis.set_major_formatter("{x:g}")
 
 
-def checked(images: ArrayLike) -> np.ndarray:
-    """Images uint8 (N, H, W, C); ValueError for another shape or type."""
+def as_rgb(images: ArrayLike) -> np.ndarray:
+    """Images uint8 (N, H, W, C) as RGB (N, H, W, 3): the first three channels as colours, or the first as grey."""
     images = np.asarray(images)
     fits = images.dtype == np.uint8 and images.ndim == 4 and images.size
     need(fits, f"{images.dtype} images {images.shape}", "uint8 (N, H, W, C)", "convert, channels last")
-    return images
-
-
-def as_rgb(images: ArrayLike) -> np.ndarray:
-    """Images (N, H, W, C) as RGB (N, H, W, 3): the first three channels as colours, or the first as grey."""
-    images = checked(images)
     return np.broadcast_to(images[..., : 3 if images.shape[-1] >= 3 else 1], (*images.shape[:3], 3))
 
 
