@@ -149,19 +149,6 @@ def test_rows_of_a_setting_are_pooled_over_sets() -> None:
     assert (shown["network"], shown["ms per image"], shown["kid x 1000"], shown["kid x 1000 low"]) == (5, 2000, 2, 1)
 
 
-def test_the_front_is_what_nothing_beats() -> None:
-    assert sampling.pareto_front([1, 2, 3, 2], [9, 5, 5, 7]).tolist() == [True, True, False, False]
-    assert sampling.pareto_front([1, 1], [1, 1]).tolist() == [True, True]  # equals do not beat each other
-    cost, value = RNG.integers(0, 6, (2, 40))
-    on_front = sampling.pareto_front(cost, value)
-    for i in range(40):
-        beaten = any(
-            cost[j] <= cost[i] and value[j] <= value[i] and (cost[j], value[j]) != (cost[i], value[i])
-            for j in range(40)
-        )
-        assert on_front[i] == (not beaten)
-
-
 @pytest.mark.parametrize(
     ("low", "fewest"),
     [
@@ -400,14 +387,14 @@ def save_pipeline(folder: Path, level: int) -> WaveletPipeline:
 
 @pytest.mark.slow
 def test_sampling_dynamics_is_measured_once_and_written_down(root, prepared) -> None:
-    leave_data(root, "sampling-dynamics", prepared)
+    leave_data(root, "dynamics", prepared)
     save_pipeline(root / "runs/tiny/pipeline", 1)
-    options = ["model_dir=runs/tiny/pipeline", "solvers=[ddim, heun]", "steps=[2, 4]", "band_steps=[2, 3]"]
-    options += ["reference_steps=6", "sets=2", "num_samples=40", "spacing_solvers=[ddim]"]
-    command = ["run", "params/sampling-dynamics.yaml", "--only", "sampling_dynamics"]
-    command += [word for option in options for word in ("-p", option)]
-    run(root, *command)
-    report, cells = root / "reports/sampling-dynamics", root / "runs/sampling-dynamics/cells.jsonl"
+    (root / "params/dynamics.yaml").write_text(
+        "notebooks: [analysis/sampling_dynamics]\nmodel_dir: runs/tiny/pipeline\nsolvers: [ddim, heun]\nsteps: [2, 4]\n"
+        "band_steps: [2, 3]\nreference_steps: 6\nsets: 2\nnum_samples: 40\nspacing_solvers: [ddim]\n"
+    )
+    run(root, "run", "params/dynamics.yaml")
+    report, cells = root / "reports/dynamics", root / "runs/dynamics/cells.jsonl"
     rows, measured = saved(report, "settings"), read_rows(cells)
     # ddim with eta 0 and 1 and heun, at 2 and 4 steps; two spacings more; a pair of bands each way and the 3; ddpm
     assert len(rows) == 6 + 4 + 3 + 1 and len(measured) == 2 * len(rows)
@@ -425,7 +412,7 @@ def test_sampling_dynamics_is_measured_once_and_written_down(root, prepared) -> 
     assert figures >= {"solvers-fwd", "costs-fwd", "spacing-fwd", "band-rate-fwd", "change", "denoising"}
     assert is_clean(report / "sampling_dynamics.html")
     before = cells.read_bytes()
-    run(root, *command, "--force")
+    run(root, "run", "params/dynamics.yaml", "--force")
     assert cells.read_bytes() == before and saved(report, "settings") == rows  # timings too: nothing was measured anew
 
 
@@ -445,7 +432,8 @@ def compared(root, prepared) -> Path:
         (score,) = wavelet(samples, prepared, Options(2))
         metrics = score.record() | {"parameters": network.num_parameters(), "train_images": 400}
         parameters = f"level: {level}\nseed: {seed}\nwavelet: haar\ntransform: packet\nscaling: band\n"
-        finished_run(root, name, parameters=parameters, **metrics)
+        finished_run(root, name, parameters=parameters)
+        records.write_json(root / "reports" / name / "metrics.json", metrics)
         records.write_json(root / "reports" / name / "timings.json", {"train_images_per_s": 50})
     trained = (root / "notebooks/02_train.ipynb").read_text()
     assert all(f"    {key}=" in trained for key in ("parameters", "train_images", "train_images_per_s"))  # as here

@@ -2,7 +2,7 @@
 
 import sys
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 from subprocess import run
 
 import matplotlib
@@ -23,6 +23,7 @@ from wddm.wavelets import WaveletCodec
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
 GREY = RNG.integers(0, 256, (10, 8, 6, 1), dtype=np.uint8)
+FIVE, TWO = RNG.integers(0, 256, (10, 6, 8, 5), dtype=np.uint8), RNG.integers(0, 256, (10, 6, 8, 2), dtype=np.uint8)
 ENERGY, TIMES = np.array([0.25, 0.008, 0.006, 0.001]), np.array([900.0, 500.0, 20.0])
 STATES = RNG.normal(size=(3, 12, 4, 4))
 STD = {"A": np.array([1, 0.8, 0.5]), "H": np.array([1, 0.6, 0.09])}
@@ -67,7 +68,12 @@ FIGURES = {
     "stacked": lambda: plots.stacked({"10 images": RGB[0], "20 images": RGB[1]}),
     "variants": lambda: plots.variants(SEEDS, "fwd", "distance", 0.01),
     "quality_curves": lambda: plots.quality_curves(
-        {"ddim": BOTH, "heun": BOTH[:3]}, "fwd", "FWD", {"steps": "steps"}, by="spacing", floor=0.08,
+        {"ddim": BOTH, "heun": BOTH[:3]},
+        "fwd",
+        "FWD",
+        {"steps": "steps"},
+        by="spacing",
+        floor=0.08,
         reference=("ddpm", Estimate(0.15, 0.1, 0.2)),
     ),
     "class_counts": lambda: plots.class_counts(*SHARES),
@@ -89,6 +95,19 @@ FIGURES = {
     ),
     "channel_histograms": lambda: plots.channel_histograms(RGB),
 }
+NAMES = [f"level {k}, train_kimg 104, backbone unet, prediction_type v_prediction, widths [128, 256]" for k in range(4)]
+LONG = pd.concat([CURVE.assign(variant=name) for name in NAMES])
+WIDE = {
+    "variants": lambda: plots.variants(LONG, "fwd", "distance", 0.01),
+    "quality_curves": lambda: plots.quality_curves({"": LONG}, "fwd", "FWD", {"steps": "steps"}, by="variant"),
+    "lines": lambda: plots.lines({name: ([1, 2], [3, 4]) for name in NAMES}, "x", "y"),
+    "stacked": lambda: plots.stacked({name: plots.compose(RGB, 10) for name in NAMES}),
+    "trajectory": lambda: plots.trajectory(RNG.normal(size=(3, 20, 3, 4)), NAMES[0].split(", ")[:4], TIMES, FIVE[:3]),
+    "channel_histograms": lambda: plots.channel_histograms(FIVE),
+    "one step": lambda: plots.training_curves(ROWS[:1]),
+    "long training": lambda: plots.training_curves([row | {"images_seen": 10**6 * row["step"]} for row in ROWS]),
+    "short training": lambda: plots.training_curves(ROWS[:2]),
+}  # long names, many channels, images that are not square
 
 
 def canvas(figure):
@@ -117,7 +136,7 @@ def agg(figure):
 
 @cache
 def drawn_once(name):
-    figure = agg(FIGURES[name]())
+    figure = agg((FIGURES | {f"wide {name}": draw for name, draw in WIDE.items()})[name]())
     figure.canvas.draw()
     return figure
 
@@ -171,10 +190,11 @@ def written(axes):
     return [artist for artist in artists if artist.get_text() and artist.get_visible()]
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", [*FIGURES, *(f"wide {name}" for name in WIDE)])
 def test_nothing_is_cut_off_or_overlaps(name):
     figure = drawn_once(name)
     frame, artists = figure.bbox, [artist for axes in figure.axes for artist in written(axes)]
+    artists += [text for legend in figure.legends for text in legend.get_texts()]
     boxes = [artist.get_window_extent() for artist in artists]
     for k, (artist, box) in enumerate(zip(artists, boxes, strict=True)):
         assert frame.x0 - 1 <= box.x0 and box.x1 <= frame.x1 + 1, artist
@@ -182,7 +202,7 @@ def test_nothing_is_cut_off_or_overlaps(name):
         assert not any(box.padded(-2).overlaps(other.padded(-2)) for other in boxes[:k]), artist
 
 
-@pytest.mark.parametrize("images", [RGB, GREY], ids=["rgb", "grey"])
+@pytest.mark.parametrize("images", [RGB, GREY, FIVE, TWO], ids=["rgb", "grey", "five", "two"])
 @pytest.mark.parametrize("gap", [(1, 1), (3, 2), (0, 0)])
 def test_compose_puts_image_k_at_its_place(images, gap):
     (_, h, w, _), composed = images.shape, plots.compose(images, 4, gap)
@@ -190,7 +210,8 @@ def test_compose_puts_image_k_at_its_place(images, gap):
     rest = np.ones(composed.shape[:2], dtype=bool)
     for k, image in enumerate(images):
         y, x = k // 4 * (h + gap[0]), k % 4 * (w + gap[1])
-        np.testing.assert_array_equal(composed[y : y + h, x : x + w], np.broadcast_to(image, (h, w, 3)))
+        shown = image[..., :3] if image.shape[-1] >= 3 else image[..., :1]
+        np.testing.assert_array_equal(composed[y : y + h, x : x + w], np.broadcast_to(shown, (h, w, 3)))
         rest[y : y + h, x : x + w] = False
     assert (composed[rest] == 255).all()
 
@@ -263,6 +284,41 @@ def test_coefficient_bands_are_named_and_scaled_singly():
 def test_coefficient_bands_at_every_level(level, channels):
     coefficients = RNG.normal(size=(4**level * channels, 4, 4))
     assert len(texts(plots.coefficient_bands(coefficients, range_labels(4**level)))) == 4**level
+
+
+def test_of_many_channels_the_first_are_shown_and_captions_say_so():
+    five, two = (RNG.normal(size=(4, channels, 3, 4)) for channels in (5, 2))
+    for bands, shown in ((five, five[:, :3]), (two, two[:, :1])):
+        figure = plots.coefficient_bands(bands.reshape(-1, 3, 4), list("AHVD"))
+        wanted = plots.coefficient_bands(shown.reshape(-1, 3, 4), list("AHVD"))
+        np.testing.assert_array_equal(canvas(figure), canvas(wanted))
+        assert texts(figure)[0] == f"A  std {bands[0].std():#.2g}"
+    path = plots.trajectory(five.reshape(1, 20, 3, 4), list("AHVD"), TIMES[:1], FIVE[:1])
+    image, side = canvas(path), (canvas(path).shape[0] - 4 * 3) // 5
+    np.testing.assert_array_equal(image[:side], FIVE[0, ..., :3].repeat(side // 6, 0).repeat(side // 6, 1))
+    near = plots.neighbours(TWO[:1], TWO[None, 1:3], [[1, 2]])
+    assert (np.ptp(canvas(near), axis=-1) == 0).all()  # grey
+    assert [plots.shown_channels(channels) for channels in (1, 3)] == ["", ""]
+    assert plots.shown_channels(5) == " Shown of 5 channels: channels 1 to 3 as RGB."
+    assert plots.shown_channels(2) == " Shown of 2 channels: channel 1 as grey."
+    titles = [axes.get_title() for axes in plots.channel_histograms(FIVE).axes]
+    assert titles == [f"Channel {k}" for k in range(1, 6)]
+
+
+def test_ticks_of_training_curves_stand_apart_at_any_length():
+    for images in (3, 400, 10**5, 10**7):
+        figure = agg(plots.training_curves([row | {"images_seen": images * row["step"]} for row in ROWS[:40]]))
+        figure.canvas.draw()
+        for axes in (figure.axes[0], figure.axes[2]):
+            low, high = axes.get_xlim()
+            ticks = [tick for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+            boxes = sorted(tick.label1.get_window_extent().padded(5).extents.tolist() for tick in ticks)
+            assert len(boxes) > 1 and all(a[2] < b[0] for a, b in pairwise(boxes))
+
+
+def test_an_axis_with_negative_numbers_is_not_logarithmic():
+    axes = plots.variants(SEEDS.assign(kid=SEEDS.fwd - 0.5), "kid", "KID").axes[0]
+    assert (axes.get_xscale(), FIGURES["variants"]().axes[0].get_xscale()) == ("linear", "log")
 
 
 def range_labels(count):

@@ -1,4 +1,4 @@
-"""Oracles: the published forward costs, closed forms, clocks that we turn ourselves."""
+"""Oracles: closed forms, and clocks that we turn ourselves."""
 
 import os
 import time

@@ -64,10 +64,7 @@ def noise_schedule(times: ArrayLike, snr_by_band: Mapping[str, ArrayLike]) -> Fi
 
 
 def training_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
-    """Loss, learning rate and gradient norm over images seen, and running means over a fiftieth of the rows.
-
-    `rows`: dicts or a DataFrame with images_seen, loss, lr, grad_norm and, in some, validation_loss.
-    """
+    """Rows (or a DataFrame) of images_seen, loss, lr, grad_norm, some with validation_loss; and running means."""
     import pandas as pd
 
     frame, names = pd.DataFrame(rows), ["images_seen", "loss", "lr", "grad_norm"]
@@ -102,7 +99,8 @@ def band_histograms(values_by_band: Mapping[str, ArrayLike]) -> Figure:
 
 def channel_histograms(images: ArrayLike) -> Figure:
     """Pixel values of images uint8 (N, H, W, C), a panel per channel, of the first six at most."""
-    channels = style.checked(images := np.asarray(images)).shape[-1]
+    style.as_rgb(images := np.asarray(images))  # which refuses what are no images
+    channels = images.shape[-1]
     titles = {1: [""], 3: ["Red", "Green", "Blue"]}.get(channels, [f"Channel {k}" for k in range(1, 7)])[:channels]
     with panels(2.0, "ABCDEF"[:channels], sharey=True) as (figure, axs):
         for channel, (axes, title) in enumerate(zip(axs, titles, strict=True)):
@@ -148,9 +146,9 @@ def band_energy(labels: Sequence[str], real: Estimates, generated: Estimates) ->
     with panels(2.6, log="y", legend="upper right") as (figure, (axes,)):
         _by_band(axes, labels, real, generated, "energy (mean square)")
         turned, tops = len(labels) > 16, np.nanmax([*real, *generated], 0)
+        place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "rotation": 90 * turned, "size": 6.5}
         for x, (top, ratio) in enumerate(zip(tops, generated.value / real.value, strict=True)):
-            place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "rotation": 90 * turned}
-            axes.annotate(f"×{ratio:.2f}", (x, top), (0, 4), size=6.5, **place)
+            axes.annotate(f"×{ratio:.2f}", (x, top), (0, 4), **place)
         axes.margins(y=0.3 if turned else 0.15)
     return figure
 
@@ -166,14 +164,12 @@ def band_kurtosis(labels: Sequence[str], real: Estimates, generated: Estimates) 
 
 
 def packet_map(distances: Estimates, level: int) -> Figure:
-    """Fréchet distance of each Haar packet (4^L,) and half its interval in per cent, low frequencies at the top left.
-
-    Packet p has a base-4 digit per split, 0..3 = A, H, V, D, the last split first, as in stacked channels. A high-pass
-    split reverses the frequencies beneath it, so the digits' bits are a Gray code of the position.
-    """
+    """Fréchet distance of each Haar packet (4^L,) and half its interval in per cent; low frequencies are top left."""
     import seaborn as sns  # takes a second
 
     values, side = shaped("distances", distances.value, (4**level,), f"match level {level}"), 2**level
+    # packet p has a base-4 digit per split, 0..3 = A, H, V, D, the last split first, as in stacked channels; a high-
+    # pass split reverses the frequencies beneath it, so the digits' bits are a Gray code of the position
     splits = np.arange(4**level) // 4 ** np.arange(level)[:, None] % 4  # (L, 4^L), the first split first
     bits = np.bitwise_xor.accumulate([splits & 1, splits >> 1], axis=1)  # (2, L, 4^L): vertical, horizontal
     row, column = np.tensordot(bits, 2 ** np.arange(level)[::-1], (1, 0))
@@ -256,7 +252,7 @@ def quality_curves(
                 axes.axhspan(low, high, color="0.85", label=name)
                 axes.axhline(value, color="0.6", linewidth=0.8)
             for name, one in table.groupby(by, sort=False):
-                marker = style.MARKERS[names.index(name) % len(style.MARKERS)]
+                marker = style.MARKERS[names.index(name) % len(style.MARKERS)] if len(one) <= 20 else None
                 axes.plot(one[x], one[metric], label=name, color=colors[name], marker=marker)
                 ends = one[f"{metric}_low"], one[f"{metric}_high"]
                 axes.vlines(one[x], *ends, color=colors[name], alpha=0.35, linewidth=2.5)
@@ -303,9 +299,9 @@ def confidence(real: ArrayLike, generated: ArrayLike, threshold: float) -> Figur
 
 
 def nearest_distances(real: ArrayLike, generated: ArrayLike) -> Figure:
-    """Share of real (N,) and generated (M,) images whose nearest training image is nearer, over distance and ratio.
+    """Share of images below a distance to the nearest training image, and below its ratio to the second nearest.
 
-    Each (n, 2): distances to the nearest and the second nearest. Dashed: a third, from where on it is a copy.
+    Each (n, 2): both distances of every image. Dashed: a third, from where on it is a copy.
     """
     with panels(2.4, "AB", sharey=True) as (figure, (distance, ratio)):
         for (name, color), sample in zip(SIDES, (real, generated), strict=True):

@@ -49,8 +49,8 @@ def panels(
 ) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure of this `height` (inches) and its panels, in the house style whatever rcParams hold.
 
-    Once drawn, the axes named in `log` ("x", "y", "xy") become logarithmic, and all panels share one legend outside
-    them, at a place such as "upper right". The layout and its options are those of matplotlib's subplot_mosaic.
+    Once drawn, the axes named in `log` become logarithmic, and all panels share one legend, outside them. Layout and
+    options are those of subplot_mosaic.
     """
     with matplotlib.style.context(["default", STYLE]):
         figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
@@ -61,7 +61,8 @@ def panels(
             logarithmic(axes, log)
             named |= {str(label): handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
         if legend and named:
-            beside, names = legend.startswith("right"), wrapped(named, 24 if legend.startswith("right") else 80)
+            beside = legend.startswith("right")
+            names = wrapped(named, 24 if beside else 80)
             columns = 1 + len(named) // 20 if beside else min(4, max(1, 100 // (7 + max(map(len, named)))))
             rows = sum(1 + name.count("\n") for name in names) / columns
             figure.set_figheight(max(height, 0.18 * rows) if beside else height + 0.17 * max(0, rows - 2))
@@ -105,14 +106,12 @@ def ticks(low: float, high: float) -> Locator:
 
 
 def logarithmic(axes: Axes, names: str) -> None:
-    """Make the axes named, "x", "y" or "xy", logarithmic, but for one with negative numbers; 0.1 is not 10^-1 there,
-    unless it spans four decades.
-    """
+    """Make the axes named, "x", "y" or "xy", logarithmic where nothing is negative; a tick is 0.1, not 10^-1."""
     for name in names:
         if any(np.min(line.get_data(orig=False)["xy".index(name)], initial=1) < 0 for line in axes.lines):
             continue
         axes.set(**{f"{name}scale": "log"})
-        axis = axes.xaxis if name == "x" else axes.yaxis
+        axis = getattr(axes, f"{name}axis")
         low, high = axis.get_view_interval()
         axis.set_major_locator(ticks(low, high))
         axis.set_minor_formatter(NullFormatter())
@@ -120,17 +119,11 @@ def logarithmic(axes: Axes, names: str) -> None:
             axis.set_major_formatter("{x:g}")
 
 
-def checked(images: ArrayLike) -> np.ndarray:
-    """Images uint8 (N, H, W, C); ValueError for another shape or type."""
+def as_rgb(images: ArrayLike) -> np.ndarray:
+    """Images uint8 (N, H, W, C) as RGB (N, H, W, 3): the first three channels as colours, or the first as grey."""
     images = np.asarray(images)
     fits = images.dtype == np.uint8 and images.ndim == 4 and images.size
     need(fits, f"{images.dtype} images {images.shape}", "uint8 (N, H, W, C)", "convert, channels last")
-    return images
-
-
-def as_rgb(images: ArrayLike) -> np.ndarray:
-    """Images (N, H, W, C) as RGB (N, H, W, 3): the first three channels as colours, or the first as grey."""
-    images = checked(images)
     return np.broadcast_to(images[..., : 3 if images.shape[-1] >= 3 else 1], (*images.shape[:3], 3))
 
 
@@ -160,7 +153,7 @@ def image_grid(
     scale = max(1, min(fitting, largest))
     images = images.repeat(scale, 1).repeat(scale, 2)  # from here on lengths are in pixels of the figure
     (height, width), line = images.shape[1:3], 24 * any(titles)
-    sides = wrapped(sides, lines=max(1, height // 15))
+    sides = wrapped(sides, lines=max(1, height // 18))
     space = line if any(titles[:-columns] if below else titles[columns:]) else gap
     canvas = compose(images, columns, (space, gap))
     left = 14 + 9 * max(len(part) for side in sides for part in side.split("\n")) if sides else 0
@@ -204,17 +197,14 @@ def neighbours(samples: ArrayLike, nearest: ArrayLike, distances: ArrayLike) -> 
 
 
 def _tiles(coefficients: np.ndarray, labels: Texts) -> tuple[np.ndarray, np.ndarray]:
-    """Bands (S, bands, C, h, w) of stacked coefficients (S, bands * C, h, w), and a picture (h, w, 3) of each in order.
-
-    Zero is amid a scale that ends at the 99.5th percentile of |value|.
-    """
+    """Bands (S, bands, C, h, w) of coefficients (S, bands * C, h, w), and pictures of them, (S * bands, h, w, 3)."""
     shape, count = coefficients.shape, len(labels)
     fits = len(shape) == 4 and count and shape[1] % count == 0
     need(fits, f"coefficients {shape[1:]}", f"({count} x channels, h, w)", "pass a label per band")
     bands, tiles = coefficients.reshape(shape[0], count, -1, *shape[2:]), []
     for band in bands.reshape(-1, *bands.shape[2:]):
         band = band[: 3 if len(band) >= 3 else 1]
-        scaled = np.clip(band / (np.percentile(np.abs(band), 99.5) or 1) / 2 + 0.5, 0, 1)
+        scaled = np.clip(band / (np.percentile(np.abs(band), 99.5) or 1) / 2 + 0.5, 0, 1)  # zero is in the middle
         tiles.append(colormaps["RdBu_r"](scaled[0])[..., :3] if len(band) == 1 else scaled.transpose(1, 2, 0))
     return bands, np.round(255 * np.array(tiles)).astype(np.uint8)
 
@@ -227,13 +217,10 @@ def coefficient_bands(coefficients: ArrayLike, labels: Texts) -> Figure:
 
 
 def trajectory(states: ArrayLike, labels: Texts, times: Sequence[float], images: ArrayLike) -> Figure:
-    """Denoising by band: states (S, bands * C, h, w), a column per time (S,), a row per label.
-
-    The decoded images (S, H, W, C), H a multiple of h, are on top. About ten steps read best.
-    """
+    """Denoising by band: states (S, bands * C, h, w), a column per time (S,), under the decoded images (S, H, W, C)."""
     states, images = shaped("states", states, (len(times), "C", "h", "w"), "pass a state per time"), as_rgb(images)
-    tiles = _tiles(states, labels)[1].reshape(len(times), len(labels), *states.shape[2:], 3).swapaxes(0, 1)
-    tiles = np.concatenate(tiles)
+    tiles = _tiles(states, labels)[1].reshape(len(times), len(labels), *states.shape[2:], 3)
+    tiles = np.concatenate(tiles.swapaxes(0, 1))
     tiles = tiles.repeat(images.shape[1] // states.shape[2], 1).repeat(images.shape[2] // states.shape[3], 2)
     images = shaped("images", images, (len(times), *tiles.shape[1:]), "decode the states")
     titles = [f"t = {t:.4g}" for t in times] + [""] * len(tiles)

@@ -144,17 +144,8 @@ def picked(table: pd.DataFrame, settings: Sequence[Row]) -> pd.DataFrame:
     return wanted.merge(table, on=list(SETTING))
 
 
-def pareto_front(cost: Sequence[float], value: Sequence[float]) -> np.ndarray:
-    """Which of N settings no other one beats: none is at most as costly and as far off, and less in one of them."""
-    points = np.stack([np.asarray(cost, float), np.asarray(value, float)], 1)
-    no_worse, better = (points[:, None] <= points).all(-1), (points[:, None] < points).any(-1)  # [i, j]: i than j
-    return np.logical_not((no_worse & better).any(0))
-
-
 def fewest_steps(table: pd.DataFrame, reference: Row | pd.Series, metric: str) -> list[Row]:
-    """A row per solver: the fewest steps from which on its interval's lower end is not above the reference's upper end,
-    and how many times cheaper they are.
-    """
+    """By solver, the fewest steps from which on its interval reaches down to the reference's, and what they save."""
     found = []
     for solver, group in table.groupby("solver", sort=False):
         group = group.sort_values("steps", ascending=False)
@@ -183,9 +174,8 @@ def by_band(coefficients: Tensor, bands: int) -> np.ndarray:
 
 @torch.no_grad()
 def along_trajectory(pipeline: WaveletPipeline, count: int, steps: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """What the network sees at each of its S evaluations while `count` images are drawn: `times` (S,), and by band in
-    root mean squares (S, bands): `signal` and `noise` by its own estimate, and `change`, that estimate's distance from
-    the result, relative to the result.
+    """What the network sees at its S evaluations while `count` images are drawn: `times` (S,), and by band (S, bands)
+    root mean squares of `signal` and `noise` by its own estimate, and of the `change` to come, relative to the result.
     """
     bands, seen = len(pipeline.codec.bands()), []
     with pipeline.backbone.register_forward_hook(lambda network, inputs, out: seen.append((*inputs[:2], out.sample))):

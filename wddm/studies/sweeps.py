@@ -33,10 +33,7 @@ def differences(runs: Sequence[Any]) -> pd.DataFrame:
 
 
 def everything(runs: Sequence[Any], metric: str) -> pd.DataFrame:
-    """A row per run: its name and variant, the parameters that differ, the seed, metrics and timings.
-
-    ValueError for fewer than two runs, and for a metric that none of them has.
-    """
+    """A row per run: name, variant, parameters that differ, seed, metrics, timings. ValueError if nothing compares."""
     if len(runs) < 2:
         raise ValueError(f"got {len(runs)} finished run, {runs[0].name}, wanted two or more to compare: name others")
     if all(run.metrics.get(metric) is None for run in runs):
@@ -95,10 +92,7 @@ def learning(root: Path, table: pd.DataFrame, key: str) -> pd.DataFrame:
 
 
 def reaching(curves: pd.DataFrame, key: str, reference: str, over: str = "kimg") -> list[dict[str, Any]]:
-    """The kimg, or seconds, after which all seeds of a variant are as near as the reference is in the end on average.
-
-    An upper bound: between two measurements nothing is known.
-    """
+    """After how many kimg, or seconds, all seeds of a variant are as near as the reference in the end, at most."""
     by_variant = dict(iter(curves.groupby("variant", sort=False)))
     check_choice("reference", reference, by_variant)
     last, rows = by_variant[reference].iloc[-1], []
@@ -121,15 +115,6 @@ def with_compute(root: Path, table: pd.DataFrame) -> pd.DataFrame:
     """The table with the operations of a forward pass per image, and of the whole training, of every run."""
     flops = [forward_flops(load_backbone(root / "runs" / run / "pipeline" / "backbone")) for run in table.run]
     return table.assign(forward_flops=flops, train_flops=PASSES * np.array(flops) * table.train_images)
-
-
-def spending(table: pd.DataFrame) -> pd.DataFrame:
-    """Of a table with compute: each variant's network, what a forward pass and the training took, and how fast."""
-    groups = table.groupby("variant", sort=False)
-    found = pd.DataFrame({"runs": groups.size(), "parameters": groups.parameters.first()})
-    found["GFLOP/image"], found["kimg"] = groups.forward_flops.first() / 1e9, groups.train_images.mean() / 1000
-    found["images/s"], found["TFLOP"] = groups.train_images_per_s.median(), groups.train_flops.mean() / 1e12
-    return found.assign(relative=found.TFLOP / found.TFLOP.iloc[0]).reset_index()
 
 
 def packets(root: Path, table: pd.DataFrame, reference: Dataset, level: int, seed: int = 0) -> pd.DataFrame:
