@@ -176,7 +176,7 @@ def test_images_from_elsewhere_are_scored(root, samples, digits, monkeypatch, no
         (["--reference", "digits", "--output", "{0}"], "wanted a file that can be written"),
         (["--reference", "digits", "--device", "bogus"], "got --device bogus, wanted cpu"),
         (["--reference", "digits", "--device", "cuda:77"], "got --device cuda:77, wanted cpu"),
-        (["--reference", "digits", "--seed", "-1"], "-1 is not in the range"),
+        (["--reference", "digits", "--seed", "-1"], "got -1 for '--seed', wanted 0"),
         (["--reference", "digits", "--images", "{0}/empty.npy"], "empty.npy, which cannot be read"),
         (["--reference", "digits", "--images", "{0}/none.npy"], "none.npy of uint8 (0, 16, 16, 1), wanted uint8"),
         (["--reference", "digits", "--images", "{0}/floats.npy"], "floats.npy of float64 (40, 16, 16, 1), wanted"),

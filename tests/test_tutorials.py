@@ -167,7 +167,7 @@ def test_a_codec_with_a_wrong_sign_is_noticed(root) -> None:
 @pytest.mark.slow
 def test_they_are_a_report_too(root) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "wddm", "run", "params/tutorials.yaml", "-p", "train_kimg=0.64"]
+    command = [sys.executable, "-m", "wddm", "run", "params/tutorials.yaml", "-p", "train_kimg=0.64", "-p", "kimg=0.64"]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in NAMES:

@@ -111,7 +111,7 @@ def parse_parameters(source: str, where: str) -> dict[str, Parameter]:
     """name -> Parameter of the source of a `parameters` cell; `where` begins the error messages."""
     try:
         statements = ast.parse(source).body
-        parsed = [_parse_line(one, source) for one in statements if not re.match(r"['\"]", ast.unparse(one))]  # no docstring
+        parsed = [_parse_line(one, source) for one in statements if not re.match(r"['\"]", ast.unparse(one))]
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{where}: parameters cell: {error}") from None
     return {parameter.name: parameter for parameter in parsed}
