@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import fields
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from wddm import checkpoints
+from wddm import checkpoints, cli
 from wddm.backbones import build_backbone
 from wddm.checkpoints import Interrupted, Stop, difference
 from wddm.metrics import frechet_wavelet_distance
@@ -366,11 +367,14 @@ def test_a_step_that_is_cut_in_half_is_done_again_whole(tmp_path) -> None:
     assert whole == cut
 
 
-def test_a_notebook_shows_the_line_of_an_interrupt_alone(capsys) -> None:
+def test_a_notebook_and_a_terminal_show_the_line_of_an_interrupt_alone(capsys, monkeypatch) -> None:
     shell = InteractiveShell()
     shell.run_cell("from wddm.checkpoints import Interrupted\nraise Interrupted('checkpoint 3 is kept')")
     out = capsys.readouterr().out
     assert out.strip() == "checkpoint 3 is kept"
+    monkeypatch.setattr(cli, "experiments_of", Mock(side_effect=Interrupted("checkpoint 3 is kept")))
+    assert cli.main(["train", "x.yaml"]) == 130
+    assert capsys.readouterr().err.strip() == "wddm: checkpoint 3 is kept"
 
 
 def test_interrupts_are_python_s_own_again_afterwards() -> None:

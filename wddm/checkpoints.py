@@ -36,8 +36,7 @@ Tensors = dict[str, dict[str, Tensor]]
 def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], name: str | None = None) -> None:
     """Write the checkpoint of `step`: a safetensors file per entry of `tensors`, and `state` as JSON.
 
-    One with a `name` is kept apart from those of the steps, of which the last two stay. OSError: it could not be
-    written, for want of room perhaps; the earlier ones stay.
+    One with a `name` is kept apart from those of the steps, of which the last two stay. OSError: it was not written.
     """
     try:
         with written_aside(folder / (name or f"step-{step:08d}")) as aside:
@@ -49,11 +48,9 @@ def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], name:
             state = {"step": step, "code": code(), **state, "sha256": checksums}
             (aside / "state.json").write_text(json.dumps(state, indent=1))
     except (OSError, SafetensorError) as error:
-        kept = listed(folder)
-        raise OSError(
-            f"got {error} while writing the checkpoint of step {step} to {folder}, wanted room for it: free some and "
-            f"start again; {f'{kept[-1].name} is kept' if kept else 'there is none before it'}"
-        ) from error
+        kept, got = listed(folder), f"got {error} while writing the checkpoint of step {step} to {folder}"
+        left = f"{kept[-1].name} is kept" if kept else "there is none before it"
+        raise OSError(f"{got}, wanted room for it: free some and start again; {left}") from error
     for old in listed(folder)[:-KEEP]:
         shutil.rmtree(old)
 
@@ -88,10 +85,8 @@ def take_up(
     longer = extend and before["train_kimg"] < settings["train_kimg"]
     changed = difference(before | ({"train_kimg": settings["train_kimg"]} if longer else {}), settings)
     if changed and not (finished and restart):
-        raise ValueError(
-            f"got other settings than {run} began with ({changed}), wanted the same: set them back, give the run "
-            "another name, or, for more train_kimg alone, --extend it"
-        )
+        remedy = "set them back, give the run another name, or, for more train_kimg alone, --extend it"
+        raise ValueError(f"got other settings than {run} began with ({changed}), wanted the same: {remedy}")
     same_code = state["code"] == code()
     if not changed and finished and not longer and not same_code:
         changed = "the code"
@@ -137,9 +132,8 @@ def reserved(folder: Path) -> AcquireReturnProxy:
     try:
         return FileLock(folder / ".training.lock", timeout=0, thread_local=False, is_singleton=True).acquire()
     except Timeout:
-        raise ValueError(
-            f"got {folder}, where another process trains, wanted one at a time: wait, stop it, or name another run"
-        ) from None
+        remedy = "wait, stop it, or name another run"
+        raise ValueError(f"got {folder}, where another process trains, wanted one at a time: {remedy}") from None
 
 
 class Interrupted(KeyboardInterrupt):

@@ -245,5 +245,5 @@ def main(arguments: list[str] | None = None) -> int:
         print(*(f"wddm: {line}" for line in message.splitlines()), sep="\n", file=sys.stderr)
         return 2 if isinstance(error, click.ClickException | ValueError) else 1
     except (KeyboardInterrupt, click.Abort) as error:
-        print(f"wddm: {error}" if str(error) else "wddm: stopped", file=sys.stderr)
+        print(f"wddm: {str(error.__cause__ or error) or 'stopped'}", file=sys.stderr)  # click wraps the one we raise
         return 130
