@@ -84,10 +84,9 @@ def read_notebook(path: Path) -> dict:
 
 
 def read_schema(path: Path) -> dict[str, Parameter]:
-    """name -> Parameter of one notebook.
+    """name -> Parameter of one notebook; ValueError where no cell of one that reports on a run uses a parameter.
 
-    ValueError: it has no such cell; or, where it reports on a run, a parameter that no other of its cells uses, so that
-    its page would show a value that changed nothing. (`experiment` refuses what it does not take.)
+    Its page would show a value that changed nothing. (`experiment` refuses what it does not take.)
     """
     notebook = read_notebook(path)
     cell = tagged(notebook, "parameters")
@@ -111,7 +110,7 @@ def parse_parameters(source: str, where: str) -> dict[str, Parameter]:
     """name -> Parameter of the source of a `parameters` cell; `where` begins the error messages."""
     try:
         statements = ast.parse(source).body
-        parsed = [_parse_line(one, source) for one in statements if not re.match(r"['\"]", ast.unparse(one))]  # no docstring
+        parsed = [_parse_line(one, source) for one in statements if ast.unparse(one)[0] not in "'\""]  # a docstring
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{where}: parameters cell: {error}") from None
     return {parameter.name: parameter for parameter in parsed}
