@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wddm.workbook.parameters import Parameter, merge_schemas, read_schema
-from wddm.workbook.strict import parse, read_yaml
+from wddm.workbook.parameters import Parameter, merge_schemas, parse, read_schema, read_yaml
 
 RUN_NAME = re.compile(r"(?!.*\.(html|md)$)[A-Za-z0-9_][A-Za-z0-9._=+-]{0,199}")  # reports/ has an index.html
 SETTINGS = ("notebooks", "sweep", "summary")  # keys of a YAML that are not parameters

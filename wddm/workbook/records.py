@@ -18,7 +18,7 @@ from typing import Any
 
 from wddm.files import Digests, whole
 from wddm.workbook import lock
-from wddm.workbook.strict import read_yaml
+from wddm.workbook.parameters import read_yaml
 
 MAKERS = {"data": "01_prepare", "pipeline": "02_train", "samples": "03_sample", "metrics": "04_evaluate"}
 
