@@ -201,7 +201,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         problem = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise ValueError(f"{path}: cannot be read ({problem})") from None
     if len(content) > MOST_BYTES:
-        raise ValueError(f"{path}: got more than {MOST_BYTES:,} bytes, wanted one `key: value` per line: give a smaller file")
+        raise ValueError(f"{path}: got more than {MOST_BYTES:,} bytes, wanted one `key: value` per line: shorten it")
     values = {} if (values := parse(text, str(path))) is None else values
     if not isinstance(values, dict):
         raise ValueError(f"{path}: got a {type(values).__name__}, wanted one `key: value` per line")
