@@ -40,10 +40,6 @@ def command(root: Path, run: str, *options: str, launcher: tuple[str, ...] = ())
     return [sys.executable, "-m", *launcher, "wddm", *words]
 
 
-def train(root: Path, run: str, *options: str, **launch) -> subprocess.CompletedProcess:
-    return subprocess.run(command(root, run, *options, **launch), env=ALONE, cwd=ROOT, capture_output=True, text=True)
-
-
 def left(folder: Path) -> dict:
     """The bytes of the checkpoints and the pipeline, and the log without what varies."""
     files = [
@@ -68,11 +64,12 @@ for line in sys.stdin:
 
 @pytest.mark.slow
 def test_killed_25_times_it_ends_with_the_bytes_of_a_run_left_alone(root) -> None:
-    assert train(root, "alone").returncode == 0
-    wanted = left(root / "runs" / "alone")
-    assert len(wanted["log"]) == 12 and {"checkpoints/best/state.json", "pipeline/model_index.json"} <= wanted.keys()
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     server = subprocess.Popen([sys.executable, "-c", SERVER], env=ALONE, cwd=ROOT, **pipes)
+    print(*command(root, "alone")[3:], file=server.stdin, flush=True)
+    assert int(server.stdout.readline()) and int(server.stdout.readline()) == 0
+    wanted = left(root / "runs" / "alone")
+    assert len(wanted["log"]) == 12 and {"checkpoints/best/state.json", "pipeline/model_index.json"} <= wanted.keys()
     dice, kills, moments = random.Random(0), 0, set()
     checkpoints, words = root / "runs" / "killed" / "checkpoints", command(root, "killed")[3:]
     for attempt in range(200):
@@ -103,8 +100,10 @@ def test_killed_25_times_it_ends_with_the_bytes_of_a_run_left_alone(root) -> Non
 def test_two_processes_lose_what_one_loses(root) -> None:
     """At equal total batch; were the gradients of the two not averaged, they would drift apart within a few steps."""
     options = ("-p", "dropout=0", "-p", "train_kimg=0.64")
-    assert train(root, "one", *options).returncode == 0
-    done = train(root, "two", *options, launcher=launcher())
+    assert main(command(root, "one", *options)[3:]) == 0
+    done = subprocess.run(
+        command(root, "two", *options, launcher=launcher()), env=ALONE, cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("is trained") == 1 and done.stdout.count("| 0/640") == 1
     one, two = (read_log(root / "runs" / name) for name in ("one", "two"))

@@ -425,7 +425,12 @@ def launched(root, monkeypatch) -> list[str]:
         )
         return ("failed", "ValueError: no") if (root / f"fail-{source.stem}").exists() else ("ok", None)
 
+    def render(folder, name):
+        (folder / f"{name}.html").touch()
+        return folder / f"{name}.html"
+
     monkeypatch.setattr(kernel, "execute", execute)
+    monkeypatch.setattr(runner, "render", render)
     monkeypatch.setattr(cli, "preflight", lambda experiment: None)  # it knows the parameters of the real notebooks
     return names
 

@@ -29,13 +29,11 @@ from wddm.workbook import records
 from wddm.workbook.experiments import check_run_name, load_experiments
 from wddm.workbook.parameters import checked
 from wddm.workbook.records import collect, run_data_folder
-from wddm.workbook.report import WIDGET, format_table, write_index
+from wddm.workbook.report import WIDGET, format_table
+from wddm.workbook.report import write_index as write_index
 from wddm.workbook.runner import run
 
-__all__ = [
-    "Run", "collect", "find_root", "live", "load_experiments", "open_run", "progress", "run", "run_data_folder",
-    "write_index",
-]  # fmt: skip
+__all__ = ["Run", "collect", "live", "load_experiments", "open_run", "progress", "run", "run_data_folder"]
 
 
 def find_root(start: Path | None = None) -> Path:
@@ -81,10 +79,7 @@ class Run:
         records.write_entry(self.root, self.name, name, entry)
 
     def made(self, name: str, path: Path, *, shared: bool = False, **facts: Any) -> None:
-        """Record what this notebook has made, by its content, from what it took and with which parameters.
-
-        `shared`: others write into that file too, so its content is not held to.
-        """
+        """Record what this notebook has made, by content (but where others write it too: `shared`), and from what."""
         known = records.digests(self.root)
         entry = {"by": self.notebook, "parameters": self.parameters, "from": self.sources, **facts}
         place = path.relative_to(self.root) if path.is_relative_to(self.root) else path
@@ -107,10 +102,7 @@ class Run:
             pyplot.close(figure)
 
     def explore(self, draw: Callable[..., Any], name: str, caption: str, **controls: Any) -> None:
-        """Show the figure draw(**values) of the controls' values, drawn anew whenever one of these widgets moves.
-
-        Where no widget can live (a report, a notebook that was only opened) there is the first figure.
-        """
+        """Show the figure draw(**values) of the controls' values, drawn anew when one of these widgets moves."""
         from ipywidgets import HBox, Image, VBox
 
         picture = Image()
@@ -163,13 +155,11 @@ class Run:
 def open_run(run: str, notebook: str = "", namespace: Mapping[str, Any] | None = None) -> Run:
     """The run called `run` of the workbook around the current folder; runs/<run>/ exists afterwards.
 
-    notebook: which notebook works on it, below notebooks/ and without .ipynb: "02_train", "analysis/compare".
-    namespace: `globals()` of that notebook, for the values of its parameters. The current folder becomes the
-    workbook's root, where relative paths in parameters start.
+    notebook, namespace: which one works on it, e.g. "02_train" or "analysis/compare", and its `globals()`, for the
+    values of its parameters; the root, where relative paths in these start, becomes the current folder.
     ValueError: a name that no folder can have, a parameter of a wrong type.
     """
-    root = find_root()
-    parameters = {}
+    root, parameters = find_root(), {}
     if notebook and namespace is not None:
         parameters = checked(root / "notebooks" / f"{notebook}.ipynb", namespace)
         os.chdir(root)

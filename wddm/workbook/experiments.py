@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wddm.workbook.parameters import Parameter, merge_schemas, read_schema
-from wddm.workbook.strict import parse, read_yaml
+from wddm.workbook.parameters import Parameter, merge_schemas, parse, read_schema, read_yaml
 
 RUN_NAME = re.compile(r"(?!.*\.(html|md)$)[A-Za-z0-9_][A-Za-z0-9._=+-]{0,199}")  # reports/ has an index.html
 SETTINGS = ("notebooks", "sweep", "summary")  # keys of a YAML that are not parameters
@@ -125,7 +124,7 @@ def _combinations(sweep: Any, fixed: dict, where: Path) -> list[dict[str, Any]]:
     if not isinstance(sweep, dict) or not all(each and isinstance(each, list) for each in sweep.values()):
         raise ValueError(f"{where}: sweep: wanted lists of values, e.g. sweep: {{level: [0, 1, 2]}}")
     if both := sorted({"run", *fixed} & set(sweep)):
-        raise ValueError(f"{where}: sweep: {', '.join(both)} cannot be swept and fixed at once")
+        raise ValueError(f"{where}: sweep: got {', '.join(both)} swept and fixed at once, wanted one: remove the other")
     if (runs := math.prod(map(len, sweep.values()))) > MOST:
         raise ValueError(f"{where}: sweep: got {runs} combinations, wanted {MOST} at most: give fewer values")
     return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]

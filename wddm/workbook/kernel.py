@@ -65,23 +65,17 @@ def stop_on_signals() -> Iterator[Stop]:
 
 @dataclass(frozen=True)
 class Job:
-    """A notebook to execute: where it is and goes (relative to the root), with what, and what its kernel does first.
+    """A notebook to execute."""
 
-    `held` are file descriptors that the kernel inherits: a lock that it holds for as long as it lives.
-    """
-
-    source: Path
+    source: Path  # relative to the root, as target
     target: Path
     parameters: dict[str, Any]
-    first: str = ""
-    held: tuple[int, ...] = ()
+    first: str = ""  # what the kernel does first
+    held: tuple[int, ...] = ()  # descriptors of locks, which the kernel holds for as long as it lives
 
 
 def execute(job: Job, stop: Stop) -> tuple[str, str | None]:
-    """Run a notebook from the root, which is the current folder, where its kernel works too.
-
-    Returns the state it ended in, "ok", "failed" or "killed", and the error as one line or None.
-    """
+    """Run a notebook from the root, the current folder; "ok", "failed" or "killed", and the error as one line."""
     from nbclient.exceptions import DeadKernelError
     from papermill.engines import papermill_engines
     from papermill.exceptions import PapermillExecutionError
@@ -109,8 +103,8 @@ def execute(job: Job, stop: Stop) -> tuple[str, str | None]:
 def _engine(job: Job, stop: Stop) -> type:
     """A papermill engine whose kernel is this interpreter, and whose client heeds `stop`."""
     from jupyter_client import AsyncKernelManager
+    from jupyter_client.connect import jupyter_runtime_dir
     from jupyter_client.kernelspec import KernelSpecManager
-    from jupyter_core.paths import jupyter_runtime_dir
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine
 

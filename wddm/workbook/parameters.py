@@ -7,6 +7,9 @@ The cell tagged `parameters` of a notebook is its schema, one line per parameter
 
 Types are str, int, float, bool, list[T] and `T | None`. A comment explains, it decides nothing: which values are
 allowed is up to the code that takes them.
+
+Their values come from YAML, read strictly: YAML 1.1 takes 010 for 8, 1:30 for 90 and 2024-01-01 for a date, keeps the
+last of two equal keys, and lets a few lines stand for gigabytes. All that is refused.
 """
 
 import ast
@@ -18,9 +21,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+from yaml.constructor import ConstructorError
+
 TYPES = {"str": (str, "name"), "int": (int, 1), "float": (float, 0.1), "bool": (bool, True)}  # and an example
 TYPE = re.compile(r"(?P<list>list\[)?(?P<item>str|int|float|bool)(?(list)\])(?P<none> \| None)?")
 EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")  # which papermill's YAML reads as a string
+MOST_BYTES = 100_000  # bytes of a file
+DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9]{0,18}|[0-9]*\.[0-9]*([eE][-+][0-9]+)?|\.(?i:inf|nan))")
 
 
 @dataclass(frozen=True)
@@ -84,10 +92,9 @@ def read_notebook(path: Path) -> dict:
 
 
 def read_schema(path: Path) -> dict[str, Parameter]:
-    """name -> Parameter of one notebook.
+    """name -> Parameter of one notebook; ValueError where no cell of one that reports on a run uses a parameter.
 
-    ValueError: it has no such cell; or, where it reports on a run, a parameter that no other of its cells uses, so that
-    its page would show a value that changed nothing. (`experiment` refuses what it does not take.)
+    Its page would show a value that changed nothing. (`experiment` refuses what it does not take.)
     """
     notebook = read_notebook(path)
     cell = tagged(notebook, "parameters")
@@ -111,7 +118,7 @@ def parse_parameters(source: str, where: str) -> dict[str, Parameter]:
     """name -> Parameter of the source of a `parameters` cell; `where` begins the error messages."""
     try:
         statements = ast.parse(source).body
-        parsed = [_parse_line(one, source) for one in statements if not re.match(r"['\"]", ast.unparse(one))]
+        parsed = [_parse_line(one, source) for one in statements if ast.unparse(one)[0] not in "'\""]  # a docstring
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{where}: parameters cell: {error}") from None
     return {parameter.name: parameter for parameter in parsed}
@@ -145,3 +152,57 @@ def merge_schemas(notebooks: tuple[Path, ...]) -> dict[str, Parameter]:
                 shown = f"{name} is `{first.type} = {first.default!r}` in {owner} but `{one.type} = {one.default!r}`"
                 raise ValueError(f"{shown} in {path.name}; make them one")
     return {name: one for name, (one, _) in merged.items()}
+
+
+class Loader(yaml.SafeLoader):
+    """SafeLoader without anchors, aliases, tags, keys given twice and numbers that can be misread."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()
+        if event.anchor or getattr(event, "tag", None):
+            problem = "got an anchor (&), alias (*) or tag (!), wanted the value itself: write it out, or quote it"
+            raise ConstructorError(None, None, problem, event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                problem = f"got {key.value!r:.60} twice, wanted it once: remove one of them"
+                raise ConstructorError(None, None, problem, key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep=deep)
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        if node.tag.endswith((":int", ":float", ":timestamp")) and not DECIMAL.fullmatch(node.value):
+            problem = "wanted plain decimal digits, 19 at most, if it is a number: else quote it"
+            raise ConstructorError(None, None, f"got {node.value:.60}, {problem}", node.start_mark)
+        return super().construct_object(node, deep=deep)
+
+
+def parse(text: str, where: str) -> Any:
+    """The value that a text holds; ValueError, one line that begins with `where`."""
+    try:
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        problem += "" if "wanted" in problem else ", wanted one `key: value` per line"
+        raise ValueError(f"{where}: is not valid YAML ({f'line {mark.line + 1}: ' if mark else ''}{problem})") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file of parameters; ValueError, one line, for anything else."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        text = content[:MOST_BYTES].decode()
+    except (OSError, UnicodeDecodeError) as error:
+        problem = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise ValueError(f"{path}: got a file that cannot be read ({problem}), wanted a YAML of parameters: give another") from None
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{path}: got more than {MOST_BYTES:,} bytes, wanted one `key: value` per line: shorten it")
+    values = {} if (values := parse(text, str(path))) is None else values
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: got a {type(values).__name__}, wanted one `key: value` per line")
+    return {str(key): value for key, value in values.items()}

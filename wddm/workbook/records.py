@@ -18,7 +18,7 @@ from typing import Any
 
 from wddm.files import Digests, whole
 from wddm.workbook import lock
-from wddm.workbook.strict import read_yaml
+from wddm.workbook.parameters import read_yaml
 
 MAKERS = {"data": "01_prepare", "pipeline": "02_train", "samples": "03_sample", "metrics": "04_evaluate"}
 
@@ -70,10 +70,7 @@ def write_entry(root: Path, run: str, name: str, entry: dict[str, Any]) -> None:
 
 
 def taken(root: Path, run: str, name: str, known: Digests) -> dict[str, Any]:
-    """The entry of something that a run made, if it is finished, unchanged, and made from what the run holds now.
-
-    ValueError: in one line what is wrong with it, and which notebook mends that.
-    """
+    """What a run made, if it is finished, unchanged, and made from what the run holds now; else ValueError."""
     record, maker = read_record(root, run), MAKERS.get(name, name)
     remedy = f"run {maker} of this run again"
     if (entry := record.get(name)) is None:

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from wddm.workbook.experiments import pipeline_notebooks
-from wddm.workbook.parameters import parse_parameters, read_schema, tagged
+from wddm.workbook.parameters import parse_parameters, read_schema, read_yaml, tagged
 from wddm.workbook.records import read_json, read_status, write_text
-from wddm.workbook.strict import read_yaml
 
 TEMPLATES = Path(__file__).parent / "templates"
 PROGRESS_LINE = re.compile(r"(?m)^.*\[(\d+:)?\d\d:\d\d[<,].*\n?")  # with tqdm's [elapsed<remaining, rate]

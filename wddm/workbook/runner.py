@@ -35,10 +35,9 @@ def run(
 ) -> int:  # fmt: skip
     """Run every experiment, `jobs` at a time, and then the summaries; one that fails does not stop the others.
 
-    `only` and `start` choose notebooks by name, with or without the number; the summary's come after those of the
-    sweep. `preflight(experiment)` may refuse, by ValueError, one of which something is going to run; nothing has run
-    then. `held`: the lock of the run, where the process that started this one has it. Returns 0 ok, 1 a notebook
-    failed, 130 interrupted. ValueError, too, where runs/ and reports/ cannot be written.
+    `only` and `start` choose notebooks by name, with or without the number. `preflight(experiment)` may refuse, by
+    ValueError, one of which something is going to run, before anything has. `held`: the lock of the run, where the
+    process that started this one has it. Returns 0 ok, 1 a notebook failed, 130 interrupted.
     """
     names = [experiment.run for experiment in experiments]
     if twins := sorted({name for name in names if names.count(name) > 1}):
@@ -234,10 +233,7 @@ def _choose(experiments: list[Experiment], only: str | None, start: str | None) 
 
 
 def _run_as_process(task: Task, stop: kernel.Stop) -> int:
-    """Run a task by `wddm run` in a process of its own, its lines marked with the run's name.
-
-    It inherits the lock of its run, and stops gently when its standard input ends, as it does when this process dies.
-    """
+    """Run a task by `wddm run` in a process of its own, which stops gently when its standard input ends."""
     if stop.requested:
         return 130
     write_parameters(task.experiment, task.folder / "params.yaml")
