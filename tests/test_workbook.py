@@ -158,7 +158,7 @@ def test_values_are_converted(root, text, name, value):
         ("run: ..", "run: got '..', wanted a plain folder name of letters, digits and . _ = + -"),
         ("- 1", "got a list, wanted one `key: value` per line"),
         ("sweep: [1]", "sweep: wanted lists of values, e.g. sweep: {level: [0, 1, 2]}"),
-        ("level: 1\nsweep: {level: [1]}", "sweep: level cannot be swept and fixed at once"),
+        ("level: 1\nsweep: {level: [1]}", "sweep: got level swept and fixed at once, wanted one"),
         ("notebooks: [zzz]", "notebooks: there is no 'zzz'; known: 01_prepare, 02_train"),
         ("notebooks: [02_tran]", "notebooks: there is no '02_tran', did you mean '02_train'?"),
         (
@@ -233,7 +233,7 @@ BAD_YAML = [  # what the file holds, and what the one line says of it
     ("sweep: 3", "sweep: wanted lists of values"),
     ("sweep: {level: 3}", "sweep: wanted lists of values"),
     ("sweep: {level: []}", "sweep: wanted lists of values"),
-    ("sweep: {run: [a, b]}", "sweep: run cannot be swept and fixed at once"),
+    ("sweep: {run: [a, b]}", "sweep: got run swept and fixed at once, wanted one"),
     ("sweep: {level: [1, a]}", "level: got 'a' (str), wanted int"),
     (f"sweep: {{level: {[*range(99)]}, seed: {[*range(99)]}}}", "got 9801 combinations, wanted 1000 at most"),
     ("sweep: {levels: [" + ", ".join(f"{[*range(k)]}" for k in (1, 200)) + "]}", "200 at most"),
@@ -363,7 +363,11 @@ def test_saved_parameters_repeat_the_run(root):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "params/none.yaml"], "wddm: params/none.yaml: cannot be read (No such file or directory)\n"),
+        (
+            ["run", "params/none.yaml"],
+            "wddm: params/none.yaml: got a file that cannot be read (No such file or directory), wanted a YAML of "
+            "parameters: give another\n",
+        ),
         (
             ["run", "params/x.yaml", "-p", "levl=1"],
             "wddm: -p: unknown parameter 'levl', did you mean 'level'?\n",

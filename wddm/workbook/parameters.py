@@ -199,7 +199,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = content[:MOST_BYTES].decode()
     except (OSError, UnicodeDecodeError) as error:
         problem = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise ValueError(f"{path}: got a file that cannot be read ({problem}), wanted a YAML of parameters: give another") from None
+        wanted = "wanted a YAML of parameters: give another"
+        raise ValueError(f"{path}: got a file that cannot be read ({problem}), {wanted}") from None
     if len(content) > MOST_BYTES:
         raise ValueError(f"{path}: got more than {MOST_BYTES:,} bytes, wanted one `key: value` per line: shorten it")
     values = {} if (values := parse(text, str(path))) is None else values
