@@ -16,9 +16,9 @@ import threading
 import traceback
 from typing import Any
 
-IMPORTED = (
-    "wddm.experiment", "wddm.sampling", "wddm.cli", "wddm.plots.charts", "wddm.metrics.scores", "wddm.metrics.inception",
-    "wddm.metrics.frechet", "wddm.studies.sampling", "papermill.execute", "papermill.cli", "nbclient", "nbconvert",
+IMPORTED = (  # by commands and notebooks
+    "wddm.experiment", "wddm.sampling", "wddm.cli", "wddm.plots.charts", "wddm.metrics.scores",
+    "wddm.metrics.inception", "wddm.studies.sampling", "papermill.execute", "papermill.cli", "nbclient", "nbconvert",
     "ipykernel.kernelapp", "ipykernel.zmqshell", "ipywidgets", "pandas", "seaborn", "sklearn.datasets",
     "sklearn.neighbors", "sklearn.linear_model", "scipy.stats",
 )  # fmt: skip

@@ -271,7 +271,7 @@ def test_other_hands_at_every_stage_are_noticed(root) -> None:
     (root / "params/other.yaml").write_text(yaml.safe_dump(
         {"run": "hands", "level": 2, "seed": 1, "train_kimg": 0.16, "batch_size": 32, "widths": [8], "preview_kimg": 0}
     ))  # fmt: skip
-    words = "out.ipynb -f params/other.yaml -k python3".split()
+    words = ["out.ipynb", "-f", "params/other.yaml", "-k", "python3"]
     other = as_process("papermill", "notebooks/02_train.ipynb", *words, root=root)
     assert other.returncode == 0, other.stderr
     refused = run("--only", "sample")

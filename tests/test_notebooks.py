@@ -17,7 +17,7 @@ from conftest import ROOT, as_process, wddm
 NAMES = ("01_prepare", "02_train", "03_sample", "04_evaluate")
 TINY = {
     "train_kimg": 3.2, "warmup_kimg": 0.1, "widths": "[8, 16]", "checkpoint_kimg": 64, "batch_size": 16,
-    "num_samples": 40, "sampling_steps": 3, "preview_kimg": 1.6,
+    "num_samples": 40, "sampling_steps": 3, "preview_kimg": 1.6, "limit": 400,
 }  # fmt: skip
 
 
