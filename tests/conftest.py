@@ -1,10 +1,13 @@
 """Shared fixtures: reference outputs and real images where they are at hand, else the tests that need them skip."""
 
+import json
 import os
+import select
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -33,11 +36,40 @@ def launcher() -> list[str]:
     return ["accelerate.commands.launch", "--config_file", config, "--main_process_port", port, "-m"]
 
 
+SERVERS: list[subprocess.Popen] = []
+
+
+def as_process(
+    module: str, *words: object, root: Path, timeout: float = 900, **environment: str
+) -> subprocess.CompletedProcess:
+    """`python -m module words...` in a folder, as a fork: see forks.py."""
+    if not SERVERS:
+        alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+        alone |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # threads do not live in forks
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        SERVERS.append(subprocess.Popen([sys.executable, str(ROOT / "tests/forks.py")], env=alone, **pipes))
+    (server,) = SERVERS
+    with tempfile.TemporaryDirectory() as folder:
+        streams = [Path(folder, name) for name in ("stdout", "stderr")]
+        request = {"module": module, "words": [*map(str, words)], "folder": str(root), "environment": environment}
+        print(json.dumps(request | {"streams": [*map(str, streams)]}), file=server.stdin, flush=True)
+        if not select.select([server.stdout], [], [], timeout)[0]:
+            SERVERS.remove(server)
+            server.kill()
+            raise subprocess.TimeoutExpired([module, *words], timeout)
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess([module, *words], code, *(path.read_text() for path in streams))
+
+
+def pytest_sessionfinish() -> None:
+    for server in SERVERS:
+        server.communicate()
+
+
 def wddm(root: Path, *arguments: str, **parameters: object) -> subprocess.CompletedProcess:
     """`wddm` in a workbook, parameters given with -p."""
     options = [word for name, value in parameters.items() for word in ("-p", f"{name}={value}")]
-    command = [sys.executable, "-m", "wddm", *arguments, *options]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=900)
+    return as_process("wddm", *arguments, *options, root=root)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, wddm
+from conftest import ROOT, as_process, wddm
 from local_data import png_folder
 from test_workbook import SECOND, wait_for, write_notebook
 
@@ -271,8 +271,8 @@ def test_other_hands_at_every_stage_are_noticed(root) -> None:
     (root / "params/other.yaml").write_text(yaml.safe_dump(
         {"run": "hands", "level": 2, "seed": 1, "train_kimg": 0.16, "batch_size": 32, "widths": [8], "preview_kimg": 0}
     ))  # fmt: skip
-    command = [sys.executable, "-m", "papermill", "notebooks/02_train.ipynb", "out.ipynb", "-f", "params/other.yaml"]
-    other = subprocess.run([*command, "-k", "python3"], cwd=root, capture_output=True, text=True, timeout=300)
+    words = ["out.ipynb", "-f", "params/other.yaml", "-k", "python3"]
+    other = as_process("papermill", "notebooks/02_train.ipynb", *words, root=root)
     assert other.returncode == 0, other.stderr
     refused = run("--only", "sample")
     assert refused.returncode == 2 and "02_train ran with other parameters (" in refused.stderr
@@ -295,7 +295,6 @@ def test_other_hands_at_every_stage_are_noticed(root) -> None:
     assert yaml.safe_load((root / "reports/hands/params.yaml").read_text())["train_kimg"] == 0.32
 
     weights.write_bytes(kept[0][:-4] + b"\0\0\0\0")
-    command[3:5] = "notebooks/03_sample.ipynb", "out.ipynb"
     (root / "params/other.yaml").write_text("run: hands\n")
-    other = subprocess.run([*command, "-k", "python3"], cwd=root, capture_output=True, text=True, timeout=300)
+    other = as_process("papermill", "notebooks/03_sample.ipynb", *words, root=root)
     assert other.returncode != 0 and "which is not what 02_train left there" in other.stderr

@@ -260,6 +260,12 @@ def test_training_curves_show_the_rows():
     assert loss.get_yscale() == "log" and "thousands" in loss.get_xlabel()
 
 
+def test_training_curves_leave_aside_what_else_was_logged():
+    """The rows of a log hold dicts too: a loss per part of the times."""
+    curves = plots.training_curves([row | {"loss_by_snr": {"low": 0.1}} for row in ROWS]).axes[0].lines[1]
+    np.testing.assert_array_equal(curves.get_ydata(), plots.training_curves(ROWS).axes[0].lines[1].get_ydata())
+
+
 def test_training_curves_take_a_dataframe_and_a_single_row():
     pandas = pytest.importorskip("pandas")
     frame = plots.training_curves(pandas.DataFrame(ROWS)).axes[0].lines[0]

@@ -147,8 +147,9 @@ def test_train_refuses_other_settings_and_extends(root, capsys, monkeypatch) -> 
 
 
 def test_divergence_is_one_line(root, capsys) -> None:
-    words = ["train", str(root / "params" / "tiny.yaml"), "-p", "learning_rate=1e30", "-p", "train_kimg=0.64"]
-    assert main(words) == 1
+    """Each step multiplies the weights by -99."""
+    far = [word for value in ("learning_rate=10", "weight_decay=10", "train_kimg=0.64") for word in ("-p", value)]
+    assert main(["train", str(root / "params" / "tiny.yaml"), *far]) == 1
     assert "not finite" in (error := capsys.readouterr().err) and error.count("\n") == 1
 
 

@@ -33,6 +33,7 @@ backbone: str = "unet"            # unet or ukan; the denoiser
 flip: bool = False
 levels: list[int] = [1, 2]
 """
+PREPARE = 'run: str = "quickstart"\nseed: int = 0\nlimit: int | None = None   # that the pipeline takes too\n'
 SECOND = 'run: str = "quickstart"\nseed: int = 0\nlevel: int = 1   # depth\n'
 
 
@@ -158,7 +159,7 @@ def test_values_are_converted(root, text, name, value):
         ("run: ..", "run: got '..', wanted a plain folder name of letters, digits and . _ = + -"),
         ("- 1", "got a list, wanted one `key: value` per line"),
         ("sweep: [1]", "sweep: wanted lists of values, e.g. sweep: {level: [0, 1, 2]}"),
-        ("level: 1\nsweep: {level: [1]}", "sweep: got level swept and fixed at once, wanted one"),
+        ("level: 1\nsweep: {level: [1]}", "sweep: got level swept and fixed at once, wanted one: remove the other"),
         ("notebooks: [zzz]", "notebooks: there is no 'zzz'; known: 01_prepare, 02_train"),
         ("notebooks: [02_tran]", "notebooks: there is no '02_tran', did you mean '02_train'?"),
         (
@@ -875,9 +876,9 @@ LOOP = """\
 import os, pathlib, signal, time
 from wddm import workbook
 book = workbook.open_run(run)
-if level == 9:
+if limit == 5:
     os.kill(os.getpid(), signal.SIGKILL)
-if level == 8:
+if limit == 4:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 (book.folder / "kernel").write_text(str(os.getpid()))
 try:
@@ -907,10 +908,10 @@ def begun(root: Path) -> bool:
 def test_a_kernel_that_dies_is_told_apart_and_what_it_left_is_replaced(root, monkeypatch):
     """And then, interrupted, the cell saves its work, in the process that the signal is sent to."""
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(root / "runtime"))
-    write_notebook(root / "notebooks/01_prepare.ipynb", SECOND, LOOP, "print('not', 'reached')")
+    write_notebook(root / "notebooks/01_prepare.ipynb", PREPARE, LOOP, "print('not', 'reached')")
     with monkeypatch.context() as patch:
         patch.setattr(ConnectionFileMixin, "cleanup_connection_file", lambda self: None)  # as where all are killed
-        assert main(["run", "params/x.yaml", "-p", "level=9"]) == 1
+        assert main(["run", "params/x.yaml", "-p", "limit=5"]) == 1
     assert states(root) == ["killed", "pending"]
     assert status(root)["01_prepare"]["error"] == "DeadKernelError: the kernel died (out of memory?)"
     assert (root / "reports/x/01_prepare.html").exists()
@@ -919,7 +920,7 @@ def test_a_kernel_that_dies_is_told_apart_and_what_it_left_is_replaced(root, mon
     seen = []
 
     def interrupt():
-        wait_for(lambda: begun(root), seconds=60)
+        wait_for(lambda: begun(root), seconds=240)
         opened = Path("/proc", (root / "runs/x/kernel").read_text(), "fd").glob("*")
         seen.extend(path.resolve() for path in opened if path.resolve() in (root / "runs/.locks/x", left))
         seen.append(left.exists())
@@ -935,28 +936,28 @@ def test_a_kernel_that_dies_is_told_apart_and_what_it_left_is_replaced(root, mon
     monkeypatch.setattr(kernel, "PATIENCE", 0.5)
     thread = threading.Thread(target=interrupt)
     thread.start()
-    assert main(["run", "params/x.yaml", "-p", "level=8"]) == 130  # which does not heed it
+    assert main(["run", "params/x.yaml", "-p", "limit=4"]) == 130  # which does not heed it
     assert status(root)["01_prepare"]["error"] == "DeadKernelError: the kernel died (stopped, and killed)"
     thread.join()
 
 
 def test_ctrl_c_in_a_terminal_reaches_the_whole_group(root):
     """No later cell, and the interrupt is not raised again: still not ok."""
-    write_notebook(root / "notebooks/01_prepare.ipynb", SECOND, LOOP)
+    write_notebook(root / "notebooks/01_prepare.ipynb", PREPARE, LOOP)
     command = [sys.executable, "-m", "wddm", "run", "params/x.yaml"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    wait_for(lambda: begun(root), seconds=60)
+    wait_for(lambda: begun(root), seconds=240)
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     is_stopped(root, process.returncode)
 
 
 @pytest.mark.slow
 def test_a_sweep_runs_beside_itself_and_is_summed_up(summed_up):
-    write_notebook(summed_up / "notebooks/01_prepare.ipynb", SECOND, "if level == 2: raise ValueError('two')")
+    write_notebook(summed_up / "notebooks/01_prepare.ipynb", PREPARE, "if limit == 2: raise ValueError('two')")
     write_notebook(summed_up / "notebooks/analysis/compare.ipynb", SUMMARY, "print(runs)")
     (summed_up / "params/x.yaml").write_text(
-        "sweep: {level: [2, 1]}\nnotebooks: [01_prepare]\nsummary: [analysis/compare]"
+        "sweep: {limit: [2, 1]}\nnotebooks: [01_prepare]\nsummary: [analysis/compare]"
     )
     done = subprocess.run(
         [sys.executable, "-m", "wddm", "run", "params/x.yaml", "--jobs", "2"],
@@ -965,9 +966,9 @@ def test_a_sweep_runs_beside_itself_and_is_summed_up(summed_up):
         check=False,
     )
     assert done.returncode == 1
-    assert states(summed_up, "x-level=2") == ["failed"] and states(summed_up, "x-level=1") == ["ok"]
-    assert "x-level=2 | 01_prepare failed: ValueError: two" in done.stdout
-    assert re.search(r"\['x-level=2', 'x-level=1'\]\nok in", done.stdout) and states(summed_up) == ["ok"]
+    assert states(summed_up, "x-limit=2") == ["failed"] and states(summed_up, "x-limit=1") == ["ok"]
+    assert "x-limit=2 | 01_prepare failed: ValueError: two" in done.stdout
+    assert re.search(r"\['x-limit=2', 'x-limit=1'\]\nok in", done.stdout) and states(summed_up) == ["ok"]
 
 
 def wait_for(condition, *, seconds: float) -> None:
