@@ -152,7 +152,7 @@ def check_source(
         raise ValueError(f"got on_error={on_error!r}, wanted stop or skip: choose one of them")
     path = None if dataset_path is None else os.path.expanduser(dataset_path)
     if path is not None and not os.path.exists(path):  # nor does ""
-        raise ValueError(f"got dataset_path={path or repr(path)}, which does not exist: give a folder of files")
+        raise ValueError(f"got dataset_path={path[:200] or repr(path)}, which does not exist: give a folder of files")
     size = resolution, width or resolution
     source = SOURCES[dataset](size, path, seed, split)
     options = {"dataset": dataset, "resolution": resolution, "width": None if size[1] == resolution else width}

@@ -69,7 +69,8 @@ def training_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
 
     frame, names = pd.DataFrame(rows), ["images_seen", "loss", "lr", "grad_norm"]
     need(set(names) <= set(frame), f"{len(frame)} rows of {list(frame)}", names, "pass a dict per step")
-    seen, smooth = frame.images_seen / 1000, frame.rolling(max(1, len(frame) // 50), min_periods=1, center=True).mean()
+    seen, window = frame.images_seen / 1000, max(1, len(frame) // 50)
+    smooth = frame[names].rolling(window, min_periods=1, center=True).mean()
     titles = {"loss": "Loss", "lr": "Learning rate", "grad_norm": "Gradient norm"}
     with panels(2.8, "AB;AC", width_ratios=(3, 2), sharex=True) as (figure, axs):
         for axes, (name, title) in zip(axs, titles.items(), strict=True):
