@@ -74,7 +74,7 @@ def of_split(root: Path, files: list[Path], split: str) -> list[Path]:
             kind = "images" if files and files[0].suffix != ".parquet" else "Parquet files"
             there = ", ".join(sorted({split_of(root, file) or "none" for file in files})) or "none"
             have = f"got {len(found)} {kind} of split {part!r} in {plain(root)}, wanted {total[1] if total else 'some'}"
-            raise ValueError(f"{have} files: give all, or set split to one of {there}")
+            raise ValueError(f"{have} files: give all, or choose a split of {there}")
         chosen += found
     return chosen
 
@@ -134,21 +134,16 @@ def npy(files: list[Path], labels: list[Path], skip: bool) -> Images:
     with readable(files[0], "wanted an array of numbers (.npy)"):
         pixels, classes = np.load(files[0], mmap_mode="r"), np.load(labels[0]) if labels else None
     wanted = "wanted one (N, H, W) or (N, H, W, C) of uint8, uint16 or floats in [0, 1], N integer labels: convert it"
-    if (
-        len(files) > 1
-        or pixels.ndim not in (3, 4)
-        or not pixels.size
-        or f"{pixels.dtype.kind}{pixels.itemsize}" not in "u1 u2 f2 f4 f8"
-    ):
+    known = f"{pixels.dtype.kind}{pixels.itemsize}" in ("u1", "u2", "f2", "f4", "f8")
+    if len(files) > 1 or pixels.ndim not in (3, 4) or not pixels.size or not known:
         raise ValueError(f"got {len(files)} arrays, {pixels.dtype} {pixels.shape} in {plain(files[0])}, {wanted}")
-    if pixels.ndim == 4 and (
-        pixels.shape[1] < 5 < pixels.shape[3] or pixels.shape[1] < pixels.shape[2] == pixels.shape[3]
-    ):
+    first, height, width = pixels.shape[1:] if pixels.ndim == 4 else (1, 0, 0)
+    if first < 5 < width or first < height == width:
         raise ValueError(f"got channels first, {pixels.shape}, in {plain(files[0])}, {wanted}")
     if classes is not None and (classes.shape != pixels.shape[:1] or classes.dtype.kind not in "iu"):
         raise ValueError(f"got labels {classes.dtype} {classes.shape} of {len(pixels)} images, {wanted}")
-    numbers = np.full(len(pixels), -1) if classes is None else classes
-    read = partial(map, lambda i: (np.asarray(pixels[i]), max(int(numbers[i]), -1), f"{plain(files[0])} {i}"))
+    classes = np.full(len(pixels), -1) if classes is None else classes
+    read = partial(map, lambda i: (np.asarray(pixels[i]), max(int(classes[i]), -1), f"{plain(files[0])} {i}"))
     return Images(len(pixels), read, 1 if pixels.ndim == 3 else pixels.shape[3])
 
 
