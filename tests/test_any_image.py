@@ -1,4 +1,4 @@
-"""From images of any kind to a finished report: grey files, an array of five channels, photographs that are not square."""
+"""From images of any kind to a report: grey files, an array of five channels, photographs that are not square."""
 
 import json
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_images_of_any_kind_become_a_report(root: Path, make, shape: tuple[int, 
     report = root / "reports" / name
     states = json.loads((report / "status.json").read_text())
     assert [entry["state"] for entry in states.values()] == ["ok"] * 4
-    (prepared,) = (root / "data").glob(f"folder-*/images.npy")
+    (prepared,) = (root / "data").glob("folder-*/images.npy")
     images, samples = np.load(prepared), np.load(root / "runs" / name / "samples.npy")
     prepared.parent.rename(root / f"{name}-prepared")
     assert images.shape[1:] == samples.shape[1:] == shape and len(samples) == given["num_samples"]
