@@ -34,6 +34,7 @@ def root(tmp_path_factory) -> Path:
     (folder / "corrupt/0.png").write_bytes(b"not a picture")
     (folder / "file").write_text("x")
     np.save(folder / "nothing.npy", np.empty((0, 16, 16, 1), np.uint8))
+    np.save(folder / "first.npy", np.empty((4, 12, 16, 16), np.uint8))
     np.save(folder / "flat.npy", np.zeros(7))
     np.save(folder / "objects.npy", np.array([{"a": 1}], object), allow_pickle=True)
     (folder / "cut.npy").write_bytes((folder / "flat.npy").read_bytes()[:90])
@@ -150,15 +151,35 @@ TOGETHER = [  # parameters of the quickstart that cannot be together, and what t
     ("model_dir=./a/b", "model_dir"),
     ("model_dir=runs/nowhere/pipeline", "model_dir"),
     ("inception_weights=nowhere.pth", "inception_weights"),
+    ("model_dir=file", "model_dir=file, which is not there, wanted a folder"),
+    ("inception_weights=params", "inception_weights=params, which is not there, wanted a file"),
+    ("labels=[0]", "labels=[0], wanted class_conditional=True"),
+    ("labels=[] class_conditional=true", "labels=[], wanted some"),
+    ("labels=[10] class_conditional=true", "labels=[10], wanted 0 to 9"),
+    ("guidance=2.0", "guidance=2.0 without labels"),
+    ("level=0 detail_steps=5", "detail_steps at level 0"),
+    ("channels=2", "channels=2 for digits, wanted 1 or 3"),
+    ("dataset=" + "x" * 5000, "wanted one of digits"),
+    ("dataset=folder dataset_path=" + "x" * 5000, "which does not exist"),
+    ("dataset=folder dataset_path=file", "give a folder that has some"),
+    ("dataset=folder dataset_path=first.npy", "channels first, (4, 12, 16, 16)"),
+    ("dataset=folder dataset_path=nothing.npy", "(0, 16, 16, 1)"),
     ("output_dir=params", "output_dir=params, which is not empty"),
     ("output_dir=file", "output_dir"),
 ]
 
 
-@pytest.mark.parametrize(("given", "named"), TOGETHER, ids=[given for given, _ in TOGETHER])
+@pytest.mark.parametrize(("given", "named"), TOGETHER, ids=[given[:60] for given, _ in TOGETHER])
 def test_parameters_that_cannot_be_together(refused, given: str, named: str) -> None:
     options = [word for one in ["run=z", *given.split()] for word in ("-p", one)]
     assert named in refused("run", "params/quickstart.yaml", *options)
+
+
+def test_preparing_alone_does_not_ask_for_what_comes_after(refused, root) -> None:
+    words = ("--only", "prepare", "-p", "run=z", "-p", "dataset=folder", "-p", "dataset_path=pictures")
+    with pytest.raises(pytest.fail.Exception, match="it runs"):  # one image is too few for a distance
+        refused("run", "params/quickstart.yaml", *words)
+    refused("run", "params/quickstart.yaml", *words, "-p", "width=15")
 
 
 @pytest.mark.parametrize("given", ["train_kimg=0", "accumulation=5", "fwd_level=9", "backbone=vit", "dataset=folder"])

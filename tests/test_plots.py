@@ -28,7 +28,8 @@ ENERGY, TIMES = np.array([0.25, 0.008, 0.006, 0.001]), np.array([900.0, 500.0, 2
 STATES = RNG.normal(size=(3, 12, 4, 4))
 STD = {"A": np.array([1, 0.8, 0.5]), "H": np.array([1, 0.6, 0.09])}
 ROWS = [
-    {"step": k, "images_seen": 500 * k, "loss": 1 / k, "lr": 1e-4 * k, "grad_norm": 2 + k % 3} for k in range(1, 251)
+    {"step": k, "images_seen": 500 * k, "loss": 1 / k, "lr": 1e-4 * k, "grad_norm": 2 + k % 3, "band_loss": {"A": 1}}
+    for k in range(1, 251)
 ]
 
 

@@ -138,7 +138,7 @@ def check_source(
     if dataset not in SOURCES:
         close = get_close_matches(str(dataset), SOURCES, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "choose one of them"
-        raise ValueError(f"got dataset={dataset!r}, wanted one of {', '.join(SOURCES)}: {hint}")
+        raise ValueError(f"got dataset={str(dataset)[:100]!r}, wanted one of {', '.join(SOURCES)}: {hint}")
     for name, value, minimum, wanted in (
         ("resolution", resolution, 2, "an even number of pixels, 2 or more"),
         ("width", resolution if width is None else width, 2, "an even number of pixels, or None for square images"),
@@ -148,11 +148,13 @@ def check_source(
     ):
         if type(value) is not int or value < minimum or (name in ("resolution", "width") and value % 2):
             raise ValueError(f"got {name}={value!r}, wanted {wanted}: change {name}")
+    if channels not in (None, 1, 3) and dataset != "folder":
+        raise ValueError(f"got channels={channels} for {dataset}, wanted 1 or 3: change channels")
     if on_error not in ("stop", "skip"):
         raise ValueError(f"got on_error={on_error!r}, wanted stop or skip: choose one of them")
     path = None if dataset_path is None else os.path.expanduser(dataset_path)
     if path is not None and not os.path.exists(path):  # nor does ""
-        raise ValueError(f"got dataset_path={path or repr(path)}, which does not exist: give a folder of files")
+        raise ValueError(f"got dataset_path={path[:200] or repr(path)}, which does not exist: give a folder of files")
     size = resolution, width or resolution
     source = SOURCES[dataset](size, path, seed, split)
     options = {"dataset": dataset, "resolution": resolution, "width": None if size[1] == resolution else width}

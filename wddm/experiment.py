@@ -141,7 +141,7 @@ def check(experiment: Experiment) -> None:
     """Refuse, before anything runs, what the notebooks would only find out later, with a line for every fault."""
     check_bounds(experiment.parameters)  # what follows expects numbers that can be
     problems: list[str] = []
-    for part in (_check_options, _check_images, _check_folders):
+    for part in (_check_options, _check_images, _check_conditions, _check_folders):
         try:
             part(experiment)
         except ValueError as error:
@@ -187,8 +187,11 @@ def _check_images(experiment: Experiment) -> None:
     name, height = parameters.get("dataset"), parameters.get("resolution")
     if name is None or height is None:
         return
-    source = data.check_source(**share(data.check_source, parameters))[1]
-    opened = source.open(parameters.get("on_error") == "skip") if parameters.get("dataset_path") else None
+    source, labels = data.check_source(**share(data.check_source, parameters))[1], parameters.get("labels")
+    near = parameters.get("dataset_path") or (labels and name in ("digits", "patches", "emoji"))
+    opened = source.open(parameters.get("on_error") == "skip") if near else None
+    if opened and opened.class_names and max(labels or [0]) >= len(opened.class_names):
+        raise ValueError(f"got labels={labels}, wanted 0 to {len(opened.class_names) - 1}, the set's: change labels")
     count, channels = (opened.count, opened.channels) if opened else (IMAGES_IN.get(name), IMAGES.get(name, (0, 3))[1])
     count = min(count or 10**9, parameters.get("limit") or 10**9)
     if opened and not channels:  # one of them in colour is enough
@@ -224,16 +227,33 @@ def _check_packets(level: str, samples: str, parameters: Parameters, shape: tupl
             raise ValueError(f"{got}, wanted {wanted}: {remedy}, or choose a larger {level}")
 
 
+def _check_conditions(experiment: Experiment) -> None:
+    """Labels, guidance or detail bands that the run's own network does not have; one from elsewhere is asked later."""
+    given = experiment.parameters
+    if given.get("model_dir") or not {"labels", "class_conditional"} <= given.keys():
+        return
+    labels, guidance = given["labels"], given["guidance"]
+    for wrong, got, remedy in (
+        (labels == [], "labels=[]", "some, or None: change labels"),
+        (labels and not given["class_conditional"], f"labels={labels}", "class_conditional=True: or leave labels out"),
+        (guidance != 1 and labels is None, f"guidance={guidance} without labels", "both: give labels, or leave it out"),
+        (given["detail_steps"] and not given["level"], "detail_steps at level 0", "detail bands: leave it out"),
+    ):
+        if wrong:
+            raise ValueError(f"got {got}, wanted {remedy}")
+
+
 def _check_folders(experiment: Experiment) -> None:
     """Files that are not there, but for those of a run that a YAML makes, and an `output_dir` that is not new."""
     root, given = experiment.root, experiment.parameters
     for name in ("model_dir", "model", "inception_weights"):
-        path = str(given.get(name) or ".")
+        path, file = str(given.get(name) or "."), name == "inception_weights" and given.get(name)
         run = re.match(r"runs/([^/]+)/", path)
         on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) and name == "model_dir"
         made = run and (root / "params" / f"{run[1]}.yaml").exists()
-        if not ((root / path).exists() or on_hub or made):
-            raise ValueError(f"got {name}={path}, which is not there, wanted a path from {root}: give one that is")
+        if not ((root / path).is_file() if file else (root / path).is_dir() or on_hub or made):
+            wanted = f"wanted a {'file' if file else 'folder'}, from {root}: give one that is"
+            raise ValueError(f"got {name}={path[:200]}, which is not there, {wanted}")
     output, before = given.get("output_dir"), read_record(root, experiment.run).get("samples", {}).get("parameters", {})
     taken = output and ((root / output).is_file() or any((root / output).glob("*")))
     if taken and output != before.get("output_dir"):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 KINDS = {".parquet": "table", ".npy": "array", "metadata.csv": "labels", "labels.npy": "labels"}
 KINDS |= dict.fromkeys([".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"], "image")
 SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
-SPLITS["unlabeled"] = "unlabeled"
+SPLITS |= {"training": "train", "testing": "test", "unlabeled": "unlabeled"}
 CHUNK, CHUNK_BYTES = 256, 2**22  # images that are decoded at a time, and what encoded ones take on average, at most
 
 
@@ -74,7 +74,7 @@ def of_split(root: Path, files: list[Path], split: str) -> list[Path]:
             kind = "images" if files and files[0].suffix != ".parquet" else "Parquet files"
             there = ", ".join(sorted({split_of(root, file) or "none" for file in files})) or "none"
             have = f"got {len(found)} {kind} of split {part!r} in {plain(root)}, wanted {total[1] if total else 'some'}"
-            raise ValueError(f"{have} files: give all, or a split of {there}")
+            raise ValueError(f"{have} files: give all, or choose a split of {there}")
         chosen += found
     return chosen
 
@@ -84,7 +84,9 @@ def pictures(root: Path, files: list[Path], tables: list[Path], in_splits: bool,
     tops = [file.relative_to(root).parts[in_splits:-1][:1] for file in files]
     folders = sorted({top[0] for top in tops if top})
     labels, names, note, left_out = _of_csv(tables, files) if tables else (None, None, "", [])
-    if not tables and all(tops) and len(folders) > 1:
+    if not tables and len(folders) > 1 and not all(tops):
+        note = f"no labels: {sum(not top for top in tops)} images are in none of the folders {', '.join(folders)[:80]}"
+    elif not tables and len(folders) > 1:
         labels, names = np.array([folders.index(top[0]) for top in tops]), folders
     read = partial(map, lambda i: (files[i], None if labels is None else int(labels[i]), plain(files[i])))
     return Images(len(files), read, None, names, note, left_out)
@@ -119,7 +121,7 @@ def numbers(parts: list["pd.Series"], column: str) -> tuple[np.ndarray | None, l
     import pandas as pd
 
     labels = pd.concat(parts).convert_dtypes()
-    if labels.nunique() > max(1000, len(labels) / 2):
+    if labels.nunique() > max(1000 if column == "label" else 20, len(labels) / 2):
         return None, None, f"no labels: most values of the column {column} occur once"
     if pd.api.types.is_integer_dtype(labels):
         return np.maximum(labels.fillna(-1).to_numpy(np.int64), -1), None, ""
@@ -132,14 +134,16 @@ def npy(files: list[Path], labels: list[Path], skip: bool) -> Images:
     with readable(files[0], "wanted an array of numbers (.npy)"):
         pixels, classes = np.load(files[0], mmap_mode="r"), np.load(labels[0]) if labels else None
     wanted = "wanted one (N, H, W) or (N, H, W, C) of uint8, uint16 or floats in [0, 1], N integer labels: convert it"
-    if len(files) > 1 or pixels.ndim not in (3, 4) or f"{pixels.dtype.kind}{pixels.itemsize}" not in "u1 u2 f2 f4 f8":
+    known = f"{pixels.dtype.kind}{pixels.itemsize}" in ("u1", "u2", "f2", "f4", "f8")
+    if len(files) > 1 or pixels.ndim not in (3, 4) or not pixels.size or not known:
         raise ValueError(f"got {len(files)} arrays, {pixels.dtype} {pixels.shape} in {plain(files[0])}, {wanted}")
-    if pixels.ndim == 4 and pixels.shape[1] < 5 < pixels.shape[3]:
+    first, height, width = pixels.shape[1:] if pixels.ndim == 4 else (1, 0, 0)
+    if first < 5 < width or first < height == width:
         raise ValueError(f"got channels first, {pixels.shape}, in {plain(files[0])}, {wanted}")
     if classes is not None and (classes.shape != pixels.shape[:1] or classes.dtype.kind not in "iu"):
         raise ValueError(f"got labels {classes.dtype} {classes.shape} of {len(pixels)} images, {wanted}")
-    numbers = np.full(len(pixels), -1) if classes is None else classes
-    read = partial(map, lambda i: (np.asarray(pixels[i]), max(int(numbers[i]), -1), f"{plain(files[0])} {i}"))
+    classes = np.full(len(pixels), -1) if classes is None else classes
+    read = partial(map, lambda i: (np.asarray(pixels[i]), max(int(classes[i]), -1), f"{plain(files[0])} {i}"))
     return Images(len(pixels), read, 1 if pixels.ndim == 3 else pixels.shape[3])
 
 
@@ -193,7 +197,7 @@ def _columns(file: Path, schema: "pa.Schema") -> tuple[str, str | None, list[str
         features = Features.from_arrow_schema(schema)
     images = [one.name for one in schema if kinds.is_struct(one.type) and one.type.get_field_index("bytes") >= 0]
     if not images:
-        raise ValueError(f"got columns {schema.names} in {plain(file)}, wanted one of images: give other files")
+        raise ValueError(f"got columns {schema.names} in {plain(file)}, wanted one of images: write it with `datasets`")
     could = (kinds.is_integer, kinds.is_boolean, kinds.is_string, kinds.is_large_string, kinds.is_dictionary)
     candidates = [one.name for one in schema if one.name == "label" or any(is_kind(one.type) for is_kind in could)]
     classes = {name: kind.names for name, kind in features.items() if isinstance(kind, ClassLabel)}

@@ -133,9 +133,10 @@ def folder(size: tuple[int, int], dataset_path: str | None, seed: int, split: st
     found, left_out = local.listed(root)
     tables, arrays, pictures, labels = (found[kind] for kind in ("table", "array", "image", "labels"))
     if not tables and bool(arrays) == bool(pictures):
+        remedy = "separate them" if pictures else "give a folder that has some, archives unpacked"
         raise ValueError(
             f"got {len(tables)} Parquet files and {len(pictures)} images, {len(arrays)} arrays in {plain(root)}"
-            f"{f', left out {left_out[:3]}' * bool(left_out)}, wanted one of the three: separate them, unpack archives"
+            f"{f', left out {left_out[:3]}' * bool(left_out)}, wanted one of the three: {remedy}"
         )
     every = tables or arrays or pictures
     splits = {local.split_of(root, file) for file in every} - {None}
@@ -144,6 +145,8 @@ def folder(size: tuple[int, int], dataset_path: str | None, seed: int, split: st
     files = local.of_split(root, every, split) if splits else every
     others, beside = len(every) - len(files), [*pictures, *arrays] if tables else []
     left_out += [f"{others} files of other splits than {split}"] * bool(others)
+    unused = [file for file in labels if tables or (file.suffix == ".npy") != bool(arrays)]
+    left_out += [f"{plain(file)}: no labels of these" for file in unused]
     left_out += [f"{len(beside)} files beside Parquet ones, but for those that rows name"] * bool(beside)
     if tables:
         opened = partial(local.tables, files, beside=beside)

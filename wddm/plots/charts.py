@@ -92,7 +92,7 @@ def band_histograms(values_by_band: Mapping[str, ArrayLike]) -> Figure:
     """Density of any number of coefficients of each band, logarithmic, standard deviations in the legend."""
     with panels(2.6, log="y", legend="right center") as (figure, (axes,)):
         for (name, values), color in zip(values_by_band.items(), palette(len(values_by_band)), strict=True):
-            values = shaped(name, values, ("n",), "ravel the band")
+            values = shaped(name, values, ("n",), "ravel the band").astype(float)  # 80 bins of any two values
             axes.stairs(*np.histogram(values, 80, density=True), color=color, label=f"{name}, std {values.std():#.2g}")
         axes.set(xlabel="coefficient", ylabel="density")
     return figure

@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,12 @@ class Experiment:
     def values(self, notebook: Path) -> dict[str, Any]:
         """The value of every parameter that one of its notebooks declares."""
         return {name: self.parameters[name] for name in read_schema(notebook)}
+
+    def until(self, last: Path) -> "Experiment":
+        """The notebooks up to this one, with their parameters alone."""
+        notebooks = self.notebooks[: self.notebooks.index(last) + 1]
+        parameters = {name: self.parameters[name] for name in _schema(notebooks)}
+        return replace(self, notebooks=notebooks, parameters=parameters)
 
 
 def known_notebooks(root: Path) -> dict[str, Path]:

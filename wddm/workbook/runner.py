@@ -93,7 +93,7 @@ class Task:
         found = self.stale()
         if preflight and not found and not all(map(self.is_current, self.chosen)):
             try:
-                preflight(self.experiment)
+                preflight(self.experiment.until(self.chosen[-1]))
             except ValueError as error:
                 found = [f"{self.experiment.source}: {line}" for line in str(error).splitlines()]
         self.known.save()
