@@ -15,6 +15,7 @@ from conftest import wddm
 from wddm import data
 from wddm.backbones import build_backbone
 from wddm.files import append_row, read_rows
+from wddm.metrics import scores
 from wddm.metrics.scores import Options, wavelet
 from wddm.objective import alphas_cumprod, build_solver, noise_scheduler
 from wddm.pipeline import WaveletPipeline
@@ -145,8 +146,29 @@ def test_rows_of_a_setting_are_pooled_over_sets() -> None:
     picked = sampling.picked(table, [setting | {"steps": 6}, setting])
     pd.testing.assert_frame_equal(picked, table)
     assert sampling.picked(table, []).empty
-    shown = sampling.shown(table.assign(kid=0.002, kid_low=0.001, kid_high=0.003), "kid").iloc[0]
-    assert (shown["network"], shown["ms per image"], shown["kid x 1000"], shown["kid x 1000 low"]) == (5, 2000, 2, 1)
+    shown = sampling.columns(table, "fwd", "FWD").iloc[0]
+    assert (shown["network"], shown["ms per image"], shown["FWD"]) == (5, 2000, 1.0) and shown["low"] < 1 < shown[
+        "high"
+    ]
+
+
+def test_kid_is_shown_by_its_name_and_1000_fold_wherever_it_is() -> None:
+    ends = ("", "_low", "_high", "_floor")
+    table = pd.DataFrame({key + end: [0.002] for key in ("kid", "kid_efficientnet", "fwd") for end in ends})
+    for key in ("kid", "kid_efficientnet"):
+        name, shown = scores.shown(table, key)
+        assert name.startswith("KID") and "(x 1000)" in name
+        assert all(np.isclose(shown[key + end], 2).all() for end in ends) and shown.fwd.item() == 0.002
+    assert scores.shown(table, "fwd", 3)[0] == "FWD, level 3" and scores.shown(table, "fwd")[1].equals(table)
+    assert scores.shown(table, "train_loss")[0] == "train_loss"
+    without = scores.shown(table.assign(kid_floor=[None]), "kid")[1]  # too few images for a floor
+    assert np.isnan(without.kid_floor).all()
+
+
+def test_a_summary_has_the_ends_of_the_intervals() -> None:
+    ends = {"fwd": [1.0, 2.0], "fwd_low": [0.9, 1.7], "fwd_high": [1.2, 2.2]}
+    (row,) = sweeps.summary(pd.DataFrame({"variant": ["a", "a"], **ends}), "fwd").to_dict("records")
+    assert (row["mean"], row["low"], row["high"]) == (1.5, 0.9, 2.2)
 
 
 @pytest.mark.parametrize(

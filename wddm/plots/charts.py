@@ -69,7 +69,8 @@ def training_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
 
     frame, names = pd.DataFrame(rows), ["images_seen", "loss", "lr", "grad_norm"]
     need(set(names) <= set(frame), f"{len(frame)} rows of {list(frame)}", names, "pass a dict per step")
-    seen, smooth = frame.images_seen / 1000, frame.rolling(max(1, len(frame) // 50), min_periods=1, center=True).mean()
+    seen, window = frame.images_seen / 1000, max(1, len(frame) // 50)
+    smooth = frame[names].rolling(window, min_periods=1, center=True).mean()
     titles = {"loss": "Loss", "lr": "Learning rate", "grad_norm": "Gradient norm"}
     with panels(2.8, "AB;AC", width_ratios=(3, 2), sharex=True) as (figure, axs):
         for axes, (name, title) in zip(axs, titles.items(), strict=True):
@@ -223,7 +224,7 @@ def variants(table: Any, metric: str, quantity: str, floor: float | None = None)
             axes.plot([values.mean()] * 2, [row - 0.3, row + 0.3], color=GENERATED)
             low, high = (seeds.get(f"{metric}_{end}", values) for end in ("low", "high"))
             axes.hlines(at, low, high, color=GENERATED, linewidth=2, alpha=0.3)
-        if floor is not None:
+        if floor is not None and floor > 0:  # KID's may not be
             axes.axvline(floor, **FLOOR)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
@@ -245,7 +246,7 @@ def quality_curves(
     drawn = [(title, table, x) for title, table in tables.items() for x in axis]
     with panels(3.4, "ABCDEFGH"[: len(drawn)], "y", "lower center", sharey=True) as (figure, axs):
         for axes, (title, table, x) in zip(axs, drawn, strict=True):
-            if floor is not None:
+            if floor is not None and floor > 0:
                 axes.axhline(floor, **FLOOR)
             if reference is not None:
                 name, (value, low, high) = reference
