@@ -263,7 +263,7 @@ def quality_curves(
                 axes.set_xticks(table[x].unique())
                 axes.xaxis.set_major_formatter("{x:g}")
                 axes.minorticks_off()
-        axs[0].set(ylabel=quantity)
+        axs[0].set(ylabel=wrapped([quantity])[0])
     return figure
 
 
