@@ -452,7 +452,8 @@ def compared(root, prepared) -> Path:
             row = {"step": k, "images_seen": 100 * k, "images_per_s": 50, "loss": 1 / k, "fwd": 9 / (k + level)}
             append_row(folder / "log.jsonl", row)
         (score,) = wavelet(samples, prepared, Options(2))
-        metrics = score.record() | {"parameters": network.num_parameters(), "train_images": 400}
+        kid = {"kid_efficientnet": 0.02 - 0.01 * level, "kid_efficientnet_floor": -0.0001}
+        metrics = score.record() | kid | {"parameters": network.num_parameters(), "train_images": 400}
         parameters = f"level: {level}\nseed: {seed}\nwavelet: haar\ntransform: packet\nscaling: band\n"
         finished_run(root, name, parameters=parameters)
         records.write_json(root / "reports" / name / "metrics.json", metrics)
@@ -497,5 +498,7 @@ def test_compare_sets_any_runs_side_by_side(compared) -> None:
     assert figures >= {"loss", "learning", "learning-seconds", "variants", "samples"}
     page = (report / "compare.html").read_text()
     assert "no finished runs: nothing" in page and is_clean(report / "compare.html")
+    kid = page.index("KID, EfficientNet-Lite0 on ImageNet, not Inception (x 1000) by variant")
+    assert kid < page.index("FWD by variant")
     reached = {row["variant"]: row for row in saved(report, "reached")}
     assert (reached["level 0"]["kimg"], reached["level 1"]["kimg"]) == (0.4, 0.3)
