@@ -77,8 +77,9 @@ class Score:
 
     def row(self) -> dict[str, Any]:
         """For a table, where KID is shown x 1000 if its name says so."""
-        value, *ends = np.multiply(self.estimate, scale(self.name)).tolist() if self.estimate else (None,)
-        floor = np.multiply(self.floor, scale(self.name)) if self.floor else ()
+        scale = 1000 if "x 1000" in self.name else 1
+        value, *ends = np.multiply(self.estimate, scale).tolist() if self.estimate else (None,)
+        floor = np.multiply(self.floor, scale) if self.floor else ()
         return {
             "metric": self.name, "value": value, "90 % interval": "{:.3g} to {:.3g}".format(*ends) if ends else "",
             "floor": "{:.3g} ({:.3g} to {:.3g})".format(*floor) if len(floor) else "",
@@ -96,12 +97,8 @@ def shown(table: Any, metric: str, level: int | None = None) -> tuple[str, Any]:
     """What reports call a key of metrics.json, and a DataFrame with its value, interval and floor as they show it."""
     name = {"fwd": f"FWD, level {level}" if level else "FWD", **INCEPTION, **EFFICIENTNET}.get(metric, metric)
     columns = [metric + end for end in ("", "_low", "_high", "_floor") if metric + end in table]
-    return name, table.assign(**{column: scale(name) * table[column].astype(float) for column in columns})
-
-
-def scale(name: str) -> int:
-    """By what a number is multiplied to be shown, as its name says."""
-    return 1000 if "x 1000" in name else 1
+    scale = 1000 if "x 1000" in name else 1
+    return name, table.assign(**{column: scale * table[column].astype(float) for column in columns})
 
 
 def evaluate(samples: np.ndarray, reference: Dataset, options: Options = Options()) -> dict[str, list[Score]]:

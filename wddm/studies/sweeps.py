@@ -56,9 +56,7 @@ def one_set(folders: Iterable[Path]) -> Path:
 
 
 def summary(table: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Mean, minimum and maximum of a metric over a variant's seeds, and the lowest and highest end of their intervals;
-    best first, and in multiples of best and floor.
-    """
+    """Mean, range and ends of intervals of a metric over a variant's seeds, best first; multiples of best and floor."""
     keys = [metric + end for end in ("", "_low", "_high", "_floor")]
     having = table.reindex(columns=["variant", *keys]).dropna(subset=metric)
     groups = having.set_axis(["variant", "value", "low", "high", "floor"], axis=1).groupby("variant", sort=False)
