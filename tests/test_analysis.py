@@ -15,6 +15,7 @@ from conftest import wddm
 from wddm import data
 from wddm.backbones import build_backbone
 from wddm.files import append_row, read_rows
+from wddm.metrics import scores
 from wddm.metrics.scores import Options, wavelet
 from wddm.objective import alphas_cumprod, build_solver, noise_scheduler
 from wddm.pipeline import WaveletPipeline
@@ -145,8 +146,29 @@ def test_rows_of_a_setting_are_pooled_over_sets() -> None:
     picked = sampling.picked(table, [setting | {"steps": 6}, setting])
     pd.testing.assert_frame_equal(picked, table)
     assert sampling.picked(table, []).empty
-    shown = sampling.shown(table.assign(kid=0.002, kid_low=0.001, kid_high=0.003), "kid").iloc[0]
-    assert (shown["network"], shown["ms per image"], shown["kid x 1000"], shown["kid x 1000 low"]) == (5, 2000, 2, 1)
+    shown = sampling.columns(table, "fwd", "FWD").iloc[0]
+    assert (shown["network"], shown["ms per image"], shown["FWD"]) == (5, 2000, 1.0) and shown["low"] < 1 < shown[
+        "high"
+    ]
+
+
+def test_kid_is_shown_by_its_name_and_1000_fold_wherever_it_is() -> None:
+    ends = ("", "_low", "_high", "_floor")
+    table = pd.DataFrame({key + end: [0.002] for key in ("kid", "kid_efficientnet", "fwd") for end in ends})
+    for key in ("kid", "kid_efficientnet"):
+        name, shown = scores.shown(table, key)
+        assert name.startswith("KID") and "(x 1000)" in name
+        assert all(np.isclose(shown[key + end], 2).all() for end in ends) and shown.fwd.item() == 0.002
+    assert scores.shown(table, "fwd", 3)[0] == "FWD, level 3" and scores.shown(table, "fwd")[1].equals(table)
+    assert scores.shown(table, "train_loss")[0] == "train_loss"
+    without = scores.shown(table.assign(kid_floor=[None]), "kid")[1]  # too few images for a floor
+    assert np.isnan(without.kid_floor).all()
+
+
+def test_a_summary_has_the_ends_of_the_intervals() -> None:
+    ends = {"fwd": [1.0, 2.0], "fwd_low": [0.9, 1.7], "fwd_high": [1.2, 2.2]}
+    (row,) = sweeps.summary(pd.DataFrame({"variant": ["a", "a"], **ends}), "fwd").to_dict("records")
+    assert (row["mean"], row["low"], row["high"]) == (1.5, 0.9, 2.2)
 
 
 @pytest.mark.parametrize(
@@ -430,7 +452,8 @@ def compared(root, prepared) -> Path:
             row = {"step": k, "images_seen": 100 * k, "images_per_s": 50, "loss": 1 / k, "fwd": 9 / (k + level)}
             append_row(folder / "log.jsonl", row)
         (score,) = wavelet(samples, prepared, Options(2))
-        metrics = score.record() | {"parameters": network.num_parameters(), "train_images": 400}
+        kid = {"kid_efficientnet": 0.02 - 0.01 * level, "kid_efficientnet_floor": -0.0001}
+        metrics = score.record() | kid | {"parameters": network.num_parameters(), "train_images": 400}
         parameters = f"level: {level}\nseed: {seed}\nwavelet: haar\ntransform: packet\nscaling: band\n"
         finished_run(root, name, parameters=parameters)
         records.write_json(root / "reports" / name / "metrics.json", metrics)
@@ -475,5 +498,7 @@ def test_compare_sets_any_runs_side_by_side(compared) -> None:
     assert figures >= {"loss", "learning", "learning-seconds", "variants", "samples"}
     page = (report / "compare.html").read_text()
     assert "no finished runs: nothing" in page and is_clean(report / "compare.html")
+    kid = page.index("KID, EfficientNet-Lite0 on ImageNet, not Inception (x 1000) by variant")
+    assert kid < page.index("FWD by variant")
     reached = {row["variant"]: row for row in saved(report, "reached")}
     assert (reached["level 0"]["kimg"], reached["level 1"]["kimg"]) == (0.4, 0.3)

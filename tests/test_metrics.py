@@ -456,3 +456,19 @@ def test_images_without_a_label_are_left_out_and_missing_labels_refused(digits):
 @pytest.mark.parametrize(("shape", "values"), [((8, 8, 1), 64), ((32, 24, 3), 768), ((12, 96, 5), 960)])
 def test_the_classifier_takes_any_size(shape, values):
     assert vectors(np.zeros((2, *shape), np.uint8)).shape == (2, values)
+
+
+def test_a_list_of_pil_images_is_measured_as_the_array_that_it_holds() -> None:
+    rng = np.random.default_rng(0)
+    for shape, level in (((80, 8, 8, 3), 2), ((20, 8, 8, 1), 2)):
+        real, array = (rng.integers(0, 256, shape, np.uint8) for _ in range(2))
+        images = [Image.fromarray(image if shape[3] == 3 else image[..., 0]) for image in array]
+        expected = frechet_wavelet_distance(real, array, level)
+        assert frechet_wavelet_distance(real, images, level).value == expected.value
+        assert frechet_wavelet_distance(images, images, level).value < 1e-6
+        rows, apart = diagnostics.nearest_neighbours(images, array)
+        assert (rows[:, 0] == np.arange(len(array))).all() and not apart.any()
+    other, palette = Image.new("L", (4, 4)), Image.new("P", (8, 8))
+    for wrong in ([], [images[0], other], [palette] * 20, [array[0]] * 20):
+        with pytest.raises(ValueError, match="wanted PIL images of one size, all L or all RGB"):
+            diagnostics.UnitBatches(wrong)

@@ -46,6 +46,7 @@ CURVE = CURVE.assign(fwd_low=0.8 * CURVE.fwd, fwd_high=1.3 * CURVE.fwd, seconds=
 BOTH = pd.concat([CURVE.assign(spacing=spacing) for spacing in ("leading", "trailing")])
 SEEDS = pd.DataFrame({"variant": ["published"] * 2 + ["modern"] * 2, "fwd": [0.9, 1.0, 0.02, 0.03]})
 SHARES = (["cat", "dog", "ship"], [50, 30, 20], [0.3, 0.3, 0.4])
+KID = "KID, EfficientNet-Lite0 on ImageNet, not Inception (x 1000), to the real images"
 FIGURES = {
     "image_grid": lambda: plots.image_grid(RGB, 4, [f"t{k}" for k in range(10)]),
     "compare_grids": lambda: plots.compare_grids(GREY, GREY[::-1]),
@@ -100,7 +101,7 @@ NAMES = [f"level {k}, train_kimg 104, backbone unet, prediction_type v_predictio
 LONG = pd.concat([CURVE.assign(variant=name) for name in NAMES])
 WIDE = {
     "variants": lambda: plots.variants(LONG, "fwd", "distance", 0.01),
-    "quality_curves": lambda: plots.quality_curves({"": LONG}, "fwd", "FWD", {"steps": "steps"}, by="variant"),
+    "quality_curves": lambda: plots.quality_curves({"": LONG}, "fwd", KID, {"steps": "steps"}, by="variant"),
     "lines": lambda: plots.lines({name: ([1, 2], [3, 4]) for name in NAMES}, "x", "y"),
     "stacked": lambda: plots.stacked({name: plots.compose(RGB, 10) for name in NAMES}),
     "trajectory": lambda: plots.trajectory(RNG.normal(size=(3, 20, 3, 4)), NAMES[0].split(", ")[:4], TIMES, FIVE[:3]),
@@ -250,7 +251,7 @@ def test_compare_grids_has_real_left_and_generated_right():
 
 
 def test_training_curves_show_the_rows():
-    loss, rate, norm = plots.training_curves(ROWS).axes
+    loss, rate, norm = plots.training_curves([row | {"band_loss": {"A": 1.0}} for row in ROWS]).axes  # as logs have it
     seen = np.array([row["images_seen"] for row in ROWS]) / 1000
     for axes, name in ((loss, "loss"), (rate, "lr"), (norm, "grad_norm")):
         np.testing.assert_array_equal(axes.lines[0].get_xdata(), seen)

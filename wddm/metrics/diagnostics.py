@@ -1,21 +1,23 @@
 """Diagnostics compare samples with real images: spectra, wavelet bands, nearest neighbours and classes.
 
-Images are uint8 (N, H, W, C), a memory map for instance, or float (N, C, H, W) in [0, 1], read in batches of float64.
+Images are uint8 (N, H, W, C), a memory map for instance, float (N, C, H, W) in [0, 1], or a list of PIL images as
+pipelines return it; read in batches of float64.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from wddm.metrics.intervals import Estimate, resampled, share
 from wddm.wavelets import WaveletCodec
 
-Images = np.ndarray | Tensor
+Images = np.ndarray | Tensor | list[Image.Image]
 Device = str | torch.device
 BATCH_VALUES = 2**24  # in a batch at most: 128 MiB of float64
 MOST = 5000  # labelled real images that a classifier is fitted to and tested on
@@ -59,12 +61,17 @@ class UnitBatches:
     batch_size: int = 512
     device: Device = "cpu"
 
+    def __post_init__(self) -> None:
+        if isinstance(self.images, list):
+            object.__setattr__(self, "images", from_pil(self.images))
+
     @property
     def count(self) -> int:
         return len(self.images if self.rows is None else self.rows)
 
     def __iter__(self) -> Iterator[Tensor]:
-        images, shape = self.images, tuple(self.images.shape)
+        images = cast(np.ndarray | Tensor, self.images)
+        shape = tuple(images.shape)
         last = images.dtype in (np.uint8, torch.uint8)  # channels are
         sides = shape[1:3] if last else shape[2:]
         if len(shape) != 4 or not min(shape) or min(sides) <= 4 < shape[3 if last else 1]:  # so short a side is colours
@@ -83,6 +90,15 @@ class UnitBatches:
             else:
                 ends = f"{batch.min().item():g} to {batch.max().item():g}"
                 raise ValueError(f"got {batch.dtype} images from {ends}, wanted floats in [0, 1]: rescale them")
+
+
+def from_pil(images: list[Image.Image]) -> np.ndarray:
+    """PIL images of one size, all grey or all RGB, as uint8 (N, H, W, C)."""
+    kinds = {(getattr(image, "mode", type(image).__name__), getattr(image, "size", None)) for image in images}
+    if len(kinds) != 1 or not {mode for mode, _ in kinds} <= {"L", "RGB"}:
+        got = ", ".join(f"{mode} {size}" for mode, size in list(kinds)[:3]) or "no images"
+        raise ValueError(f"got a list of {got}, wanted PIL images of one size, all L or all RGB: convert them")
+    return np.stack([np.atleast_3d(np.asarray(image)) for image in images])
 
 
 def haar_packets(level: int) -> Callable[..., Tensor]:

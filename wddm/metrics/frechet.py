@@ -1,9 +1,9 @@
 """FWD, the Frechet distance between the wavelet packets of two sets of images (arXiv 2312.15289).
 
-Images are uint8 (N, H, W, C), a memory map for instance, or float (N, C, H, W) in [0, 1], and are cut into 4^level Haar
-packets of d = C H W / 4^level values each. Only means and covariances are kept, in float64, on the `device`.
-`resamples` sets of generated images are drawn by `seed` for a bootstrap interval, with the real images held fixed;
-without them its ends are nan.
+Images are uint8 (N, H, W, C), a memory map for instance, float (N, C, H, W) in [0, 1], or a list of PIL images, and are
+cut into 4^level Haar packets of d = C H W / 4^level values each. Only means and covariances are kept, in float64, on
+the `device`. `resamples` sets of generated images are drawn by `seed` for a bootstrap interval, with the real images
+held fixed; without them its ends are nan.
 """
 
 from collections.abc import Iterable
@@ -47,10 +47,11 @@ class Moments:
     covariance: np.ndarray  # (P, d, d), unbiased
 
 
+Array = np.ndarray | Tensor
 Side = Images | UnitBatches | Moments  # images, or the moments of their packets
 
 
-def frechet_distance(mean1: Images, cov1: Images, mean2: Images, cov2: Images) -> float | np.ndarray:
+def frechet_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> float | np.ndarray:
     """Squared Frechet distance of Gaussians, |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2).
 
     The last trace is the sum of the singular values of F1' F2 for any F F' = C: real, symmetric, and exact for singular

@@ -28,7 +28,8 @@ RESAMPLES = 20
 SEARCHED = 256  # samples whose nearest real images are looked for
 LARGEST = 10_000  # samples, and real images, that precision and recall by EfficientNet compare at most
 INCEPTION = {  # key of metrics.json -> name
-    "fid": "FID", "kid": "KID", "inception_score": "Inception score", "precision": "precision", "recall": "recall",
+    "fid": "FID", "kid": "KID (x 1000)", "inception_score": "Inception score",
+    "precision": "precision", "recall": "recall",
 }  # fmt: skip
 EFFICIENTNET = {
     "kid_efficientnet": "KID, EfficientNet-Lite0 on ImageNet, not Inception (x 1000)",
@@ -90,6 +91,14 @@ class Score:
         known = {self.key: self.estimate, f"{self.key}_floor": self.floor}
         ends = ("", "_low", "_high")
         return {key + end: v for key, found in known.items() if found for end, v in zip(ends, found, strict=True)}
+
+
+def shown(table: Any, metric: str, level: int | None = None) -> tuple[str, Any]:
+    """What reports call a key of metrics.json, and a DataFrame with its value, interval and floor as they show it."""
+    name = {"fwd": f"FWD, level {level}" if level else "FWD", **INCEPTION, **EFFICIENTNET}.get(metric, metric)
+    columns = [metric + end for end in ("", "_low", "_high", "_floor") if metric + end in table]
+    scale = 1000 if "x 1000" in name else 1
+    return name, table.assign(**{column: scale * table[column].astype(float) for column in columns})
 
 
 def evaluate(samples: np.ndarray, reference: Dataset, options: Options = Options()) -> dict[str, list[Score]]:

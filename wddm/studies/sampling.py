@@ -157,14 +157,12 @@ def fewest_steps(table: pd.DataFrame, reference: Row | pd.Series, metric: str) -
     return found
 
 
-def shown(table: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The table as a report shows it; with the steps of the detail bands, if any has its own; KID x 1000."""
-    factor = 1000 if metric.startswith("kid") else 1
+def columns(table: pd.DataFrame, metric: str, name: str) -> pd.DataFrame:
+    """The columns that a report shows; with the steps of the detail bands, if any has its own."""
     own = ["detail_steps"] if table.detail_steps.notna().any() else []
     found = table[["solver", "steps", *own]]
     found = found.assign(network=table.evaluations, **{"ms per image": 1000 * table.seconds_per_image})
-    name = f"{metric} x 1000" if factor > 1 else metric
-    return found.assign(**{name + end.replace("_", " "): factor * table[metric + end] for end in ENDS})
+    return found.assign(**{name: table[metric], "low": table[f"{metric}_low"], "high": table[f"{metric}_high"]})
 
 
 def by_band(coefficients: Tensor, bands: int) -> np.ndarray:

@@ -56,11 +56,13 @@ def one_set(folders: Iterable[Path]) -> Path:
 
 
 def summary(table: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Mean, minimum and maximum of a metric over a variant's seeds, best first, and in multiples of best and floor."""
-    having = table.reindex(columns=["variant", metric, f"{metric}_floor"]).dropna(subset=metric)
-    groups = having.set_axis(["variant", "value", "floor"], axis=1).groupby("variant", sort=False)
+    """Mean, range and ends of intervals of a metric over a variant's seeds, best first; multiples of best and floor."""
+    keys = [metric + end for end in ("", "_low", "_high", "_floor")]
+    having = table.reindex(columns=["variant", *keys]).dropna(subset=metric)
+    groups = having.set_axis(["variant", "value", "low", "high", "floor"], axis=1).groupby("variant", sort=False)
     found = groups.value.agg([("runs", "size"), ("mean", "mean"), ("minimum", "min"), ("maximum", "max")])
-    found = found.join(groups.floor.mean()).sort_values("mean", kind="stable").reset_index()
+    ends = [groups.low.min(), groups.high.max(), groups.floor.mean()]
+    found = found.join(ends).sort_values("mean", kind="stable").reset_index()
     ratios = {"over the best": found["mean"].min(), "over the floor": found.floor}
     return found.assign(**{name: found["mean"] / np.where(by > 0, by, np.nan) for name, by in ratios.items()})
 
