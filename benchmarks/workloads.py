@@ -1,6 +1,6 @@
 """workloads: what is measured here, as generator functions: every `next` is one call of so many steps.
 
-    compare({"ours": partial(training, network), "theirs": partial(bare_training, network)}, batch_size=16)
+compare({"ours": partial(training, network), "theirs": partial(bare_training, network)}, batch_size=16)
 """
 
 import subprocess

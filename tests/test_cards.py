@@ -8,6 +8,7 @@ import pytest
 import yaml
 from conftest import ROOT
 from huggingface_hub import ModelCard
+from test_conditions import conditional_pipeline
 
 from wddm.backbones import build_backbone
 from wddm.cards import model_card
@@ -52,6 +53,12 @@ def test_the_card_says_what_the_run_recorded(pipeline, tmp_path) -> None:
     assert [row for row in rows if f"| {row} |" not in card.text] == []
     assert 'from_pretrained("me/digits-model")' in card.text and "num_inference_steps=7" in card.text
     assert "--scheduler heun --sampling-steps 7" in card.text
+
+
+def test_the_card_says_which_labels_there_are(pipeline) -> None:
+    card = model_card(conditional_pipeline(), "me/model", None)
+    assert "| labels | 0 to 2 |" in card and ", labels=0, eta" in card
+    assert "| labels | none |" in model_card(pipeline, "me/model", None)
 
 
 def test_what_is_not_recorded_is_said(pipeline) -> None:

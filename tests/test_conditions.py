@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from wddm.objective import NOT_OF_SAMPLE, SINGLE_STEP, SOLVERS, build_solver
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
+from wddm.studies.sampling import denoising_error
 from wddm.wavelets import WaveletCodec
 
 TARGETS = ("epsilon", "sample", "v_prediction")
@@ -213,6 +214,10 @@ def test_labels_reach_the_network() -> None:
     assert seen and all(labels.tolist() == [3, 3, 3] for labels in seen)  # nothing is asked for
     cycled = list(sample_images(pipeline, 5, labels=[2, 0], num_inference_steps=1))
     assert seen[-1][:5].tolist() == [2, 0, 2, 0, 2] and len(np.concatenate(cycled)) == 5
+    list(sample_images(pipeline, 5, num_inference_steps=1))
+    assert seen[-1][:5].tolist() == [0, 1, 2, 0, 1]  # every class in turn
+    denoising_error(pipeline, np.random.default_rng(0).integers(0, 256, (2, 16, 16, 1), np.uint8), [500])
+    assert seen[-1].tolist() == [3, 3]  # of images whose class nobody says
 
 
 FAULTS = [

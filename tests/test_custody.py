@@ -122,7 +122,7 @@ def test_every_parameter_is_declared_in_one_notebook() -> None:
 
 
 def test_there_is_one_set_of_defaults() -> None:
-    """Of the notebook's cell, of Python's functions, and of the recipe."""
+    """Of the notebook's cell and of Python's functions; for the recipe see test_experiments.py."""
     schema = {name: one.default for name, one in read_schema(ROOT / "notebooks/02_train.ipynb").items()}
     python: dict[str, object] = {}
     for function in (WaveletCodec, build_backbone, Trainer, distance_to, labels_of):
@@ -131,8 +131,6 @@ def test_there_is_one_set_of_defaults() -> None:
                 assert python.setdefault(name, one.default) == one.default, name
     assert {name: schema[name] for name in python} == python
     assert schema.keys() - python.keys() <= {"run", "num_processes", "backbone"}  # asked for, in Python
-    recipe = yaml.safe_load((ROOT / "params/recipes/modern.yaml").read_text())
-    assert {name: type(schema[name])(value) for name, value in recipe.items()} == {one: schema[one] for one in recipe}
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,11 @@ def test_the_share_of_samples_of_which_a_classifier_is_sure(digits) -> None:
     assert doubtful.value < 0.1 and doubtful.floor.value == pytest.approx(0.9, abs=0.02)
     assert sum(sure.detail.class_counts.values()) == 100 and sure.detail.classes_seen == 10
     assert f"classifier of pixels, right on {verdict.accuracy.value:.1%} of 150 held-out images" in sure.protocol
+    cycle = list(range(9, -1, -1))
+    real = np.stack([real[np.flatnonzero(digits.labels == label)[n]] for n in range(5) for label in cycle])
+    for labels, right in ((cycle, 0.9), (np.roll(cycle, 1).tolist(), 0.0)):  # what is asked for is found, or never
+        asked = scores.classifier(real, digits, Options(seed=1, labels=labels))[1]
+        assert asked.key == "asked_share" and abs(asked.value - right) <= 0.1 and asked.floor == verdict.accuracy
     (unlabelled,) = scores.classifier(noise, replace(digits, labels=None), Options())
     assert unlabelled.record() == {} and "no labels" in unlabelled.protocol
 

@@ -1,12 +1,15 @@
 """Every YAML in params/ is an experiment that could run; every mistake in one is refused before anything does."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT
 
 from wddm.cli import main
-from wddm.experiment import check
+from wddm.experiment import check, labels_of
 from wddm.workbook import load_experiments
 from wddm.workbook.experiments import pipeline_notebooks
 from wddm.workbook.parameters import merge_schemas
@@ -42,6 +45,18 @@ def test_the_modern_recipe_is_the_notebooks_defaults() -> None:
     assert {name: SCHEMA[name].convert(value) for name, value in RECIPES["modern"].items()} == {
         name: SCHEMA[name].default for name in RECIPES["modern"]
     }
+
+
+@pytest.mark.parametrize(
+    ("labels", "given", "told"),
+    [
+        ([0, 1] * 10, None, True), ([0, 1] * 9, None, False), ([0] * 20, None, False), ([0, 1, -1] * 10, None, False),
+        ([0, 1, -1], True, True), ([0, 1] * 10, False, False), (None, None, False), (None, False, False),
+    ],
+)  # fmt: skip
+def test_labels_are_told_where_every_image_has_one_and_classes_are_large(labels, given, told) -> None:
+    prepared = SimpleNamespace(labels=None if labels is None else np.array(labels))
+    assert (labels_of(prepared, given) is not None) == told
 
 
 def test_a_recipe_holds_where_the_experiment_names_nothing(tmp_path) -> None:

@@ -63,7 +63,7 @@ def test_a_run_leaves_everything_that_is_promised(root, tiny) -> None:
         is_clean((tiny / f"{name}.html").read_text())
         assert (tiny / f"{name}.ipynb").exists()
     metrics = json.loads((tiny / "metrics.json").read_text())
-    assert {"fwd", "fwd_floor", "classes_seen", "confident_share", "train_loss"} <= metrics.keys()
+    assert {"fwd", "fwd_floor", "classes_seen", "confident_share", "asked_share", "train_loss"} <= metrics.keys()
     assert metrics["fwd"] > metrics["fwd_floor"] > 0  # a tiny network has learned next to nothing
     timings = json.loads((tiny / "timings.json").read_text())
     assert timings["train_images_per_s"] > 0 and timings["sample_images_per_s"] > 0

@@ -191,7 +191,9 @@ def test_labels_are_drawn_in_turn(tmp_path) -> None:
     pipeline.save_pretrained(tmp_path / "model")
     options = ["--num-samples", 3, "--sampling-steps", 2]
     assert sample(tmp_path / "model", tmp_path / "both", *options, "--labels", "2,0", "--guidance", 3) == 0
-    assert json.loads((tmp_path / "both" / "samples.json").read_text())["labels"] == [2, 0]
+    assert sample(tmp_path / "model", tmp_path / "all", *options) == 0
+    asked = [json.loads((tmp_path / name / "samples.json").read_text())["labels"] for name in ("both", "all")]
+    assert asked == [[2, 0], [0, 1, 2]]
     for label, name in ((2, "one"), (0, "other")):
         assert sample(tmp_path / "model", tmp_path / name, *options, "--labels", label, "--guidance", 3) == 0
     both, one, other = (pixels(tmp_path / name) for name in ("both", "one", "other"))

@@ -20,7 +20,7 @@ Diffusion on wavelet coefficients, made with wddm.
 from wddm.pipeline import WaveletPipeline
 
 pipe = WaveletPipeline.from_pretrained("{{ name }}")
-images = pipe(batch_size=16, num_inference_steps={{ run.sampling_steps or 50 }}, eta={{ run.eta or 0.0 }}).images
+images = pipe(16, num_inference_steps={{ run.sampling_steps or 50 }}{{ asked }}, eta={{ run.eta or 0.0 }}).images
 ```
 
 ```bash
@@ -60,12 +60,14 @@ def model_card(pipeline: DiffusionPipeline, name: str, report: Path | None) -> s
         raise ValueError(f"got report={report}, which has no params.yaml, wanted reports/<run>: give a run's report")
     run, metrics, data, made_with = recorded(report.resolve()) if report else ({}, {}, {}, {})
     network, codec, task = pipeline.backbone, pipeline.codec.config, "unconditional-image-generation"
+    classes = (network.config.get("num_class_embeds") or 1) - 1
     model = {
         "backbone": type(network).__name__,
         "parameters": f"{network.num_parameters():,}",
         "coefficients": " x ".join(map(str, (network.config.in_channels, *pipeline.map_size))),
         "codec": ", ".join(f"{key} {codec[key]}" for key in ("wavelet", "level", "transform", "scaling")),
         "predicts": pipeline.scheduler.config.prediction_type,
+        "labels": f"0 to {classes - 1}" if classes else "none",
     }
     source = str(data.get("source", data.get("dataset", "unknown")))
     results = [EvalResult(task, "image", source, *distance) for distance in known(metrics, "fid", "kid", "fwd").items()]
@@ -75,6 +77,7 @@ def model_card(pipeline: DiffusionPipeline, name: str, report: Path | None) -> s
     tables = {"Data": data, "Model": model, "Parameters": run, "Metrics": metrics, "Made with": made_with}
     flags = known(run, "scheduler", "sampling_steps", "eta", "spacing")
     values: dict[str, Any] = {"name": name, "run": run, "flags": flags, "tables": tables}
+    values |= {"asked": ", labels=0" if classes else ""}
     card_data = ModelCardData(tags=["wavelets", "wddm"], **about)
     return str(ModelCard.from_template(card_data, template_str=TEMPLATE, **values))
 

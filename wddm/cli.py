@@ -125,7 +125,7 @@ def workbook_root(start: Path | None = None) -> Path | None:
 @click.option("--sampling-steps", "num_inference_steps", type=COUNT, default=50)
 @click.option("--eta", type=float, default=0.0, help="Randomness of ddim: 0 none, 1 as much as ddpm.")
 @click.option("--detail-steps", type=COUNT, metavar="N", help="Solver steps of the detail bands, if not the same.")
-@click.option("--labels", metavar="7,3", help="What to draw, over and over, of a network trained with labels.")
+@click.option("--labels", metavar="7,3", help="Classes to draw in turn; by default all that the network knows.")
 @click.option("--guidance", type=float, default=1.0, help="Above 1 the label counts more, and variety less.")
 @click.option("--spacing", help="leading, trailing or linspace")
 @click.option("--seed", type=click.IntRange(0, 2**60), default=0, help="Image k is drawn from seed + k in any batch.")
@@ -185,7 +185,7 @@ def evaluate(
 
     from wddm import workbook
     from wddm.metrics import inception, scores
-    from wddm.workbook.records import write_json
+    from wddm.workbook.records import read_json, write_json
     from wddm.workbook.report import format_table
 
     try:  # what cannot be used is told before anything is computed
@@ -199,7 +199,9 @@ def evaluate(
         raise ValueError(f"got --output {output}, wanted a file that can be written: change it")
     real = scores.find_reference(f"{reference}-{resolution}" if resolution else reference, workbook_root() or Path())
     samples = scores.read_images(images)
-    options = scores.Options(fwd_level, seed, device or PartialState().device, inception_weights, workbook.progress)
+    labels = read_json(images / "samples.json").get("labels")  # as wddm sample writes it
+    device = device or PartialState().device
+    options = scores.Options(fwd_level, seed, device, inception_weights, workbook.progress, labels)
     found = scores.evaluate(samples, real, options)
     rows = [score.row() for group in found.values() for score in group]
     print(format_table(rows, f"{images} against {real.folder}. {scores.fairness(len(samples), real)}")[1])

@@ -77,11 +77,17 @@ def build(parameters: Parameters, prepared: Dataset) -> tuple[WaveletCodec, Mode
     return codec, _network(parameters, prepared.manifest["dataset"], prepared.images.shape[1:], classes)
 
 
-def labels_of(prepared: Dataset, class_conditional: bool = False) -> np.ndarray | None:
-    """Labels (N,) of a set that a network is to be told, if it is; ValueError if the set has none."""
-    if class_conditional and prepared.labels is None:
+def labels_of(prepared: Dataset, class_conditional: bool | None = None) -> np.ndarray | None:
+    """Labels (N,) of a set that a network is to be told, if it is; ValueError if the set has none.
+
+    None: it is if every image has a label, there are two classes or more, and ten images or more to a class.
+    """
+    labels = prepared.labels
+    if class_conditional and labels is None:
         raise ValueError("got class_conditional=True for a set without labels, wanted some: set it to False")
-    return prepared.labels if class_conditional else None
+    if class_conditional is None and labels is not None:
+        class_conditional = labels.min() >= 0 and 1 < labels.max() + 1 <= len(labels) / 10
+    return labels if class_conditional else None
 
 
 def train(
@@ -202,7 +208,7 @@ def _check_images(experiment: Experiment) -> None:
         if "wavelet" in parameters:
             WaveletCodec(**share(WaveletCodec, parameters)).check_size(*shape[:2])
         if "backbone" in parameters:
-            _network(parameters, name, shape, parameters.get("class_conditional", 0))
+            _network(parameters, name, shape, parameters.get("class_conditional") or 0)
     if parameters.get("validation_kimg"):
         held_out(parameters["validation_images"], count)
     for level, samples in (("fwd_level", "num_samples"), ("train_fwd_level", "fwd_images")):

@@ -74,7 +74,7 @@ class WaveletPipeline(DiffusionPipeline):
             latents: unit noise (B, 4^L C, h, w) to start from; the generators then only draw what the solver adds.
             callback_on_step_end: called `(pipeline, i, t, {"latents": ..., "denoised": ...})` after each step, where
                 "denoised" estimates the clean coefficients, or is None; sampling goes on with the "latents" it returns.
-            labels: one for all or one per image, for a network that was trained with them.
+            labels: one for all or one per image, for a network that was trained with them; None asks for nothing.
             guidance, guidance_details: above 1 the label counts more, in all bands or in the details.
             low_resolution: (B or 1, C, H/2^k, W/2^k) in [0, 1], k <= L, the means that the images are to have.
             known, mask: images (B or 1, C, H, W) in [0, 1], kept where the bool mask (B or 1, 1, H, W) is True.

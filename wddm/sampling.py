@@ -79,6 +79,7 @@ def draw(
     processes.wait_for_everyone()  # to have looked, before anybody writes
     starts = range(0, count, images_per_call(pipeline, batch_size))[rank::world_size]
     share = {"batch_size": batch_size, "seed": seed, "rank": rank, "world_size": world_size}
+    labels = labels_in_turn(pipeline, labels)
     batches = sample_images(pipeline, count, **share, labels=labels, **solving)
     bar = tqdm(batches, "sampling", len(starts), unit="batch", file=sys.stdout, disable=not processes.is_main_process)
     for start, batch in zip(starts, bar, strict=True):
@@ -95,15 +96,21 @@ def sample_images(
 ) -> Iterator[np.ndarray]:  # fmt: skip
     """Draw `count` images batch by batch, uint8 (b, H, W, C), image k seeded `seed + k`; the last batch is shorter.
 
-    Image k has label k of `labels`, over and over. The process `rank` draws every `world_size`-th batch.
+    Image k has label k of `labels_in_turn`, over and over. The process `rank` draws every `world_size`-th batch.
     """
-    size = images_per_call(pipeline, batch_size)
+    size, turn = images_per_call(pipeline, batch_size), labels_in_turn(pipeline, labels)
     for start in range(rank * size, count, world_size * size):
         stop = start + size if pipeline.device.type == "cpu" else min(start + size, count)
         generators = image_generators(range(seed + start, seed + stop))
-        asked = [labels[k % len(labels)] for k in range(start, stop)] if labels else None
+        asked = [turn[k % len(turn)] for k in range(start, stop)] if turn else None
         (images,) = pipeline(stop - start, generators, output_type="np", return_dict=False, labels=asked, **solving)
         yield (images[: count - start] * 255).round().astype(np.uint8)
+
+
+def labels_in_turn(pipeline: WaveletPipeline, labels: Sequence[int] | None = None) -> list[int] | None:
+    """What images are drawn with, over and over: these labels, or else all that the network knows, or none."""
+    known = getattr(pipeline.backbone.config, "num_class_embeds", None) or 1  # the last is "no label"
+    return list(labels or range(known - 1)) or None
 
 
 def images_per_call(pipeline: WaveletPipeline, batch_size: int) -> int:

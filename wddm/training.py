@@ -256,11 +256,10 @@ class Trainer:
         return total
 
     def samples(self, count: int) -> np.ndarray:
-        """uint8 (count, H, W, C) of the averaged weights by DDIM in 25 steps, one label after the other, same seeds."""
-        options: Any = {"num_inference_steps": 25} | ({"labels": range(self.no_label)} if self.no_label > 0 else {})
+        """uint8 (count, H, W, C) of the averaged weights by DDIM in 25 steps, of every class in turn, same seeds."""
         with self.averaged() as pipeline:
             pipeline.set_progress_bar_config(disable=True)
-            return np.concatenate(list(sample_images(pipeline, count, **options)))
+            return np.concatenate(list(sample_images(pipeline, count, num_inference_steps=25)))
 
     def _watch(self, clock: tuple[int, float]) -> Step | None:
         """What is due at this step but for the checkpoint: a preview and measures, of the main process; a log's row."""

@@ -38,6 +38,7 @@ class BandStatistics(NamedTuple):  # of every Haar packet, arrays (4^L,)
 class Verdict(NamedTuple):
     """What a classifier of real images makes of generated ones."""
 
+    labels: np.ndarray  # (N,), their classes
     class_counts: dict[int, int]  # how many images have each class as their top one
     confidence: np.ndarray  # (N,), their top probabilities
     held_out: np.ndarray  # (M,), top probabilities of real images that it was not fitted to
@@ -209,6 +210,7 @@ def judge(generated: np.ndarray, real: np.ndarray, labels: np.ndarray, seed: int
     bases = Nystroem(gamma=gamma, n_components=min(500, len(fitted)), random_state=seed)
     model = make_pipeline(bases, LogisticRegression(C=10, max_iter=500)).fit(real[fitted], labels[fitted])
     known, probability = (model.predict_proba(vectors) for vectors in (real[held_out], generated))
-    counts = {int(name): int(np.sum(probability.argmax(1) == k)) for k, name in enumerate(model.classes_)}
+    found = model.classes_[probability.argmax(1)]
+    counts = {int(name): int(np.sum(found == name)) for name in model.classes_}
     accuracy = share((model.classes_[known.argmax(1)] == labels[held_out]).sum(), len(held_out))
-    return Verdict(counts, probability.max(1), known.max(1), float(np.quantile(known.max(1), 0.1)), accuracy)
+    return Verdict(found, counts, probability.max(1), known.max(1), float(np.quantile(known.max(1), 0.1)), accuracy)

@@ -7,7 +7,7 @@ of its folder, under the sha256 of its images.
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -51,6 +51,7 @@ class Options:
     device: diagnostics.Device = "cpu"  # where networks run and moments are added up
     inception_weights: str | Path | None = None  # torch-fidelity's file; None: where torch-fidelity downloads it to
     progress: Callable[[range], Iterable[int]] = iter  # wraps a range of batches, to show a bar
+    labels: Sequence[int] | None = None  # that the samples were drawn with, over and over
     memo: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)  # features of the last samples
 
 
@@ -151,7 +152,8 @@ def wavelet(samples: np.ndarray, reference: Dataset, options: Options) -> list[S
 def classifier(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
     """The share of samples of whose class a classifier is as sure as of 90 % of real images; `detail`: its `Verdict`.
 
-    It is fitted to the reference: to EfficientNet's features of colour images, or else to pixels.
+    And the share that it takes for what they were drawn with, if that is known; the floor is how often it is right. It
+    is fitted to the reference: to EfficientNet's features of colour images, or else to pixels.
     """
     score = partial(Score, "confident_share", "share as sure as 90 % of real images")
     counts, labels, vectors = (len(samples), len(reference.images)), reference.labels, None
@@ -167,7 +169,11 @@ def classifier(samples: np.ndarray, reference: Dataset, options: Options) -> lis
     said = f"classifier of {'features' if vectors else 'pixels'}, right on {verdict.accuracy.value:.1%} of "
     said += f"{len(verdict.held_out):,} held-out images"
     sure, floor = (share((top >= verdict.threshold).sum(), len(top)) for top in (verdict.confidence, verdict.held_out))
-    return [score(sure, floor, *counts, said, verdict)]
+    found = [score(sure, floor, *counts, said, verdict)]
+    if options.labels:
+        hits = share((verdict.labels == np.resize(options.labels, len(samples))).sum(), len(samples))
+        found.append(Score("asked_share", "share of the class asked for", hits, verdict.accuracy, *counts, said))
+    return found
 
 
 def by_inception(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:

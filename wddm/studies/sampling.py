@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from wddm.checkpoints import public
+from wddm.conditions import labelled
 from wddm.data import Dataset, to_batch
 from wddm.files import append_row, read_rows
 from wddm.metrics import scores
@@ -194,10 +195,10 @@ def denoising_error(pipeline: WaveletPipeline, images: np.ndarray, times: Sequen
     bands, device = len(pipeline.codec.bands()), pipeline.device
     clean = pipeline.codec.encode(to_batch(np.asarray(images), np.zeros(len(images), bool), device))
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    errors = []
+    errors, answer = [], labelled(pipeline.backbone, len(clean), None, [1.0])
     for time_step in times:
         t = torch.full((len(clean),), time_step, device=device)
         noisy = pipeline.scheduler.add_noise(clean, noise, t)
-        estimate = clean_estimate(pipeline.scheduler, noisy, pipeline.backbone(noisy, t).sample, t)
+        estimate = clean_estimate(pipeline.scheduler, noisy, answer(noisy, t), t)
         errors.append(by_band(estimate - clean, bands))
     return np.stack(errors) / by_band(clean - clean.mean(0), bands)
