@@ -502,3 +502,30 @@ def test_compare_sets_any_runs_side_by_side(compared) -> None:
     assert kid < page.index("FWD by variant")
     reached = {row["variant"]: row for row in saved(report, "reached")}
     assert (reached["level 0"]["kimg"], reached["level 1"]["kimg"]) == (0.4, 0.3)
+
+
+@pytest.mark.slow
+def test_restoration_agrees_with_what_is_known_of_images_that_were_held_out(root, prepared) -> None:
+    (root / "params/restored.yaml").write_text(
+        "notebooks: [01_prepare, analysis/restoration]\nmodel_dir: runs/second/pipeline\nlimit: 200\nnum_samples: 18\n"
+        "sampling_steps: 2\nsteps: [1, 2]\netas: [0.0]\nanswers: 2\nsampling_batch_size: 8\n"
+    )
+    save_pipeline(root / "runs/second/pipeline", 2)
+    run(root, "run", "params/restored.yaml")
+    report = root / "reports/restored"
+    rows = {(row["task"], row["method"]): row for row in saved(report, "restoration")}
+    tasks = {"enlarged 2x", "enlarged 4x", "left half", "all but the centre", "blocks"}
+    assert rows.keys() == {("true images", "true images"), *itertools.product(tasks, ("plain", "restored"))}
+    for task in tasks:
+        plain, restored = rows[task, "plain"], rows[task, "restored"]
+        assert restored["psnr"] < plain["psnr"] and restored["network"] == 4  # it has learned nothing
+        true = rows["true images", "true images"]["fwd"]
+        assert restored["fwd_excess"] == pytest.approx((restored["fwd"] - true) / (plain["fwd"] - true))
+    metrics = json.loads((report / "metrics.json").read_text())
+    assert metrics["held_out_copies"] == 200  # the training set itself, found again by content
+    assert [row["evaluations"] for row in saved(report, "price")] == [2, 4]
+    figures = {path.stem for path in (report / "figures").glob("*.png")}
+    assert {"enlarged-2x", "enlarged-4x", "left-half", "blocks", "answers-blocks", "price"} <= figures
+    assert is_clean(report / "restoration.html")
+    done = wddm(root, "run", "params/restored.yaml", "--force", num_samples=900)
+    assert done.returncode == 1 and "held-out images, wanted 1800" in done.stdout

@@ -100,7 +100,7 @@ def test_what_is_known_is_known_at_other_band_rates(solver: str) -> None:
 
 
 def test_what_is_not_known_follows_from_what_is() -> None:
-    """Of a Gaussian whose bands depend on each other, by 0.8; projection comes to half of it or more, not to all."""
+    """Of a Gaussian whose bands depend on each other, by 0.8: projection alone comes to half of it or so."""
     covariance = 0.04 * torch.eye(4)
     covariance[0, 1] = covariance[1, 0] = 0.032
     pipeline = tiny_pipeline()
@@ -113,7 +113,7 @@ def test_what_is_not_known_follows_from_what_is() -> None:
     options = {"num_inference_steps": 100, "eta": 1.0, "output_type": "pt", "low_resolution": low}
     z = pipeline.codec.encode(pipeline(64, **options).images * 2 - 1)
     a, h = z[:, 0].flatten(), z[:, 1].flatten()
-    assert 0.4 < (a @ h) / (a @ a) < 0.85
+    assert 0.72 < float((a @ h) / (a @ a)) < 0.88
 
 
 class Mixture(torch.nn.Module):

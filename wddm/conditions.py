@@ -6,7 +6,9 @@ the clean image x, that is made to agree with y = A x, and becomes an answer of 
 
     x + A^+ (y - A x)    A picks the pixels of a mask, or is the mean over cells, whose A^+ repeats each pixel
 
-It is pixels that agree, whatever the codec.
+It is pixels that agree, whatever the codec. Before that, what is not known follows from what is, as in guidance by
+pseudo-inverse (Song et al. 2023): x moves by J v, the derivative along v = A^+ (y - A x), by a second call of the
+network, and as far as agrees with v best. Projection alone leaves details that do not fit, which are seen as grain.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +24,7 @@ from wddm.wavelets import WaveletCodec
 Answer = Callable[[Tensor, Tensor], Tensor]  # the network's answer to z_t (B, 4^L C, h, w) at t
 Missing = Callable[[Tensor], Tensor]  # what coefficients lack to agree with what is known
 Labels = int | Sequence[int] | Tensor
+PUSH = 0.1  # step of the derivative, in parts of what is missing
 
 
 def labelled(backbone: ModelMixin, count: int, labels: Labels | None, weights: Sequence[float]) -> Answer:
@@ -85,7 +88,7 @@ def correction(
 
 
 def held(answer: Answer, scheduler: SchedulerMixin, missing: Missing, clip: Tensor) -> Answer:
-    """Answers whose clean estimates p z_t + q answer agree; they are clipped before, as some solvers clip after."""
+    """Answers whose clean estimates p z_t + q answer agree; clipped before, as some solvers clip after."""
 
     def agreeing(z: Tensor, t: Tensor) -> Tensor:
         a, output = alpha_cumprod(scheduler, float(t)), answer(z, t)
@@ -93,7 +96,11 @@ def held(answer: Answer, scheduler: SchedulerMixin, missing: Missing, clip: Tens
         weights = {"epsilon": (1 / signal, -noise / signal), "sample": (0.0, 1.0), "v_prediction": (signal, -noise)}
         p, q = weights[scheduler.config.prediction_type]
         estimate = p * z.float() + q * output.float()  # p reaches 20,000, too much for half precision
-        clipped = estimate.clamp(-clip, clip)
+        v = missing(estimate.clamp(-clip, clip))
+        pushed = z + PUSH * v.to(z.dtype)
+        along = (p * pushed.float() + q * answer(pushed, t).float() - estimate) / PUSH  # J v, as J is symmetric
+        best = (v * v).sum((1, 2, 3), keepdim=True) / (v * along).sum((1, 2, 3), keepdim=True)
+        clipped = (estimate + best.nan_to_num(0, 0, 0).clamp_min(0) * along).clamp(-clip, clip)
         change = missing(clipped)
         any_known = (change != 0).flatten(1).any(1).view(-1, 1, 1, 1)  # not with an empty mask
         return output + ((clipped - estimate + change).where(any_known, 0) / q).to(output.dtype)

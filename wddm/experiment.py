@@ -48,7 +48,7 @@ BOUNDS: dict[str, tuple[float, float]] = {  # parameter of any notebook: (minimu
     "sampling_steps": STEPS, "detail_steps": STEPS, "steps": STEPS, "band_steps": STEPS, "reference_steps": STEPS,
     "eta": SHARE, "etas": SHARE, "labels": (0, 10**6), "guidance": (0, 100), "guidance_details": (0, 100),
     "sets": (1, 1000), "rounds": (5, 1000), "images_per_step": COUNT, "comparison_seconds": (0, 10**6),
-    "max_step_seconds": (0.001, 10**6), "capacity_gib": (0.001, 10**6),
+    "answers": (1, 64), "max_step_seconds": (0.001, 10**6), "capacity_gib": (0.001, 10**6),
 }  # fmt: skip
 CHOICES: dict[str, Iterable[str]] = {
     "weighting": WEIGHTINGS, "schedule": SCHEDULES, "precision": PRECISIONS, "prediction_type": PREDICTION_TYPES,

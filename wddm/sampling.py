@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from wddm.backbones import backbone_name
@@ -92,18 +93,21 @@ def draw(
 
 def sample_images(
     pipeline: WaveletPipeline, count: int, *, batch_size: int = 64, seed: int = 0, rank: int = 0, world_size: int = 1,
-    labels: Sequence[int] | None = None, **solving: Unpack[Solving],
+    labels: Sequence[int] | None = None, known: Mapping[str, Tensor] | None = None, **solving: Unpack[Solving],
 ) -> Iterator[np.ndarray]:  # fmt: skip
     """Draw `count` images batch by batch, uint8 (b, H, W, C), image k seeded `seed + k`; the last batch is shorter.
 
-    Image k has label k of `labels_in_turn`, over and over. The process `rank` draws every `world_size`-th batch.
+    Image k has label k of `labels_in_turn`, over and over, and row k of each tensor in `known`: the pipeline's
+    low_resolution, or known and mask. The process `rank` draws every `world_size`-th batch.
     """
     size, turn = images_per_call(pipeline, batch_size), labels_in_turn(pipeline, labels)
     for start in range(rank * size, count, world_size * size):
         stop = start + size if pipeline.device.type == "cpu" else min(start + size, count)
         generators = image_generators(range(seed + start, seed + stop))
         asked = [turn[k % len(turn)] for k in range(start, stop)] if turn else None
-        (images,) = pipeline(stop - start, generators, output_type="np", return_dict=False, labels=asked, **solving)
+        given = {name: x[torch.arange(start, stop) % len(x)] for name, x in (known or {}).items()}
+        options: dict[str, Any] = {"output_type": "np", "return_dict": False, "labels": asked, **given, **solving}
+        (images,) = pipeline(stop - start, generators, **options)
         yield (images[: count - start] * 255).round().astype(np.uint8)
 
 
