@@ -88,7 +88,7 @@ def correction(
 
 
 def held(answer: Answer, scheduler: SchedulerMixin, missing: Missing, clip: Tensor) -> Answer:
-    """Answers whose clean estimates p z_t + q answer agree; clipped before, as some solvers clip after."""
+    """Answers, by two calls each, whose clean estimates p z_t + q answer agree; clipped, as solvers clip later."""
 
     def agreeing(z: Tensor, t: Tensor) -> Tensor:
         a, output = alpha_cumprod(scheduler, float(t)), answer(z, t)
