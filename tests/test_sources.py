@@ -587,3 +587,26 @@ def test_a_download_goes_on_where_it_was_cut_off_and_is_kept(tmp_path):
         server.shutdown()
         server.server_close()
     assert FakeHub.asked[:2] == [0, "cut"] and FakeHub.asked[2] >= 10_000_000 and len(FakeHub.asked) == 3
+
+
+def test_why_a_folder_has_no_labels_is_said(tmp_path, pictures):
+    folder = png_folder(tmp_path / "in", pictures[:2])
+    np.save(folder / "labels.npy", np.arange(2))
+    for name in ("cat", "dog"):
+        png_folder(folder / name, pictures[:1])
+    said = prepare("folder", 16, tmp_path / "out", dataset_path=folder).notes
+    assert said[0] == "no labels: 2 images are in none of the folders cat, dog"
+    assert said[1].startswith("left out: 1 (") and said[1].endswith("labels.npy: no labels of these)")
+    captioned = png_folder(tmp_path / "captioned", noise(22))
+    rows = "".join(f"{i:03}.png,a picture of {i}\n" for i in range(22))
+    (captioned / "metadata.csv").write_text(f"file_name,text\n{rows}")
+    assert "most values of the column text occur once" in prepare(
+        "folder", 16, tmp_path / "out", dataset_path=captioned
+    ).notes[0]  # fmt: skip
+
+
+def test_training_and_testing_are_splits_too(tmp_path, pictures):
+    png_folder(tmp_path / "in/training", pictures[:2])
+    png_folder(tmp_path / "in/testing", pictures[2:5])
+    assert len(prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in").images) == 2
+    assert len(prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in", split="test").images) == 3
