@@ -140,7 +140,7 @@ def test_an_error_inside_a_notebook_is_one_line_and_a_rendered_report(root) -> N
     for number, pixels in enumerate(local_data.pictures()):  # so many that there is nothing else to refuse
         Image.fromarray(pixels).save(root / f"pictures/{number:02}.png")
     (root / "pictures/broken.png").write_bytes(b"not a picture")
-    values = {"run": "broken", "dataset": "folder", "dataset_path": "pictures", "fwd_level": 1}
+    values = {"run": "broken", "dataset": "folder", "dataset_path": "pictures", "fwd_level": 3}
     done = wddm(root, "run", "params/quickstart.yaml", **values, widths="[8]")
     assert done.returncode == 1, done.stdout + done.stderr
     line = next(line for line in done.stdout.splitlines() if "01_prepare failed" in line)
