@@ -9,10 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import local_data
 import nbformat
 import numpy as np
 import pytest
 from conftest import ROOT, as_process, wddm
+from PIL import Image
 
 NAMES = ("01_prepare", "02_train", "03_sample", "04_evaluate")
 TINY = {
@@ -96,11 +98,11 @@ def test_interrupted_and_gone_on_in_another_folder_it_gives_the_same_bytes(root,
     alone = {"cwd": root, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True, "stderr": subprocess.STDOUT}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, **alone)
     log = root / "runs/again/log.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 130, output
     report = root / "reports/again"
     assert status(report)["02_train"]["state"] == "killed" and (report / "02_train.html").exists()
@@ -135,8 +137,10 @@ def test_plain_papermill_works_too(root, tiny) -> None:
 @pytest.mark.slow
 def test_an_error_inside_a_notebook_is_one_line_and_a_rendered_report(root) -> None:
     (root / "pictures").mkdir(exist_ok=True)
+    for number, pixels in enumerate(local_data.pictures()):  # so many that there is nothing else to refuse
+        Image.fromarray(pixels).save(root / f"pictures/{number:02}.png")
     (root / "pictures/broken.png").write_bytes(b"not a picture")
-    values = {"run": "broken", "dataset": "folder", "dataset_path": "pictures"}
+    values = {"run": "broken", "dataset": "folder", "dataset_path": "pictures", "fwd_level": 3}
     done = wddm(root, "run", "params/quickstart.yaml", **values, widths="[8]")
     assert done.returncode == 1, done.stdout + done.stderr
     line = next(line for line in done.stdout.splitlines() if "01_prepare failed" in line)
