@@ -256,3 +256,18 @@ def test_a_network_can_be_made_again_from_its_config(backbone: str) -> None:
         again = type(network).from_config(network.config)
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     assert {name: tensor.shape for name, tensor in again.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_small_networks_are_told_the_time_and_the_label(backbone: str) -> None:
+    """A norm over one channel takes away what is added to it, the embeddings of time and label among it."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 16, "image_channels": 1, "level": 1}
+    network = build_backbone(backbone, **sizes, widths=(32, 32), num_class_embeds=3).eval()
+    for weight in network.parameters():  # some start at zero
+        torch.nn.init.normal_(weight, std=0.1)
+    z, label = torch.randn(2, 4, 8, 8), torch.zeros(2, dtype=torch.long)
+    with torch.no_grad():
+        first, later = (network(z, t, class_labels=label).sample for t in (1, 900))
+        other = network(z, 1, class_labels=label + 1).sample
+    assert (first - later).abs().max() > 1e-3 and (first - other).abs().max() > 1e-3

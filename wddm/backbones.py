@@ -107,6 +107,8 @@ def build_backbone(
     options |= dict.fromkeys(("in_channels", "out_channels"), 4**level * channels)
     options |= {"sample_size": height if height == width else (height, width)}
     options["attention_head_dim"] = math.gcd(attention_head_dim, *widths)
+    if "norm_num_groups" in accepted:  # two channels each at least: alone, a channel's norm takes the time away again
+        options["norm_num_groups"] = math.gcd(32, *(width // 2 for width in widths))
     return BACKBONES[backbone].build(**options)  # by name: what comes by position, diffusers' `from_config` drops
 
 
@@ -129,7 +131,7 @@ def preset_sizes(backbone: str, dataset: str | None, level: int, side: float = 1
 def build_unet(
     sample_size: int | tuple[int, int], in_channels: int, out_channels: int, block_out_channels: tuple[int, ...],
     attention_levels: Sequence[int], layers_per_block: int, attention_head_dim: int, dropout: float,
-    num_class_embeds: int | None = None,
+    num_class_embeds: int | None = None, norm_num_groups: int = 32,
 ) -> UNet2DModel:  # fmt: skip
     """diffusers' UNet with self-attention in the middle and at `attention_levels` (0 = finest)."""
     check_halvings(sample_size, len(block_out_channels))
@@ -139,7 +141,7 @@ def build_unet(
         block_out_channels=block_out_channels, layers_per_block=layers_per_block, num_class_embeds=num_class_embeds,
         down_block_types=tuple("AttnDownBlock2D" if here else "DownBlock2D" for here in attends),
         up_block_types=tuple("AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)),
-        attention_head_dim=attention_head_dim, norm_num_groups=math.gcd(32, *block_out_channels),
+        attention_head_dim=attention_head_dim, norm_num_groups=norm_num_groups,
     )  # fmt: skip
 
 

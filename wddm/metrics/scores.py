@@ -59,8 +59,7 @@ class Options:
 class Score:
     """One number of a report: `estimate` is None where it was not computed, and `protocol` then says why.
 
-    `floor` is what as many real images score against all the others, at most half of the set. `count` samples were
-    compared with `count_real` real images.
+    `floor` is what as many real images, at most half of them, score against the others. `count`: of samples.
     """
 
     key: str
@@ -89,8 +88,7 @@ class Score:
 
     def record(self) -> dict[str, float]:
         """For metrics.json: nothing where nothing was computed."""
-        known = {self.key: self.estimate, f"{self.key}_floor": self.floor}
-        ends = ("", "_low", "_high")
+        known, ends = {self.key: self.estimate, f"{self.key}_floor": self.floor}, ("", "_low", "_high")
         return {key + end: v for key, found in known.items() if found for end, v in zip(ends, found, strict=True)}
 
 
