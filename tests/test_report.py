@@ -8,12 +8,12 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import ClassVar
 
 import nbformat
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from wddm import workbook
@@ -76,8 +76,7 @@ def page_of_attacks(root: Path, call: str, monkeypatch) -> list[Path]:
 
     monkeypatch.setattr(workbook, "_display", shown)
     book = workbook.Run("r", root, root, folder, "")
-    figure = SimpleNamespace(savefig=lambda file, **_: file.write(b"png"), get_figwidth=lambda: 6.0)
-    book.show(figure, "samples", attack)
+    book.show(Figure(figsize=(1, 1)), "samples", attack)
     book.table([{attack: attack, "n": 1}, {attack: None}], attack)
     book.keep([{"a": attack}], img)
     outputs += [new_output("stream", name=name, text=f"{attack}\n\x1b[31m{attack}") for name in ("stdout", "stderr")]

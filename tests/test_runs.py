@@ -157,7 +157,7 @@ def test_a_transformer_goes_the_same_way(root, capsys) -> None:
     """`backbone: dit` in the YAML: trained, taken up again, drawn from and evaluated as any other."""
     words = [
         "train", str(root / "params" / "tiny.yaml"), "-p", "run=dit", "-p", "backbone=dit", "-p", "widths=[16, 16]",
-        "-p", "train_kimg=0.32", "-p", "fwd_kimg=0",
+        "-p", "train_kimg=0.32", "-p", "fwd_kimg=0", "-p", "class_conditional=true",
     ]  # fmt: skip
     assert main(words) == 0
     assert main([*words, "-p", "train_kimg=0.64", "--extend"]) == 0

@@ -172,7 +172,7 @@ def test_a_codec_with_a_wrong_sign_is_noticed(root) -> None:
 @pytest.mark.slow
 def test_they_are_a_report_too(root) -> None:
     """Executed: those with controls, or parameters that make them short. The others: of their committed outputs."""
-    executed = "from_scratch", "wavelets", "diffusion_in_wavelet_space"
+    executed = "from_scratch", "wavelets", "diffusion_in_wavelet_space", "sampling"
     for name in executed:
         done = wddm(root, "run", "params/tutorials.yaml", "--only", name, train_kimg=0.64, kimg=0.64)
         assert done.returncode == 0, done.stdout + done.stderr
