@@ -224,6 +224,7 @@ BAD_YAML = [  # what the file holds, and what the one line says of it
     ("level", "got a str, wanted one `key: value` per line"),
     ("12", "got a int, wanted one `key: value` per line"),
     ("=: 1", "unknown parameter '='"),
+    ("<<: {level: 2}", "got a merge key (<<), wanted its keys: write them out"),
     ("null: 1", "unknown parameter 'None'"),
     ("1: 1", "unknown parameter '1'"),
     ("x" * 5000 + ": 1", "mapping values are not allowed here"),
@@ -1001,3 +1002,31 @@ def test_records_are_finite_numbers_and_merge(root):
     for value in (float("nan"), "1", [1]):
         with pytest.raises(ValueError, match=r"^c: got .* wanted a finite number"):
             book.record(c=value)
+
+
+def test_members_of_a_sweep_take_a_gpu_each_and_hand_it_on(monkeypatch, tmp_path):
+    class Process:
+        stdout, returncode, seen = (), 0, []
+
+        def __init__(self, command, env, **options):
+            self.seen.append(env["CUDA_VISIBLE_DEVICES"])
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    def member(**parameters):
+        places = {"folder": tmp_path, "root": tmp_path, "lock": 0, "only": "", "start": "", "force": False}
+        return SimpleNamespace(experiment=SimpleNamespace(run="a", parameters=parameters), **places)
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr(runner, "write_parameters", lambda *_: None)
+    monkeypatch.setattr(runner.subprocess, "Popen", Process)
+    stop, free = SimpleNamespace(requested=False, listeners=set()), runner.SimpleQueue()
+    for name in runner.gpus():
+        free.put(name)
+    assert [runner._run_as_process(task, stop, free) for task in (member(), member(), member())] == [0, 0, 0]
+    assert runner._run_as_process(member(num_processes=2), stop, free) == 0
+    assert Process.seen == ["3", "5", "3", "3,5"]

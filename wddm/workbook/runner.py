@@ -6,6 +6,7 @@ where state is pending, running, ok, failed or killed.
 """
 
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import yaml
@@ -69,7 +71,10 @@ def _run(tasks: list["Task"], jobs: int, preflight: Callable[[Experiment], None]
         stop = locks.enter_context(kernel.stop_on_signals())
         if jobs > 1 and len(members) > 1:
             with ThreadPoolExecutor(jobs) as pool:
-                codes = list(pool.map(lambda task: _run_as_process(task, stop), members))
+                free: SimpleQueue[str | None] = SimpleQueue()
+                for name in itertools.islice(itertools.cycle(gpus() or [None]), jobs):
+                    free.put(name)
+                codes = list(pool.map(lambda task: _run_as_process(task, stop, free), members))
         else:
             codes = [task.run(stop) for task in members if not stop.requested]
         codes += [task.run(stop) for task in summaries if not stop.requested]
@@ -232,16 +237,28 @@ def _choose(experiments: list[Experiment], only: str | None, start: str | None) 
     return chosen
 
 
-def _run_as_process(task: Task, stop: kernel.Stop) -> int:
-    """Run a task by `wddm run` in a process of its own, which stops gently when its standard input ends."""
+def gpus() -> list[str]:
+    """The GPUs that CUDA may use, as CUDA_VISIBLE_DEVICES names them."""
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in named.split(",") if name]
+    return [str(number) for number, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
+
+
+def _run_as_process(task: Task, stop: kernel.Stop, free: "SimpleQueue[str | None]") -> int:
+    """Run a task by `wddm run` in a process of its own, which stops gently when its standard input ends.
+
+    It sees one GPU of those that are free, but all where it trains in several processes.
+    """
     if stop.requested:
         return 130
+    gpu, several = free.get(), task.experiment.parameters.get("num_processes", 1) > 1
+    environment = os.environ | ({} if gpu is None or several else {"CUDA_VISIBLE_DEVICES": gpu})
     write_parameters(task.experiment, task.folder / "params.yaml")
     command = [sys.executable, "-m", "wddm", "run", f"reports/{task.experiment.run}/params.yaml", f"--held={task.lock}"]
     command += [f"--{key}={value}" for key, value in (("only", task.only), ("from", task.start)) if value]
     process = subprocess.Popen(
         command + ["--force"] * task.force, cwd=task.root, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(task.lock,),
+        stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(task.lock,), env=environment,
     )  # fmt: skip
 
     def listener(kill: bool) -> None:
@@ -253,4 +270,5 @@ def _run_as_process(task: Task, stop: kernel.Stop) -> int:
             shown = line.decode(errors="replace").rstrip().rpartition("\r")[2]
             print(f"{task.experiment.run} | {shown}", flush=True)
     stop.listeners.discard(listener)
+    free.put(gpu)
     return process.returncode
