@@ -188,7 +188,7 @@ BAD_YAML = [  # what the file holds, and what the one line says of it
     ("level: *a", "alias (*)"),
     ("level: !!python/object/apply:os.system [ls]", "tag (!)"),
     ("level: !!int x", "tag (!)"),
-    ("<<: {level: 2}\nlvel: 2", "unknown parameter 'lvel'"),
+    ("<<: {level: 2}\nlvel: 2", "got a merge key (<<), wanted its keys: write them out"),
     *((f"seed: {text}", f"line 1: got {text}, wanted plain decimal digits")
       for text in ("010", "0x10", "0b1", "1_000", "1:30", "12:30:45", "2024-01-01", "-017")),
     ("learning_rate: 1_0.5", "line 1: got 1_0.5, wanted plain decimal digits"),
