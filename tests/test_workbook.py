@@ -891,7 +891,7 @@ except KeyboardInterrupt:
 """
 
 
-def is_stopped(root: Path, code: int) -> None:
+def assert_stopped(root: Path, code: int) -> None:
     assert code == 130
     assert (root / "runs/x/checkpoint").read_text() == "saved"
     assert states(root) == ["killed", "pending"]
@@ -929,7 +929,7 @@ def test_a_kernel_that_dies_is_told_apart_and_what_it_left_is_replaced(root, mon
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    is_stopped(root, main(["run", "params/x.yaml"]))
+    assert_stopped(root, main(["run", "params/x.yaml"]))
     thread.join()
     assert seen == [root / "runs/.locks/x", False]  # the kernel holds the lock; its connection file is gone
 
@@ -944,13 +944,15 @@ def test_a_kernel_that_dies_is_told_apart_and_what_it_left_is_replaced(root, mon
 
 def test_ctrl_c_in_a_terminal_reaches_the_whole_group(root):
     """No later cell, and the interrupt is not raised again: still not ok."""
-    write_notebook(root / "notebooks/01_prepare.ipynb", PREPARE, LOOP)
+    write_notebook(root / "notebooks/01_prepare.ipynb", PREPARE, LOOP, "print('not', 'reached')")
     command = [sys.executable, "-m", "wddm", "run", "params/x.yaml"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     wait_for(lambda: begun(root), seconds=240)
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=240)
-    is_stopped(root, process.returncode)
+    shown = process.communicate(timeout=240)[0].decode()
+    assert shown.count("stopping: the running cell may save its work") == 1
+    assert "01_prepare killed: KeyboardInterrupt: stopped" in shown and "not reached" not in shown
+    assert_stopped(root, process.returncode)
 
 
 @pytest.mark.slow
@@ -1030,3 +1032,13 @@ def test_members_of_a_sweep_take_a_gpu_each_and_hand_it_on(monkeypatch, tmp_path
     assert [runner._run_as_process(task, stop, free) for task in (member(), member(), member())] == [0, 0, 0]
     assert runner._run_as_process(member(num_processes=2), stop, free) == 0
     assert Process.seen == ["3", "5", "3", "3,5"]
+    monkeypatch.setattr(Process, "__init__", lambda *_, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        runner._run_as_process(member(), stop, free)
+    assert free.qsize() == 2
+
+
+def test_what_has_no_parameters_is_not_checked_which_would_import_torch():
+    code = "import sys, types, wddm.cli as cli; cli.preflight(types.SimpleNamespace(parameters={'run': 'x'}))"
+    command = [sys.executable, "-c", f"{code}; sys.exit('torch' in sys.modules)"]
+    assert subprocess.run(command, check=False).returncode == 0

@@ -46,8 +46,9 @@ def run(params: tuple[Path, ...], overrides: tuple[str, ...], held: int | None, 
     root, experiments = experiments_of(params, overrides)
     if held is not None:
         threading.Thread(target=_end_with_parent, daemon=True).start()
+    check = preflight if held is None else None  # what started this process has checked
     with contextlib.chdir(root):  # relative paths in parameters start there, wherever the command was given
-        return workbook.run(experiments, held=held, preflight=preflight, **options)
+        return workbook.run(experiments, held=held, preflight=check, **options)
 
 
 def _end_with_parent() -> None:
@@ -58,9 +59,10 @@ def _end_with_parent() -> None:
 
 def preflight(one: "Experiment") -> None:
     """Refuse, by ValueError, what the notebooks would only find out later; asked where one of them is going to run."""
-    from wddm import experiment  # and torch, which takes seconds
+    if one.parameters.keys() - {"run"}:
+        from wddm import experiment  # and torch, which takes seconds
 
-    experiment.check(one)
+        experiment.check(one)
 
 
 @commands.command()
@@ -180,21 +182,19 @@ def evaluate(
     seed: int, device: str | None,
 ) -> None:  # fmt: skip
     """Score a folder of images against a prepared data set."""
-    import torch
     from accelerate import PartialState
 
     from wddm import workbook
     from wddm.metrics import inception, scores
+    from wddm.sampling import check_device
     from wddm.workbook.records import read_json, write_json
     from wddm.workbook.report import format_table
 
-    try:  # what cannot be used is told before anything is computed
+    check_device(device or "cpu")  # what cannot be used is told before anything is computed
+    try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        torch.zeros(1, device=device or "cpu").item()
     except OSError as error:
         raise ValueError(f"got --output {output} ({error.strerror}), wanted a file in a folder: change it") from None
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"got --device {device}, wanted cpu, or a GPU of this machine: change it") from error
     if output.is_dir() or not os.access(output.parent, os.W_OK):
         raise ValueError(f"got --output {output}, wanted a file that can be written: change it")
     real = scores.find_reference(f"{reference}-{resolution}" if resolution else reference, workbook_root() or Path())

@@ -175,6 +175,11 @@ def _opened(source: Source, settings: dict[str, Any]) -> Images:
     return images
 
 
+def channels_of(images: Images, rows: np.ndarray) -> int:
+    """As many as the images have, or 1 if the headers of those in ascending rows all say grey, else 3."""
+    return images.channels or (1 if all(is_grey(image) for image, *_ in images.read(rows)) else 3)
+
+
 def duplicates(images: np.ndarray) -> list[list[int]]:
     """Groups of rows of uint8 (N, H, W, C) that are the same in every pixel, the largest first; by their hashes."""
     rows: dict[bytes, list[int]] = defaultdict(list)
@@ -189,8 +194,7 @@ def _write(source: Source, settings: dict[str, Any], to: Path, progress: bool) -
     rows = np.arange(images.count)
     if limit is not None and limit < len(rows):
         rows = np.sort(np.random.default_rng(settings["seed"]).choice(rows, limit, replace=False))
-    channels = settings["channels"] or images.channels
-    channels = channels or (1 if all(is_grey(image) for image, *_ in images.read(rows)) else 3)
+    channels = settings["channels"] or channels_of(images, rows)
     shape = (settings["resolution"], settings["width"] or settings["resolution"], channels)
     items, size = images.read(rows), max(1, min(images.chunk, 2**22 // math.prod(shape)))
     chunks = iter(lambda: list(itertools.islice(items, size)), [])

@@ -22,7 +22,6 @@ from diffusers import ModelMixin
 from wddm import data
 from wddm.backbones import BACKBONES, IMAGES, build_backbone
 from wddm.data import Dataset
-from wddm.decoding import is_grey
 from wddm.metrics.frechet import frechet_wavelet_distance, moments
 from wddm.objective import PREDICTION_TYPES, WEIGHTINGS, build_solver, check_options
 from wddm.steps import PRECISIONS, SCHEDULES, check_batch, held_out
@@ -198,12 +197,11 @@ def _check_images(experiment: Experiment) -> None:
     opened = source.open(parameters.get("on_error") == "skip") if near else None
     if opened and opened.class_names and max(labels or [0]) >= len(opened.class_names):
         raise ValueError(f"got labels={labels}, wanted 0 to {len(opened.class_names) - 1}, the set's: change labels")
-    count, channels = (opened.count, opened.channels) if opened else (IMAGES_IN.get(name), IMAGES.get(name, (0, 3))[1])
+    count, channels = IMAGES_IN.get(name), IMAGES.get(name, (0, 3))[1]
+    if opened:
+        count, channels = opened.count, data.channels_of(opened, np.arange(min(opened.count, 256)))
     count = min(count or 10**9, parameters.get("limit") or 10**9)
-    if opened and not channels:  # one of them in colour is enough
-        first = opened.read(np.arange(min(opened.count, 256)))
-        channels = 1 if all(is_grey(image) for image, *_ in first) else 3
-    shape = height, parameters.get("width") or height, parameters.get("channels") or channels or 3
+    shape = height, parameters.get("width") or height, parameters.get("channels") or channels
     with torch.device("meta"):
         if "wavelet" in parameters:
             WaveletCodec(**share(WaveletCodec, parameters)).check_size(*shape[:2])

@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -106,7 +107,7 @@ class WaveletPipeline(DiffusionPipeline):
         if output_type != "pt":
             images = images.permute(0, 2, 3, 1).float().cpu().numpy()
         if output_type == "pil":
-            images = self.numpy_to_pil(images[..., : 3 if images.shape[-1] >= 3 else 1])
+            images = self.numpy_to_pil(visible(images))
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _network(
@@ -220,6 +221,11 @@ class WaveletPipeline(DiffusionPipeline):
             (folder / "README.md").write_text(card, encoding="utf-8")
             message = "Upload WaveletPipeline"
             return name if local else str(hub.upload_folder(repo_id=name, folder_path=folder, commit_message=message))
+
+
+def visible(images: np.ndarray) -> np.ndarray:
+    """Of images (..., C) what is shown of them: three channels as RGB or, of fewer, the first as grey."""
+    return images[..., : 3 if images.shape[-1] >= 3 else 1]
 
 
 def image_generators(seeds: range) -> list[Generator]:

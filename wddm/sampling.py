@@ -13,6 +13,7 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 import torch
 from accelerate import PartialState
+from diffusers.utils import numpy_to_pil
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -21,7 +22,7 @@ from wddm.backbones import backbone_name
 from wddm.checkpoints import public
 from wddm.loading import fetched
 from wddm.objective import build_solver
-from wddm.pipeline import WaveletPipeline, image_generators
+from wddm.pipeline import WaveletPipeline, image_generators, visible
 
 GRID = 64  # images in the grid picture
 
@@ -146,10 +147,9 @@ def new_folder(folder: str | Path) -> None:
 
 
 def write_images(folder: str | Path, images: np.ndarray, start: int = 0) -> None:
-    """Write uint8 images (N, H, W, C) as PNGs, numbered from `start`: three channels as RGB, or the first as grey."""
-    shown = images[..., :3] if images.shape[-1] >= 3 else images[..., 0]
-    for number, image in enumerate(shown, start):
-        Image.fromarray(image).save(Path(folder, f"{number:05d}.png"))
+    """Write what is `visible` of uint8 images (N, H, W, C) as PNGs, numbered from `start`."""
+    for number, picture in enumerate(numpy_to_pil(visible(images) / 255), start):
+        picture.save(Path(folder, f"{number:05d}.png"))
 
 
 def write_summary(

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from wddm.files import read_rows, whole
 from wddm.objective import NOISE
+from wddm.pipeline import visible
 from wddm.wavelets import check_choice
 
 # name -> share of the learning rate, of the share of the steps after the warm-up that are done, 0 to 1
@@ -128,7 +129,10 @@ def derived_seed(*key: int) -> int:
 
 def check_finite(unread: list[tuple[Tensor, ...]], step: int, learning_rate: float) -> None:
     """FloatingPointError if something that `Trainer.optimise` gave in the steps up to this one is not finite."""
-    finite = [bool(loss.isfinite() & norm.isfinite()) for loss, _, norm in unread]
+    if not unread:
+        return
+    losses, _, norms = (torch.stack(values) for values in zip(*unread, strict=True))  # read at once, to wait once
+    finite = (losses.isfinite() & norms.isfinite()).tolist()
     if not all(finite):
         raise FloatingPointError(
             f"got loss or gradient that are not finite at step {step - len(finite) + 1 + finite.index(False)}, wanted "
@@ -160,10 +164,9 @@ def load_moments(optimizer: Optimizer, flat: dict[str, Tensor]) -> None:
 
 
 def write_preview(samples: np.ndarray, file: Path) -> None:
-    """A picture of samples uint8 (N, H, W, C), 16 in a row; without colour, of the first channel."""
-    colors = samples[..., : 3 if samples.shape[-1] >= 3 else 1] / 255
+    """A picture of samples uint8 (N, H, W, C), 16 in a row."""
     with whole(file) as aside:
-        make_image_grid(numpy_to_pil(colors), len(samples) // 16, 16).save(aside, "PNG")
+        make_image_grid(numpy_to_pil(visible(samples) / 255), len(samples) // 16, 16).save(aside, "PNG")
 
 
 @torch.no_grad()

@@ -167,9 +167,10 @@ class Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         seen: set[str] = set()
         for key, _ in node.value:
-            if str(key.value) in seen or key.value == "<<":
-                twice = f"got {key.value!r:.60} twice, wanted it once: remove one of them"
-                problem = "got a merge key (<<), wanted its keys: write them out" if key.value == "<<" else twice
+            problem = "got a merge key (<<), wanted its keys: write them out" if key.value == "<<" else None
+            if str(key.value) in seen:
+                problem = f"got {key.value!r:.60} twice, wanted it once: remove one of them"
+            if problem:
                 raise ConstructorError(None, None, problem, key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep=deep)

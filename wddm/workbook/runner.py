@@ -251,24 +251,26 @@ def _run_as_process(task: Task, stop: kernel.Stop, free: "SimpleQueue[str | None
     """
     if stop.requested:
         return 130
-    gpu, several = free.get(), task.experiment.parameters.get("num_processes", 1) > 1
-    environment = os.environ | ({} if gpu is None or several else {"CUDA_VISIBLE_DEVICES": gpu})
     write_parameters(task.experiment, task.folder / "params.yaml")
     command = [sys.executable, "-m", "wddm", "run", f"reports/{task.experiment.run}/params.yaml", f"--held={task.lock}"]
     command += [f"--{key}={value}" for key, value in (("only", task.only), ("from", task.start)) if value]
-    process = subprocess.Popen(
-        command + ["--force"] * task.force, cwd=task.root, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(task.lock,), env=environment,
-    )  # fmt: skip
+    gpu, several = free.get(), task.experiment.parameters.get("num_processes", 1) > 1
+    environment = os.environ | ({} if gpu is None or several else {"CUDA_VISIBLE_DEVICES": gpu})
+    try:
+        process = subprocess.Popen(
+            command + ["--force"] * task.force, cwd=task.root, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(task.lock,), env=environment,
+        )  # fmt: skip
 
-    def listener(kill: bool) -> None:
-        process.send_signal(signal.SIGINT)  # it knows itself what a second one means
+        def listener(kill: bool) -> None:
+            process.send_signal(signal.SIGINT)  # it knows itself what a second one means
 
-    stop.listeners.add(listener)
-    with process:
-        for line in process.stdout or ():
-            shown = line.decode(errors="replace").rstrip().rpartition("\r")[2]
-            print(f"{task.experiment.run} | {shown}", flush=True)
-    stop.listeners.discard(listener)
-    free.put(gpu)
+        stop.listeners.add(listener)
+        with process:
+            for line in process.stdout or ():
+                shown = line.decode(errors="replace").rstrip().rpartition("\r")[2]
+                print(f"{task.experiment.run} | {shown}", flush=True)
+        stop.listeners.discard(listener)
+    finally:
+        free.put(gpu)
     return process.returncode
