@@ -22,7 +22,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 PROGRESS_LINE = re.compile(r"(?m)^.*\[(\d+:)?\d\d:\d\d[<,].*\n?")  # with tqdm's [elapsed<remaining, rate]
 WIDGET = "application/vnd.jupyter.widget-view+json"  # what lives in JupyterLab alone, beside a picture of itself
 WORST_FIRST = ("running", "failed", "killed", "pending", "ok")
-HEADLINES = ("fwd", "fid", "kid", "inception_score", "precision", "recall")  # numbers that a card shows first
+HEADLINES = ("kid_efficientnet", "fwd", "fid", "kid", "asked_share", "confident_share")  # what a card shows first
 
 
 def _is_number(value: Any) -> bool:
@@ -169,7 +169,8 @@ def _card(folder: Path, defaults: dict[str, dict[str, Any]]) -> dict[str, Any]:
     entries, states = status.values(), {entry["state"] for entry in status.values()}
     metrics, made_by = (read_json(folder / f"{name}.json") for name in ("metrics", "environment"))
     figures = sorted(folder.glob("figures/*.png"), key=lambda path: (path.stem != "samples", path.name))
-    first = sorted(metrics, key=lambda key: ([not key.startswith(name) for name in HEADLINES], key))
+    main = [key for key in metrics if not key.endswith(("_low", "_high", "_floor"))]
+    first = sorted(main, key=lambda key: (HEADLINES.index(key) if key in HEADLINES else len(HEADLINES), key))
     changed = {key for key in parameters if parameters[key] != own.get(key, ...)} - {"run", "notebooks"}
     return {
         "name": folder.name,
