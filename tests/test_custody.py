@@ -22,7 +22,7 @@ from wddm.experiment import distance_to, labels_of
 from wddm.files import Digests, whole, written_aside
 from wddm.training import Trainer
 from wddm.wavelets import WaveletCodec
-from wddm.workbook import lock, open_run, records
+from wddm.workbook import open_run, records
 from wddm.workbook.parameters import read_schema
 
 TINY = {
@@ -164,7 +164,7 @@ def test_two_starts_of_one_run_are_one(tmp_path) -> None:
 
 
 def test_train_leaves_a_run_under_way_alone(root, capsys) -> None:
-    held = lock.acquire(root, "busy")
+    held = records.lock(root, "busy")
     try:
         assert main(["train", str(root / "params/quickstart.yaml"), "-p", "run=busy"]) == 2
     finally:
@@ -174,14 +174,14 @@ def test_train_leaves_a_run_under_way_alone(root, capsys) -> None:
 
 def test_a_lock_outlives_its_command_as_long_as_what_that_started(tmp_path) -> None:
     """And no longer: a child that has inherited it holds it, and it is free when that one dies, whoever has its pid."""
-    held = lock.acquire(tmp_path, "x")
+    held = records.lock(tmp_path, "x")
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(held,))
     os.close(held)
-    assert lock.is_held(tmp_path, "x")
+    assert records.is_locked(tmp_path, "x")
     child.kill()
     child.communicate()
-    assert not lock.is_held(tmp_path, "x")
-    os.close(lock.acquire(tmp_path, "x"))
+    assert not records.is_locked(tmp_path, "x")
+    os.close(records.lock(tmp_path, "x"))
 
 
 def test_members_of_a_sweep_end_with_their_parent(tmp_path) -> None:
@@ -192,10 +192,10 @@ def test_members_of_a_sweep_end_with_their_parent(tmp_path) -> None:
     command = [sys.executable, "-m", "wddm", "run", "params/x.yaml", "--jobs", "2"]
     parent = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
     wait_for(lambda: len(list(tmp_path.glob("began-*"))) == 2, seconds=60)
-    assert all(lock.is_held(tmp_path, f"x-level={level}") for level in (1, 2))
+    assert all(records.is_locked(tmp_path, f"x-level={level}") for level in (1, 2))
     parent.kill()
     parent.wait()
-    wait_for(lambda: not any(lock.is_held(tmp_path, f"x-level={level}") for level in (1, 2)), seconds=30)
+    wait_for(lambda: not any(records.is_locked(tmp_path, f"x-level={level}") for level in (1, 2)), seconds=30)
     assert len(list(tmp_path.glob("saved-*"))) == 2  # gently
     states = [records.read_status(tmp_path / f"reports/x-level={level}")["01_a"]["state"] for level in (1, 2)]
     assert states == ["killed", "killed"]

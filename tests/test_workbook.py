@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from jupyter_client.connect import ConnectionFileMixin
 from wddm import cli, workbook
 from wddm.cli import main
 from wddm.files import Digests
-from wddm.workbook import kernel, lock, provenance, records, runner
+from wddm.workbook import kernel, provenance, records, runner
 from wddm.workbook.experiments import load_experiments
 from wddm.workbook.parameters import parse_parameters
 from wddm.workbook.report import WIDGET
@@ -418,7 +419,7 @@ def launched(root, monkeypatch) -> list[str]:
         source, target, parameters = job.source, job.target, job.parameters
         names.append(source.stem)
         entry = records.read_json(target.parent / "status.json")[source.stem]
-        assert lock.is_held(root, parameters["run"])
+        assert records.is_locked(root, parameters["run"])
         assert entry["state"] == "running" and entry["pid"] == os.getpid()
         target.write_text(source.read_text())
         place = Path("runs") / parameters["run"]
@@ -660,16 +661,17 @@ def test_a_damaged_record_is_as_none(root, launched, name):
 
 def test_a_run_under_way_is_left_alone(root, launched, capsys):
     """Whatever status.json says: the lock counts, which dies with its process; no reused pid blocks a run."""
-    code = f"from pathlib import Path; from wddm.workbook import lock; lock.acquire(Path({str(root)!r}), 'x'); input()"
+    code = f"from pathlib import Path; from wddm.workbook.records import lock; lock(Path({str(root)!r}), 'x'); input()"
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
     try:
-        wait_for(lambda: lock.is_held(root, "x"), seconds=20)
+        wait_for(lambda: records.is_locked(root, "x"), seconds=20)
         entry = {"02_train": {"state": "running", "pid": 1, "seconds": None, "error": None}}
         records.write_json(root / "reports/x/status.json", entry)
         for options in ([], ["--force"]):
             assert main(["run", "params/x.yaml", *options]) == 2 and launched == []
             error = capsys.readouterr().err
-            assert f"run 'x' is under way (process {other.pid}): wait for it" in error and error.count("\n") == 1
+            holder = f"process {other.pid} on {socket.gethostname()}"
+            assert f"run 'x' is under way ({holder}): wait for it" in error and error.count("\n") == 1
     finally:
         other.kill()
         other.communicate()
@@ -898,7 +900,7 @@ def assert_stopped(root: Path, code: int) -> None:
     assert status(root)["01_prepare"]["error"] == "KeyboardInterrupt: stopped"
     assert "not reached" not in (root / "reports/x/01_prepare.html").read_text()
     assert '<span class="badge killed">' in (root / "reports/index.html").read_text()
-    wait_for(lambda: not lock._is_alive((root / "runs/x/kernel").read_text()), seconds=10)
+    wait_for(lambda: not records._is_alive((root / "runs/x/kernel").read_text()), seconds=10)
 
 
 def begun(root: Path) -> bool:

@@ -70,7 +70,7 @@ def preflight(one: "Experiment") -> None:
 @click.option("--extend", is_flag=True, help="Go on with a run that had a smaller train_kimg.")
 def train(params: tuple[Path, ...], overrides: tuple[str, ...], extend: bool) -> None:
     """Prepare and train alone, also under `accelerate launch -m wddm train`."""
-    from wddm.workbook import lock, open_run
+    from wddm.workbook import open_run, records
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that were launched, it does the talking
     root, experiments = experiments_of(params, overrides)
@@ -79,7 +79,7 @@ def train(params: tuple[Path, ...], overrides: tuple[str, ...], extend: bool) ->
             raise ValueError(f"{one.source}: has no {', '.join(sorted(missing))} to take parameters of: add it")
     with contextlib.chdir(root), contextlib.ExitStack() as locks:
         for one in experiments if first else ():
-            locks.callback(os.close, lock.acquire(root, one.run))
+            locks.callback(os.close, records.lock(root, one.run))
         for one in experiments:
             preflight(one)
 

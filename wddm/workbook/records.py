@@ -1,4 +1,4 @@
-"""The files that say what became of a run: JSON written whole, status.json, record.json, and runs that have ended.
+"""The files that say what became of a run: JSON written whole, status.json, record.json, its lock, and finished runs.
 
 runs/<run>/record.json says of everything that a run made what it was made from, by content:
 
@@ -8,19 +8,27 @@ runs/<run>/record.json says of everything that a run made what it was made from,
 
 An entry without sha256 was begun and not finished. Whoever takes something checks it: `taken`. This is the chain of
 custody; notebooks that compare finished runs get them from `collect`.
+
+Two commands never work on one run at a time: its lock is `flock` on runs/.locks/<run>, held by whoever has the file
+open, which the processes that a command starts inherit, and released by the system when the last of them dies. So
+neither a reused pid nor a reboot blocks a run, nor do machines that share the folder, where `flock` reaches them all.
 """
 
+import fcntl
 import json
+import os
 import re
+import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wddm.files import Digests, whole
-from wddm.workbook import lock
 from wddm.workbook.parameters import read_yaml
 
 MAKERS = {"data": "01_prepare", "pipeline": "02_train", "samples": "03_sample", "metrics": "04_evaluate"}
+PATIENCE = 1.0, 20.0  # seconds to wait for a lock; and where its command is dead, for what that has started to end
 
 
 def write_text(path: Path, text: str) -> None:
@@ -47,10 +55,62 @@ def read_status(folder: Path) -> dict[str, dict[str, Any]]:
     """status.json of reports/<run>/; what is said to run while no process holds the run's lock was killed."""
     status = {name: entry for name, entry in read_json(folder / "status.json").items() if isinstance(entry, dict)}
     running = [entry for entry in status.values() if entry.get("state") == "running"]
-    if running and not lock.is_held(folder.absolute().parents[1], folder.name):
+    if running and not is_locked(folder.absolute().parents[1], folder.name):
         for entry in running:
             entry.update(state="killed", error="the process is gone")
     return status
+
+
+def lock(root: Path, run: str, patience: float = 0.0) -> int:
+    """The lock of a run as a file descriptor: to close it, or to die, releases it. ValueError: others keep it.
+
+    It is waited for as long as `PATIENCE` says, and for `patience` seconds.
+    """
+    path = root / "runs" / ".locks" / run
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, began = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), time.monotonic()
+    while not _try(descriptor, fcntl.LOCK_EX):
+        holder = path.read_text()
+        if time.monotonic() - began > max(patience, PATIENCE[not _is_alive(holder)]):
+            os.close(descriptor)
+            remedy = "wait for it to end, or choose another name with -p run=..."
+            raise ValueError(f"run {run!r} is under way (process {holder or 'unknown'}): {remedy}")
+        time.sleep(0.05)
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
+    return descriptor
+
+
+def unlock(descriptor: int) -> None:
+    """Release a lock, for all who have inherited it."""
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def is_locked(root: Path, run: str) -> bool:
+    """Whether a command works on this run, or something that one has started."""
+    try:
+        with (root / "runs" / ".locks" / run).open() as file:
+            return not _try(file.fileno(), fcntl.LOCK_SH)
+    except OSError:
+        return False
+
+
+def _try(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_alive(holder: str) -> bool:
+    """Whether the process that a lock names lives; of one on another machine nobody knows, so it does not."""
+    pid, _, machine = holder.partition(" on ")
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, OSError) as error:
+        return isinstance(error, PermissionError)  # someone else's
+    return machine in ("", socket.gethostname())
 
 
 def digests(root: Path) -> Digests:

@@ -22,9 +22,9 @@ from typing import Any
 
 import yaml
 
-from wddm.workbook import kernel, lock, provenance
+from wddm.workbook import kernel, provenance
 from wddm.workbook.experiments import Experiment, known_notebooks, pipeline_notebooks
-from wddm.workbook.records import digests, read_json, read_record, read_status, write_json, write_text
+from wddm.workbook.records import digests, lock, read_json, read_record, read_status, write_json, write_text
 from wddm.workbook.report import format_seconds, render, write_index
 
 RECORDS = ("metrics", "timings")  # the .json files that notebooks write into
@@ -62,7 +62,7 @@ def _run(tasks: list["Task"], jobs: int, preflight: Callable[[Experiment], None]
     members, summaries = ([task for task in tasks if task.experiment.is_summary is kind] for kind in (False, True))
     with contextlib.ExitStack() as locks:
         for task in tasks:
-            task.lock = lock.acquire(task.root, task.experiment.run) if held is None else held
+            task.lock = lock(task.root, task.experiment.run) if held is None else held
             locks.callback(os.close, task.lock)
         problems = dict.fromkeys(line for task in tasks for line in task.problems(preflight))
         if problems:
