@@ -20,7 +20,7 @@ from jupyter_client.connect import ConnectionFileMixin
 from wddm import cli, workbook
 from wddm.cli import main
 from wddm.files import Digests
-from wddm.workbook import kernel, provenance, records, runner
+from wddm.workbook import cluster, kernel, provenance, records, runner
 from wddm.workbook.experiments import load_experiments
 from wddm.workbook.parameters import parse_parameters
 from wddm.workbook.report import WIDGET
@@ -357,7 +357,7 @@ def test_notebooks_must_agree(root):
 def test_saved_parameters_repeat_the_run(root):
     write_notebook(root / "notebooks/analysis/depth.ipynb", "depth: float = 1.0\nrun: str = 'quickstart'")
     experiment = load(root, "notebooks: [analysis/depth]\ndepth: 1e-5\nrun: deep")[0]
-    runner.write_parameters(experiment, root / "params/again.yaml")
+    (root / "params/again.yaml").write_text(experiment.as_yaml())
     again = load_experiments(root / "params/again.yaml", root)[0]
     assert (again.run, again.notebooks) == ("deep", experiment.notebooks)
     assert again.parameters == experiment.parameters == {"depth": 1e-5, "run": "deep"}
@@ -1022,21 +1022,20 @@ def test_members_of_a_sweep_take_a_gpu_each_and_hand_it_on(monkeypatch, tmp_path
             pass
 
     def member(**parameters):
-        places = {"folder": tmp_path, "root": tmp_path, "lock": 0, "only": "", "start": "", "force": False}
-        return SimpleNamespace(experiment=SimpleNamespace(run="a", parameters=parameters), **places)
+        experiment = SimpleNamespace(run="a", parameters=parameters, root=tmp_path, as_yaml=lambda: "")
+        return cluster.Member(experiment, [], 0)
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    monkeypatch.setattr(runner, "write_parameters", lambda *_: None)
-    monkeypatch.setattr(runner.subprocess, "Popen", Process)
-    stop, free = SimpleNamespace(requested=False, listeners=set()), runner.SimpleQueue()
-    for name in runner.gpus():
+    monkeypatch.setattr(cluster.subprocess, "Popen", Process)
+    stop, free = SimpleNamespace(requested=False, listeners=set()), cluster.SimpleQueue()
+    for name in cluster.gpus():
         free.put(name)
-    assert [runner._run_as_process(task, stop, free) for task in (member(), member(), member())] == [0, 0, 0]
-    assert runner._run_as_process(member(num_processes=2), stop, free) == 0
+    assert [cluster.run_on_gpu(task, stop, free) for task in (member(), member(), member())] == [0, 0, 0]
+    assert cluster.run_on_gpu(member(num_processes=2), stop, free) == 0
     assert Process.seen == ["3", "5", "3", "3,5"]
     monkeypatch.setattr(Process, "__init__", lambda *_, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        runner._run_as_process(member(), stop, free)
+        cluster.run_on_gpu(member(), stop, free)
     assert free.qsize() == 2
 
 

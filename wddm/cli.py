@@ -38,6 +38,7 @@ def commands() -> None:
 @click.option("--from", "start", metavar="NAME", help="This notebook and those after it.")
 @click.option("--force", is_flag=True, help="Run what is unchanged, too.")
 @click.option("--jobs", type=COUNT, default=1, metavar="N", help="Runs of a sweep at a time.")
+@click.option("--cluster", metavar="WHERE", help="Runs of a sweep by Dask: local, tcp://host:8786, its .json, a .yaml.")
 @click.option("--held", type=int, hidden=True, help="The lock that this process inherits from the one that started it.")
 def run(params: tuple[Path, ...], overrides: tuple[str, ...], held: int | None, **options: Any) -> int:
     """Execute the notebooks with the parameters of YAML files."""

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import secrets
 import shutil
 import stat
 import time
@@ -65,7 +64,7 @@ def whole(final: Path) -> Iterator[Path]:
     """A file to write to, which takes the place of `final`, or of what that links to, in one step."""
     final = Path(os.path.realpath(final))
     final.parent.mkdir(parents=True, exist_ok=True)
-    aside = final.with_name(f".{secrets.token_hex(4)}.{final.name}")  # not the pid, which another machine has too
+    aside = final.with_name(f".{os.urandom(4).hex()}.{final.name}")  # not the pid, which another machine has too
     try:
         yield aside
         aside.replace(final)

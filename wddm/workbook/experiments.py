@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from wddm.workbook.parameters import Parameter, merge_schemas, parse, read_schema, read_yaml
 
 RUN_NAME = re.compile(r"(?!.*\.(html|md)$)[A-Za-z0-9_][A-Za-z0-9._=+-]{0,199}")  # reports/ has an index.html
@@ -37,6 +39,14 @@ class Experiment:
     def values(self, notebook: Path) -> dict[str, Any]:
         """The value of every parameter that one of its notebooks declares."""
         return {name: self.parameters[name] for name in read_schema(notebook)}
+
+    def as_yaml(self) -> str:
+        """All parameters, as a YAML that `wddm run` accepts."""
+        content = dict(self.parameters)
+        if self.notebooks != pipeline_notebooks(self.root):
+            names = {notebook: name for name, notebook in known_notebooks(self.root).items()}
+            content["notebooks"] = [names[notebook] for notebook in self.notebooks]
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
     def until(self, last: Path) -> "Experiment":
         """The notebooks up to this one, with their parameters alone."""

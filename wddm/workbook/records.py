@@ -62,10 +62,7 @@ def read_status(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def lock(root: Path, run: str, patience: float = 0.0) -> int:
-    """The lock of a run as a file descriptor: to close it, or to die, releases it. ValueError: others keep it.
-
-    It is waited for as long as `PATIENCE` says, and for `patience` seconds.
-    """
+    """The lock of a run as a file descriptor: to close it, or to die, releases it. ValueError: others keep it."""
     path = root / "runs" / ".locks" / run
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, began = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), time.monotonic()
@@ -79,11 +76,6 @@ def lock(root: Path, run: str, patience: float = 0.0) -> int:
     os.truncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
     return descriptor
-
-
-def unlock(descriptor: int) -> None:
-    """Release a lock, for all who have inherited it."""
-    fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def is_locked(root: Path, run: str) -> bool:
@@ -104,13 +96,12 @@ def _try(descriptor: int, kind: int) -> bool:
 
 
 def _is_alive(holder: str) -> bool:
-    """Whether the process that a lock names lives; of one on another machine nobody knows, so it does not."""
     pid, _, machine = holder.partition(" on ")
     try:
         os.kill(int(pid), 0)
     except (ValueError, OSError) as error:
         return isinstance(error, PermissionError)  # someone else's
-    return machine in ("", socket.gethostname())
+    return machine in ("", socket.gethostname())  # of another one nobody knows
 
 
 def digests(root: Path) -> Digests:

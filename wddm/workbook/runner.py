@@ -6,50 +6,44 @@ where state is pending, running, ok, failed or killed.
 """
 
 import contextlib
-import itertools
 import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
-import yaml
-
-from wddm.workbook import kernel, provenance
-from wddm.workbook.experiments import Experiment, known_notebooks, pipeline_notebooks
+from wddm.workbook import cluster, kernel, provenance
+from wddm.workbook.experiments import Experiment
 from wddm.workbook.records import digests, lock, read_json, read_record, read_status, write_json, write_text
 from wddm.workbook.report import format_seconds, render, write_index
 
+Preflight = Callable[[Experiment], None] | None
 RECORDS = ("metrics", "timings")  # the .json files that notebooks write into
 WATCH = "__import__('wddm.workbook.provenance', fromlist=['watch']).watch({!r}, {!r}, {!r})"
 
 
 def run(
     experiments: list[Experiment], *, only: str | None = None, start: str | None = None, force: bool = False,
-    jobs: int = 1, preflight: Callable[[Experiment], None] | None = None, held: int | None = None,
+    jobs: int = 1, cluster: str | None = None, preflight: Preflight = None, held: int | None = None,
 ) -> int:  # fmt: skip
     """Run every experiment, `jobs` at a time, and then the summaries; one that fails does not stop the others.
 
     `only` and `start` choose notebooks by name, with or without the number. `preflight(experiment)` may refuse, by
-    ValueError, one of which something is going to run, before anything has. `held`: the lock of the run, where the
-    process that started this one has it. Returns 0 ok, 1 a notebook failed, 130 interrupted.
+    ValueError, one of which something is going to run, before anything has. `cluster`: see `cluster.connect`. `held`:
+    the lock, where the process that started this one has it. Returns 0 ok, 1 a notebook failed, 130 interrupted.
     """
     names = [experiment.run for experiment in experiments]
     if twins := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"run: two experiments are called {twins[0]!r}; give each its own name")
     chosen = _choose(experiments, only, start)
-    tasks = [Task(one, chosen[one.source], only, start, force) for one in experiments]
+    options = [f"--{key}={value}" for key, value in (("only", only), ("from", start)) if value] + ["--force"] * force
+    tasks = [Task(one, chosen[one.source], options) for one in experiments]
     if not (tasks := [task for task in tasks if task.chosen]):
         raise ValueError(f"got --only {only} and --from {start}, which leave no notebook to run: give one of them")
     try:
-        return _run(tasks, jobs, preflight, held)
+        return _run(tasks, jobs, cluster, preflight, held)
     except OSError as error:
         if error.errno is None or isinstance(error, ConnectionError | FileNotFoundError):
             raise
@@ -58,23 +52,21 @@ def run(
         raise ValueError(f"got {place}, which cannot be written ({error.strerror or error}): {remedy}") from None
 
 
-def _run(tasks: list["Task"], jobs: int, preflight: Callable[[Experiment], None] | None, held: int | None) -> int:
+def _run(tasks: list["Task"], jobs: int, where: str | None, preflight: Preflight, held: int | None) -> int:
     members, summaries = ([task for task in tasks if task.experiment.is_summary is kind] for kind in (False, True))
     with contextlib.ExitStack() as locks:
         for task in tasks:
-            task.lock = lock(task.root, task.experiment.run) if held is None else held
+            task.lock = held or lock(task.root, "." * bool(where and task in members) + task.experiment.run)
             locks.callback(os.close, task.lock)
         problems = dict.fromkeys(line for task in tasks for line in task.problems(preflight))
         if problems:
             raise ValueError("\n".join(problems))
         write_index(tasks[0].root)
         stop = locks.enter_context(kernel.stop_on_signals())
-        if jobs > 1 and len(members) > 1:
-            with ThreadPoolExecutor(jobs) as pool:
-                free: SimpleQueue[str | None] = SimpleQueue()
-                for name in itertools.islice(itertools.cycle(gpus() or [None]), jobs):
-                    free.put(name)
-                codes = list(pool.map(lambda task: _run_as_process(task, stop, free), members))
+        if where and members:
+            codes = cluster.run_by_dask([task.member() for task in members], where, jobs, stop)
+        elif jobs > 1 and len(members) > 1:
+            codes = cluster.run_beside([task.member() for task in members], jobs, stop)
         else:
             codes = [task.run(stop) for task in members if not stop.requested]
         codes += [task.run(stop) for task in summaries if not stop.requested]
@@ -85,15 +77,13 @@ def _run(tasks: list["Task"], jobs: int, preflight: Callable[[Experiment], None]
 class Task:
     """One experiment with the notebooks chosen from it, the lock on its run, and the record of it."""
 
-    def __init__(
-        self, experiment: Experiment, chosen: list[Path], only: str | None, start: str | None, force: bool
-    ) -> None:
-        self.experiment, self.only, self.start, self.force = experiment, only, start, force
+    def __init__(self, experiment: Experiment, chosen: list[Path], options: list[str]) -> None:
+        self.experiment, self.options, self.force = experiment, options, "--force" in options
         self.root, self.folder = experiment.root, experiment.root / "reports" / experiment.run
         self.chosen = [notebook for notebook in experiment.notebooks if notebook in chosen]
         self.status, self.known, self.lock = read_status(self.folder), digests(self.root), -1
 
-    def problems(self, preflight: Callable[[Experiment], None] | None) -> list[str]:
+    def problems(self, preflight: Preflight) -> list[str]:
         """Why it cannot run: what earlier notebooks made is of other parameters, or `preflight` refuses it."""
         found = self.stale()
         if preflight and not found and not all(map(self.is_current, self.chosen)):
@@ -136,10 +126,14 @@ class Task:
             and all(self.known.of(self.root / path) == digest for path, digest in entry.get("opened", {}).items())
         )
 
+    def member(self) -> cluster.Member:
+        """What a process of its own is started with."""
+        return cluster.Member(self.experiment, self.options, self.lock)
+
     def run(self, stop: kernel.Stop) -> int:
         """Run the chosen notebooks, in order, up to the first that does not end ok."""
         print(f"{self.experiment.source} -> reports/{self.experiment.run}/", flush=True)
-        write_parameters(self.experiment, self.folder / "params.yaml")
+        write_text(self.folder / "params.yaml", self.experiment.as_yaml())
         notebooks, status = self.experiment.notebooks, self.status
         self.set_pending(
             one for one in notebooks
@@ -211,15 +205,6 @@ class Task:
         return {kind: read_json(self.folder / f"{kind}.json") for kind in RECORDS}
 
 
-def write_parameters(experiment: Experiment, path: Path) -> None:
-    """All parameters of a run as a YAML that `wddm run` accepts."""
-    content = dict(experiment.parameters)
-    if experiment.notebooks != pipeline_notebooks(experiment.root):
-        names = {notebook: name for name, notebook in known_notebooks(experiment.root).items()}
-        content["notebooks"] = [names[notebook] for notebook in experiment.notebooks]
-    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-
-
 def _choose(experiments: list[Experiment], only: str | None, start: str | None) -> dict[Path, list[Path]]:
     """Of every YAML the notebooks that --only and --from leave, given as 02_train or train."""
     chosen: dict[Path, list[Path]] = {}
@@ -235,42 +220,3 @@ def _choose(experiments: list[Experiment], only: str | None, start: str | None) 
             left = chosen[source]
             chosen[source] = found if name is only else left[left.index(found[0]) :] if found[0] in left else []
     return chosen
-
-
-def gpus() -> list[str]:
-    """The GPUs that CUDA may use, as CUDA_VISIBLE_DEVICES names them."""
-    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in named.split(",") if name]
-    return [str(number) for number, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
-
-
-def _run_as_process(task: Task, stop: kernel.Stop, free: "SimpleQueue[str | None]") -> int:
-    """Run a task by `wddm run` in a process of its own, which stops gently when its standard input ends.
-
-    It sees one GPU of those that are free, but all where it trains in several processes.
-    """
-    if stop.requested:
-        return 130
-    write_parameters(task.experiment, task.folder / "params.yaml")
-    command = [sys.executable, "-m", "wddm", "run", f"reports/{task.experiment.run}/params.yaml", f"--held={task.lock}"]
-    command += [f"--{key}={value}" for key, value in (("only", task.only), ("from", task.start)) if value]
-    gpu, several = free.get(), task.experiment.parameters.get("num_processes", 1) > 1
-    environment = os.environ | ({} if gpu is None or several else {"CUDA_VISIBLE_DEVICES": gpu})
-    try:
-        process = subprocess.Popen(
-            command + ["--force"] * task.force, cwd=task.root, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(task.lock,), env=environment,
-        )  # fmt: skip
-
-        def listener(kill: bool) -> None:
-            process.send_signal(signal.SIGINT)  # it knows itself what a second one means
-
-        stop.listeners.add(listener)
-        with process:
-            for line in process.stdout or ():
-                shown = line.decode(errors="replace").rstrip().rpartition("\r")[2]
-                print(f"{task.experiment.run} | {shown}", flush=True)
-        stop.listeners.discard(listener)
-    finally:
-        free.put(gpu)
-    return process.returncode
