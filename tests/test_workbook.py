@@ -1033,6 +1033,8 @@ def test_members_of_a_sweep_take_a_gpu_each_and_hand_it_on(monkeypatch, tmp_path
     assert [cluster.run_on_gpu(task, stop, free) for task in (member(), member(), member())] == [0, 0, 0]
     assert cluster.run_on_gpu(member(num_processes=2), stop, free) == 0
     assert Process.seen == ["3", "5", "3", "3,5"]
+    monkeypatch.setattr(Process, "returncode", -signal.SIGKILL)
+    assert cluster.run_on_gpu(member(), stop, free) == 1
     monkeypatch.setattr(Process, "__init__", lambda *_, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cluster.run_on_gpu(member(), stop, free)

@@ -31,7 +31,7 @@ LOCAL = {"kind": "local", "threads_per_worker": 1, "preload": "import os; os.set
 SET_BY_DASK = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_")  # in workers
 EVERY = 5.0  # seconds between two states of a progress bar
 LOST = "the scheduler is gone: start one, and the same command goes on"
-PATIENCE = 120.0  # seconds; a file server takes up to 90 to notice that a machine is dead, and to release its locks
+PATIENCE = 120.0  # seconds; NFS takes 90, if not told otherwise, to release the locks of a machine that is gone
 
 
 class Member(NamedTuple):
