@@ -44,11 +44,45 @@ def test_a_value_is_text_whatever_it_holds(root):
     page = report.render(root / "reports/x", "01_work").read_text()
     text = "`&lt;script&gt;alert(1)&lt;/script&gt;` *a* [b](c) $d$"
     assert f"<td><code>&#39;{text}&#39;</code> <small>default &#39;a&#39;" in page.replace("'", "&#39;")
-    assert "<code>data/{name}/a.npy</code>, {name}, <code>{file}</code>" in page  # the prose stays as it was written
+    filled = "data/ script alert(1) /script *a* [b](c) d /a.npy"  # in code spans, without what could end one
+    assert f"<p><code>{filled}</code>, {{name}}, <code>1</code>, <code>{{other}}</code></p>" in page  # file is None
+    assert "<strong>Outputs:</strong> <code>runs/x=1/b</code>" in page
     assert "<td>&lt;b&gt;help&lt;/b&gt;</td>" in page
     index = report.write_index(root).read_text()
     assert f"<code>name={text}</code>" in index and "levels=" not in index
     assert "<script" not in page + index and "<b>help" not in page
+
+
+def test_the_title_cell_says_what_this_run_took_and_how_it_is_run(root):
+    data, short = {"data": {"by": "01", "path": "data/d-1/manifest.json", "parameters": {}, "from": {}}}, ["a", "b"]
+    (root / "runs/x").mkdir(parents=True)
+    (root / "runs/x/record.json").write_text(json.dumps(data))
+    prose = "# T\n\n**Inputs:** `{data}/a`, `{file}`\n**Run it:** `wddm run params/quickstart.yaml --only work`"
+    notebook = nbformat.read(path := root / "reports/x/01_work.ipynb", as_version=4)
+    notebook.cells[0].source = prose
+    nbformat.write(notebook, path)
+    notebook, parameters = report.read_page(root / "reports/x", "01_work")
+    own = "**Inputs:** `data/d-1/a`\n**Run it:** `wddm run reports/x/params.yaml --only work`"
+    assert notebook.cells[0].source == f"# T\n\n{own}" and [value for _, value in parameters] == [
+        "x=1",
+        HOSTILE,
+        [1],
+        None,
+    ]
+    assert report.fill("`{runs}/m`", {"runs": short}) == "`a/m`, `b/m`"
+    assert report.fill("`{runs}/m`", {"runs": short * 2}) == "`{runs}/m`"
+    assert report.fill("`a` or `{file}`, `{no}`", {"file": None}) == "`a`, `{no}`"
+
+
+def test_a_long_page_has_a_list_of_its_contents(root):
+    cells = [new_markdown_cell("# T"), *(new_markdown_cell(f"## {title}\n\nText.") for title in ("A", "`b` <i>", "C"))]
+    for count in (3, 4):
+        nbformat.write(new_notebook(cells=cells[:count]), root / "reports/x/01_work.ipynb")
+        page = report.render(root / "reports/x", "01_work").read_text()
+        assert ("<nav" in page.partition("<main>")[2]) is (count == 4)
+    links = re.findall(r'<a href="#([^"]+)">(.*)</a>', page)
+    assert [title for _, title in links] == ["A", "b &lt;i&gt;", "C"]
+    assert all(f'<section class="prose" id="{place}">' in page for place, _ in links)
 
 
 class Called(BaseHTTPRequestHandler):
@@ -229,6 +263,7 @@ def test_times_are_readable(seconds, text):
 
 def test_a_card_shows_what_was_measured_without_its_interval(tmp_path: Path):
     """Distances first, the perceptual one before the others; bounds and floors are read on the run's page."""
-    numbers = {"asked_share": 0.9, "fwd": 0.1, "fwd_low": 0.0, "fwd_high": 0.2, "fwd_floor": 0.05, "kid_efficientnet": 3, "a": 1}
+    numbers = {"asked_share": 0.9, "fwd": 0.1, "fwd_low": 0.0, "fwd_high": 0.2, "kid_efficientnet": 3, "a": 1}
+    numbers |= {"fwd_floor": 0.05}
     (tmp_path / "metrics.json").write_text(json.dumps(numbers))
     assert list(report._card(tmp_path, {})["metrics"]) == ["kid_efficientnet", "fwd", "asked_share", "a"]

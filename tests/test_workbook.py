@@ -820,7 +820,7 @@ def test_the_page_reads_without_a_network(finished):
     assert 'src="data:image/png;base64,iVBOR' in page
     assert "<caption>Losses.</caption>" in page and ">0.1235</td>" in page
     assert "prepared 0 2" in page and "reading:" not in page and "# Parameters" not in page
-    assert re.search(r'<tr class="changed"><td><code>level</code></td>\s*<td><code>2</code> <small>default 1', page)
+    assert re.search(r'<tr class="changed"><th scope="row"><code>level</code></th>\s*<td><code>2</code> <small>default 1', page)
     assert '<a href="02_fail.html"><i class="dot failed"></i>02_fail</a>' in page  # though it ran later
     assert 'href="../index.html"' in page and '<span class="badge ok">ok</span>' in page
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from wddm.workbook.experiments import pipeline_notebooks
-from wddm.workbook.parameters import parse_parameters, read_schema, read_yaml, tagged
-from wddm.workbook.records import read_json, read_status, write_text
+from wddm.workbook.parameters import Parameter, parse_parameters, read_schema, read_yaml, tagged
+from wddm.workbook.records import read_json, read_record, read_status, write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 PROGRESS_LINE = re.compile(r"(?m)^.*\[(\d+:)?\d\d:\d\d[<,].*\n?")  # with tqdm's [elapsed<remaining, rate]
@@ -58,10 +58,9 @@ def format_table(rows: list[dict[str, Any]], caption: str) -> tuple[str, str]:
     return as_html, "\n".join([caption, *("  ".join(line).rstrip() for line in zip(*texts, strict=True))])
 
 
-def render(folder: Path, name: str) -> Path:
-    """reports/<run>/<name>.ipynb -> .html, and new headers for the run's other pages."""
+def read_page(folder: Path, name: str) -> tuple[Any, list[tuple[Parameter, Any]]]:
+    """reports/<run>/<name>.ipynb without what is dead in a page, its title cell filled in; its parameters' values."""
     import nbformat
-    from pygments.formatters import HtmlFormatter
 
     notebook = nbformat.read(folder / f"{name}.ipynb", as_version=4)
     declared = tagged(notebook, "parameters")
@@ -70,10 +69,41 @@ def render(folder: Path, name: str) -> Path:
     values = {key: given.get(key, parameter.default) for key, parameter in schema.items()}
     hidden = {"injected-parameters", "papermill-error-cell-tag"}
     notebook.cells = [_tidy(cell) for cell in notebook.cells if not hidden & set(cell.metadata.get("tags", []))]
+    made = read_record(folder.absolute().parents[1], folder.name).get("data", {})
+    known = {"data": str(Path(made["path"]).parent)} if "path" in made else {}
+    for cell in notebook.cells[:1]:
+        own = f"wddm run reports/{folder.name}/params.yaml"
+        cell.source = re.sub(r"wddm run params/[\w/-]+\.yaml", own, fill(cell.source, known | values))
+    return notebook, [(parameter, values[key]) for key, parameter in schema.items()]
+
+
+def fill(prose: str, values: dict[str, Any]) -> str:
+    """Prose with the values in its code spans, `runs/{run}`: a span for each item of a short list, none for None."""
+
+    def spans(match: re.Match[str]) -> str:
+        texts = [match[2]]
+        for name in set(re.findall(r"{(\w+)}", match[2])) & values.keys():
+            items = values[name] if isinstance(values[name], list) else [values[name]]
+            plain = [re.sub(r"[`$<>\s]+", " ", str(item)) for item in items if item is not None]  # or it ends the span
+            if len(plain) <= 3:
+                texts = [text.replace(f"{{{name}}}", item) for text in texts for item in plain]
+        return (match[1] or "") + ", ".join(f"`{text}`" for text in texts) if texts else ""
+
+    return re.sub(r"(,\s| or )?`([^`\n]*{\w+}[^`\n]*)`", spans, prose)
+
+
+def render(folder: Path, name: str) -> Path:
+    """reports/<run>/<name>.ipynb -> .html, and new headers for the run's other pages."""
+    from pygments.formatters import HtmlFormatter
+
+    notebook, parameters = read_page(folder, name)
+    prose = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
+    headings = [(cell.id, re.search(r"(?m)^## (.+)", cell.source)) for cell in prose]
     resources = {
         "title": f"{name} · {folder.name}",
         "page_header": _header(folder, name),
-        "parameters": [(parameter, values[key]) for key, parameter in schema.items()],
+        "contents": [(place, heading[1].replace("`", "")) for place, heading in headings if heading],
+        "parameters": parameters,
         "css": (TEMPLATES / "style.css").read_text(encoding="utf-8"),
         "code_css": HtmlFormatter(style="default").get_style_defs(".highlight"),
         "dark_code_css": HtmlFormatter(style="github-dark").get_style_defs(".highlight"),
