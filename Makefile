@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: report test test-fast lab tutorials bench clean
+.PHONY: report test test-fast lab tutorials publish bench clean
 
 report: $(READY)  ## run the quickstart (skips what is unchanged) and leave reports/index.html
 	$(BIN)/wddm run params/quickstart.yaml
@@ -22,6 +22,9 @@ lab: $(READY)  ## open JupyterLab on the notebooks
 
 tutorials: $(READY)  ## execute the tutorials in place, for their outputs to be committed
 	OMP_NUM_THREADS=1 $(BIN)/python notebooks/refresh.py notebooks/tutorials/*.ipynb
+
+publish: $(READY)  ## RUN=name: its report as Markdown, which a repository's host shows
+	$(BIN)/python notebooks/publish.py reports/$(RUN)
 
 bench: $(READY)  ## ours against baselines, wavelets against pixels, on this machine; FULL=1 for a GPU, everything
 	$(BIN)/wddm run params/benchmarks$(if $(FULL),-full).yaml --force

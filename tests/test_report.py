@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,10 @@ from typing import ClassVar
 import nbformat
 import pytest
 import yaml
+from bs4 import BeautifulSoup
+from conftest import ROOT
 from matplotlib.figure import Figure
+from nbconvert.filters.markdown_mistune import markdown2html_mistune as markdown2html
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from wddm import workbook
@@ -83,6 +87,52 @@ def test_a_long_page_has_a_list_of_its_contents(root):
     links = re.findall(r'<a href="#([^"]+)">(.*)</a>', page)
     assert [title for _, title in links] == ["A", "b &lt;i&gt;", "C"]
     assert all(f'<section class="prose" id="{place}">' in page for place, _ in links)
+
+
+PUBLISH = runpy.run_path(str(ROOT / "notebooks/publish.py"))
+
+
+@pytest.mark.parametrize("text", [HOSTILE, "a_b_ *c* \\ ~~d~~ [e] | <f> &amp; # 1", "- a", "$x$ and $y$", "1. b"])
+def test_any_text_is_shown_as_it_is_in_a_published_page(text):
+    page = markdown2html(PUBLISH["table"]([PUBLISH["plain"](text)], []) + "\n\n*" + PUBLISH["plain"](text) + "*")
+    soup = BeautifulSoup(page, "html.parser")
+    assert [soup.th.get_text(), soup.em.get_text()] == [text, text]
+
+
+def test_a_published_page_has_figures_tables_and_links_as_markdown(root, monkeypatch):
+    folder, outputs = root / "reports/x", []
+    monkeypatch.setattr(
+        workbook,
+        "_display",
+        lambda data, metadata=None: outputs.append(new_output("display_data", data, metadata=metadata or {})),
+    )
+    book = workbook.Run("x", root, root / "runs/x", folder, "")
+    book.show(Figure(figsize=(1, 1)), "two-points", "Two *points*.")
+    book.table([{"a_b": "x|y", "n": 1200}, {"a_b": "z", "n": None}], "Cap.")
+    book.keep([{"a": 1}], "rows")
+    pixels = {"image/png": outputs[0].data["image/png"], "text/plain": "<Figure>"}
+    outputs += [new_output("stream", text=f"in {root}/runs/x"), new_output("execute_result", {"text/plain": "7"})]
+    outputs += [new_output("display_data", pixels), new_output("error", ename="E", evalue="no", traceback=["no"])]
+    notebook = nbformat.read(folder / "01_work.ipynb", as_version=4)
+    notebook.cells += [new_code_cell("secret()", outputs=outputs, id="c")]
+    nbformat.write(notebook, folder / "01_work.ipynb")
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# U")]), folder / "02_more.ipynb")
+
+    first, second = PUBLISH["publish"](folder)
+    text = first.read_text()
+    bar = "[All results](../README.md) · run `x` · [02_more](02_more.md) · [params.yaml](params.yaml)"
+    assert text.startswith(f"# T\n\n{bar}\n\n`data/")
+    assert "| `levels` | \\[1\\] |  |" in text and "| `name` | '\\`&lt;script&gt;" in text
+    assert "![two points](figures/two-points.png)\n\n*Two \\*points\\*.*\n\n*Cap.*\n\n" in text
+    assert "| a\\_b | n |\n| --- | --: |\n| x\\|y | 1,200 |\n| z | – |\n\nAll of it: [rows.csv](rows.csv)\n" in text
+    assert "    in runs/x\n" in text and "```text\n7\n```" in text and "![01_work c 6](figures/01_work-c-6.png)" in text
+    assert "secret" not in text
+    assert all((folder / place).is_file() for place in re.findall(r"\]\((\w+[./][^)]*)\)", text))
+    assert second.read_text() == "# U\n\n" + bar.replace("02_more", "01_work") + "\n\n"
+    before = [page.read_text() for page in (first, second)]
+    assert [page.read_text() for page in PUBLISH["publish"](folder)] == before  # the same again: no diffs
+    with pytest.raises(ValueError, match="wanted reports/<run>: run it first"):
+        PUBLISH["publish"](root / "reports")
 
 
 class Called(BaseHTTPRequestHandler):
