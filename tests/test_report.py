@@ -9,7 +9,8 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
+from urllib.parse import unquote
 
 import nbformat
 import pytest
@@ -54,7 +55,7 @@ def test_a_value_is_text_whatever_it_holds(root):
     assert "<td>&lt;b&gt;help&lt;/b&gt;</td>" in page
     index = report.write_index(root).read_text()
     assert f"<code>name={text}</code>" in index and "levels=" not in index
-    assert "<script" not in page + index and "<b>help" not in page
+    assert "<script" not in page + index.replace("<script>// Filters", "") and "<b>help" not in page
 
 
 def test_the_title_cell_says_what_this_run_took_and_how_it_is_run(root):
@@ -234,8 +235,8 @@ def test_a_damaged_file_does_not_stop_the_index(root, name, content, said):
     for path, text in ((folder / "status.json", status), (folder / name, content)):
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     index = report.write_index(root).read_text()
-    assert '<a href="x/01_work.html">' not in index and "<h2>x <span" in index
-    assert "<h2>&lt;i&gt;bad <span" in index and ("its files cannot be read" in index) is said
+    assert '<a href="x/01_work.html">' not in index and '<span class="name">x</span>' in index
+    assert '<span class="name">&lt;i&gt;bad</span>' in index and ("its files cannot be read" in index) is said
 
 
 def test_rendering_is_imported_when_it_is_used():
@@ -311,9 +312,85 @@ def test_times_are_readable(seconds, text):
     assert report.format_seconds(seconds) == text
 
 
-def test_a_card_shows_what_was_measured_without_its_interval(tmp_path: Path):
-    """Distances first, the perceptual one before the others; bounds and floors are read on the run's page."""
-    numbers = {"asked_share": 0.9, "fwd": 0.1, "fwd_low": 0.0, "fwd_high": 0.2, "kid_efficientnet": 3, "a": 1}
-    numbers |= {"fwd_floor": 0.05}
-    (tmp_path / "metrics.json").write_text(json.dumps(numbers))
-    assert list(report._card(tmp_path, {})["metrics"]) == ["kid_efficientnet", "fwd", "asked_share", "a"]
+@pytest.fixture
+def reports(root) -> Path:
+    """reports/ with an index of x, a sweep of three with its summary, a sweep without one, and a published run."""
+    runs = {"s-level=0": 3.0, "s-level=1": 1.0, "s-level=2": None, "s": None, "t-seed=0": 2.0, "t-seed=1": 4.0}
+    for day, (name, fwd) in enumerate(runs.items(), 1):
+        folder = root / "reports" / name
+        folder.mkdir()
+        status = {"01_work": {"state": "ok" if fwd else "failed", "seconds": 1.0, "started": f"2026-02-0{day}"}}
+        (folder / "status.json").write_text(json.dumps(status))
+        (folder / "01_work.html").touch()
+        numbers = {"fwd": fwd, "fwd_low": 0.5, "fwd_high": 9.5, "fwd_floor": 0.1, "a": 1} if fwd else {"a": 2}
+        (folder / "metrics.json").write_text(json.dumps(numbers))
+        (folder / "params.yaml").write_text(yaml.safe_dump({"run": name, "levels": [day], "name": "a"}))
+    (root / "reports/kept/figures").mkdir(parents=True)
+    (root / "reports/kept/02_train.md").touch()
+    (root / "reports/kept/figures/samples.png").touch()
+    report.render(root / "reports/x", "01_work")
+    return report.write_index(root).parent
+
+
+def test_the_index_groups_the_runs_of_a_sweep_and_links_what_is_published(reports):
+    page = BeautifulSoup((reports / "index.html").read_text(), "html.parser")
+    groups = [[name.get_text() for name in body.select(".name")] for body in page.find_all("tbody")]
+    assert groups == [["t", "t-seed=1", "t-seed=0"], ["s", "s-level=2", "s-level=1", "s-level=0"], ["x"], ["kept"]]
+    assert [button.get_text() for button in page.select("tbody button")] == ["2 runs", "3 runs"]
+    links = [tag.get("href") or tag["src"] for tag in page.select("a, img")]
+    assert "kept/02_train.md" in links and [one for one in links if not (reports / unquote(one)).exists()] == []
+    row = next(row for row in page.find_all("tr") if row.find(string="s-level=0"))
+    assert row.select_one(".number").get_text(" ", strip=True) == "3 0.5 to 9.5"  # what was measured, low to high
+    assert [code.get_text() for code in row.select(".changes code")] == []  # levels is [1] in 01_work, too
+    assert row.select_one(".badge").get_text() == "ok" and "published" in page.find_all("tbody")[-1].get_text()
+    assert [header.get_text(strip=True) for header in page.select("thead th")][3:] == ["fwd", "parameters"]
+
+
+def browse(tmp_path: Path, page: Path, script: str, *scripts: str) -> Any:
+    """What `script`, an expression that has the page at 400 pixels as `page`, comes to in Chromium, by way of JSON."""
+    if not shutil.which("chromium"):
+        pytest.skip("needs Chromium")
+    text = re.sub("<meta [^>]*Content-Security-Policy[^>]*>", "", page.read_text())
+    inside = page.with_name("inside.html")
+    inside.write_text(text + "".join(f"<script>{one}</script>" for one in scripts))
+    outside = tmp_path / "outside.html"
+    frame = f"<iframe src='{inside.as_uri()}' style='width: 400px; height: 3000px; border: 0'></iframe><pre></pre>"
+    then = "const page = document.querySelector('iframe').contentWindow, out = document.querySelector('pre');"
+    outside.write_text(
+        f"{frame}<script>onload = async () => {{ {then} out.textContent = JSON.stringify(await ({script})); }}</script>"
+    )
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/chromium"]
+    command += ["--allow-file-access-from-files", "--virtual-time-budget=10000", "--dump-dom", outside.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    return json.loads(BeautifulSoup(done.stdout, "html.parser").pre.get_text())
+
+
+def test_the_index_is_sorted_filtered_and_unfolded_and_fits_a_phone(reports, tmp_path):
+    seen = browse(tmp_path, reports / "index.html", """(() => {
+        const all = selector => [...page.document.querySelectorAll(selector)], seen = {};
+        const look = name => seen[name] = all("tbody tr").filter(row => row.getClientRects().length)
+            .map(row => row.querySelector(".name").textContent).join(" ");
+        const type = (where, text) => {
+            const field = page.document.querySelector(where);
+            field.value = text;
+            field.dispatchEvent(new page.Event("input"));
+        };
+        look("start");
+        all("thead button")[3].click(), look("up");
+        all("thead button")[3].click(), look("down");
+        all("tbody button").at(-1).click(), look("unfolded");
+        type("#words", "LEVEL=1"), look("words");
+        type("#words", ""), type("#state", "failed"), look("failed");
+        type("#state", ""), look("reset");
+        return {...seen, width: page.document.documentElement.scrollWidth};
+    })()""")  # fmt: skip
+    assert seen == {
+        "start": "t s x kept",
+        "up": "s t x kept",
+        "down": "t s x kept",
+        "unfolded": "t s s-level=0 s-level=1 s-level=2 x kept",  # what has no value comes last
+        "words": "s s-level=1",
+        "failed": "s s-level=2",
+        "reset": "t s x kept",
+        "width": 400,
+    }

@@ -4,6 +4,8 @@ A page needs nothing but itself: no script, no font, no address outside. What co
 escaped. Importing this module imports none of what renders.
 """
 
+import base64
+import hashlib
 import html
 import math
 import re
@@ -22,7 +24,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 PROGRESS_LINE = re.compile(r"(?m)^.*\[(\d+:)?\d\d:\d\d[<,].*\n?")  # with tqdm's [elapsed<remaining, rate]
 WIDGET = "application/vnd.jupyter.widget-view+json"  # what lives in JupyterLab alone, beside a picture of itself
 WORST_FIRST = ("running", "failed", "killed", "pending", "ok")
-HEADLINES = ("kid_efficientnet", "fwd", "fid", "kid", "asked_share", "confident_share")  # what a card shows first
+HEADLINES = ("kid_efficientnet", "fwd", "fid", "kid")  # what the index shows
 
 
 def _is_number(value: Any) -> bool:
@@ -173,45 +175,57 @@ def _template(name: str) -> Any:
 
 
 def write_index(root: Path) -> Path:
-    """reports/index.html: every run as a card, the latest first: its state, picture, main numbers, what was changed."""
+    """reports/index.html: a table of all runs, the latest first, those of a sweep under it, to sort and to filter."""
     defaults: dict[str, dict[str, Any]] = {}  # by notebook
     runs: list[dict[str, Any]] = []
+    groups: dict[str, list[dict[str, Any]]] = {}  # by the run's name without what a sweep chose
     for path in (*pipeline_notebooks(root), *sorted(root.glob("notebooks/analysis/*.ipynb"))):
         with suppress(ValueError):  # a notebook that cannot be read does not stand in the way
             defaults[path.stem] = {name: parameter.default for name, parameter in read_schema(path).items()}
-    for folder in sorted(path.parent for path in (root / "reports").glob("*/status.json")):
+    for folder in sorted({path.parent for name in ("status.json", "*.md") for path in root.glob(f"reports/*/{name}")}):
         try:
-            runs.append(_card(folder, defaults))
+            runs.append(_row(folder, defaults))
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             problem = f"its files cannot be read: {type(error).__name__}: {error}"
-            runs.append({"name": folder.name, "state": "failed", "error": problem, "started": ""})
-    runs.sort(key=lambda run: (run["started"], run["name"]), reverse=True)
-    write_text(page := root / "reports" / "index.html", _template("index").render(runs=runs))
+            empty: dict[str, Any] = {"metrics": {}, "changed": {}, "pages": {}, "started": "", "seconds": ""}
+            runs.append(empty | {"name": folder.name, "state": "failed", "error": problem})
+    for run in sorted(runs, key=lambda run: (run["started"], run["name"]), reverse=True):
+        groups.setdefault(re.split(r"-(?=\w+=)", run["name"])[0], []).append(run)
+    for base, members in groups.items():
+        members.sort(key=lambda run: run["name"] != base)  # which stays the order otherwise
+    script = (TEMPLATES / "index.js").read_text(encoding="utf-8")
+    values = {
+        "groups": groups,
+        "count": len(runs),
+        "metrics": [key for key in HEADLINES if any(key in run["metrics"] for run in runs)],
+        "states": sorted({run["state"] for run in runs}),
+        "script": script,
+        "digest": f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
+    }
+    write_text(page := root / "reports" / "index.html", _template("index").render(values))
     return page
 
 
-def _card(folder: Path, defaults: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What the index shows of a run; a parameter's default is that of the first of its notebooks that declares it."""
+def _row(folder: Path, defaults: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the index shows of a run; a parameter's default is that of the first of its notebooks, or of any, that has it."""
+    pages = {path.stem: path.name for end in ("md", "html") for path in sorted(folder.glob(f"*.{end}"))}
     status, parameters = read_status(folder), {}
     with suppress(ValueError):  # missing, or damaged
         parameters = read_yaml(folder / "params.yaml")
-    own = ChainMap(*(defaults.get(name, {}) for name in sorted(status)))
+    own = ChainMap(*(defaults.get(name, {}) for name in sorted(status or pages)), *defaults.values())
     entries, states = status.values(), {entry["state"] for entry in status.values()}
     metrics, made_by = (read_json(folder / f"{name}.json") for name in ("metrics", "environment"))
     figures = sorted(folder.glob("figures/*.png"), key=lambda path: (path.stem != "samples", path.name))
-    main = [key for key in metrics if not key.endswith(("_low", "_high", "_floor"))]
-    first = sorted(main, key=lambda key: (HEADLINES.index(key) if key in HEADLINES else len(HEADLINES), key))
     changed = {key for key in parameters if parameters[key] != own.get(key, ...)} - {"run", "notebooks"}
     return {
         "name": folder.name,
-        "status": status,
-        "pages": [name for name in sorted(status) if (folder / f"{name}.html").exists()],
-        "state": next((state for state in WORST_FIRST if state in states), "pending"),
+        "pages": dict(sorted(pages.items())),
+        "state": next((state for state in WORST_FIRST if state in states), "pending") if status else "published",
         "error": next((entry["error"] for entry in entries if entry.get("error")), None),
         "started": max((str(entry.get("started") or "") for entry in entries), default=""),
-        "seconds": format_seconds(sum(entry.get("seconds") or 0 for entry in entries)),
+        "seconds": format_seconds(sum(entry.get("seconds") or 0 for entry in entries)) if status else "",
         "thumbnail": figures[0].relative_to(folder.parent).as_posix() if figures else None,
-        "metrics": {key: metrics[key] for key in first[:6]},
+        "metrics": {key: [metrics.get(key + end) for end in ("", "_low", "_high")] for key in HEADLINES if key in metrics},
         "changed": {key: value for key, value in parameters.items() if key in changed},
         "commit": (made_by.get("commit") or "")[:7],
     }
