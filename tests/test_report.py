@@ -394,3 +394,28 @@ def test_the_index_is_sorted_filtered_and_unfolded_and_fits_a_phone(reports, tmp
         "reset": "t s x kept",
         "width": 400,
     }
+
+
+@pytest.mark.slow  # npm fetches axe-core
+def test_pages_and_index_are_accessible_in_light_and_dark(reports, tmp_path, monkeypatch):
+    if not shutil.which("npm") or not shutil.which("chromium"):
+        pytest.skip("needs Chromium and npm")
+    fetch = ["npm", "install", "--no-audit", "--no-fund", f"--prefix={tmp_path}", "axe-core@4"]
+    if subprocess.run(fetch, capture_output=True, timeout=120).returncode:
+        pytest.skip("npm cannot fetch axe-core")
+    axe = (tmp_path / "node_modules/axe-core/axe.min.js").read_text()
+    notebook = nbformat.read(path := reports / "x/01_work.ipynb", as_version=4)
+    wide = {f"column {k}": "a word or two" for k in range(12)}
+    link = new_markdown_cell("[A link](https://arxiv.org) in a sentence. `Code`.\n\n> Quoted.")
+    tables = {"text/html": report.format_table([wide], "Cap.")[0]}
+    headings = [new_markdown_cell(f"## {title}") for title in "ABC"]
+    notebook.cells += [link, new_code_cell("1", outputs=[new_output("display_data", tables)]), *headings]
+    nbformat.write(notebook, path)
+    run = "page.axe.run(page.document).then(found => found.violations.map(one => [one.id, one.nodes.map(n => n.html)]))"
+    failed, index = page_of_attacks(reports.parent, "void(0)", monkeypatch)  # with every kind of output
+    for page in (failed, index, report.render(reports / "x", "01_work")):
+        light = page.read_text()
+        dark = light.replace("prefers-color-scheme: dark", "min-width: 1px")
+        for text in (light, dark):
+            (page.parent / "looked-at.html").write_text(text)
+            assert browse(tmp_path, page.parent / "looked-at.html", run, axe) == []

@@ -207,14 +207,13 @@ def write_index(root: Path) -> Path:
 
 
 def _row(folder: Path, defaults: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What the index shows of a run; a parameter's default is that of the first of its notebooks, or of any, that has it."""
+    """What the index shows of a run; a parameter's default is that of the first of its notebooks, or any, with it."""
     pages = {path.stem: path.name for end in ("md", "html") for path in sorted(folder.glob(f"*.{end}"))}
     status, parameters = read_status(folder), {}
     with suppress(ValueError):  # missing, or damaged
         parameters = read_yaml(folder / "params.yaml")
     own = ChainMap(*(defaults.get(name, {}) for name in sorted(status or pages)), *defaults.values())
     entries, states = status.values(), {entry["state"] for entry in status.values()}
-    metrics, made_by = (read_json(folder / f"{name}.json") for name in ("metrics", "environment"))
     figures = sorted(folder.glob("figures/*.png"), key=lambda path: (path.stem != "samples", path.name))
     changed = {key for key in parameters if parameters[key] != own.get(key, ...)} - {"run", "notebooks"}
     return {
@@ -225,7 +224,7 @@ def _row(folder: Path, defaults: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "started": max((str(entry.get("started") or "") for entry in entries), default=""),
         "seconds": format_seconds(sum(entry.get("seconds") or 0 for entry in entries)) if status else "",
         "thumbnail": figures[0].relative_to(folder.parent).as_posix() if figures else None,
-        "metrics": {key: [metrics.get(key + end) for end in ("", "_low", "_high")] for key in HEADLINES if key in metrics},
+        "metrics": read_json(folder / "metrics.json"),
         "changed": {key: value for key, value in parameters.items() if key in changed},
-        "commit": (made_by.get("commit") or "")[:7],
+        "commit": (read_json(folder / "environment.json").get("commit") or "")[:7],
     }
