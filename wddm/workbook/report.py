@@ -187,22 +187,17 @@ def write_index(root: Path) -> Path:
             runs.append(_row(folder, defaults))
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             problem = f"its files cannot be read: {type(error).__name__}: {error}"
-            empty: dict[str, Any] = {"metrics": {}, "changed": {}, "pages": {}, "started": "", "seconds": ""}
-            runs.append(empty | {"name": folder.name, "state": "failed", "error": problem})
-    for run in sorted(runs, key=lambda run: (run["started"], run["name"]), reverse=True):
+            runs.append({"name": folder.name, "state": "failed", "error": problem, "started": ""})
+    runs.sort(key=lambda run: (run["started"], run["name"]), reverse=True)
+    for run in runs:
         groups.setdefault(re.split(r"-(?=\w+=)", run["name"])[0], []).append(run)
     for base, members in groups.items():
         members.sort(key=lambda run: run["name"] != base)  # which stays the order otherwise
     script = (TEMPLATES / "index.js").read_text(encoding="utf-8")
-    values = {
-        "groups": groups,
-        "count": len(runs),
-        "metrics": [key for key in HEADLINES if any(key in run["metrics"] for run in runs)],
-        "states": sorted({run["state"] for run in runs}),
-        "script": script,
-        "digest": f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
-    }
-    write_text(page := root / "reports" / "index.html", _template("index").render(values))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()  # the page runs no other
+    shown = [key for key in HEADLINES if any(key in run.get("metrics", ()) for run in runs)]
+    text = _template("index").render(runs=runs, groups=groups, metrics=shown, script=script, digest=digest)
+    write_text(page := root / "reports" / "index.html", text)
     return page
 
 
