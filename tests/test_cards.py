@@ -77,9 +77,12 @@ def test_push_writes_weights_and_card_to_a_folder(pipeline, tmp_path) -> None:
 def test_a_folder_is_told_from_a_repository_by_its_name(pipeline, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
-    for name in ("./new", "mine/new", str(tmp_path / "a" / "b")):
+    for name in ("./new", "mine/new", "a/deep/folder", str(tmp_path / "a" / "b")):
         assert pipeline.push_to_hub(name) == name
-        assert (Path(name) / "model_index.json").is_file() and (Path(name) / "README.md").is_file()
+        assert (Path(name) / "README.md").is_file()
+        texts = [file.read_text() for file in Path(name).rglob("*.json")]
+        assert len(texts) == 4 and str(tmp_path) not in "".join(texts)  # where it was loaded from is nobody's business
+        assert all(isinstance(json.loads(text), dict) for text in texts)
     assert [is_path(name) for name in ("me/new", "other", "reports/other", "mine")] == [False, False, True, True]
 
 
