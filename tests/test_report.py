@@ -1,5 +1,7 @@
 """Reports: what is printed, a page and an index that show what there is, whatever is in it."""
 
+import base64
+import hashlib
 import json
 import re
 import runpy
@@ -344,6 +346,13 @@ def test_the_index_groups_the_runs_of_a_sweep_and_links_what_is_published(report
     assert [code.get_text() for code in row.select(".changes code")] == []  # levels is [1] in 01_work, too
     assert row.select_one(".badge").get_text() == "ok" and "published" in page.find_all("tbody")[-1].get_text()
     assert [header.get_text(strip=True) for header in page.select("thead th")][3:] == ["fwd", "parameters"]
+
+
+def test_the_policy_of_the_index_lets_its_own_script_run(reports):
+    """A digest of what stands between the tags, which index.html.j2 has to name when index.js changes."""
+    page = BeautifulSoup((reports / "index.html").read_text(), "html.parser")
+    digest = base64.b64encode(hashlib.sha256(page.script.string.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}';" in page.select_one("meta[http-equiv]")["content"]
 
 
 def browse(tmp_path: Path, page: Path, script: str, *scripts: str) -> Any:

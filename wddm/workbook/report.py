@@ -4,8 +4,6 @@ A page needs nothing but itself: no script, no font, no address outside. What co
 escaped. Importing this module imports none of what renders.
 """
 
-import base64
-import hashlib
 import html
 import math
 import re
@@ -99,12 +97,9 @@ def render(folder: Path, name: str) -> Path:
     from pygments.formatters import HtmlFormatter
 
     notebook, parameters = read_page(folder, name)
-    prose = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
-    headings = [(cell.id, re.search(r"(?m)^## (.+)", cell.source)) for cell in prose]
     resources = {
         "title": f"{name} · {folder.name}",
         "page_header": _header(folder, name),
-        "contents": [(place, heading[1].replace("`", "")) for place, heading in headings if heading],
         "parameters": parameters,
         "css": (TEMPLATES / "style.css").read_text(encoding="utf-8"),
         "code_css": HtmlFormatter(style="default").get_style_defs(".highlight"),
@@ -190,13 +185,10 @@ def write_index(root: Path) -> Path:
             runs.append({"name": folder.name, "state": "failed", "error": problem, "started": ""})
     runs.sort(key=lambda run: (run["started"], run["name"]), reverse=True)
     for run in runs:
-        groups.setdefault(re.split(r"-(?=\w+=)", run["name"])[0], []).append(run)
-    for base, members in groups.items():
-        members.sort(key=lambda run: run["name"] != base)  # which stays the order otherwise
-    script = (TEMPLATES / "index.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()  # the page runs no other
+        base = re.split(r"-(?=\w+=)", run["name"])[0]
+        (members := groups.setdefault(base, [])).insert(0 if run["name"] == base else len(members), run)
     shown = [key for key in HEADLINES if any(key in run.get("metrics", ()) for run in runs)]
-    text = _template("index").render(runs=runs, groups=groups, metrics=shown, script=script, digest=digest)
+    text = _template("index").render(runs=runs, groups=groups, metrics=shown)
     write_text(page := root / "reports" / "index.html", text)
     return page
 
