@@ -77,7 +77,7 @@ def test_the_title_cell_says_what_this_run_took_and_how_it_is_run(root):
         None,
     ]
     assert report.fill("`{runs}/m`", {"runs": short}) == "`a/m`, `b/m`"
-    assert report.fill("`{runs}/m`", {"runs": short * 2}) == "`{runs}/m`"
+    assert report.fill("`{runs}/m`", {"runs": short * 2}) == "`a/m`, `b/m`, `a/m`, …"
     assert report.fill("`a` or `{file}`, `{no}`", {"file": None}) == "`a`, `{no}`"
 
 

@@ -6,7 +6,6 @@ which store no scheduler, load through `from_published`.
 
 import inspect
 import math
-import re
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -221,7 +220,7 @@ class WaveletPipeline(DiffusionPipeline):
             self.save_pretrained(folder)
             (folder / "README.md").write_text(card, encoding="utf-8")
             for file in (folder / "model_index.json", *folder.glob("*/config.json")):  # without a place on this machine
-                file.write_bytes(re.sub(rb'\n *"_name_or_path": .*,', b"", file.read_bytes()))
+                file.write_bytes(b"".join(x for x in file.read_bytes().splitlines(True) if b"_name_or_path" not in x))
             message = "Upload WaveletPipeline"
             return name if local else str(hub.upload_folder(repo_id=name, folder_path=folder, commit_message=message))
 

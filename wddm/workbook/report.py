@@ -70,26 +70,24 @@ def read_page(folder: Path, name: str) -> tuple[Any, list[tuple[Parameter, Any]]
     hidden = {"injected-parameters", "papermill-error-cell-tag"}
     notebook.cells = [_tidy(cell) for cell in notebook.cells if not hidden & set(cell.metadata.get("tags", []))]
     made = read_record(folder.absolute().parents[1], folder.name).get("data", {})
-    known = {"data": str(Path(made["path"]).parent)} if "path" in made else {}
+    known = values | ({"data": str(Path(made["path"]).parent)} if "path" in made else {})
     for cell in notebook.cells[:1]:
-        own = f"wddm run reports/{folder.name}/params.yaml"
-        cell.source = re.sub(r"wddm run params/[\w/-]+\.yaml", own, fill(cell.source, known | values))
+        cell.source = re.sub(r"(?<=wddm run )params/[\w/-]+", f"reports/{folder.name}/params", fill(cell.source, known))
     return notebook, [(parameter, values[key]) for key, parameter in schema.items()]
 
 
 def fill(prose: str, values: dict[str, Any]) -> str:
-    """Prose with the values in its code spans, `runs/{run}`: a span for each item of a short list, none for None."""
+    """Prose with the values in its code spans, `runs/{run}`: a span for each of a list's first items, none for None."""
 
     def spans(match: re.Match[str]) -> str:
         texts = [match[2]]
         for name in set(re.findall(r"{(\w+)}", match[2])) & values.keys():
             items = values[name] if isinstance(values[name], list) else [values[name]]
             plain = [re.sub(r"[`$<>\s]+", " ", str(item)) for item in items if item is not None]  # or it ends the span
-            if len(plain) <= 3:
-                texts = [text.replace(f"{{{name}}}", item) for text in texts for item in plain]
-        return (match[1] or "") + ", ".join(f"`{text}`" for text in texts) if texts else ""
+            texts = [text.replace(f"{{{name}}}", item) for text in texts for item in plain]
+        return match[1] + ", ".join(f"`{text}`" for text in texts[:3]) + ", …" * (len(texts) > 3) if texts else ""
 
-    return re.sub(r"(,\s| or )?`([^`\n]*{\w+}[^`\n]*)`", spans, prose)
+    return re.sub(r"(,\s| or |)`([^`\n]*{\w+}[^`\n]*)`", spans, prose)
 
 
 def render(folder: Path, name: str) -> Path:
