@@ -283,7 +283,7 @@ def test_the_defaults_are_those_of_the_modern_recipe() -> None:
     recipe = yaml.safe_load((ROOT / "params/recipes/modern.yaml").read_text())
     defaults = {f.name: f.default for f in fields(Trainer)}
     ours = {name: type(defaults[name])(value) for name, value in recipe.items() if name in defaults}
-    assert len(ours) == 8 and ours == {name: defaults[name] for name in ours}
+    assert len(ours) == 9 and ours == {name: defaults[name] for name in ours}
 
 
 def test_other_images_are_other_settings(tmp_path) -> None:
