@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from wddm.backbones import build_backbone
-from wddm.objective import FLOW, NOT_OF_SAMPLE, SINGLE_STEP, SOLVERS, build_solver, set_steps
+from wddm.objective import FLOW, NOT_OF_SAMPLE, SINGLE_STEP, SOLVERS, build_solver, diffusion_loss, set_steps
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import open_pipeline, sample_images
 from wddm.ukan import UKANModel
@@ -179,6 +179,20 @@ def test_a_flow_is_saved_and_opened_with_a_solver_that_works(solver: str, tmp_pa
     assert np.isfinite(opened(2, **options).images).all()
     with pytest.raises(ValueError, match="got eta=0.5 for"):
         opened(2, eta=0.5, **options)
+
+
+@pytest.mark.parametrize("level", [0, 2])
+@pytest.mark.parametrize("kind", ["unet", "ukan", "dit"])
+def test_a_flow_is_learned_and_drawn_by_every_network_and_level(kind: str, level: int) -> None:
+    network = build_backbone(kind, dataset="digits", level=level, widths=(16, 16))
+    scheduler, codec = build_solver("euler", FLOW), WaveletCodec(level=level, scaling="dyadic")
+    images, t = torch.rand(2, 1, 16, 16) * 2 - 1, torch.tensor([1.0, 1000.0])
+    noise = torch.randn(2, 4**level, 16 // 2**level, 16 // 2**level)
+    diffusion_loss(network, codec, scheduler, images, noise, t, weighting="none").total.backward()
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
+    pipeline = WaveletPipeline(network.eval(), scheduler, codec)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(2, num_inference_steps=2, output_type="pt").images.shape == (2, 1, 16, 16)
 
 
 BY_TARGET = [*((name, "epsilon", 0.0) for name in SINGLE_STEP), ("ddim", "epsilon", 0.8)]
