@@ -60,10 +60,10 @@ def test_the_bare_loop_takes_the_steps_of_ours(tmp_path: Path) -> None:
     )  # fmt: skip
     loop = plain.BareLoop(twin.train(), level=1)
     assert_close(loop.alphas_cumprod, noise_scheduler().alphas_cumprod, atol=1e-7, rtol=1e-5)
-    loop.alphas_cumprod = noise_scheduler().alphas_cumprod.double()
+    trainer.noise_scheduler.alphas_cumprod = loop.alphas_cumprod = noise_scheduler().alphas_cumprod.double()
     x = torch.from_numpy(images).double().permute(0, 3, 1, 2) / 127.5 - 1
     for _ in range(2):
-        noise, t = trainer.draw_noise(x)
+        noise, t = trainer.draw_noise()
         loss, *_ = trainer.optimise(x)
         assert_close(loop.step(x, noise, t), loss)
         trainer.step += 1
