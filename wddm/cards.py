@@ -8,6 +8,8 @@ import yaml
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from wddm.objective import default_eta, default_solver
+
 TEMPLATE = """---
 {{ card_data }}
 ---
@@ -60,13 +62,17 @@ def model_card(pipeline: DiffusionPipeline, name: str, report: Path | None) -> s
         raise ValueError(f"got report={report}, which has no params.yaml, wanted reports/<run>: give a run's report")
     run, metrics, data, made_with = recorded(report.resolve()) if report else ({}, {}, {}, {})
     network, codec, task = pipeline.backbone, pipeline.codec.config, "unconditional-image-generation"
+    predicts = pipeline.scheduler.config.prediction_type
+    if "sampling_steps" in run:  # what notebook 03 takes where nothing is named
+        solver = run.get("scheduler") or default_solver(predicts)
+        run = {"scheduler": solver, "eta": default_eta(solver)} | run
     classes = (network.config.get("num_class_embeds") or 1) - 1
     model = {
         "backbone": type(network).__name__,
         "parameters": f"{network.num_parameters():,}",
         "coefficients": " x ".join(map(str, (network.config.in_channels, *pipeline.map_size))),
         "codec": ", ".join(f"{key} {codec[key]}" for key in ("wavelet", "level", "transform", "scaling")),
-        "predicts": pipeline.scheduler.config.prediction_type,
+        "predicts": predicts,
         "labels": f"0 to {classes - 1}" if classes else "none",
     }
     source = str(data.get("source", data.get("dataset", "unknown")))

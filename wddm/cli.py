@@ -123,7 +123,7 @@ def workbook_root(start: Path | None = None) -> Path | None:
 @click.option("--output-dir", required=True, type=PATH, help="New folder for the images.")
 @click.option("--num-samples", type=COUNT, default=16)
 @click.option("--batch-size", type=COUNT, default=64)
-@click.option("--scheduler", default="ddim", help="ddpm ddim pndm dpmsolver++ unipc heun euler euler_a deis lms")
+@click.option("--scheduler", help="ddpm ddim pndm dpmsolver++ unipc heun euler euler_a deis lms; ddim, euler for flow.")
 @click.option("--sampling-steps", "num_inference_steps", type=COUNT, default=50)
 @click.option("--eta", type=float, default=0.0, help="Randomness of ddim: 0 none, 1 as much as ddpm.")
 @click.option("--detail-steps", type=COUNT, metavar="N", help="Solver steps of the detail bands, if not the same.")
