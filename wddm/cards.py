@@ -10,34 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from wddm.objective import default_eta, default_solver
 
-TEMPLATE = """---
-{{ card_data }}
----
-
-# {{ name.split("/")[-1] }}
-
-Diffusion on wavelet coefficients, made with wddm.
-
-```python
-from wddm.pipeline import WaveletPipeline
-
-pipe = WaveletPipeline.from_pretrained("{{ name }}")
-images = pipe(16, num_inference_steps={{ run.sampling_steps or 50 }}{{ asked }}, eta={{ run.eta or 0.0 }}).images
-```
-
-```bash
-wddm sample --model-dir {{ name }} --output-dir samples
-{%- for key, value in flags.items() %} --{{ key.replace("_", "-") }} {{ value }}{% endfor %}
-```
-{% for title, values in tables.items() %}
-## {{ title }}
-
-{% if values %}| | |
-|---|---|{% for key, value in values.items() %}
-| {{ key }} | {{ "%.5g" % value if value is float else value }} |{% endfor %}{% else %}Not recorded.{% endif %}
-{% endfor %}
-Metrics compare with others only at the same protocol; Fréchet distances depend on the number of images.
-"""
+TEMPLATE = Path(__file__).with_name("card.md.j2")
 
 
 def card_of(pipeline: DiffusionPipeline, name: str, report: str | Path | None) -> str:
@@ -85,7 +58,7 @@ def model_card(pipeline: DiffusionPipeline, name: str, report: Path | None) -> s
     values: dict[str, Any] = {"name": name, "run": run, "flags": flags, "tables": tables}
     values |= {"asked": ", labels=0" if classes else ""}
     card_data = ModelCardData(tags=["wavelets", "wddm"], **about)
-    return str(ModelCard.from_template(card_data, template_str=TEMPLATE, **values))
+    return str(ModelCard.from_template(card_data, template_str=TEMPLATE.read_text(encoding="utf-8"), **values))
 
 
 def recorded(report: Path) -> tuple[dict[str, Any], ...]:

@@ -218,6 +218,25 @@ def index() -> None:
     print(workbook.write_index(workbook.find_root()))
 
 
+@commands.command()
+@click.argument("folder", type=PATH)
+def init(folder: Path) -> None:
+    """Make a workbook of a new FOLDER: the notebooks, parameters and model that this installation came with."""
+    import shutil
+    from importlib import metadata
+
+    files = [(file.locate(), str(file).partition("share/wddm/")[2]) for file in metadata.files("wddm") or ()]
+    shipped = [(Path(source), name) for source, name in files if name and Path(source).is_file()]
+    if not shipped:
+        raise ValueError("got an installation of a clone, wanted one of a wheel: the clone is a workbook, work in it")
+    if folder.exists():
+        raise ValueError(f"got {folder}, which is there already, wanted a new folder: give another name")
+    for source, name in shipped:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, folder / name)
+    print(f"{folder} is a workbook: cd {folder} && wddm run params/quickstart.yaml")
+
+
 FOUND = re.compile(r"Invalid value for ('.*?'): (.+) is not (?:a valid (.+)|in the range (?:(.+)<=x<=(.+)|x>=(.+)))\.")
 
 
