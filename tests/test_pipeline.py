@@ -177,7 +177,7 @@ def test_a_flow_is_saved_and_opened_with_a_solver_that_works(solver: str, tmp_pa
     options = {"num_inference_steps": 3, "output_type": "np"}
     assert np.array_equal(again(2, **options).images, pipeline(2, **options).images)
     assert np.isfinite(opened(2, **options).images).all()
-    with pytest.raises(ValueError, match="got eta=0.5 for"):
+    with pytest.raises(ValueError, match=r"got eta=0\.5 for"):
         opened(2, eta=0.5, **options)
 
 
