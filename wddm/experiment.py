@@ -35,7 +35,8 @@ Parameters = Mapping[str, Any]
 
 SIDE, LEVEL, STEPS, COUNT, KIMG, SHARE = (2, 4096), (0, 8), (1, 1000), (1, 10**7), (0, 10**7), (0, 1)
 BOUNDS: dict[str, tuple[float, float]] = {  # parameter of any notebook: (minimum, maximum), of every value of a list
-    "seed": (0, 2**31 - 1), "resolution": SIDE, "width": SIDE, "channels": (1, 1024), "limit": COUNT,
+    "seed": (0, 2**31 - 1), "seeds": (0, 2**31 - 1), "resolution": SIDE, "width": SIDE,
+    "channels": (1, 1024), "limit": COUNT,
     "level": LEVEL, "levels": LEVEL, "wavelet_level": LEVEL, "fwd_level": LEVEL, "train_fwd_level": LEVEL,
     "widths": (8, 8192), "attention_levels": (0, 16), "layers_per_block": (1, 16), "attention_head_dim": (1, 4096),
     "dropout": (0, 0.99), "label_dropout": SHARE, "reconstruction": (0, 1e6),
@@ -48,6 +49,7 @@ BOUNDS: dict[str, tuple[float, float]] = {  # parameter of any notebook: (minimu
     "eta": SHARE, "etas": SHARE, "labels": (0, 10**6), "guidance": (0, 100), "guidance_details": (0, 100),
     "sets": (1, 1000), "rounds": (5, 1000), "images_per_step": COUNT, "comparison_seconds": (0, 10**6),
     "answers": (1, 64), "max_step_seconds": (0.001, 10**6), "capacity_gib": (0.001, 10**6),
+    "seconds": (0.1, 10**6), "workers": (1, 1024),
 }  # fmt: skip
 CHOICES: dict[str, Iterable[str]] = {
     "schedule": SCHEDULES, "precision": PRECISIONS, "prediction_type": TARGETS, "backbone": BACKBONES,
