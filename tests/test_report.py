@@ -229,6 +229,6 @@ def test_times_are_readable(seconds, text):
 
 def test_a_card_shows_what_was_measured_without_its_interval(tmp_path: Path):
     """Distances first, the perceptual one before the others; bounds and floors are read on the run's page."""
-    numbers = {"asked_share": 0.9, "fwd": 0.1, "fwd_low": 0.0, "fwd_high": 0.2, "fwd_floor": 0.05, "kid_efficientnet": 3, "a": 1}
+    numbers = {"asked_share": 0.9, "fwd": 0.1, "fwd_low": 0, "fwd_high": 1, "fwd_floor": 0, "kid_efficientnet": 3}
     (tmp_path / "metrics.json").write_text(json.dumps(numbers))
-    assert list(report._card(tmp_path, {})["metrics"]) == ["kid_efficientnet", "fwd", "asked_share", "a"]
+    assert list(report._card(tmp_path, {})["metrics"]) == ["kid_efficientnet", "fwd", "asked_share"]
