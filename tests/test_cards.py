@@ -55,6 +55,15 @@ def test_the_card_says_what_the_run_recorded(pipeline, tmp_path) -> None:
     assert "--scheduler heun --sampling-steps 7" in card.text
 
 
+def test_the_card_names_the_solver_that_was_taken_where_none_was_named(pipeline, tmp_path) -> None:
+    report = tmp_path / "reports" / "mine"
+    (report / "params.yaml").write_text(yaml.safe_dump(PARAMETERS | {"scheduler": None, "eta": None}))
+    assert "--scheduler ddim --sampling-steps 7 --eta 1.0" in model_card(pipeline, "me/model", report)
+    pipeline.scheduler = build_solver("euler", "flow_prediction")
+    card = model_card(pipeline, "me/model", report)
+    assert "--scheduler euler --sampling-steps 7 --eta 0.0" in card and "| predicts | flow_prediction |" in card
+
+
 def test_the_card_says_which_labels_there_are(pipeline) -> None:
     card = model_card(conditional_pipeline(), "me/model", None)
     assert "| labels | 0 to 2 |" in card and ", labels=0, eta" in card

@@ -127,6 +127,9 @@ def test_times_are_drawn_by_their_law(name: str, law, kind: str) -> None:
     share = (t.double().numpy() - first + np.random.default_rng(0).random(20_000)) / 1000  # uniform within a timestep
     found = stats.kstest(share, law.cdf) if law else stats.kstest(special.logit(share), stats.norm.cdf)
     assert found.pvalue > 0.01
+    if law and kind != FLOW:  # so that a seed means what it did before times could be drawn otherwise
+        generator.manual_seed(0), torch.randn(noise.shape, generator=generator)
+        assert torch.equal(t, torch.randint(1000, t.shape, generator=generator))
 
 
 def test_min_snr_weights_are_the_papers() -> None:

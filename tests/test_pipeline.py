@@ -149,7 +149,11 @@ def test_the_loop_is_that_of_the_diffusers_class_bit_for_bit(solver: str) -> Non
 @pytest.mark.parametrize("solver", OF_FLOW)
 def test_the_loop_of_a_flow_is_that_of_the_diffusers_class_bit_for_bit(solver: str) -> None:
     pipeline = tiny_pipeline(solver=solver, prediction_type=FLOW)
-    images = pipeline(2, torch.Generator().manual_seed(3), num_inference_steps=9, output_type="pt").images
+    states = []
+    options = {"output_type": "pt", "callback_on_step_end": lambda pipe, i, t, state: states.append(state)}
+    images = pipeline(2, torch.Generator().manual_seed(3), num_inference_steps=9, **options).images
+    if solver in SINGLE_STEP:  # the last step ends where the network says
+        assert_close(states[-1]["denoised"], states[-1]["latents"], atol=1e-5, rtol=1e-5)
     bare = build_solver(solver, FLOW)
     set_steps(bare, 9)
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -177,7 +181,7 @@ def test_a_flow_is_saved_and_opened_with_a_solver_that_works(solver: str, tmp_pa
     options = {"num_inference_steps": 3, "output_type": "np"}
     assert np.array_equal(again(2, **options).images, pipeline(2, **options).images)
     assert np.isfinite(opened(2, **options).images).all()
-    with pytest.raises(ValueError, match=r"got eta=0\.5 for"):
+    with pytest.raises(ValueError, match="got eta="):
         opened(2, eta=0.5, **options)
 
 

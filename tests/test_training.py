@@ -130,7 +130,7 @@ def test_loss_goes_down(tmp_path, settings: dict) -> None:
 
 
 def test_a_weighting_that_is_not_for_a_flow_is_refused_before_anything_is_written(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"got weighting='min_snr' for flow_prediction, wanted none: .* flow"):
+    with pytest.raises(ValueError, match=r"got weighting='min_snr' for flow_prediction, .* recipe to flow"):
         make(tmp_path / "new", weighting="min_snr", **FLOWING)
     assert not (tmp_path / "new").exists()
 

@@ -29,11 +29,11 @@ TARGETS: dict[str, Callable[[Tensor, Tensor], tuple[Any, Any]]] = {  # u and w o
     "v_prediction": lambda signal, noise: (-noise, signal), FLOW: lambda signal, noise: (-1, 1),
 }  # fmt: skip
 NOISE: dict[str, Any] = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
-LEVELS: int = NOISE["num_train_timesteps"]
-TIME_SAMPLINGS: dict[str, Callable[[int, Generator], Tensor]] = {  # ranks of the noise levels of so many images, from 0
-    "uniform": lambda count, g: torch.randint(LEVELS, (count,), generator=g, device=g.device),
+TIMESTEPS: int = NOISE["num_train_timesteps"]
+TIME_SAMPLINGS: dict[str, Callable[[int, Generator], Tensor]] = {  # places in the order of timesteps, 0 the least noise
+    "uniform": lambda count, g: torch.randint(TIMESTEPS, (count,), generator=g, device=g.device),
     "logit_normal": lambda count, g: (  # most between signal and noise (Esser et al. 2024, arXiv 2403.03206)
-        (LEVELS * torch.randn(count, generator=g, device=g.device).sigmoid()).long().clamp_max(LEVELS - 1)
+        (TIMESTEPS * torch.randn(count, generator=g, device=g.device).sigmoid()).long().clamp_max(TIMESTEPS - 1)
     ),
 }
 
@@ -58,10 +58,10 @@ def factors(scheduler: SchedulerMixin, t: Tensor) -> tuple[Tensor, Tensor]:
     """
     t = t.view(-1, 1, 1, 1)
     if scheduler.config.prediction_type == FLOW:
-        return 1 - t / LEVELS, t / LEVELS
+        return 1 - t / TIMESTEPS, t / TIMESTEPS
     a, row = scheduler.alphas_cumprod.to(t.device), t.long()
     sigma = ((1 - a) / a).sqrt()
-    sigma = torch.lerp(sigma[row], sigma[(row + 1).clamp_max(LEVELS - 1)], (t - row).to(sigma.dtype))
+    sigma = torch.lerp(sigma[row], sigma[(row + 1).clamp_max(TIMESTEPS - 1)], (t - row).to(sigma.dtype))
     signal = (1 + sigma**2).rsqrt()
     return signal, sigma * signal
 
@@ -206,7 +206,7 @@ def _flow_solver(name: str, spacing: str | None) -> SchedulerMixin:
     if spacing not in (None, "trailing"):
         raise ValueError(f"got spacing={spacing!r} for {FLOW}, wanted trailing, all that it has: leave spacing out")
     solver = getattr(diffusers, SOLVERS[name][1])
-    options = {"num_train_timesteps": LEVELS, "prediction_type": FLOW, "use_flow_sigmas": True}
+    options = {"num_train_timesteps": TIMESTEPS, "prediction_type": FLOW, "use_flow_sigmas": True}
     known = inspect.signature(solver.__init__).parameters
     made = solver(**{key: value for key, value in options.items() if key in known})
     made.register_to_config(prediction_type=FLOW)  # which some do not store
@@ -221,7 +221,7 @@ def set_steps(solver: SchedulerMixin, count: int, device: torch.device | str | N
         solver.init_noise_sigma, solver.scale_model_input, solver.sigma_min = 1.0, lambda z, t: z, 1 / count
     solver.set_timesteps(count, device=device)
     if solver.config.prediction_type == FLOW:
-        solver.timesteps = (solver.sigmas[:-1] * LEVELS).to(device)
+        solver.timesteps = (solver.sigmas[:-1] * TIMESTEPS).to(device)
         if kind.startswith("DEIS"):
             solver.sigmas[-1] = 1e-6  # at 0 its formula divides by 0
 

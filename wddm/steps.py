@@ -147,8 +147,8 @@ def draw_noise(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Noise (N, *shape) and timesteps (N,) of the scheduler, of which every generator gives `each` so many."""
     noise = [torch.randn(each, *shape, generator=one, device=one.device) for one in generators]
-    ranks = torch.cat([TIME_SAMPLINGS[time_sampling](each, one) for one in generators])
-    return torch.cat(noise).to(device), scheduler.timesteps.flip(0).to(device)[ranks.to(device)]
+    places = torch.cat([TIME_SAMPLINGS[time_sampling](each, one) for one in generators])
+    return torch.cat(noise).to(device), scheduler.timesteps.flip(0).to(device)[places.to(device)]
 
 
 def moments(optimizer: Optimizer) -> dict[str, Tensor]:
