@@ -117,10 +117,10 @@ def train(
         print(*trainer.notes, sep="\n", end="\n" * bool(trainer.notes))
         total = trainer.total_steps * trainer.batch_size
         bar = progress(total=total, initial=trainer.images_seen, desc="training", unit="img")
+        trainer.on_step = lambda images_seen: bar.update(images_seen - bar.n)
         with bar, closing(trainer.steps()) as steps:
             for step in steps:
                 bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
-                bar.update(step.images_seen - bar.n)
                 show(step)
         book.made("pipeline", book.folder / "pipeline", images_seen=trainer.images_seen)
 
