@@ -108,9 +108,9 @@ class Trainer:
             self.model.enable_gradient_checkpointing()
         self.codec.to(self.device)
         self.parameters = [p for p in self.model.train().parameters() if p.requires_grad]
-        plain = torch.optim.AdamW(self.parameters, weight_decay=self.weight_decay, fused=True)
-        self.network, prepared = self.accelerator.prepare(torch.compile(self.model) if self.compile else self.model, plain)
-        self.optimizer = plain if self.accelerator.scaler is None else prepared  # fp16 alone needs accelerate's
+        ours = torch.optim.AdamW(self.parameters, weight_decay=self.weight_decay, fused=True)
+        self.network, theirs = self.accelerator.prepare(torch.compile(self.model) if self.compile else self.model, ours)
+        self.optimizer = ours if self.accelerator.scaler is None else theirs  # fp16 alone needs accelerate's
         decay = 0.5 ** (1 / (self.ema_half_life_kimg * 1000 / self.batch_size)) if self.ema_half_life_kimg else 0.0
         self.weights: list[Tensor] = list(self.model.parameters())  # once: small networks feel a walk through them
         self.ema = EMAModel(self.weights, decay=decay, foreach=True)
