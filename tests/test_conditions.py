@@ -191,12 +191,13 @@ def test_weight_1_is_the_plain_conditional_sampler_and_calls_the_network_once() 
     assert_close(pipeline(3, **options).images[::2], plain[::2], atol=1e-4, rtol=0)
 
 
-def conditional_pipeline(classes: int = 3) -> WaveletPipeline:
+def conditional_pipeline(names: list[str] | None = None) -> WaveletPipeline:
+    """Of three classes."""
     torch.manual_seed(0)
     sizes = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 16)}
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "norm_num_groups": 8}
-    backbone = UNet2DModel(**sizes, **blocks, num_class_embeds=classes + 1).eval()
-    pipeline = WaveletPipeline(backbone, build_solver("ddim"), WaveletCodec(scaling="dyadic"))
+    backbone = UNet2DModel(**sizes, **blocks, num_class_embeds=4).eval()
+    pipeline = WaveletPipeline(backbone, build_solver("ddim"), WaveletCodec(scaling="dyadic"), names)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -12,6 +12,7 @@ network, and as far as agrees with v best. Projection alone leaves details that 
 """
 
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
@@ -25,6 +26,18 @@ Answer = Callable[[Tensor, Tensor], Tensor]  # the network's answer to z_t (B, 4
 Missing = Callable[[Tensor], Tensor]  # what coefficients lack to agree with what is known
 Labels = int | Sequence[int] | Tensor
 PUSH = 0.1  # step of the derivative, in parts of what is missing
+
+
+def numbered(labels: Sequence[int | str], names: Sequence[str] | None) -> list[int]:
+    """Class numbers of labels, which are numbers, also as texts, or `names` of classes; ValueError for other names."""
+    known = {name: number for number, name in enumerate(names or [])}
+    for label in map(str, labels):
+        if not label.isdecimal() and label not in known:
+            wanted = f"one of {', '.join(known)}" if known else "a number, as the names of the classes are not known"
+            close = get_close_matches(label, known, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else "change labels"
+            raise ValueError(f"got the label {label[:100]!r}, wanted {wanted}: {hint}")
+    return [int(label) if label.isdecimal() else known[label] for label in map(str, labels)]
 
 
 def labelled(backbone: ModelMixin, count: int, labels: Labels | None, weights: Sequence[float]) -> Answer:

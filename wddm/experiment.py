@@ -21,6 +21,7 @@ from diffusers import ModelMixin
 
 from wddm import data
 from wddm.backbones import BACKBONES, IMAGES, build_backbone
+from wddm.conditions import numbered
 from wddm.data import Dataset
 from wddm.metrics.frechet import frechet_wavelet_distance, moments
 from wddm.objective import PREDICTION_TYPES, WEIGHTINGS, build_solver, check_options
@@ -106,9 +107,10 @@ def train(
             warnings.filterwarnings("ignore", "OMP_NUM_THREADS")
         if settings.get("fwd_kimg"):
             settings["measure"] = distance_to(prepared.images, **share(distance_to, book.parameters))
-        parts = {"model": network, "codec": codec, "images": prepared.images, "data_sha256": prepared.sha256}
         labels = labels_of(prepared, **share(labels_of, book.parameters))
-        trainer = Trainer(**parts, labels=labels, folder=book.folder, **settings)
+        parts: dict[str, Any] = {"model": network, "codec": codec, "images": prepared.images, "labels": labels}
+        parts |= {"data_sha256": prepared.sha256, "class_names": None if labels is None else prepared.class_names}
+        trainer = Trainer(**parts, folder=book.folder, **settings)
         if not trainer.main:
             return deque(trainer.steps(), maxlen=0).clear()  # the main process shows and records
         book.begin("pipeline")
@@ -161,7 +163,7 @@ def check_bounds(parameters: Parameters) -> None:
     for name, (low, high) in BOUNDS.items():
         given = parameters.get(name)
         for value in given if isinstance(given, list | tuple) else [given]:
-            if value is not None and not low <= value <= high:
+            if not isinstance(value, str | None) and not low <= value <= high:
                 problems.append(f"got {name}={str(value)[:20]}, wanted {low:g} to {high:g}: change {name}")
     if problems:
         raise ValueError("\n".join(problems))
@@ -195,7 +197,8 @@ def _check_images(experiment: Experiment) -> None:
     source, labels = data.check_source(**share(data.check_source, parameters))[1], parameters.get("labels")
     near = parameters.get("dataset_path") or (labels and name in ("digits", "patches", "emoji"))
     opened = source.open(parameters.get("on_error") == "skip") if near else None
-    if opened and opened.class_names and max(labels or [0]) >= len(opened.class_names):
+    numbers = numbered(labels or [], opened.class_names) if opened else []
+    if opened and opened.class_names and max(numbers, default=0) >= len(opened.class_names):
         raise ValueError(f"got labels={labels}, wanted 0 to {len(opened.class_names) - 1}, the set's: change labels")
     count, channels = IMAGES_IN.get(name), IMAGES.get(name, (0, 3))[1]
     if opened:

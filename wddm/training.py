@@ -35,7 +35,7 @@ from wddm.wavelets import WaveletCodec, check_choice
 # what no weight depends on, or settings describe in another way: may change from one start of a run to the next
 FREE = {
     "cpu", "extend", "restart", "checkpoint_kimg", "preview_kimg", "gradient_checkpointing", "measure", "fwd_kimg",
-    "fwd_images", "data_sha256", "model", "codec", "images", "folder", "labels", "label_dropout",
+    "fwd_images", "data_sha256", "model", "codec", "images", "folder", "labels", "label_dropout", "class_names",
 }  # fmt: skip
 
 
@@ -53,6 +53,7 @@ class Trainer:
     images: np.ndarray  # uint8 (N, H, W, C)
     folder: Path
     labels: np.ndarray | None = None  # (N,), for a network with class embeddings, the last of which is "no label"
+    class_names: list[str] | None = None  # of the labels, for the pipeline to know
     label_dropout: float = 0.1  # share of labels that the network is not shown
     data_sha256: str | None = None  # identifies the images, in place of a checksum of some of them
     train_kimg: float = 160.0  # length of the training
@@ -229,7 +230,7 @@ class Trainer:
         self.ema.store(self.weights)
         try:
             self.ema.copy_to(self.weights)
-            pipeline = WaveletPipeline(self.model.eval(), solver, self.codec)
+            pipeline = WaveletPipeline(self.model.eval(), solver, self.codec, self.class_names)
             with self.stop.cuttable():
                 yield pipeline
         finally:
