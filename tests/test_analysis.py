@@ -397,10 +397,10 @@ def leave_data(root: Path, name: str, prepared: data.Dataset) -> None:
     book.made("data", prepared.folder / "manifest.json")
 
 
-def save_pipeline(folder: Path, level: int) -> WaveletPipeline:
+def save_pipeline(folder: Path, level: int, num_class_embeds: int | None = None) -> WaveletPipeline:
     """A network that has learned nothing."""
     torch.manual_seed(0)
-    backbone = build_backbone("unet", dataset="digits", level=level, widths=(32,))
+    backbone = build_backbone("unet", dataset="digits", level=level, widths=(32,), num_class_embeds=num_class_embeds)
     codec = WaveletCodec("haar", level, scaling="dyadic")
     made = WaveletPipeline(backbone, build_solver("ddim", "v_prediction"), codec)
     made.save_pretrained(folder)
@@ -502,6 +502,24 @@ def test_compare_sets_any_runs_side_by_side(compared) -> None:
     assert kid < page.index("FWD by variant")
     reached = {row["variant"]: row for row in saved(report, "reached")}
     assert (reached["level 0"]["kimg"], reached["level 1"]["kimg"]) == (0.4, 0.3)
+
+
+@pytest.mark.slow
+def test_guidance_is_measured_for_all_bands_and_for_some_alone(root, prepared) -> None:
+    leave_data(root, "guided", prepared)
+    save_pipeline(root / "runs/asked/pipeline", 1, num_class_embeds=11)
+    (root / "params/guided.yaml").write_text(
+        "notebooks: [analysis/guidance]\nmodel_dir: runs/asked/pipeline\nweights: [1.0, 2.0]\nsampling_steps: 2\n"
+        "num_samples: 40\n"
+    )
+    run(root, "run", "params/guided.yaml")
+    rows = saved(root / "reports/guided", "guidance")
+    assert [(row["weight"], row["coarse"], row["details"]) for row in rows] == [
+        (1, 1, 1), (2, 2, 2), (1, 1, 1), (2, 2, 1), (1, 1, 1), (2, 1, 2),
+    ]  # fmt: skip
+    assert [row["evaluations"] for row in rows] == [2, 4] * 3
+    assert len({row["fwd"] for row in rows}) == 4 and all("asked_share" in row for row in rows)
+    assert is_clean(root / "reports/guided/guidance.html")
 
 
 @pytest.mark.slow
