@@ -543,7 +543,7 @@ def test_restoration_agrees_with_what_is_known_of_images_that_were_held_out(root
     assert metrics["held_out_copies"] == 200  # the training set itself, found again by content
     assert [row["evaluations"] for row in saved(report, "price")] == [3, 6]
     figures = {path.stem for path in (report / "figures").glob("*.png")}
-    assert {"enlarged-2x", "enlarged-4x", "left-half", "blocks", "answers-blocks", "price-fwd"} <= figures
+    assert {"enlarged-2x", "enlarged-4x", "left-half", "blocks", "answers-left-half", "price-fwd"} <= figures
     assert is_clean(report / "restoration.html")
     done = wddm(root, "run", "params/restored.yaml", "--force", num_samples=900)
     assert done.returncode == 1 and "held-out images, wanted 1800" in done.stdout
