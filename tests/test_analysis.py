@@ -17,7 +17,7 @@ from wddm.backbones import build_backbone
 from wddm.files import append_row, read_rows
 from wddm.metrics import scores
 from wddm.metrics.scores import Options, wavelet
-from wddm.objective import alphas_cumprod, build_solver, noise_scheduler
+from wddm.objective import build_solver, factors, noise_scheduler
 from wddm.pipeline import WaveletPipeline
 from wddm.studies import sampling, sweeps
 from wddm.wavelets import WaveletCodec
@@ -215,7 +215,7 @@ def test_a_network_that_knows_the_answer_decides_every_band_at_once(pipeline, mo
     clean = 0.1 * torch.tensor([4.0, 3.0, 2.0, 1.0]).view(1, 4, 1, 1).expand(2, 4, 4, 4)
     found = sampling.along_trajectory(answering(pipeline, monkeypatch, lambda noisy, t: clean), 2, 5)
     assert found["times"].tolist() == [999, 799, 599, 399, 199]
-    a = alphas_cumprod(noise_scheduler(), torch.tensor(found["times"])).flatten().sqrt().numpy()
+    a = factors(noise_scheduler(), torch.tensor(found["times"]))[0].flatten().numpy()
     np.testing.assert_allclose(found["signal"], np.outer(a, [0.4, 0.3, 0.2, 0.1]), rtol=1e-5)
     np.testing.assert_allclose(found["change"], 0)
     np.testing.assert_allclose((found["noise"] ** 2).mean(1), 1 - a**2, rtol=0.2)  # of 128 draws of unit noise

@@ -14,10 +14,11 @@ import torch
 from conftest import ROOT, wddm
 from torch.testing import assert_close
 
-from benchmarks import against_pixels, against_plain, figures, plain, profiling, workloads
+from benchmarks import against_pixels, against_plain, figures, peers, plain, profiling, workloads
 from benchmarks.matched import matched
 from benchmarks.profiling import Measurement, ready
 from wddm.backbones import BACKBONES, build_backbone
+from wddm.data import prepare
 from wddm.kan import SplineLinear, spline_basis
 from wddm.objective import noise_scheduler
 from wddm.wavelets import WaveletCodec
@@ -59,10 +60,10 @@ def test_the_bare_loop_takes_the_steps_of_ours(tmp_path: Path) -> None:
     )  # fmt: skip
     loop = plain.BareLoop(twin.train(), level=1)
     assert_close(loop.alphas_cumprod, noise_scheduler().alphas_cumprod, atol=1e-7, rtol=1e-5)
-    loop.alphas_cumprod = noise_scheduler().alphas_cumprod.double()
+    trainer.noise_scheduler.alphas_cumprod = loop.alphas_cumprod = noise_scheduler().alphas_cumprod.double()
     x = torch.from_numpy(images).double().permute(0, 3, 1, 2) / 127.5 - 1
     for _ in range(2):
-        noise, t = trainer.draw_noise(x)
+        noise, t = trainer.draw_noise()
         loss, *_ = trainer.optimise(x)
         assert_close(loop.step(x, noise, t), loss)
         trainer.step += 1
@@ -281,3 +282,17 @@ def test_matched_is_a_pixel_network_of_the_same_size(backbone: str) -> None:
         pixel = build_backbone(**matched(network))
     assert pixel.config.in_channels == 3 and pixel.config.sample_size == 32
     assert abs(pixel.num_parameters() / wavelet.num_parameters() - 1) < 0.05
+
+
+@pytest.mark.slow
+def test_the_race_of_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of this workbook alone, which needs no library: two learning rates, then the better one with another seed."""
+    folder = prepare("digits", 16, tmp_path, progress=False).folder
+    monkeypatch.setattr(peers, "PEERS", {"wddm, level 1": (partial(peers.ours, level=1), (2e-3, 1e-9))})
+    task = peers.Task("", str(folder), 0.0, seconds=4, count=70)
+    raced = peers.race(task, [0, 1], level=1)
+    assert raced.learning_rate.tolist() == [1e-9, 2e-3, 2e-3] and raced.chosen.tolist() == [False, True, True]
+    assert (raced.training_s >= 4).all() and (raced.images_seen % 96 == 0).all() and (raced.images_seen > 0).all()
+    assert [images.shape for images in raced.samples] == [(70, 16, 16, 1)] * 3
+    row = peers.summary(raced).iloc[0]
+    assert row["learning rate"] == 2e-3 and row["lines"] > 20 and " to " in row.FWD

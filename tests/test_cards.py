@@ -55,6 +55,15 @@ def test_the_card_says_what_the_run_recorded(pipeline, tmp_path) -> None:
     assert "--scheduler heun --sampling-steps 7" in card.text
 
 
+def test_the_card_names_the_solver_that_was_taken_where_none_was_named(pipeline, tmp_path) -> None:
+    report = tmp_path / "reports" / "mine"
+    (report / "params.yaml").write_text(yaml.safe_dump(PARAMETERS | {"scheduler": None, "eta": None}))
+    assert "--scheduler ddim --sampling-steps 7 --eta 1.0" in model_card(pipeline, "me/model", report)
+    pipeline.scheduler = build_solver("euler", "flow_prediction")
+    card = model_card(pipeline, "me/model", report)
+    assert "--scheduler euler --sampling-steps 7 --eta 0.0" in card and "| predicts | flow_prediction |" in card
+
+
 def test_the_card_says_which_labels_there_are(pipeline) -> None:
     card = model_card(conditional_pipeline(), "me/model", None)
     assert "| labels | 0 to 2 |" in card and ", labels=0, eta" in card
@@ -78,9 +87,12 @@ def test_push_writes_weights_and_card_to_a_folder(pipeline, tmp_path) -> None:
 def test_a_folder_is_told_from_a_repository_by_its_name(pipeline, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
-    for name in ("./new", "mine/new", str(tmp_path / "a" / "b")):
+    for name in ("./new", "mine/new", "a/deep/folder", str(tmp_path / "a" / "b")):
         assert pipeline.push_to_hub(name) == name
-        assert (Path(name) / "model_index.json").is_file() and (Path(name) / "README.md").is_file()
+        assert (Path(name) / "README.md").is_file()
+        texts = [file.read_text() for file in Path(name).rglob("*.json")]
+        assert len(texts) == 4 and str(tmp_path) not in "".join(texts)  # where it was loaded from is nobody's business
+        assert all(isinstance(json.loads(text), dict) for text in texts)
     assert [is_path(name) for name in ("me/new", "other", "reports/other", "mine")] == [False, False, True, True]
 
 

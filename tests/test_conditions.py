@@ -10,13 +10,14 @@ from test_pipeline import GaussianDenoiser, tiny_pipeline
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from wddm.objective import NOT_OF_SAMPLE, SINGLE_STEP, SOLVERS, build_solver
+from wddm.objective import FLOW, NOT_OF_SAMPLE, SINGLE_STEP, SOLVERS, TARGETS, build_solver
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
 from wddm.studies.sampling import denoising_error
 from wddm.wavelets import WaveletCodec
 
-TARGETS = ("epsilon", "sample", "v_prediction")
+OF_FLOW = [name for name, (_, of_flow) in SOLVERS.items() if of_flow]
+CANNOT = [*((name, "sample") for name in NOT_OF_SAMPLE), *((name, FLOW) for name in SOLVERS if name not in OF_FLOW)]
 CODECS = [  # wavelet, level, transform, scaling
     ("haar", 1, "packet", "band"),
     ("haar", 2, "packet", "dyadic"),
@@ -68,7 +69,7 @@ def drawn(pipeline, **options) -> torch.Tensor:
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_what_is_known_is_met_by_every_solver_target_family_and_level(solver: str, codec: tuple) -> None:
     for target in TARGETS:
-        if target == "sample" and solver in NOT_OF_SAMPLE:
+        if (solver, target) in CANNOT:
             continue
         pipeline = random_pipeline(*codec, solver=solver, target=target)
         for k in range(min(1, codec[1]), codec[1] + 1):
@@ -82,7 +83,8 @@ def test_what_is_known_is_met_by_every_solver_target_family_and_level(solver: st
 
 def test_a_mask_of_all_returns_the_input_and_of_none_the_plain_sample() -> None:
     known, everywhere = torch.rand(1, 2, 32, 32), torch.ones(1, 1, 32, 32, dtype=torch.bool)
-    for solver, target in (("ddim", "epsilon"), ("heun", "v_prediction"), ("dpmsolver++", "sample")):
+    pairs = (("ddim", "epsilon"), ("heun", "v_prediction"), ("dpmsolver++", "sample"), ("euler", FLOW), ("unipc", FLOW))
+    for solver, target in pairs:
         pipeline = random_pipeline("db2", 2, solver=solver, target=target)
         options = {"num_inference_steps": 5, "output_type": "pt", "known": known}
         assert_close(pipeline(2, mask=everywhere, **options).images, known.expand(2, -1, -1, -1), atol=1e-4, rtol=0)
@@ -95,11 +97,13 @@ def test_a_mask_of_all_returns_the_input_and_of_none_the_plain_sample() -> None:
 @pytest.mark.parametrize("solver", SINGLE_STEP)
 def test_what_is_known_is_known_at_other_band_rates(solver: str) -> None:
     low = torch.rand(1, 2, 16, 16)
-    images = drawn(random_pipeline(solver=solver), low_resolution=low, detail_steps=7)
-    assert_close(F.avg_pool2d(images, 2), low.expand(2, -1, -1, -1), atol=1e-3, rtol=0)
+    for target in ("v_prediction", *[FLOW] * (solver in OF_FLOW)):
+        images = drawn(random_pipeline(solver=solver, target=target), low_resolution=low, detail_steps=7)
+        assert_close(F.avg_pool2d(images, 2), low.expand(2, -1, -1, -1), atol=1e-3, rtol=0)
 
 
-def test_what_is_not_known_follows_from_what_is() -> None:
+@pytest.mark.parametrize(("solver", "target"), [("ddim", "epsilon"), ("euler", FLOW)])
+def test_what_is_not_known_follows_from_what_is(solver: str, target: str) -> None:
     """Of a Gaussian of two colours, ten times as strong as each other, whose details follow their averages by 0.8."""
     variances = torch.tensor([0.04, 0.0004])
     covariance = torch.diag(variances.repeat(4))  # A of both colours, H, V, D
@@ -107,11 +111,11 @@ def test_what_is_not_known_follows_from_what_is() -> None:
     pipeline = tiny_pipeline()
     pipeline.codec = WaveletCodec(scaling="none")
     pipeline.codec.clip_value.fill_(20.0)
-    pipeline.backbone = GaussianDenoiser(0.0, covariance, "epsilon")
-    pipeline.scheduler = build_solver("ddim", "epsilon", codec=pipeline.codec)
+    pipeline.backbone = GaussianDenoiser(0.0, covariance, target)
+    pipeline.scheduler = build_solver(solver, target, codec=pipeline.codec)
     coarse = variances.sqrt().view(2, 1, 1) * torch.randn(64, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     low = (coarse / 4 + 0.5).clamp(0, 1)  # of Haar, the coarse band is twice the mean of pixels in [-1, 1]
-    options = {"num_inference_steps": 100, "eta": 1.0, "output_type": "pt", "low_resolution": low}
+    options = {"num_inference_steps": 100, "eta": float(solver == "ddim"), "output_type": "pt", "low_resolution": low}
     z = pipeline.codec.encode(pipeline(64, **options).images * 2 - 1)
     a, h = z[:, :2].transpose(0, 1).flatten(1), z[:, 2:4].transpose(0, 1).flatten(1)
     assert_close((a * h).sum(1) / (a * a).sum(1), torch.full((2,), 0.8), atol=0.08, rtol=0)
@@ -132,37 +136,44 @@ class Mixture(torch.nn.Module):
         self.target, self.guided, self.calls = target, guided, 0
         self.a = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod.double()
 
-    def log_density(self, z, a, label):
-        means = (a.sqrt() * 0.5, -a.sqrt() * 0.5)
-        logs = [-((z - mean) ** 2) / 2 / (a * self.spread**2 + 1 - a) for mean in means]
+    def log_density(self, z, signal, sigma, label):
+        variance = (signal * self.spread) ** 2 + sigma**2
+        logs = [-((z - mean) ** 2) / 2 / variance for mean in (signal * 0.5, -signal * 0.5)]
         return logs[label] if label < 2 else torch.logaddexp(*logs)  # per value: they are independent
 
-    def score(self, z, a, labels):
+    def score(self, z, signal, sigma, labels):
         z = z.double().requires_grad_()
         with torch.enable_grad():
-            total = sum(self.log_density(z[i], a, int(label)).sum() for i, label in enumerate(labels))
+            total = sum(self.log_density(z[i], signal, sigma, int(label)).sum() for i, label in enumerate(labels))
             return torch.autograd.grad(total, z)[0]
 
     def forward(self, sample, timestep, class_labels=None):
         self.calls += 1
         low, rest = int(timestep), float(timestep) % 1
-        sigma = torch.lerp(*(1 / self.a[[low, min(low + 1, 999)]] - 1).sqrt(), rest)
-        a, both = 1 / (1 + sigma**2), [2] * len(sample)
+        table = self.a[[min(low, 999), min(low + 1, 999)]]
+        ratio = torch.lerp(*(1 / table - 1).sqrt(), rest)
+        signal, sigma = (1 + ratio**2) ** -0.5, ratio * (1 + ratio**2) ** -0.5
+        if self.target == FLOW:
+            sigma = min(float(timestep) / 1000, 1 - 1e-7)  # at 1 the formula below divides by 0
+            signal = 1 - sigma
+        both = [2] * len(sample)
         if self.guided is None:
-            score = self.score(sample, a, class_labels)
+            score = self.score(sample, signal, sigma, class_labels)
         else:
-            free, (weights, label) = self.score(sample, a, both), self.guided
-            score = free + torch.tensor(weights).view(-1, 1, 1) * (self.score(sample, a, [label] * len(sample)) - free)
-        noise = -(1 - a).sqrt() * score
-        clean = (sample - (1 - a).sqrt() * noise) / a.sqrt()
-        answers = {"epsilon": noise, "sample": clean, "v_prediction": a.sqrt() * noise - (1 - a).sqrt() * clean}
+            free, (weights, label) = self.score(sample, signal, sigma, both), self.guided
+            asked = self.score(sample, signal, sigma, [label] * len(sample))
+            score = free + torch.tensor(weights).view(-1, 1, 1) * (asked - free)
+        noise = -sigma * score
+        clean = (sample - sigma * noise) / signal
+        answers = {"epsilon": noise, "sample": clean, "v_prediction": signal * noise - sigma * clean}
+        answers |= {FLOW: noise - clean}
         return SimpleNamespace(sample=answers[self.target].float())
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("solver", "detail_steps"), [*((name, None) for name in SOLVERS), ("ddim", 4), ("heun", 3)])
 def test_guidance_is_that_of_the_guided_score(solver: str, detail_steps: int | None, target: str) -> None:
-    if target == "sample" and solver in NOT_OF_SAMPLE:
+    if (solver, target) in CANNOT:
         return
     options = {"num_inference_steps": 6, "detail_steps": detail_steps, "output_type": "pt"}
     pipeline = tiny_pipeline()
@@ -171,7 +182,8 @@ def test_guidance_is_that_of_the_guided_score(solver: str, detail_steps: int | N
         images = []
         for guided in (None, ([2.5] + 3 * [2.5 if details is None else details], 1)):
             asked = {} if guided else {"labels": 1, "guidance": 2.5, "guidance_details": details}
-            pipeline.scheduler = build_solver(solver, target, spacing="leading", codec=pipeline.codec)
+            spacing = None if target == FLOW else "leading"
+            pipeline.scheduler = build_solver(solver, target, spacing=spacing, codec=pipeline.codec)
             pipeline.backbone = Mixture(target, guided)
             pipeline.backbone.config.num_class_embeds = None if guided else 3
             images.append(pipeline(2, **options, **asked).images)

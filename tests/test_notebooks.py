@@ -78,6 +78,25 @@ def test_a_run_leaves_everything_that_is_promised(root, tiny) -> None:
 
 
 @pytest.mark.slow
+def test_a_flow_from_noise_to_a_report_and_from_the_command_line(root, tiny) -> None:
+    """Over what the quickstart names, as the recipe is given by -p; solver and eta are those that nobody names."""
+    options = {"run": "flow", "recipe": "flow", "scheduler": "null", "eta": "null"} | TINY
+    done = wddm(root, "run", "params/quickstart.yaml", **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    config = json.loads((root / "runs/flow/pipeline/scheduler/scheduler_config.json").read_text())
+    assert (config["_class_name"], config["prediction_type"]) == ("FlowMatchEulerDiscreteScheduler", "flow_prediction")
+    for name in NAMES:
+        is_clean((root / f"reports/flow/{name}.html").read_text())
+    assert "euler, 3 steps" in (root / "reports/flow/03_sample.html").read_text()
+    for solver in ([], ["--scheduler", "unipc"]):
+        words = ["--num-samples", 2, "--sampling-steps", 2, "--output-dir", f"flow{len(solver)}", *solver]
+        done = as_process("wddm", "sample", "--model-dir", "runs/flow/pipeline", *words, root=root)
+        assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
+    made = json.loads((root / "flow0/samples.json").read_text())
+    assert (made["solver"], made["prediction_type"]) == ("FlowMatchEulerDiscreteScheduler", "flow_prediction")
+
+
+@pytest.mark.slow
 def test_a_second_run_skips_everything(root, tiny) -> None:
     before = {path: path.stat().st_mtime_ns for path in tiny.glob("*.html")}
     began = time.monotonic()

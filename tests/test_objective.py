@@ -7,22 +7,28 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy import special, stats
 from torch import nn
 from torch.testing import assert_close
 
 from wddm import objective
 from wddm.objective import (
-    PREDICTION_TYPES,
+    FLOW,
     SOLVERS,
+    TARGETS,
     WEIGHTINGS,
     build_solver,
     clean_estimate,
     diffusion_loss,
     exact_step,
+    factors,
     loss_weights,
     noise_scheduler,
+    noised,
+    set_steps,
     target,
 )
+from wddm.steps import draw_noise
 from wddm.wavelets import WaveletCodec
 
 
@@ -48,11 +54,12 @@ def true_answer(scheduler, codec, images, noise):
     return lambda noisy, t: target(scheduler, codec.encode(images), noise, t)
 
 
-@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize("kind", TARGETS)
 def test_knowing_the_answer_costs_exactly_nothing(kind: str) -> None:
     images, codec, noise, t = batch()
     scheduler = noise_scheduler(kind)
-    loss = diffusion_loss(Answering(true_answer(scheduler, codec, images, noise)), codec, scheduler, images, noise, t)
+    knowing = Answering(true_answer(scheduler, codec, images, noise))
+    loss = diffusion_loss(knowing, codec, scheduler, images, noise, t, weighting="none")
     assert loss.total.item() == 0
     assert torch.equal(loss.per_channel, torch.zeros(12))
 
@@ -76,11 +83,11 @@ def test_loss_of_silence_is_the_power_of_the_target() -> None:
     assert_close(loss.per_channel, noise.square().mean((0, 2, 3)))
 
 
-@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize("kind", TARGETS)
 def test_the_true_answer_implies_the_clean_coefficients(kind: str) -> None:
     _, _, noise, _ = batch(5)
     z, t, scheduler = torch.randn(5, 12, 8, 8), torch.tensor([0, 10, 300, 600, 900]), noise_scheduler(kind)
-    noisy = scheduler.add_noise(z, noise, t)
+    noisy = noised(scheduler, z, noise, t)
     assert_close(clean_estimate(scheduler, noisy, target(scheduler, z, noise, t), t), z, atol=1e-4, rtol=1e-4)
 
 
@@ -90,6 +97,39 @@ def test_velocity_is_the_derivative_along_the_arc() -> None:
     angle = torch.acos(scheduler.alphas_cumprod[400].double().sqrt())
     ahead, behind = (torch.cos(angle + d) * z + torch.sin(angle + d) * noise for d in (1e-4, -1e-4))
     assert_close(target(scheduler, z, noise, t), (ahead - behind) / 2e-4, atol=1e-5, rtol=1e-5)
+
+
+def test_the_flow_is_the_derivative_along_the_line_from_the_image_to_pure_noise() -> None:
+    z, noise, t = torch.randn(2, 1, 2, 2).double(), torch.randn(2, 1, 2, 2).double(), torch.tensor([1.0, 700.5])
+    scheduler = noise_scheduler("flow_prediction")
+    ahead, behind = (noised(scheduler, z, noise, t.double() + d) for d in (0.5, -0.5))
+    assert_close(target(scheduler, z, noise, t), 1000 * (ahead - behind))
+    assert_close(noised(scheduler, z, noise, torch.tensor([1000.0])), noise)
+    assert_close(noised(scheduler, z, noise, torch.tensor([0.0])), z)
+
+
+def test_signal_and_noise_between_two_timesteps_are_those_of_diffusers_solvers() -> None:
+    solver = build_solver("heun", spacing="linspace")
+    solver.set_timesteps(7)
+    assert (solver.timesteps % 1).any()
+    signal, noise = factors(solver, solver.timesteps)
+    assert_close((noise / signal).flatten(), solver.sigmas[:-1], rtol=1e-4, atol=0)
+    assert_close((signal**2 + noise**2).flatten(), torch.ones(13))
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize(("name", "law"), [("uniform", stats.uniform), ("logit_normal", None)])
+def test_times_are_drawn_by_their_law(name: str, law, kind: str) -> None:
+    scheduler, generator = noise_scheduler(kind), torch.Generator().manual_seed(0)
+    noise, t = draw_noise(scheduler, name, torch.device("cpu"), (1, 2, 2), [generator], 20_000)
+    first = 1 if kind == "flow_prediction" else 0
+    assert noise.shape == (20_000, 1, 2, 2) and first <= t.min() and t.max() <= first + 999
+    share = (t.double().numpy() - first + np.random.default_rng(0).random(20_000)) / 1000  # uniform within a timestep
+    found = stats.kstest(share, law.cdf) if law else stats.kstest(special.logit(share), stats.norm.cdf)
+    assert found.pvalue > 0.01
+    if law and kind != FLOW:  # so that a seed means what it did before times could be drawn otherwise
+        generator.manual_seed(0), torch.randn(noise.shape, generator=generator)
+        assert torch.equal(t, torch.randint(1000, t.shape, generator=generator))
 
 
 def test_min_snr_weights_are_the_papers() -> None:
@@ -115,20 +155,20 @@ def test_a_weight_multiplies_its_own_sample() -> None:
     assert_close(loss.total, (loss_weights(scheduler, t, "min_snr").flatten() * power).mean())
 
 
-@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize("kind", TARGETS)
 def test_reconstruction_uses_each_samples_own_t(kind: str) -> None:
     """The term vanishes for the true answer at every t, and its gradient for a wrong one does not."""
     images, codec, noise, t = batch()
-    scheduler = noise_scheduler(kind)
+    scheduler, t = noise_scheduler(kind), t + (kind == FLOW)  # whose first timestep is 1
     knowing = Answering(true_answer(scheduler, codec, images, noise))
-    loss = diffusion_loss(knowing, codec, scheduler, images, noise, t, reconstruction=1.0)
-    assert loss.reconstruction < 1e-4
+    options = {"weighting": "none", "reconstruction": 1.0}
+    assert diffusion_loss(knowing, codec, scheduler, images, noise, t, **options).reconstruction < 1e-4
     wrong = torch.zeros(8, 12, 8, 8, requires_grad=True)
-    loss = diffusion_loss(Answering(lambda z, t: wrong), codec, scheduler, images, noise, t, reconstruction=1.0)
+    loss = diffusion_loss(Answering(lambda z, t: wrong), codec, scheduler, images, noise, t, **options)
     (loss.total - loss.total.detach()).backward()
     with_term = wrong.grad.clone()
     wrong.grad = None
-    diffusion_loss(Answering(lambda z, t: wrong), codec, scheduler, images, noise, t).total.backward()
+    diffusion_loss(Answering(lambda z, t: wrong), codec, scheduler, images, noise, t, weighting="none").total.backward()
     change = (with_term - wrong.grad).abs().amax((1, 2, 3))
     assert (change[:-1] > 0).all()  # at the last t nearly no signal is left, and so no weight
 
@@ -168,6 +208,22 @@ def test_defaults_are_those_of_the_recipe() -> None:
     assert scheduler.config.prediction_type == build_solver("ddim").config.prediction_type == "v_prediction"
     wanted = diffusion_loss(silent, codec, scheduler, images, noise, t, weighting="min_snr")
     assert torch.equal(diffusion_loss(silent, codec, scheduler, images, noise, t).total, wanted.total)
+
+
+OF_FLOW = [name for name, (_, of_flow) in SOLVERS.items() if of_flow]
+
+
+@pytest.mark.parametrize("name", OF_FLOW)
+def test_steps_of_a_flow_are_equal_from_pure_noise_to_none(name: str) -> None:
+    solver = build_solver(name, FLOW, spacing="trailing")
+    assert solver.config.prediction_type == FLOW
+    for steps in (1, 2, 7, 30):
+        set_steps(solver, steps)
+        visited = solver.sigmas.unique().flip(0)
+        assert len(solver.timesteps) == (2 * steps - 1 if name == "heun" else steps)
+        assert_close(visited, torch.linspace(1, 0, steps + 1), atol=1.1e-3, rtol=0)
+        assert_close(solver.timesteps, 1000 * solver.sigmas[:-1])
+        assert solver.init_noise_sigma == 1
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -213,7 +269,7 @@ def test_names_are_taken_in_any_case() -> None:
 
 
 def test_a_solver_is_an_entry_and_refuses_what_it_does_not_have(monkeypatch) -> None:
-    monkeypatch.setitem(SOLVERS, "single", "DPMSolverSinglestepScheduler")  # its steps are always spaced alike
+    monkeypatch.setitem(SOLVERS, "single", ("DPMSolverSinglestepScheduler", ""))  # its steps are always spaced alike
     assert type(build_solver("single")).__name__ == "DPMSolverSinglestepScheduler"
     with pytest.raises(ValueError, match="got spacing='leading' for single"):
         build_solver("single", spacing="leading")
@@ -226,6 +282,10 @@ def test_a_solver_is_an_entry_and_refuses_what_it_does_not_have(monkeypatch) -> 
         (lambda: build_solver("ddim", spacing="even"), "got spacing='even', wanted one of leading"),
         (lambda: build_solver("ddim", "eps"), "got prediction_type='eps', wanted one of epsilon"),
         (lambda: build_solver("pndm", "sample"), "got prediction_type='sample' for pndm"),
+        (lambda: build_solver("ddim", FLOW), "got ddim for flow_prediction, wanted one of dpmsolver.., unipc, heun"),
+        (lambda: build_solver("heun", FLOW, spacing="leading"), "got spacing='leading' for flow_prediction"),
+        (lambda: objective.check_training(FLOW, "min_snr", "uniform"), "got weighting='min_snr' for flow_prediction"),
+        (lambda: objective.check_training(FLOW, "none", "even"), "got time_sampling='even', wanted one of uniform"),
         (
             lambda: diffusion_loss(None, None, None, None, None, None, reconstruction=-1),
             "got reconstruction=-1, wanted 0",

@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from wddm.backbones import build_backbone
-from wddm.objective import NOT_OF_SAMPLE, SINGLE_STEP, SOLVERS, build_solver
+from wddm.objective import FLOW, NOT_OF_SAMPLE, SINGLE_STEP, SOLVERS, build_solver, diffusion_loss, set_steps
 from wddm.pipeline import WaveletPipeline
-from wddm.sampling import sample_images
+from wddm.sampling import open_pipeline, sample_images
 from wddm.ukan import UKANModel
 from wddm.wavelets import WaveletCodec
 
+OF_FLOW = [name for name, (_, of_flow) in SOLVERS.items() if of_flow]
 MODELS = sorted(path.parent for path in Path(__file__).parents[1].glob("notebooks/models/*/model_index.json"))
 
 
@@ -29,7 +30,8 @@ def tiny_pipeline(level: int = 1, solver: str = "ddim", prediction_type: str = "
     torch.manual_seed(0)
     backbone = build_backbone("unet", dataset="digits", level=level, widths=(16, 32)).eval()
     codec = WaveletCodec(level=level, scaling="dyadic")
-    pipeline = WaveletPipeline(backbone, build_solver(solver, prediction_type, spacing="leading"), codec)
+    spacing = None if prediction_type == FLOW else "leading"
+    pipeline = WaveletPipeline(backbone, build_solver(solver, prediction_type, spacing=spacing), codec)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -75,17 +77,16 @@ class GaussianDenoiser(torch.nn.Module):
         self.sigma = (1 / a - 1).sqrt().numpy()
 
     def forward(self, sample, timestep):
-        a = torch.tensor(1 / (1 + np.interp(float(timestep), np.arange(1000), self.sigma) ** 2))
-        gain = (
-            a.sqrt()
-            * self.covariance
-            @ torch.linalg.inv(a * self.covariance + (1 - a) * torch.eye(len(self.covariance)))
-        )
-        x = sample.double()
-        clean = self.mean + torch.einsum("ij,bjhw->bihw", gain, x - a.sqrt() * self.mean)
-        noise = (x - a.sqrt() * clean) / (1 - a).sqrt()
-        velocity = a.sqrt() * noise - (1 - a).sqrt() * clean
-        answers = {"epsilon": noise, "sample": clean, "v_prediction": velocity}
+        sigma = np.interp(float(timestep), np.arange(1000), self.sigma)
+        signal, spread = (1 / (1 + sigma**2)) ** 0.5, sigma / (1 + sigma**2) ** 0.5
+        if self.prediction_type == FLOW:
+            signal, spread = 1 - float(timestep) / 1000, float(timestep) / 1000
+        noisy = signal**2 * self.covariance + spread**2 * torch.eye(len(self.covariance))
+        x, gain = sample.double(), signal * self.covariance @ torch.linalg.inv(noisy)
+        clean = self.mean + torch.einsum("ij,bjhw->bihw", gain, x - signal * self.mean)
+        noise = (x - signal * clean) / spread
+        velocity = signal * noise - spread * clean
+        answers = {"epsilon": noise, "sample": clean, "v_prediction": velocity, FLOW: noise - clean}
         return SimpleNamespace(sample=answers[self.prediction_type].float())
 
 
@@ -104,11 +105,11 @@ def gaussian_latents(solver: str, covariance, prediction_type: str = "epsilon", 
     return drawn[0]
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction", FLOW])
 @pytest.mark.parametrize(("solver", "eta"), [*((name, 0.0) for name in SOLVERS), ("ddim", 1.0)])
 def test_exact_denoiser_gives_back_its_gaussian(solver: str, eta: float, prediction_type: str) -> None:
-    if prediction_type == "sample" and solver in NOT_OF_SAMPLE:
-        with pytest.raises(ValueError, match=f"prediction_type='sample' for {solver}"):
+    if (prediction_type == "sample" and solver in NOT_OF_SAMPLE) or (prediction_type == FLOW and solver not in OF_FLOW):
+        with pytest.raises(ValueError, match=f"(prediction_type='sample' for {solver}|got {solver} for {FLOW})"):
             build_solver(solver, prediction_type)
         return
     steps = 1000 if solver in ("ddpm", "ddim", "euler", "euler_a") else 200  # the others are of higher order
@@ -145,9 +146,66 @@ def test_the_loop_is_that_of_the_diffusers_class_bit_for_bit(solver: str) -> Non
     assert torch.equal(images, pipeline.decode(z))
 
 
-@pytest.mark.parametrize(("solver", "eta"), [*((name, 0.0) for name in SINGLE_STEP), ("ddim", 0.8)])
-def test_equal_band_rates_are_the_plain_sampler_bit_for_bit(solver: str, eta: float) -> None:
-    pipeline = tiny_pipeline(solver=solver)
+@pytest.mark.parametrize("solver", OF_FLOW)
+def test_the_loop_of_a_flow_is_that_of_the_diffusers_class_bit_for_bit(solver: str) -> None:
+    pipeline = tiny_pipeline(solver=solver, prediction_type=FLOW)
+    states = []
+    options = {"output_type": "pt", "callback_on_step_end": lambda pipe, i, t, state: states.append(state)}
+    images = pipeline(2, torch.Generator().manual_seed(3), num_inference_steps=9, **options).images
+    if solver in SINGLE_STEP:  # the last step ends where the network says
+        assert_close(states[-1]["denoised"], states[-1]["latents"], atol=1e-5, rtol=1e-5)
+    bare = build_solver(solver, FLOW)
+    set_steps(bare, 9)
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for t in bare.timesteps:
+            z = bare.step(pipeline.backbone(z, t).sample, t, z).prev_sample
+    assert torch.equal(images, pipeline.decode(z))
+
+
+def test_straight_paths_need_one_step() -> None:
+    """A flow to a single image is a straight line: Euler's solver is exact in one step, as in any number of them."""
+    for steps in (1, 4):
+        drawn = gaussian_latents("euler", torch.zeros(4, 4), FLOW, num_inference_steps=steps)
+        assert_close(drawn, torch.full_like(drawn, 0.1), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("solver", OF_FLOW)
+def test_a_flow_is_saved_and_opened_with_a_solver_that_works(solver: str, tmp_path) -> None:
+    pipeline = tiny_pipeline(solver=solver, prediction_type=FLOW)
+    pipeline.save_pretrained(tmp_path)
+    again, opened = WaveletPipeline.from_pretrained(tmp_path), open_pipeline(tmp_path, prediction_type=FLOW)
+    first, second = (dict(one.scheduler.config) | {"_use_default_values": []} for one in (pipeline, again))
+    assert first == second and second["prediction_type"] == FLOW
+    assert type(opened.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    options = {"num_inference_steps": 3, "output_type": "np"}
+    assert np.array_equal(again(2, **options).images, pipeline(2, **options).images)
+    assert np.isfinite(opened(2, **options).images).all()
+    with pytest.raises(ValueError, match="got eta="):
+        opened(2, eta=0.5, **options)
+
+
+@pytest.mark.parametrize("level", [0, 2])
+@pytest.mark.parametrize("kind", ["unet", "ukan", "dit"])
+def test_a_flow_is_learned_and_drawn_by_every_network_and_level(kind: str, level: int) -> None:
+    network = build_backbone(kind, dataset="digits", level=level, widths=(16, 16))
+    scheduler, codec = build_solver("euler", FLOW), WaveletCodec(level=level, scaling="dyadic")
+    images, t = torch.rand(2, 1, 16, 16) * 2 - 1, torch.tensor([1.0, 1000.0])
+    noise = torch.randn(2, 4**level, 16 // 2**level, 16 // 2**level)
+    diffusion_loss(network, codec, scheduler, images, noise, t, weighting="none").total.backward()
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
+    pipeline = WaveletPipeline(network.eval(), scheduler, codec)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(2, num_inference_steps=2, output_type="pt").images.shape == (2, 1, 16, 16)
+
+
+BY_TARGET = [*((name, "epsilon", 0.0) for name in SINGLE_STEP), ("ddim", "epsilon", 0.8)]
+BY_TARGET += [(name, FLOW, 0.0) for name in SINGLE_STEP if name in OF_FLOW]
+
+
+@pytest.mark.parametrize(("solver", "target", "eta"), BY_TARGET)
+def test_equal_band_rates_are_the_plain_sampler_bit_for_bit(solver: str, target: str, eta: float) -> None:
+    pipeline = tiny_pipeline(solver=solver, prediction_type=target)
     for generators in (None, torch.Generator().manual_seed(5)):
         again = None if generators is None else generators.clone_state()
         options = {"batch_size": 3, "num_inference_steps": 7, "eta": eta, "output_type": "np"}
@@ -161,10 +219,10 @@ def test_equal_band_rates_are_the_plain_sampler_bit_for_bit(solver: str, eta: fl
 def test_bands_that_do_not_depend_on_each_other_are_drawn_as_if_alone(
     solver: str, steps: int, detail_steps: int, spacing: str
 ) -> None:
+    kinds = ["sample" if solver == "ddim" else "epsilon", *[FLOW] * (solver in OF_FLOW and spacing == "trailing")]
+
     def drawn(**counts: int) -> torch.Tensor:
-        return gaussian_latents(
-            solver, 0.2**2 * torch.eye(4), "sample" if solver == "ddim" else "epsilon", spacing, **counts
-        )
+        return torch.cat([gaussian_latents(solver, 0.2**2 * torch.eye(4), kind, spacing, **counts) for kind in kinds])
 
     both = drawn(num_inference_steps=steps, detail_steps=detail_steps)
     assert_close(both[:, :1], drawn(num_inference_steps=steps)[:, :1], atol=1e-5, rtol=1e-5)
@@ -177,10 +235,11 @@ def test_correlated_bands_come_out_correlated(solver: str, steps: int, detail_st
     covariance = torch.tensor(
         [[0.3, 0.15, -0.1, 0.0], [0.15, 0.2, 0.0, 0.0], [-0.1, 0.0, 0.1, 0.02], [0, 0, 0.02, 0.05]]
     )
-    drawn = gaussian_latents(solver, covariance, num_inference_steps=steps, detail_steps=detail_steps)
-    values = drawn.transpose(0, 1).flatten(1)  # (4, 4096)
-    assert_close(values.mean(1), torch.full((4,), 0.1), atol=0.03, rtol=0)
-    assert_close(torch.cov(values), covariance, atol=0.02, rtol=0)  # standard error of the largest: 0.007
+    for target in ("epsilon", *[FLOW] * (solver in OF_FLOW)):
+        drawn = gaussian_latents(solver, covariance, target, num_inference_steps=steps, detail_steps=detail_steps)
+        values = drawn.transpose(0, 1).flatten(1)  # (4, 4096)
+        assert_close(values.mean(1), torch.full((4,), 0.1), atol=0.03, rtol=0)
+        assert_close(torch.cov(values), covariance, atol=0.02, rtol=0)  # standard error of the largest: 0.007
 
 
 def test_image_k_does_not_depend_on_the_batch_size() -> None:

@@ -7,7 +7,8 @@ import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "reports/README.md", ROOT / "reports/cifar10/README.md"]
+PLACES = ("*.md", "reports/**/*.md", "params/**/*.md", "notebooks/models/*/*.md")
+PAGES = [path for place in PLACES for path in sorted(ROOT.glob(place))]
 
 
 def test_it_is_read_in_five_minutes() -> None:
@@ -15,10 +16,11 @@ def test_it_is_read_in_five_minutes() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_links_lead_to_files(page: Path) -> None:
+def test_links_and_pictures_lead_to_files(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
     inside = [link for link in links if not re.match(r"https?:|mailto:", link)]
     assert [link for link in inside if not (page.parent / link).exists()] == []
+    assert [link for link in inside if link.endswith((".html", ".ipynb")) and "reports" in str(page)] == []  # not kept
 
 
 def test_every_experiment_and_file_that_it_names_is_there() -> None:

@@ -1,19 +1,26 @@
 """Reports: what is printed, a page and an index that show what there is, whatever is in it."""
 
+import base64
+import hashlib
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
+from urllib.parse import unquote
 
 import nbformat
 import pytest
 import yaml
+from bs4 import BeautifulSoup
+from conftest import ROOT
 from matplotlib.figure import Figure
+from nbconvert.filters.markdown_mistune import markdown2html_mistune as markdown2html
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from wddm import workbook
@@ -44,11 +51,91 @@ def test_a_value_is_text_whatever_it_holds(root):
     page = report.render(root / "reports/x", "01_work").read_text()
     text = "`&lt;script&gt;alert(1)&lt;/script&gt;` *a* [b](c) $d$"
     assert f"<td><code>&#39;{text}&#39;</code> <small>default &#39;a&#39;" in page.replace("'", "&#39;")
-    assert "<code>data/{name}/a.npy</code>, {name}, <code>{file}</code>" in page  # the prose stays as it was written
+    filled = "data/ script alert(1) /script *a* [b](c) d /a.npy"  # in code spans, without what could end one
+    assert f"<p><code>{filled}</code>, {{name}}, <code>1</code>, <code>{{other}}</code></p>" in page  # file is None
+    assert "<strong>Outputs:</strong> <code>runs/x=1/b</code>" in page
     assert "<td>&lt;b&gt;help&lt;/b&gt;</td>" in page
     index = report.write_index(root).read_text()
     assert f"<code>name={text}</code>" in index and "levels=" not in index
-    assert "<script" not in page + index and "<b>help" not in page
+    assert "<script" not in page + index.replace("<script>// Filters", "") and "<b>help" not in page
+
+
+def test_the_title_cell_says_what_this_run_took_and_how_it_is_run(root):
+    data, short = {"data": {"by": "01", "path": "data/d-1/manifest.json", "parameters": {}, "from": {}}}, ["a", "b"]
+    (root / "runs/x").mkdir(parents=True)
+    (root / "runs/x/record.json").write_text(json.dumps(data))
+    prose = "# T\n\n**Inputs:** `{data}/a`, `{file}`\n**Run it:** `wddm run params/quickstart.yaml --only work`"
+    notebook = nbformat.read(path := root / "reports/x/01_work.ipynb", as_version=4)
+    notebook.cells[0].source = prose
+    nbformat.write(notebook, path)
+    notebook, parameters = report.read_page(root / "reports/x", "01_work")
+    own = "**Inputs:** `data/d-1/a`\n**Run it:** `wddm run reports/x/params.yaml --only work`"
+    assert notebook.cells[0].source == f"# T\n\n{own}" and [value for _, value in parameters] == [
+        "x=1",
+        HOSTILE,
+        [1],
+        None,
+    ]
+    assert report.fill("`{runs}/m`", {"runs": short}) == "`a/m`, `b/m`"
+    assert report.fill("`{runs}/m`", {"runs": short * 2}) == "`a/m`, `b/m`, `a/m`, …"
+    assert report.fill("`a` or `{file}`, `{no}`", {"file": None}) == "`a`, `{no}`"
+
+
+def test_a_long_page_has_a_list_of_its_contents(root):
+    cells = [new_markdown_cell("# T"), *(new_markdown_cell(f"## {title}\n\nText.") for title in ("A", "`b` <i>", "C"))]
+    for count in (3, 4):
+        nbformat.write(new_notebook(cells=cells[:count]), root / "reports/x/01_work.ipynb")
+        page = report.render(root / "reports/x", "01_work").read_text()
+        assert ("<nav" in page.partition("<main>")[2]) is (count == 4)
+    links = re.findall(r'<a href="#([^"]+)">(.*)</a>', page)
+    assert [title for _, title in links] == ["A", "b &lt;i&gt;", "C"]
+    assert all(f'<section class="prose" id="{place}">' in page for place, _ in links)
+
+
+PUBLISH = runpy.run_path(str(ROOT / "notebooks/publish.py"))
+
+
+@pytest.mark.parametrize("text", [HOSTILE, "a_b_ *c* \\ ~~d~~ [e] | <f> &amp; # 1", "- a", "$x$ and $y$", "1. b"])
+def test_any_text_is_shown_as_it_is_in_a_published_page(text):
+    page = markdown2html(PUBLISH["table"]([PUBLISH["plain"](text)], []) + "\n\n*" + PUBLISH["plain"](text) + "*")
+    soup = BeautifulSoup(page, "html.parser")
+    assert [soup.th.get_text(), soup.em.get_text()] == [text, text]
+
+
+def test_a_published_page_has_figures_tables_and_links_as_markdown(root, monkeypatch):
+    folder, outputs = root / "reports/x", []
+    monkeypatch.setattr(
+        workbook,
+        "_display",
+        lambda data, metadata=None: outputs.append(new_output("display_data", data, metadata=metadata or {})),
+    )
+    book = workbook.Run("x", root, root / "runs/x", folder, "")
+    book.show(Figure(figsize=(1, 1)), "two-points", "Two *points*.")
+    book.table([{"a_b": "x|y", "n": 1200}, {"a_b": "z", "n": None}], "Cap.")
+    book.keep([{"a": 1}], "rows")
+    pixels = {"image/png": outputs[0].data["image/png"], "text/plain": "<Figure>"}
+    outputs += [new_output("stream", text=f"in {root}/runs/x"), new_output("execute_result", {"text/plain": "7"})]
+    outputs += [new_output("display_data", pixels), new_output("error", ename="E", evalue="no", traceback=["no"])]
+    notebook = nbformat.read(folder / "01_work.ipynb", as_version=4)
+    notebook.cells += [new_code_cell("secret()", outputs=outputs, id="c")]
+    nbformat.write(notebook, folder / "01_work.ipynb")
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# U")]), folder / "02_more.ipynb")
+
+    first, second = PUBLISH["publish"](folder)
+    text = first.read_text()
+    bar = "[All results](../README.md) · run `x` · [02_more](02_more.md) · [params.yaml](params.yaml)"
+    assert text.startswith(f"# T\n\n{bar}\n\n`data/")
+    assert "| `levels` | \\[1\\] |  |" in text and "| `name` | '\\`&lt;script&gt;" in text
+    assert "![two points](figures/two-points.png)\n\n*Two \\*points\\*.*\n\n*Cap.*\n\n" in text
+    assert "| a\\_b | n |\n| --- | --: |\n| x\\|y | 1,200 |\n| z | – |\n\nAll of it: [rows.csv](rows.csv)\n" in text
+    assert "    in runs/x\n" in text and "```text\n7\n```" in text and "![01_work c 6](figures/01_work-c-6.png)" in text
+    assert "secret" not in text
+    assert all((folder / place).is_file() for place in re.findall(r"\]\((\w+[./][^)]*)\)", text))
+    assert second.read_text() == "# U\n\n" + bar.replace("02_more", "01_work") + "\n\n"
+    before = [page.read_text() for page in (first, second)]
+    assert [page.read_text() for page in PUBLISH["publish"](folder)] == before  # the same again: no diffs
+    with pytest.raises(ValueError, match="wanted reports/<run>: run it first"):
+        PUBLISH["publish"](root / "reports")
 
 
 class Called(BaseHTTPRequestHandler):
@@ -150,8 +237,8 @@ def test_a_damaged_file_does_not_stop_the_index(root, name, content, said):
     for path, text in ((folder / "status.json", status), (folder / name, content)):
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     index = report.write_index(root).read_text()
-    assert '<a href="x/01_work.html">' not in index and "<h2>x <span" in index
-    assert "<h2>&lt;i&gt;bad <span" in index and ("its files cannot be read" in index) is said
+    assert '<a href="x/01_work.html">' not in index and '<span class="name">x</span>' in index
+    assert '<span class="name">&lt;i&gt;bad</span>' in index and ("its files cannot be read" in index) is said
 
 
 def test_rendering_is_imported_when_it_is_used():
@@ -227,8 +314,117 @@ def test_times_are_readable(seconds, text):
     assert report.format_seconds(seconds) == text
 
 
-def test_a_card_shows_what_was_measured_without_its_interval(tmp_path: Path):
-    """Distances first, the perceptual one before the others; bounds and floors are read on the run's page."""
-    numbers = {"asked_share": 0.9, "fwd": 0.1, "fwd_low": 0.0, "fwd_high": 0.2, "fwd_floor": 0.05, "kid_efficientnet": 3, "a": 1}
-    (tmp_path / "metrics.json").write_text(json.dumps(numbers))
-    assert list(report._card(tmp_path, {})["metrics"]) == ["kid_efficientnet", "fwd", "asked_share", "a"]
+@pytest.fixture
+def reports(root) -> Path:
+    """reports/ with an index of x, a sweep of three with its summary, a sweep without one, and a published run."""
+    runs = {"s-level=0": 3.0, "s-level=1": 1.0, "s-level=2": None, "s": None, "t-seed=0": 2.0, "t-seed=1": 4.0}
+    for day, (name, fwd) in enumerate(runs.items(), 1):
+        folder = root / "reports" / name
+        folder.mkdir()
+        status = {"01_work": {"state": "ok" if fwd else "failed", "seconds": 1.0, "started": f"2026-02-0{day}"}}
+        (folder / "status.json").write_text(json.dumps(status))
+        (folder / "01_work.html").touch()
+        numbers = {"fwd": fwd, "fwd_low": 0.5, "fwd_high": 9.5, "fwd_floor": 0.1, "a": 1} if fwd else {"a": 2}
+        (folder / "metrics.json").write_text(json.dumps(numbers))
+        (folder / "params.yaml").write_text(yaml.safe_dump({"run": name, "levels": [day], "name": "a"}))
+    (root / "reports/kept/figures").mkdir(parents=True)
+    (root / "reports/kept/02_train.md").touch()
+    (root / "reports/kept/figures/samples.png").touch()
+    report.render(root / "reports/x", "01_work")
+    return report.write_index(root).parent
+
+
+def test_the_index_groups_the_runs_of_a_sweep_and_links_what_is_published(reports):
+    page = BeautifulSoup((reports / "index.html").read_text(), "html.parser")
+    groups = [[name.get_text() for name in body.select(".name")] for body in page.find_all("tbody")]
+    assert groups == [["t", "t-seed=1", "t-seed=0"], ["s", "s-level=2", "s-level=1", "s-level=0"], ["x"], ["kept"]]
+    assert [button.get_text() for button in page.select("tbody button")] == ["2 runs", "3 runs"]
+    links = [tag.get("href") or tag["src"] for tag in page.select("a, img")]
+    assert "kept/02_train.md" in links and [one for one in links if not (reports / unquote(one)).exists()] == []
+    row = next(row for row in page.find_all("tr") if row.find(string="s-level=0"))
+    assert row.select_one(".number").get_text(" ", strip=True) == "3 0.5 to 9.5"  # what was measured, low to high
+    assert [code.get_text() for code in row.select(".changes code")] == []  # levels is [1] in 01_work, too
+    assert row.select_one(".badge").get_text() == "ok" and "published" in page.find_all("tbody")[-1].get_text()
+    assert [header.get_text(strip=True) for header in page.select("thead th")][3:] == ["fwd", "parameters"]
+
+
+def test_the_policy_of_the_index_lets_its_own_script_run(reports):
+    """A digest of what stands between the tags, which index.html.j2 has to name when index.js changes."""
+    page = BeautifulSoup((reports / "index.html").read_text(), "html.parser")
+    digest = base64.b64encode(hashlib.sha256(page.script.string.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}';" in page.select_one("meta[http-equiv]")["content"]
+
+
+def browse(tmp_path: Path, page: Path, script: str, *scripts: str) -> Any:
+    """What `script`, an expression that has the page at 400 pixels as `page`, comes to in Chromium, by way of JSON."""
+    if not shutil.which("chromium"):
+        pytest.skip("needs Chromium")
+    text = re.sub("<meta [^>]*Content-Security-Policy[^>]*>", "", page.read_text())
+    inside = page.with_name("inside.html")
+    inside.write_text(text + "".join(f"<script>{one}</script>" for one in scripts))
+    outside = tmp_path / "outside.html"
+    frame = f"<iframe src='{inside.as_uri()}' style='width: 400px; height: 3000px; border: 0'></iframe><pre></pre>"
+    then = "const page = document.querySelector('iframe').contentWindow, out = document.querySelector('pre');"
+    outside.write_text(
+        f"{frame}<script>onload = async () => {{ {then} out.textContent = JSON.stringify(await ({script})); }}</script>"
+    )
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/chromium"]
+    command += ["--allow-file-access-from-files", "--virtual-time-budget=10000", "--dump-dom", outside.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    return json.loads(BeautifulSoup(done.stdout, "html.parser").pre.get_text())
+
+
+def test_the_index_is_sorted_filtered_and_unfolded_and_fits_a_phone(reports, tmp_path):
+    seen = browse(tmp_path, reports / "index.html", """(() => {
+        const all = selector => [...page.document.querySelectorAll(selector)], seen = {};
+        const look = name => seen[name] = all("tbody tr").filter(row => row.getClientRects().length)
+            .map(row => row.querySelector(".name").textContent).join(" ");
+        const type = (where, text) => {
+            const field = page.document.querySelector(where);
+            field.value = text;
+            field.dispatchEvent(new page.Event("input"));
+        };
+        look("start");
+        all("thead button")[3].click(), look("up");
+        all("thead button")[3].click(), look("down");
+        all("tbody button").at(-1).click(), look("unfolded");
+        type("#words", "LEVEL=1"), look("words");
+        type("#words", ""), type("#state", "failed"), look("failed");
+        type("#state", ""), look("reset");
+        return {...seen, width: page.document.documentElement.scrollWidth};
+    })()""")  # fmt: skip
+    assert seen == {
+        "start": "t s x kept",
+        "up": "s t x kept",
+        "down": "t s x kept",
+        "unfolded": "t s s-level=0 s-level=1 s-level=2 x kept",  # what has no value comes last
+        "words": "s s-level=1",
+        "failed": "s s-level=2",
+        "reset": "t s x kept",
+        "width": 400,
+    }
+
+
+@pytest.mark.slow  # npm fetches axe-core
+def test_pages_and_index_are_accessible_in_light_and_dark(reports, tmp_path, monkeypatch):
+    if not shutil.which("npm") or not shutil.which("chromium"):
+        pytest.skip("needs Chromium and npm")
+    fetch = ["npm", "install", "--no-audit", "--no-fund", f"--prefix={tmp_path}", "axe-core@4"]
+    if subprocess.run(fetch, capture_output=True, timeout=120).returncode:
+        pytest.skip("npm cannot fetch axe-core")
+    axe = (tmp_path / "node_modules/axe-core/axe.min.js").read_text()
+    notebook = nbformat.read(path := reports / "x/01_work.ipynb", as_version=4)
+    wide = {f"column {k}": "a word or two" for k in range(12)}
+    link = new_markdown_cell("[A link](https://arxiv.org) in a sentence. `Code`.\n\n> Quoted.")
+    tables = {"text/html": report.format_table([wide], "Cap.")[0]}
+    headings = [new_markdown_cell(f"## {title}") for title in "ABC"]
+    notebook.cells += [link, new_code_cell("1", outputs=[new_output("display_data", tables)]), *headings]
+    nbformat.write(notebook, path)
+    run = "page.axe.run(page.document).then(found => found.violations.map(one => [one.id, one.nodes.map(n => n.html)]))"
+    failed, index = page_of_attacks(reports.parent, "void(0)", monkeypatch)  # with every kind of output
+    for page in (failed, index, report.render(reports / "x", "01_work")):
+        light = page.read_text()
+        dark = light.replace("prefers-color-scheme: dark", "min-width: 1px")
+        for text in (light, dark):
+            (page.parent / "looked-at.html").write_text(text)
+            assert browse(tmp_path, page.parent / "looked-at.html", run, axe) == []

@@ -63,12 +63,16 @@ def bytes_below(folder) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def test_four_steps_are_two_and_resume_and_two(tmp_path) -> None:
-    list(make(tmp_path / "whole").steps())
-    steps = make(tmp_path / "halves").steps()
+FLOWING = {"prediction_type": "flow_prediction", "time_sampling": "logit_normal"}
+
+
+@pytest.mark.parametrize("settings", [{}, FLOWING | {"validation_kimg": 0.032, "validation_images": 8}])
+def test_four_steps_are_two_and_resume_and_two(tmp_path, settings: dict) -> None:
+    list(make(tmp_path / "whole", **settings).steps())
+    steps = make(tmp_path / "halves", **settings).steps()
     assert [next(steps).step for _ in range(2)] == [1, 2]
     steps.close()
-    trainer = make(tmp_path / "halves")
+    trainer = make(tmp_path / "halves", **settings)
     assert trainer.notes == ["resumed at step 2 of 4"]
     assert [step.step for step in trainer.steps()] == [3, 4]
     whole, halves = (bytes_below(tmp_path / name) for name in ("whole", "halves"))
@@ -118,10 +122,17 @@ def test_average_is_diffusers_own_up_to_rounding(decay: float) -> None:
         assert_close(ours.shadow_params, theirs.shadow_params)
 
 
-def test_loss_goes_down(tmp_path) -> None:
-    trainer = make(tmp_path, train_kimg=3.2, learning_rate=3e-3, log_every=20, checkpoint_kimg=0)
+@pytest.mark.parametrize("settings", [{}, FLOWING])
+def test_loss_goes_down(tmp_path, settings: dict) -> None:
+    trainer = make(tmp_path, train_kimg=3.2, learning_rate=3e-3, log_every=20, checkpoint_kimg=0, **settings)
     losses = [step.loss for step in trainer.steps()]
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_weighting_that_is_not_for_a_flow_is_refused_before_anything_is_written(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"got weighting='min_snr' for flow_prediction, .* recipe to flow"):
+        make(tmp_path / "new", weighting="min_snr", **FLOWING)
+    assert not (tmp_path / "new").exists()
 
 
 def test_micro_batches_give_the_same_step(tmp_path) -> None:
@@ -283,7 +294,7 @@ def test_the_defaults_are_those_of_the_modern_recipe() -> None:
     recipe = yaml.safe_load((ROOT / "params/recipes/modern.yaml").read_text())
     defaults = {f.name: f.default for f in fields(Trainer)}
     ours = {name: type(defaults[name])(value) for name, value in recipe.items() if name in defaults}
-    assert len(ours) == 8 and ours == {name: defaults[name] for name in ours}
+    assert len(ours) == 9 and ours == {name: defaults[name] for name in ours}
 
 
 def test_other_images_are_other_settings(tmp_path) -> None:

@@ -3,7 +3,7 @@
 The network needs all bands at one noise level t. It is called at every t at which either group of bands steps, and a
 group that is between two of its own steps is shown as its last estimate has it there,
 
-    z_t = sqrt(a_t) z + sqrt(1 - a_t) eps      z, eps: the clean coefficients and the noise of the group's last step
+    z_t = signal(t) z + noise(t) eps      z, eps: the clean coefficients and the noise of the group's last step
 
 (multirate integration with dense output, Gear & Wells 1984); the network's answer for such a group is not used.
 Tensors are whole, (B, C, h, w), also where only a group's channels of them are meant.
@@ -17,15 +17,9 @@ from diffusers import SchedulerMixin
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Generator, Tensor
 
-from wddm.objective import exact_step
+from wddm.objective import exact_step, factors, noised
 
 Visit = tuple[float, int]  # (-t, how often the network was called at t before): heun calls it twice
-
-
-def alpha_cumprod(solver: SchedulerMixin, t: float) -> float:
-    """a_t; between two rows of the schedule sigma = sqrt(1 / a - 1) is linear, as solvers have it."""
-    sigma = (1 / solver.alphas_cumprod[int(t) : int(t) + 2].double() - 1).sqrt()
-    return 1 / (1 + torch.lerp(sigma[0], sigma[-1], t - int(t)).item() ** 2)
 
 
 class Group:
@@ -48,9 +42,8 @@ class Group:
             return self._seen
         if self.denoised is None:
             return z / self.solver.init_noise_sigma
-        a, b = alpha_cumprod(self.solver, float(self._t)), alpha_cumprod(self.solver, float(t))
-        noise = (self._seen - a**0.5 * self.denoised) / (1 - a) ** 0.5
-        return b**0.5 * self.denoised + (1 - b) ** 0.5 * noise
+        of_z, of_noise = factors(self.solver, self._t)
+        return noised(self.solver, self.denoised, (self._seen - of_z * self.denoised) / of_noise, t).to(z.dtype)
 
     def step_at(self, visit: Visit, output: Tensor, t: Tensor, z: Tensor, options: dict[str, Any]) -> Tensor:
         """z after the solver's step at t; z itself if t is none of this group's timesteps."""

@@ -8,34 +8,9 @@ import yaml
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-TEMPLATE = """---
-{{ card_data }}
----
+from wddm.objective import default_eta, default_solver
 
-# {{ name.split("/")[-1] }}
-
-Diffusion on wavelet coefficients, made with wddm.
-
-```python
-from wddm.pipeline import WaveletPipeline
-
-pipe = WaveletPipeline.from_pretrained("{{ name }}")
-images = pipe(16, num_inference_steps={{ run.sampling_steps or 50 }}{{ asked }}, eta={{ run.eta or 0.0 }}).images
-```
-
-```bash
-wddm sample --model-dir {{ name }} --output-dir samples
-{%- for key, value in flags.items() %} --{{ key.replace("_", "-") }} {{ value }}{% endfor %}
-```
-{% for title, values in tables.items() %}
-## {{ title }}
-
-{% if values %}| | |
-|---|---|{% for key, value in values.items() %}
-| {{ key }} | {{ "%.5g" % value if value is float else value }} |{% endfor %}{% else %}Not recorded.{% endif %}
-{% endfor %}
-Metrics compare with others only at the same protocol; Fréchet distances depend on the number of images.
-"""
+TEMPLATE = Path(__file__).with_name("card.md.j2")
 
 
 def card_of(pipeline: DiffusionPipeline, name: str, report: str | Path | None) -> str:
@@ -60,6 +35,10 @@ def model_card(pipeline: DiffusionPipeline, name: str, report: Path | None) -> s
         raise ValueError(f"got report={report}, which has no params.yaml, wanted reports/<run>: give a run's report")
     run, metrics, data, made_with = recorded(report.resolve()) if report else ({}, {}, {}, {})
     network, codec, task = pipeline.backbone, pipeline.codec.config, "unconditional-image-generation"
+    predicts = pipeline.scheduler.config.prediction_type
+    if "sampling_steps" in run:  # what notebook 03 takes where nothing is named
+        solver = run.get("scheduler") or default_solver(predicts)
+        run = {"scheduler": solver, "eta": default_eta(solver)} | run
     classes = (network.config.get("num_class_embeds") or 1) - 1
     names = ", ".join(pipeline.config.get("class_names") or [])
     model = {
@@ -67,7 +46,7 @@ def model_card(pipeline: DiffusionPipeline, name: str, report: Path | None) -> s
         "parameters": f"{network.num_parameters():,}",
         "coefficients": " x ".join(map(str, (network.config.in_channels, *pipeline.map_size))),
         "codec": ", ".join(f"{key} {codec[key]}" for key in ("wavelet", "level", "transform", "scaling")),
-        "predicts": pipeline.scheduler.config.prediction_type,
+        "predicts": predicts,
         "labels": f"0 to {classes - 1}" + f": {names}" * bool(names) if classes else "none",
     }
     source = str(data.get("source", data.get("dataset", "unknown")))
@@ -80,7 +59,7 @@ def model_card(pipeline: DiffusionPipeline, name: str, report: Path | None) -> s
     values: dict[str, Any] = {"name": name, "run": run, "flags": flags, "tables": tables}
     values |= {"asked": ", labels=0" if classes else ""}
     card_data = ModelCardData(tags=["wavelets", "wddm"], **about)
-    return str(ModelCard.from_template(card_data, template_str=TEMPLATE, **values))
+    return str(ModelCard.from_template(card_data, template_str=TEMPLATE.read_text(encoding="utf-8"), **values))
 
 
 def recorded(report: Path) -> tuple[dict[str, Any], ...]:

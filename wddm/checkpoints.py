@@ -95,7 +95,8 @@ def take_up(
         if PartialState().is_main_process:
             places = (run / f"checkpoints-{number}" for number in itertools.count(1))
             aside = folder.rename(next(place for place in places if not place.exists()))  # nothing is lost
-            notes.append(f"changed since the earlier run: {changed}; starting anew, that run is in {run.name}/{aside.name}")
+            place = f"{run.name}/{aside.name}"
+            notes.append(f"changed since the earlier run: {changed}; starting anew, that run is in {place}")
         return None
     total = -(-settings["train_kimg"] * 1000 // settings["batch_size"])
     notes.append(f"resumed at step {state['step']} of {total:.0f}{', with code that has changed' * (not same_code)}")

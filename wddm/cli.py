@@ -123,7 +123,7 @@ def workbook_root(start: Path | None = None) -> Path | None:
 @click.option("--output-dir", required=True, type=PATH, help="New folder for the images.")
 @click.option("--num-samples", type=COUNT, default=16)
 @click.option("--batch-size", type=COUNT, default=64)
-@click.option("--scheduler", default="ddim", help="ddpm ddim pndm dpmsolver++ unipc heun euler euler_a deis lms")
+@click.option("--scheduler", help="ddpm ddim pndm dpmsolver++ unipc heun euler euler_a deis lms; ddim, euler for flow.")
 @click.option("--sampling-steps", "num_inference_steps", type=COUNT, default=50)
 @click.option("--eta", type=float, default=0.0, help="Randomness of ddim: 0 none, 1 as much as ddpm.")
 @click.option("--detail-steps", type=COUNT, metavar="N", help="Solver steps of the detail bands, if not the same.")
@@ -213,6 +213,25 @@ def index() -> None:
     from wddm import workbook
 
     print(workbook.write_index(workbook.find_root()))
+
+
+@commands.command()
+@click.argument("folder", type=PATH)
+def init(folder: Path) -> None:
+    """Make a workbook of a new FOLDER: the notebooks, parameters and model that this installation came with."""
+    import shutil
+    from importlib import metadata
+
+    files = [(file.locate(), str(file).partition("share/wddm/")[2]) for file in metadata.files("wddm") or ()]
+    shipped = [(Path(source), name) for source, name in files if name and Path(source).is_file()]
+    if not shipped:
+        raise ValueError("got an installation of a clone, wanted one of a wheel: the clone is a workbook, work in it")
+    if folder.exists():
+        raise ValueError(f"got {folder}, which is there already, wanted a new folder: give another name")
+    for source, name in shipped:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, folder / name)
+    print(f"{folder} is a workbook: cd {folder} && wddm run params/quickstart.yaml")
 
 
 FOUND = re.compile(r"Invalid value for ('.*?'): (.+) is not (?:a valid (.+)|in the range (?:(.+)<=x<=(.+)|x>=(.+)))\.")

@@ -19,7 +19,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from torch import Tensor
 from torch.nn import functional as F
 
-from wddm.bandrate import alpha_cumprod
+from wddm.objective import estimate_factors
 from wddm.wavelets import WaveletCodec
 
 Answer = Callable[[Tensor, Tensor], Tensor]  # the network's answer to z_t (B, 4^L C, h, w) at t
@@ -105,10 +105,7 @@ def held(answer: Answer, scheduler: SchedulerMixin, missing: Missing, clip: Tens
     """Answers, by three calls each, whose clean estimates p z_t + q answer agree; clipped, as solvers clip later."""
 
     def agreeing(z: Tensor, t: Tensor) -> Tensor:
-        a, output = alpha_cumprod(scheduler, float(t)), answer(z, t)
-        signal, noise = a**0.5, (1 - a) ** 0.5
-        weights = {"epsilon": (1 / signal, -noise / signal), "sample": (0.0, 1.0), "v_prediction": (signal, -noise)}
-        p, q = weights[scheduler.config.prediction_type]
+        (p, q), output = estimate_factors(scheduler, t), answer(z, t)
         estimate = p * z.float() + q * output.float()  # p reaches 20,000, too much for half precision
         v = way = missing(estimate.clamp(-clip, clip))
         moved = estimate

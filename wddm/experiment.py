@@ -24,7 +24,7 @@ from wddm.backbones import BACKBONES, IMAGES, build_backbone
 from wddm.conditions import numbered
 from wddm.data import Dataset
 from wddm.metrics.frechet import frechet_wavelet_distance, moments
-from wddm.objective import PREDICTION_TYPES, WEIGHTINGS, build_solver, check_options
+from wddm.objective import TARGETS, build_solver, check_options, check_training, default_solver
 from wddm.steps import PRECISIONS, SCHEDULES, check_batch, held_out
 from wddm.training import Step, Trainer
 from wddm.wavelets import WaveletCodec, check_choice
@@ -36,7 +36,8 @@ Parameters = Mapping[str, Any]
 
 SIDE, LEVEL, STEPS, COUNT, KIMG, SHARE = (2, 4096), (0, 8), (1, 1000), (1, 10**7), (0, 10**7), (0, 1)
 BOUNDS: dict[str, tuple[float, float]] = {  # parameter of any notebook: (minimum, maximum), of every value of a list
-    "seed": (0, 2**31 - 1), "resolution": SIDE, "width": SIDE, "channels": (1, 1024), "limit": COUNT,
+    "seed": (0, 2**31 - 1), "seeds": (0, 2**31 - 1), "resolution": SIDE, "width": SIDE,
+    "channels": (1, 1024), "limit": COUNT,
     "level": LEVEL, "levels": LEVEL, "wavelet_level": LEVEL, "fwd_level": LEVEL, "train_fwd_level": LEVEL,
     "widths": (8, 8192), "attention_levels": (0, 16), "layers_per_block": (1, 16), "attention_head_dim": (1, 4096),
     "dropout": (0, 0.99), "label_dropout": SHARE, "reconstruction": (0, 1e6),
@@ -46,13 +47,14 @@ BOUNDS: dict[str, tuple[float, float]] = {  # parameter of any notebook: (minimu
     "checkpoint_kimg": KIMG, "validation_kimg": KIMG, "preview_kimg": KIMG, "fwd_kimg": KIMG,
     "validation_images": COUNT, "fwd_images": COUNT, "num_samples": COUNT, "sampling_batch_size": COUNT,
     "sampling_steps": STEPS, "detail_steps": STEPS, "steps": STEPS, "band_steps": STEPS, "reference_steps": STEPS,
-    "eta": SHARE, "etas": SHARE, "labels": (0, 10**6), "guidance": (0, 100), "guidance_details": (0, 100), "weights": (0, 100),
-    "sets": (1, 1000), "rounds": (5, 1000), "images_per_step": COUNT, "comparison_seconds": (0, 10**6),
+    "eta": SHARE, "etas": SHARE, "labels": (0, 10**6), "guidance": (0, 100), "guidance_details": (0, 100),
+    "weights": (0, 100), "sets": (1, 1000), "rounds": (5, 1000), "images_per_step": COUNT, "comparison_seconds": (0, 10**6),
     "answers": (1, 64), "max_step_seconds": (0.001, 10**6), "capacity_gib": (0.001, 10**6),
+    "seconds": (0.1, 10**6), "workers": (1, 1024),
 }  # fmt: skip
 CHOICES: dict[str, Iterable[str]] = {
-    "weighting": WEIGHTINGS, "schedule": SCHEDULES, "precision": PRECISIONS, "prediction_type": PREDICTION_TYPES,
-    "backbone": BACKBONES, "backbones": BACKBONES, "datasets": IMAGES,
+    "schedule": SCHEDULES, "precision": PRECISIONS, "prediction_type": TARGETS, "backbone": BACKBONES,
+    "backbones": BACKBONES, "datasets": IMAGES,
 }  # fmt: skip
 IMAGES_IN = {"digits": 1797, "patches": 10_000, "cifar10": 50_000, "stl10": 100_000, "celebahq": 30_000}
 
@@ -180,12 +182,15 @@ def _check_options(experiment: Experiment) -> None:
         refuse_impossible(experiment.values(notebook), notebook.stem)
     if "accumulation" in parameters:
         check_batch(**share(check_batch, parameters))
+    if "weighting" in parameters:
+        check_training(**share(check_training, parameters))
     for name in parameters.get("solvers", []) + parameters.get("spacing_solvers", []):
         build_solver(name, spacing=parameters.get("spacing"))
     if "scheduler" in parameters:
         predicts = parameters.get("prediction_type") or "epsilon"
-        build_solver(parameters["scheduler"], predicts, spacing=parameters.get("spacing"))
-        check_options(parameters["scheduler"], **share(check_options, parameters))
+        solver = parameters["scheduler"] or default_solver(predicts)
+        build_solver(solver, predicts, spacing=parameters.get("spacing"))
+        check_options(solver, **share(check_options, parameters))
 
 
 def _check_images(experiment: Experiment) -> None:

@@ -61,9 +61,9 @@ NAMES = (  # tensors of a published U-KAN: what is replaced, by what, in this or
 
 
 def is_path(name: str) -> bool:
-    """Whether a name means a folder here, not one on the Hub: it or its parent exists, or it starts with . or /."""
-    folder = Path(name)
-    return folder.is_dir() or name.startswith((".", "/")) or (len(folder.parts) > 1 and folder.parent.is_dir())
+    """Whether a name is of a folder, not of a Hub repository: it or its parent exists, it is deep or begins . or /."""
+    folder, depth = Path(name), len(Path(name).parts)
+    return folder.is_dir() or name.startswith((".", "/")) or depth > 2 or (depth > 1 and folder.parent.is_dir())
 
 
 def fetched(path: str | Path, options: dict[str, Any]) -> Path:
@@ -72,7 +72,7 @@ def fetched(path: str | Path, options: dict[str, Any]) -> Path:
     hub = {name: options.pop(name) for name in names if name in options}
     if (folder := Path(path).expanduser()).is_dir():
         return folder
-    if is_path(str(path)) or len(folder.parts) > 2:
+    if is_path(str(path)):
         raise ValueError(f"got {path}, which is no folder here, wanted a trained pipeline: run 02_train first")
     try:
         return snapshot(str(path), ["*.json", "*.safetensors"], repo_type="model", **hub)

@@ -1,11 +1,12 @@
 """What the denoiser learns, and the solvers that remove noise with it; z are the coefficients of images x.
 
-    z_t = sqrt(a_t) z + sqrt(1 - a_t) eps        a_t: `alphas_cumprod[t]` of the scheduler (Ho et al. 2020)
-    epsilon: eps      sample: z      v_prediction: sqrt(a_t) eps - sqrt(1 - a_t) z   (Salimans & Ho 2022)
-    SNR(t) = a_t / (1 - a_t)
+    z_t = signal(t) z + noise(t) eps    SNR(t) = (signal / noise)^2    The network is shown z_t and t and nothing else.
+    epsilon: eps      sample: z      v_prediction: signal eps - noise z   (Salimans & Ho 2022)
+        signal = sqrt(a_t), noise = sqrt(1 - a_t), t < 1000     a_t: the scheduler's `alphas_cumprod` (Ho et al. 2020)
+    flow_prediction: eps - z   (rectified flow: Liu et al. 2022, Lipman et al. 2022)
+        signal = 1 - t / 1000, noise = t / 1000, 0 < t <= 1000
 
-The network is shown z_t and t and nothing else. To add a weighting, write a function and enter it in `WEIGHTINGS`; to
-add a solver, enter its diffusers class in `SOLVERS`.
+To add a weighting, write a function and enter it in `WEIGHTINGS`; to add a solver, enter its classes in `SOLVERS`.
 """
 
 import inspect
@@ -17,13 +18,24 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from wddm.wavelets import WaveletCodec, check_choice
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+FLOW = "flow_prediction"
+TARGETS: dict[str, Callable[[Tensor, Tensor], tuple[Any, Any]]] = {  # u and w of what is predicted, u z + w eps
+    "epsilon": lambda signal, noise: (0, 1), "sample": lambda signal, noise: (1, 0),
+    "v_prediction": lambda signal, noise: (-noise, signal), FLOW: lambda signal, noise: (-1, 1),
+}  # fmt: skip
 NOISE: dict[str, Any] = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
+TIMESTEPS: int = NOISE["num_train_timesteps"]
+TIME_SAMPLINGS: dict[str, Callable[[int, Generator], Tensor]] = {  # places in the order of timesteps, 0 the least noise
+    "uniform": lambda count, g: torch.randint(TIMESTEPS, (count,), generator=g, device=g.device),
+    "logit_normal": lambda count, g: (  # most between signal and noise (Esser et al. 2024, arXiv 2403.03206)
+        (TIMESTEPS * torch.randn(count, generator=g, device=g.device).sigmoid()).long().clamp_max(TIMESTEPS - 1)
+    ),
+}
 
 
 class Loss(NamedTuple):
@@ -34,31 +46,50 @@ class Loss(NamedTuple):
     reconstruction: Tensor
 
 
-def noise_scheduler(prediction_type: str = "v_prediction") -> DDPMScheduler:
-    """The forward process: 1000 steps of the squared-cosine schedule (Nichol & Dhariwal 2021)."""
-    return DDPMScheduler(**NOISE, prediction_type=check_choice("prediction_type", prediction_type, PREDICTION_TYPES))
+def noise_scheduler(prediction_type: str = "v_prediction") -> SchedulerMixin:
+    """The forward process: 1000 steps of the squared-cosine schedule (Nichol & Dhariwal 2021), or those of a flow."""
+    kind = check_choice("prediction_type", prediction_type, TARGETS)
+    return build_solver("euler", FLOW) if kind == FLOW else DDPMScheduler(**NOISE, prediction_type=kind)
+
+
+def factors(scheduler: SchedulerMixin, t: Tensor) -> tuple[Tensor, Tensor]:
+    """signal(t) and noise(t) of each sample, (B, 1, 1, 1); between two rows of a table, noise / signal is linear in t,
+    as solvers have it.
+    """
+    t = t.view(-1, 1, 1, 1)
+    if scheduler.config.prediction_type == FLOW:
+        return 1 - t / TIMESTEPS, t / TIMESTEPS
+    a, row = scheduler.alphas_cumprod.to(t.device), t.long()
+    sigma = ((1 - a) / a).sqrt()
+    sigma = torch.lerp(sigma[row], sigma[(row + 1).clamp_max(TIMESTEPS - 1)], (t - row).to(sigma.dtype))
+    signal = (1 + sigma**2).rsqrt()
+    return signal, sigma * signal
+
+
+def noised(scheduler: SchedulerMixin, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """z_t, shaped as z, at each sample's own t."""
+    of_z, of_noise = factors(scheduler, t)
+    return of_z * z + of_noise * noise
 
 
 def target(scheduler: SchedulerMixin, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """What the network should answer to z_t, shaped as z, by the scheduler's prediction type."""
-    if scheduler.config.prediction_type == "v_prediction":
-        return scheduler.get_velocity(z, noise, t)
-    return noise if scheduler.config.prediction_type == "epsilon" else z
+    of_z, of_noise = TARGETS[scheduler.config.prediction_type](*factors(scheduler, t))
+    return of_z * z + of_noise * noise
+
+
+def estimate_factors(scheduler: SchedulerMixin, t: Tensor) -> tuple[Tensor, Tensor]:
+    """p and q of the estimate p z_t + q y of z that an answer y implies, (B, 1, 1, 1)."""
+    signal, noise = factors(scheduler, t)
+    of_z, of_noise = TARGETS[scheduler.config.prediction_type](signal, noise)
+    both = signal * of_noise - noise * of_z
+    return of_noise / both, -noise / both
 
 
 def clean_estimate(scheduler: SchedulerMixin, noisy: Tensor, output: Tensor, t: Tensor) -> Tensor:
     """The estimate of z (B, 4^L C, h, w) that the network's `output` for `noisy` implies, at each sample's own t."""
-    prediction_type, a = scheduler.config.prediction_type, alphas_cumprod(scheduler, t)
-    if prediction_type == "sample":
-        return output
-    if prediction_type == "epsilon":
-        return (noisy - (1 - a).sqrt() * output) / a.sqrt()
-    return a.sqrt() * noisy - (1 - a).sqrt() * output
-
-
-def alphas_cumprod(scheduler: SchedulerMixin, t: Tensor) -> Tensor:
-    """a_t of each sample, (B, 1, 1, 1)."""
-    return scheduler.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
+    p, q = estimate_factors(scheduler, t)
+    return p * noisy + q * output
 
 
 def no_weights(snr: Tensor, prediction_type: str) -> Tensor:
@@ -68,6 +99,8 @@ def no_weights(snr: Tensor, prediction_type: str) -> Tensor:
 
 def min_snr(snr: Tensor, prediction_type: str, gamma: float = 5.0) -> Tensor:
     """min(SNR, gamma) on the error of z, in the units of the prediction type (Hang et al. 2023, arXiv 2303.09556)."""
+    if prediction_type == FLOW:
+        raise ValueError(f"got weighting='min_snr' for {FLOW}, wanted none: set weighting to none, or recipe to flow")
     error_of_z = {"epsilon": 1 / snr, "sample": torch.ones_like(snr), "v_prediction": 1 / (snr + 1)}
     return snr.clamp_max(gamma) * error_of_z[prediction_type]
 
@@ -77,8 +110,14 @@ WEIGHTINGS: dict[str, Callable[[Tensor, str], Tensor]] = {"none": no_weights, "m
 
 def loss_weights(scheduler: SchedulerMixin, t: Tensor, weighting: str) -> Tensor:
     """Weight of each sample's squared error, (B, 1, 1, 1), by the function of that name in `WEIGHTINGS`."""
-    a, weigh = alphas_cumprod(scheduler, t), WEIGHTINGS[check_choice("weighting", weighting, WEIGHTINGS)]
-    return weigh(a / (1 - a), scheduler.config.prediction_type)
+    weigh, (signal, noise) = WEIGHTINGS[check_choice("weighting", weighting, WEIGHTINGS)], factors(scheduler, t)
+    return weigh((signal / noise) ** 2, scheduler.config.prediction_type)
+
+
+def check_training(prediction_type: str, weighting: str, time_sampling: str) -> None:
+    """Raise a ValueError if a network cannot be trained by these, each alone or all together."""
+    check_choice("time_sampling", time_sampling, TIME_SAMPLINGS)
+    loss_weights(noise_scheduler(prediction_type), torch.ones(1), weighting)
 
 
 def diffusion_loss(
@@ -88,27 +127,30 @@ def diffusion_loss(
     """Loss of a batch of images (B, C, H, W) in [-1, 1], with noise shaped as their coefficients and t (B,).
 
     `reconstruction` weights a second term: the smooth L1 distance between the decoded clean estimate and the image,
-    times a_t, because at large t the division by sqrt(a_t) makes any error of the noise large.
+    times signal(t)^2, because at large t the division by signal(t) makes any error of the noise large.
     """
     if not reconstruction >= 0:
         raise ValueError(f"got reconstruction={reconstruction}, wanted 0 or more: it weights a second term of the loss")
     z = codec.encode(images)
-    output = model(noisy := scheduler.add_noise(z, noise, t), t).sample
+    output = model(noisy := noised(scheduler, z, noise, t), t).sample
     squared_error = (output - target(scheduler, z, noise, t)).square()
     total = (loss_weights(scheduler, t, weighting) * squared_error).mean()
     distance = total.new_zeros(())
     if reconstruction:
         decoded = codec.decode(clean_estimate(scheduler, noisy, output, t))
-        distance = (alphas_cumprod(scheduler, t) * F.smooth_l1_loss(decoded, images, reduction="none")).mean()
+        distance = (factors(scheduler, t)[0] ** 2 * F.smooth_l1_loss(decoded, images, reduction="none")).mean()
         total = total + reconstruction * distance
     return Loss(total, squared_error.detach().mean((0, 2, 3)), distance.detach())
 
 
-SOLVERS = {  # name: class of diffusers
-    "ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "pndm": "PNDMScheduler",
-    "dpmsolver++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler", "heun": "HeunDiscreteScheduler",
-    "euler": "EulerDiscreteScheduler", "euler_a": "EulerAncestralDiscreteScheduler",
-    "deis": "DEISMultistepScheduler", "lms": "LMSDiscreteScheduler",
+SOLVERS = {  # name: class of diffusers, and the one for flow_prediction if there is one
+    "ddpm": ("DDPMScheduler", ""), "ddim": ("DDIMScheduler", ""), "pndm": ("PNDMScheduler", ""),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", "DPMSolverMultistepScheduler"),
+    "unipc": ("UniPCMultistepScheduler", "UniPCMultistepScheduler"),
+    "heun": ("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
+    "euler": ("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"),
+    "euler_a": ("EulerAncestralDiscreteScheduler", ""),
+    "deis": ("DEISMultistepScheduler", "DEISMultistepScheduler"), "lms": ("LMSDiscreteScheduler", ""),
 }  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {  # of one solver each
     "ddpm": {"variance_type": "fixed_small"},
@@ -118,20 +160,33 @@ NOT_OF_SAMPLE = ("pndm", "euler_a")  # diffusers' classes do not know prediction
 SINGLE_STEP = ("ddpm", "ddim", "euler", "euler_a", "heun")  # they keep nothing from the steps before the last
 
 
+def default_solver(prediction_type: str) -> str:
+    """The name of the solver that is taken where none is named."""
+    return "euler" if prediction_type == FLOW else "ddim"
+
+
+def default_eta(solver: str) -> float:
+    """The randomness of a solver whose eta nobody names, in notebook 03: ddim's is 1, and no other knows any."""
+    return float(solver.lower() == "ddim")
+
+
 def build_solver(
     name: str, prediction_type: str = "v_prediction", *, spacing: str | None = None, codec: WaveletCodec | None = None
 ) -> SchedulerMixin:
     """A solver by name, on our noise schedule; ValueError for an option that it does not have.
 
     Args:
-        spacing: how the steps are spread over the 1000: "leading", "trailing" (from pure noise) or "linspace".
+        spacing: how the steps are spread over the 1000: "leading", "trailing" (from pure noise, all that a flow has) or
+            "linspace".
         codec: of the coefficients. ddpm, ddim and heun clip the clean estimate at its `clip_value`; without one, at 1.
     """
     name = check_choice("solver", name, SOLVERS)
-    prediction_type = check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+    prediction_type = check_choice("prediction_type", prediction_type, TARGETS)
     if prediction_type == "sample" and name in NOT_OF_SAMPLE:
         raise ValueError(f"got prediction_type='sample' for {name}, which does not know it: choose another solver")
-    solver = getattr(diffusers, SOLVERS[name])
+    if prediction_type == FLOW:
+        return _flow_solver(name, spacing)
+    solver = getattr(diffusers, SOLVERS[name][0])
     known = inspect.signature(solver.__init__).parameters
     options = {**NOISE, "prediction_type": prediction_type, **SETTINGS.get(name, {})}
     if "timestep_spacing" in known:
@@ -144,18 +199,46 @@ def build_solver(
     return solver(**options)
 
 
-def check_options(name: str, *, eta: float = 0.0, detail_steps: int | None = None) -> None:
+def _flow_solver(name: str, spacing: str | None) -> SchedulerMixin:
+    able = [name for name, (_, of_flow) in SOLVERS.items() if of_flow]
+    if name not in able:
+        raise ValueError(f"got {name} for {FLOW}, wanted one of {', '.join(able)}: choose one, or leave it out")
+    if spacing not in (None, "trailing"):
+        raise ValueError(f"got spacing={spacing!r} for {FLOW}, wanted trailing, all that it has: leave spacing out")
+    solver = getattr(diffusers, SOLVERS[name][1])
+    options = {"num_train_timesteps": TIMESTEPS, "prediction_type": FLOW, "use_flow_sigmas": True}
+    known = inspect.signature(solver.__init__).parameters
+    made = solver(**{key: value for key, value in options.items() if key in known})
+    made.register_to_config(prediction_type=FLOW)  # which some do not store
+    return made
+
+
+def set_steps(solver: SchedulerMixin, count: int, device: torch.device | str | None = None) -> None:
+    """`solver.set_timesteps`; for a flow: equal steps, of which diffusers' euler and heun make the last one 0.001 long,
+    at timesteps that are not cut to whole numbers, to the end, which its deis does not reach.
+    """
+    if (kind := type(solver).__name__).startswith("FlowMatch"):  # which lack two names that all others have
+        solver.init_noise_sigma, solver.scale_model_input, solver.sigma_min = 1.0, lambda z, t: z, 1 / count
+    solver.set_timesteps(count, device=device)
+    if solver.config.prediction_type == FLOW:
+        solver.timesteps = (solver.sigmas[:-1] * TIMESTEPS).to(device)
+        if kind.startswith("DEIS"):
+            solver.sigmas[-1] = 1e-6  # at 0 its formula divides by 0
+
+
+def check_options(name: str, *, eta: float | None = None, detail_steps: int | None = None) -> None:
     """Raise a ValueError if the solver called `name` does not have one of these options of sampling."""
     if eta and name.lower() != "ddim":
         raise ValueError(f"got eta={eta} for {name}, wanted 0: only ddim knows eta, take it or leave eta out")
-    if not 0 <= eta <= 1:
+    if not 0 <= (eta or 0) <= 1:
         raise ValueError(f"got eta={eta}, wanted 0 (deterministic) to 1 (as random as ddpm): change eta")
     if detail_steps and name.lower() not in SINGLE_STEP:
         raise ValueError(f"got detail_steps for {name}, wanted one of {', '.join(SINGLE_STEP)}: choose one of them")
 
 
 def exact_step(solver: SchedulerMixin) -> Callable[..., Any]:
-    """`solver.step`, for the timesteps that are set, without three faults that diffusers' own has.
+    """`solver.step`, for the timesteps that are set, without three faults that diffusers' own has; and what solvers of
+    flows leave out, `pred_original_sample`.
 
     DDIM and PNDM step to t - 1000 // num_inference_steps, which is another timestep where the number of steps does not
     divide 1000: at 300 steps, spaced trailing, a Gaussian's standard deviation came out 18 % too large. So for each
@@ -170,6 +253,8 @@ def exact_step(solver: SchedulerMixin) -> Callable[..., Any]:
         solver.sigmas = solver.sigmas.double()
     if kind == "HeunDiscreteScheduler":
         return _heun_step(solver)
+    if kind.startswith("FlowMatch"):
+        return _flow_step(solver)
     if kind not in ("DDIMScheduler", "PNDMScheduler"):
         return solver.step
     gaps: list[int] = []
@@ -184,6 +269,15 @@ def exact_step(solver: SchedulerMixin) -> Callable[..., Any]:
             return solver.step(*args, **options)
         finally:
             solver.num_inference_steps, solver.alphas_cumprod = count, table
+
+    return step
+
+
+def _flow_step(solver: SchedulerMixin) -> Callable[..., Any]:
+    def step(output: Tensor, t: Tensor, z: Tensor, **options: Any) -> Any:
+        done = solver.step(output, t, z, **options)
+        done.pred_original_sample = clean_estimate(solver, z, output, t)
+        return done
 
     return step
 

@@ -22,7 +22,7 @@ from wddm.backbones import backbone_name
 from wddm.checkpoints import public
 from wddm.conditions import numbered
 from wddm.loading import fetched
-from wddm.objective import build_solver
+from wddm.objective import build_solver, default_solver
 from wddm.pipeline import WaveletPipeline, image_generators, visible
 
 GRID = 64  # images in the grid picture
@@ -40,23 +40,24 @@ class Solving(TypedDict, total=False):
 
 def open_pipeline(
     path: str | Path, *, model_type: str | None = None, level: int | None = None, resolution: int | None = None,
-    prediction_type: str | None = None, scheduler: str = "ddim", spacing: str | None = None,
+    prediction_type: str | None = None, scheduler: str | None = None, spacing: str | None = None,
 ) -> WaveletPipeline:  # fmt: skip
     """A pipeline folder of ours, or a published checkpoint (folder or Hub repository), with the solver asked for.
 
     ValueError if it is not of the model type, level, resolution (height) or prediction type given; a published one does
-    not store the last. `spacing` of the solver's steps: unless given "trailing", "leading" for published ones.
+    not store the last. `scheduler`: unless given "ddim", "euler" for a flow. `spacing` of the solver's steps: unless
+    given "trailing", "leading" for published ones.
     """
     model_type, prediction_type, spacing = (name and name.lower() for name in (model_type, prediction_type, spacing))
-    folder, scheduler = fetched(path, {}), scheduler.lower()
+    folder = fetched(path, {})
     if (folder / WaveletPipeline.config_name).is_file():
         pipeline = WaveletPipeline.from_pretrained(folder)
         stored = pipeline.scheduler.config.prediction_type
-        pipeline.scheduler = build_solver(scheduler, stored, spacing=spacing, codec=pipeline.codec)
+        solver = scheduler or default_solver(stored)
+        pipeline.scheduler = build_solver(solver, stored, spacing=spacing, codec=pipeline.codec)
     else:
-        pipeline = WaveletPipeline.from_published(
-            folder, level=None, prediction_type=prediction_type, solver=scheduler, spacing=spacing or "leading"
-        )
+        solving: dict[str, Any] = {"solver": scheduler or "ddim", "spacing": spacing or "leading"}
+        pipeline = WaveletPipeline.from_published(folder, level=None, prediction_type=prediction_type, **solving)
     for name, wanted, found in (
         ("model_type", model_type, backbone_name(type(pipeline.backbone).__name__)),
         ("wavelet_level", level, pipeline.codec.config.level),

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import SchedulerMixin
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid, numpy_to_pil
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
 from wddm.files import read_rows, whole
-from wddm.objective import NOISE
+from wddm.objective import TIME_SAMPLINGS
 from wddm.pipeline import visible
 from wddm.wavelets import check_choice
 
@@ -141,12 +142,13 @@ def check_finite(unread: list[tuple[Tensor, ...]], step: int, learning_rate: flo
 
 
 def draw_noise(
-    generators: list[Generator], each: int, shape: tuple[int, int, int], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Noise (N, *shape) and timesteps (N,), of which every generator gives `each` so many."""
+    scheduler: SchedulerMixin, time_sampling: str, device: torch.device, shape: tuple[int, int, int],
+    generators: list[Generator], each: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Noise (N, *shape) and timesteps (N,) of the scheduler, of which every generator gives `each` so many."""
     noise = [torch.randn(each, *shape, generator=one, device=one.device) for one in generators]
-    t = [torch.randint(NOISE["num_train_timesteps"], (each,), generator=one, device=one.device) for one in generators]
-    return torch.cat(noise).to(device), torch.cat(t).to(device)
+    places = torch.cat([TIME_SAMPLINGS[time_sampling](each, one) for one in generators])
+    return torch.cat(noise).to(device), scheduler.timesteps.flip(0).to(device)[places.to(device)]
 
 
 def moments(optimizer: Optimizer) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from wddm import checkpoints, steps
 from wddm.data import batches, to_batch
 from wddm.files import append_row, written_aside
-from wddm.objective import WEIGHTINGS, build_solver, diffusion_loss, noise_scheduler
+from wddm.objective import build_solver, check_training, default_solver, diffusion_loss, noise_scheduler
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
 from wddm.steps import SCHEDULES, Step
@@ -60,7 +60,8 @@ class Trainer:
     batch_size: int = 96  # images per optimiser step, over all processes and micro-batches
     accumulation: int = 1  # micro-batches per optimiser step
     flip: bool = False  # mirror half of the images, at random
-    prediction_type: str = "v_prediction"  # this and the next two: see objective.py
+    prediction_type: str = "v_prediction"  # this and the next three: see objective.py
+    time_sampling: str = "uniform"
     weighting: str = "min_snr"
     reconstruction: float = 0.0
     learning_rate: float = 2e-3  # of AdamW, after the warm-up
@@ -86,7 +87,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         check_choice("schedule", self.schedule, SCHEDULES)
-        check_choice("weighting", self.weighting, WEIGHTINGS)
+        check_training(self.prediction_type, self.weighting, self.time_sampling)
         if self.fwd_kimg and self.measure is None:
             raise ValueError(f"got fwd_kimg={self.fwd_kimg:g} without measure, wanted a function of samples: give both")
         self.held_out = steps.held_out(self.validation_images if self.validation_kimg else None, len(self.images))
@@ -115,6 +116,8 @@ class Trainer:
         self.weights: list[Tensor] = list(self.model.parameters())  # once: small networks feel a walk through them
         self.ema = EMAModel(self.weights, decay=decay, foreach=True)
         self.noise_scheduler = noise_scheduler(self.prediction_type)
+        shape = self.codec.shape(*np.roll(self.images.shape[1:], 1).tolist())
+        self.drawn = partial(steps.draw_noise, self.noise_scheduler, self.time_sampling, self.device, shape)
         self.loss = partial(diffusion_loss, weighting=self.weighting, reconstruction=self.reconstruction)
         self.step, self.watched = 0, True  # the last step, and whether all that is due at it is done
         self.best: float | None = None  # the lowest loss on the held-out images
@@ -182,7 +185,7 @@ class Trainer:
         """One optimiser step on this process's share (b, C, H, W), (b,) of a batch; nothing is changed before its end.
         Its loss, that of every channel (4^L C,) and the norm of the gradients, on the device: to read them is to wait.
         """
-        losses, parts = [], [images, *self.draw_noise(images)]
+        losses, parts = [], [images, *self.draw_noise()]
         if labels is not None:
             drawn = np.random.default_rng((self.seed, self.step, steps.LABELS)).random((self.world_size, len(images)))
             dropped = torch.from_numpy(drawn[self.rank] < self.label_dropout).to(self.device)
@@ -217,22 +220,20 @@ class Trainer:
     def images_seen(self) -> int:
         return self.step * self.batch_size
 
-    def draw_noise(self, images: Tensor) -> tuple[Tensor, ...]:
+    def draw_noise(self) -> tuple[Tensor, ...]:
         """Noise (b, 4^L C, h, w) and timesteps (b,) of this process's share, cut from those of the whole batch."""
         generator = torch.Generator(self.device).manual_seed(steps.derived_seed(self.seed, self.step))
-        drawn = steps.draw_noise([generator], self.batch_size, self.codec.shape(*images.shape[1:]), self.device)
-        return tuple(x.chunk(self.world_size)[self.rank] for x in drawn)
+        return tuple(x.chunk(self.world_size)[self.rank] for x in self.drawn([generator], self.batch_size))
 
     @contextmanager
     def averaged(self) -> Iterator[WaveletPipeline]:
-        """The pipeline of the averaged weights, in eval mode, for the length of a `with` block; it samples by DDIM."""
-        solver = build_solver("ddim", self.prediction_type, spacing="trailing", codec=self.codec)
+        """The pipeline of the averaged weights, in eval mode, with its default solver, for the length of a `with`."""
+        solver = build_solver(default_solver(self.prediction_type), self.prediction_type, codec=self.codec)
         self.ema.store(self.weights)
         try:
             self.ema.copy_to(self.weights)
-            pipeline = WaveletPipeline(self.model.eval(), solver, self.codec, self.class_names)
             with self.stop.cuttable():
-                yield pipeline
+                yield WaveletPipeline(self.model.eval(), solver, self.codec, self.class_names)
         finally:
             self.ema.restore(self.weights)
             self.model.train()
@@ -247,9 +248,8 @@ class Trainer:
                 images = to_batch(self.images[rows], np.zeros(len(rows), bool), self.device)
                 classes = [] if self.classes is None else [torch.from_numpy(self.classes[rows]).to(self.device)]
                 generators = [torch.Generator().manual_seed(start + k) for k in range(len(rows))]
-                noise, t = steps.draw_noise(generators, 1, self.codec.shape(*images.shape[1:]), self.device)
                 network = steps.conditioned(pipeline.backbone, *classes)
-                loss = self.loss(network, self.codec, self.noise_scheduler, images, noise, t)
+                loss = self.loss(network, self.codec, self.noise_scheduler, images, *self.drawn(generators, 1))
                 total += loss.total.item() * len(rows) / len(self.held_out)
         if self.best is None or total < self.best:
             self.best = total
@@ -257,7 +257,7 @@ class Trainer:
         return total
 
     def samples(self, count: int) -> np.ndarray:
-        """uint8 (count, H, W, C) of the averaged weights by DDIM in 25 steps, of every class in turn, same seeds."""
+        """uint8 (count, H, W, C) of the averaged weights by its solver in 25 steps, every class in turn, same seeds."""
         with self.averaged() as pipeline:
             pipeline.set_progress_bar_config(disable=True)
             return np.concatenate(list(sample_images(pipeline, count, num_inference_steps=25)))

@@ -26,7 +26,7 @@ from wddm.data import Dataset, to_batch
 from wddm.files import append_row, read_rows
 from wddm.metrics import scores
 from wddm.metrics.intervals import Estimate
-from wddm.objective import alphas_cumprod, build_solver, check_options, clean_estimate
+from wddm.objective import build_solver, check_options, clean_estimate, factors, noised
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
 from wddm.wavelets import check_choice
@@ -179,9 +179,9 @@ def along_trajectory(pipeline: WaveletPipeline, count: int, steps: int, seed: in
     bands, seen = len(pipeline.codec.bands()), []
     with pipeline.backbone.register_forward_hook(lambda network, inputs, out: seen.append((*inputs[:2], out.sample))):
         pipeline(count, output_type="pt", num_inference_steps=steps, seed=seed)
-    times = [torch.as_tensor(t).round().long().view(-1)[:1].to(noisy.device) for noisy, t, _ in seen]
+    times = [torch.as_tensor(t).view(-1)[:1].to(noisy.device) for noisy, t, _ in seen]
     clean = [clean_estimate(pipeline.scheduler, z, out, t) for (z, _, out), t in zip(seen, times, strict=True)]
-    signal = [alphas_cumprod(pipeline.scheduler, t).sqrt() * z for z, t in zip(clean, times, strict=True)]
+    signal = [factors(pipeline.scheduler, t)[0] * z for z, t in zip(clean, times, strict=True)]
     noise = [noisy - z for (noisy, _, _), z in zip(seen, signal, strict=True)]
     found = {"signal": signal, "noise": noise, "change": [z - clean[-1] for z in clean]}
     by_name = {name: np.stack([by_band(z, bands) for z in values]) for name, values in found.items()}
@@ -198,7 +198,7 @@ def denoising_error(pipeline: WaveletPipeline, images: np.ndarray, times: Sequen
     errors, answer = [], labelled(pipeline.backbone, len(clean), None, [1.0])
     for time_step in times:
         t = torch.full((len(clean),), time_step, device=device)
-        noisy = pipeline.scheduler.add_noise(clean, noise, t)
+        noisy = noised(pipeline.scheduler, clean, noise, t)
         estimate = clean_estimate(pipeline.scheduler, noisy, answer(noisy, t), t)
         errors.append(by_band(estimate - clean, bands))
     return np.stack(errors) / by_band(clean - clean.mean(0), bands)

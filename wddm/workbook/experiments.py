@@ -1,9 +1,9 @@
 """Experiments: what a YAML asks for, checked against what the notebooks declare before anything runs.
 
 An experiment is one flat YAML of parameters, plus `notebooks:` (which to run; the numbered ones when absent),
-`recipe:` (a file of params/recipes/ whose values hold where the experiment names none), `sweep:` (lists of values,
-one run for every combination, or a list of such) and `summary:` (notebooks that look at the runs of the sweep, as one
-more run after them). Every mistake is reported, one line each.
+`recipe:` (a file of params/recipes/ whose values hold where the experiment names none; one given by -p holds where -p
+names none), `sweep:` (lists of values, one run for every combination, or a list of such) and `summary:` (notebooks that
+look at the runs of the sweep, as one more run after them). Every mistake is reported, one line each.
 """
 
 import difflib
@@ -79,7 +79,9 @@ def load_experiments(path: Path, root: Path, overrides: Iterable[str] = ()) -> l
     for swept in _combinations(settings.get("sweep"), values, path):
         wanted = values | {key: (str(path), value) for key, value in swept.items()}
         if "recipe" in wanted:
-            wanted = _recipe(*wanted.pop("recipe"), root, schema) | wanted
+            where, name = wanted.pop("recipe")
+            named = {key: value for key, value in wanted.items() if where != "-p" or value[0] == where}
+            wanted |= _recipe(where, name, root, schema) | named
         known = schema | {name: one for name, one in of_summary.items() if name not in swept}
         parameters, mistakes = _resolve(schema, wanted, known, swept)
         problems.update(dict.fromkeys(mistakes))

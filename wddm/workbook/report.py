@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from wddm.workbook.experiments import pipeline_notebooks
-from wddm.workbook.parameters import parse_parameters, read_schema, read_yaml, tagged
-from wddm.workbook.records import read_json, read_status, write_text
+from wddm.workbook.parameters import Parameter, parse_parameters, read_schema, read_yaml, tagged
+from wddm.workbook.records import read_json, read_record, read_status, write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 PROGRESS_LINE = re.compile(r"(?m)^.*\[(\d+:)?\d\d:\d\d[<,].*\n?")  # with tqdm's [elapsed<remaining, rate]
 WIDGET = "application/vnd.jupyter.widget-view+json"  # what lives in JupyterLab alone, beside a picture of itself
 WORST_FIRST = ("running", "failed", "killed", "pending", "ok")
-HEADLINES = ("kid_efficientnet", "fwd", "fid", "kid", "asked_share", "confident_share")  # what a card shows first
+HEADLINES = ("kid_efficientnet", "fwd", "fid", "kid")  # what the index shows
 
 
 def _is_number(value: Any) -> bool:
@@ -58,10 +58,9 @@ def format_table(rows: list[dict[str, Any]], caption: str) -> tuple[str, str]:
     return as_html, "\n".join([caption, *("  ".join(line).rstrip() for line in zip(*texts, strict=True))])
 
 
-def render(folder: Path, name: str) -> Path:
-    """reports/<run>/<name>.ipynb -> .html, and new headers for the run's other pages."""
+def read_page(folder: Path, name: str) -> tuple[Any, list[tuple[Parameter, Any]]]:
+    """reports/<run>/<name>.ipynb without what is dead in a page, its title cell filled in; its parameters' values."""
     import nbformat
-    from pygments.formatters import HtmlFormatter
 
     notebook = nbformat.read(folder / f"{name}.ipynb", as_version=4)
     declared = tagged(notebook, "parameters")
@@ -70,10 +69,36 @@ def render(folder: Path, name: str) -> Path:
     values = {key: given.get(key, parameter.default) for key, parameter in schema.items()}
     hidden = {"injected-parameters", "papermill-error-cell-tag"}
     notebook.cells = [_tidy(cell) for cell in notebook.cells if not hidden & set(cell.metadata.get("tags", []))]
+    made = read_record(folder.absolute().parents[1], folder.name).get("data", {})
+    known = values | ({"data": str(Path(made["path"]).parent)} if "path" in made else {})
+    for cell in notebook.cells[:1]:
+        cell.source = re.sub(r"(?<=wddm run )params/[\w/-]+", f"reports/{folder.name}/params", fill(cell.source, known))
+    return notebook, [(parameter, values[key]) for key, parameter in schema.items()]
+
+
+def fill(prose: str, values: dict[str, Any]) -> str:
+    """Prose with the values in its code spans, `runs/{run}`: a span for each of a list's first items, none for None."""
+
+    def spans(match: re.Match[str]) -> str:
+        texts = [match[2]]
+        for name in set(re.findall(r"{(\w+)}", match[2])) & values.keys():
+            items = values[name] if isinstance(values[name], list) else [values[name]]
+            plain = [re.sub(r"[`$<>\s]+", " ", str(item)) for item in items if item is not None]  # or it ends the span
+            texts = [text.replace(f"{{{name}}}", item) for text in texts for item in plain]
+        return match[1] + ", ".join(f"`{text}`" for text in texts[:3]) + ", …" * (len(texts) > 3) if texts else ""
+
+    return re.sub(r"(,\s| or |)`([^`\n]*{\w+}[^`\n]*)`", spans, prose)
+
+
+def render(folder: Path, name: str) -> Path:
+    """reports/<run>/<name>.ipynb -> .html, and new headers for the run's other pages."""
+    from pygments.formatters import HtmlFormatter
+
+    notebook, parameters = read_page(folder, name)
     resources = {
         "title": f"{name} · {folder.name}",
         "page_header": _header(folder, name),
-        "parameters": [(parameter, values[key]) for key, parameter in schema.items()],
+        "parameters": parameters,
         "css": (TEMPLATES / "style.css").read_text(encoding="utf-8"),
         "code_css": HtmlFormatter(style="default").get_style_defs(".highlight"),
         "dark_code_css": HtmlFormatter(style="github-dark").get_style_defs(".highlight"),
@@ -143,45 +168,48 @@ def _template(name: str) -> Any:
 
 
 def write_index(root: Path) -> Path:
-    """reports/index.html: every run as a card, the latest first: its state, picture, main numbers, what was changed."""
+    """reports/index.html: a table of all runs, the latest first, those of a sweep under it, to sort and to filter."""
     defaults: dict[str, dict[str, Any]] = {}  # by notebook
     runs: list[dict[str, Any]] = []
+    groups: dict[str, list[dict[str, Any]]] = {}  # by the run's name without what a sweep chose
     for path in (*pipeline_notebooks(root), *sorted(root.glob("notebooks/analysis/*.ipynb"))):
         with suppress(ValueError):  # a notebook that cannot be read does not stand in the way
             defaults[path.stem] = {name: parameter.default for name, parameter in read_schema(path).items()}
-    for folder in sorted(path.parent for path in (root / "reports").glob("*/status.json")):
+    for folder in sorted({path.parent for name in ("status.json", "*.md") for path in root.glob(f"reports/*/{name}")}):
         try:
-            runs.append(_card(folder, defaults))
+            runs.append(_row(folder, defaults))
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             problem = f"its files cannot be read: {type(error).__name__}: {error}"
             runs.append({"name": folder.name, "state": "failed", "error": problem, "started": ""})
     runs.sort(key=lambda run: (run["started"], run["name"]), reverse=True)
-    write_text(page := root / "reports" / "index.html", _template("index").render(runs=runs))
+    for run in runs:
+        base = re.split(r"-(?=\w+=)", run["name"])[0]
+        (members := groups.setdefault(base, [])).insert(0 if run["name"] == base else len(members), run)
+    shown = [key for key in HEADLINES if any(key in run.get("metrics", ()) for run in runs)]
+    text = _template("index").render(runs=runs, groups=groups, metrics=shown)
+    write_text(page := root / "reports" / "index.html", text)
     return page
 
 
-def _card(folder: Path, defaults: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What the index shows of a run; a parameter's default is that of the first of its notebooks that declares it."""
+def _row(folder: Path, defaults: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the index shows of a run; a parameter's default is that of the first of its notebooks, or any, with it."""
+    pages = {path.stem: path.name for end in ("md", "html") for path in sorted(folder.glob(f"*.{end}"))}
     status, parameters = read_status(folder), {}
     with suppress(ValueError):  # missing, or damaged
         parameters = read_yaml(folder / "params.yaml")
-    own = ChainMap(*(defaults.get(name, {}) for name in sorted(status)))
+    own = ChainMap(*(defaults.get(name, {}) for name in sorted(status or pages)), *defaults.values())
     entries, states = status.values(), {entry["state"] for entry in status.values()}
-    metrics, made_by = (read_json(folder / f"{name}.json") for name in ("metrics", "environment"))
     figures = sorted(folder.glob("figures/*.png"), key=lambda path: (path.stem != "samples", path.name))
-    main = [key for key in metrics if not key.endswith(("_low", "_high", "_floor"))]
-    first = sorted(main, key=lambda key: (HEADLINES.index(key) if key in HEADLINES else len(HEADLINES), key))
     changed = {key for key in parameters if parameters[key] != own.get(key, ...)} - {"run", "notebooks"}
     return {
         "name": folder.name,
-        "status": status,
-        "pages": [name for name in sorted(status) if (folder / f"{name}.html").exists()],
-        "state": next((state for state in WORST_FIRST if state in states), "pending"),
+        "pages": dict(sorted(pages.items())),
+        "state": next((state for state in WORST_FIRST if state in states), "pending") if status else "published",
         "error": next((entry["error"] for entry in entries if entry.get("error")), None),
         "started": max((str(entry.get("started") or "") for entry in entries), default=""),
-        "seconds": format_seconds(sum(entry.get("seconds") or 0 for entry in entries)),
+        "seconds": format_seconds(sum(entry.get("seconds") or 0 for entry in entries)) if status else "",
         "thumbnail": figures[0].relative_to(folder.parent).as_posix() if figures else None,
-        "metrics": {key: metrics[key] for key in first[:6]},
+        "metrics": read_json(folder / "metrics.json"),
         "changed": {key: value for key, value in parameters.items() if key in changed},
-        "commit": (made_by.get("commit") or "")[:7],
+        "commit": (read_json(folder / "environment.json").get("commit") or "")[:7],
     }

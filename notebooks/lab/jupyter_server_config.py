@@ -1,0 +1,30 @@
+"""What `make lab` adds to JupyterLab: running a notebook of the pipeline changes nothing for git, though it is saved.
+
+.gitattributes names those notebooks and a filter, which is set up here. What the user types into cells does count.
+"""
+
+import subprocess
+from pathlib import Path
+
+CLEAN = (
+    ".venv/bin/jupyter nbconvert --stdin --stdout --to notebook --log-level ERROR"
+    " --ClearOutputPreprocessor.enabled=True --ClearMetadataPreprocessor.enabled=True"
+    " --ClearMetadataPreprocessor.preserve_cell_metadata_mask=tags"
+    """ --ClearMetadataPreprocessor.preserve_nb_metadata_mask='[("kernelspec",), ("language_info", "name")]'"""
+)
+
+
+def git(*words: str, folder: Path) -> bool:
+    """Whether a git command ends well."""
+    return subprocess.run(["git", *words], cwd=folder, capture_output=True).returncode == 0
+
+
+def settle(model: dict, os_path: str, contents_manager: object) -> None:
+    """After a save: a file that git finds unchanged by its content is not listed as changed for its size."""
+    path = Path(os_path)
+    if model["type"] == "notebook" and git("diff", "--quiet", "--", path.name, folder=path.parent):
+        git("add", "--update", "--", path.name, folder=path.parent)
+
+
+git("config", "filter.notebook.clean", CLEAN, folder=Path(__file__).parent)
+c.FileContentsManager.post_save_hook = settle  # type: ignore[name-defined]  # noqa: F821

@@ -1,0 +1,108 @@
+"""Reports as Markdown, `python notebooks/publish.py reports/mine`: pages that a repository's host shows as they are.
+
+Each executed notebook of a run becomes a .md beside it: prose, the parameters, figures as links to figures/, tables as
+tables, and no code, which stands in the notebook. The run's line in .gitignore lets it be committed with its CSVs.
+"""
+
+import base64
+import html
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from bs4 import BeautifulSoup
+from nbconvert import MarkdownExporter
+
+from wddm.workbook.records import read_json, write_text
+from wddm.workbook.report import read_page
+
+LINK = re.compile(r"\[reports/[^]]*/(figures/[^]/]+\.png)\]")  # the text of a figure that `Run.show` kept
+
+
+def publish(folder: Path) -> list[Path]:
+    """reports/<run>/*.ipynb -> *.md; ValueError where nothing was executed."""
+    names = [path.stem for path in sorted(folder.glob("*.ipynb"))]
+    if not names:
+        raise ValueError(f"got {folder} without executed notebooks, wanted reports/<run>: run it first")
+    return [write_page(folder, name, *read_page(folder, name)) for name in names]
+
+
+def write_page(folder: Path, name: str, notebook: Any, parameters: list[tuple[Any, Any]]) -> Path:
+    """One page, <name>.md of a report, from a notebook whose cells hold what a reader sees; figures go to figures/."""
+    for cell in notebook.cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.cell_type, cell.source = "markdown", described(parameters)
+        elif cell.cell_type == "code":
+            for number, output in enumerate(cell.outputs):
+                if "data" in output:
+                    output.data = {"text/markdown": as_markdown(output, folder, f"{name}-{cell.id}-{number}")}
+    body = MarkdownExporter(exclude_input=True).from_notebook_node(notebook)[0]
+    title, _, rest = body.strip().replace(f"{folder.absolute().parents[1]}/", "").partition("\n")
+    text = re.sub(r"\n{3,}", "\n\n", f"{title}\n\n{bar(folder, name)}\n{rest}\n")
+    write_text(page := folder / f"{name}.md", text)
+    return page
+
+
+def bar(folder: Path, name: str) -> str:
+    """The run, links to its other pages and to what it left, and what it was made with, as far as that is there."""
+    pages = sorted({path.stem for end in ("ipynb", "md") for path in folder.glob(f"*.{end}")} - {name, "README"})
+    files = [each for each in ("params.yaml", "metrics.json", "timings.json") if (folder / each).exists()]
+    links = [f"[{page}]({page}.md)" for page in pages] + [f"[{file}]({file})" for file in files]
+    made = read_json(folder / "environment.json")
+    commit = [f"commit {made['commit'][:7]}, {made['device']}"] if made.get("commit") else []
+    return " · ".join(["[All results](../README.md)", f"run `{folder.name}`", *links, *commit])
+
+
+def described(parameters: list[tuple[Any, Any]]) -> str:
+    """The parameters that are not as the notebook has them, and, folded, the others."""
+    columns = ["parameter", "value", "default", "meaning"]
+    rows: dict[bool, list[list[str]]] = {True: [], False: []}
+    for one, value in parameters:
+        shown = [plain(repr(item)) for item in (value, one.default)]
+        rows[value != one.default].append([f"`{one.name}`", *shown, plain(one.help)])
+    changed, same = (
+        table(columns, rows[True]),
+        table(["parameter", "value", "meaning"], [[a, b, d] for a, b, _, d in rows[False]]),
+    )
+    folded = f"<details><summary>Parameters as the notebook has them</summary>\n\n{same}\n\n</details>"
+    return "\n\n".join([changed] * bool(rows[True]) + [folded] * bool(rows[False]))
+
+
+def as_markdown(output: Any, folder: Path, name: str) -> str:
+    """A figure, a table or a caption; any other text as it was printed."""
+    text = output.data.get("text/plain", "")
+    if pixels := output.data.get("image/png"):
+        kept = LINK.fullmatch(text)
+        place = kept[1] if kept else f"figures/{name}.png"
+        if not (folder / place).exists():
+            (folder / place).parent.mkdir(exist_ok=True)
+            (folder / place).write_bytes(base64.b64decode(pixels))
+        return f"![{Path(place).stem.replace('-', ' ')}]({place})"  # its caption follows
+    page = BeautifulSoup(output.data.get("text/html", ""), "html.parser")
+    if page.table:
+        caption = page.caption.extract().get_text() if page.caption else ""
+        cells = [[plain(cell.get_text()) for cell in row.find_all(["th", "td"])] for row in page.find_all("tr")]
+        right = ["right" in cell.get("style", "") for cell in page.find_all("th")]
+        return f"*{plain(caption)}*\n\n{table(cells[0], cells[1:], right)}" if caption else table(cells[0], cells[1:])
+    if page.figcaption:
+        return f"*{plain(page.get_text())}*"
+    if links := [plain(link.get_text()) for link in page.find_all("a")]:  # to files beside the page
+        return re.sub("|".join(map(re.escape, links)), lambda name: f"[{name[0]}]({name[0]})", plain(page.get_text()))
+    return f"```text\n{text}\n```"
+
+
+def table(titles: list[str], rows: list[list[str]], right: list[bool] | None = None) -> str:
+    """A Markdown table of cells that are Markdown."""
+    rule = ["--:" if each else "---" for each in right or [False] * len(titles)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [titles, rule, *rows])
+
+
+def plain(text: str) -> str:
+    """Any text as Markdown that shows just that, in one line."""
+    return re.sub(r"([\\`*_|\[\]$~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        print(*publish(Path(argument)), sep="\n")

@@ -1,0 +1,58 @@
+"""`make lab`: what JupyterLab saves of the pipeline's notebooks does not show in git, but for what the user typed."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from nbformat.v4 import new_output
+
+
+def git(folder: Path, words: str) -> str:
+    return subprocess.run(["git", *words.split()], cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def workbook(tmp_path: Path) -> Path:
+    """A repository with a notebook of each kind."""
+    if not os.access(ROOT / ".venv" / "bin" / "jupyter", os.X_OK):
+        pytest.skip("no .venv, whose nbconvert the filter calls")
+    for name in (".gitattributes", "notebooks/lab", "notebooks/01_prepare.ipynb", "notebooks/analysis/compare.ipynb"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        copy(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
+    git(tmp_path, "init -q")
+    git(tmp_path, "add .gitattributes notebooks")
+    git(tmp_path, "-c user.name=a -c user.email=a commit -qm start")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["01_prepare", "analysis/compare"])
+def test_what_a_run_leaves_in_a_notebook_does_not_show_in_git(workbook: Path, name: str) -> None:
+    from jupyter_server.services.contents.largefilemanager import LargeFileManager
+    from traitlets.config.loader import PyFileConfigLoader
+
+    recipe = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (folder,) = re.findall("JUPYTER_CONFIG_PATH=([^$ ]+)", recipe)
+    config = PyFileConfigLoader("jupyter_server_config.py", str(workbook / folder)).load_config()
+    contents = LargeFileManager(root_dir=str(workbook), config=config)
+
+    model = contents.get(f"notebooks/{name}.ipynb")
+    cells = [cell for cell in model["content"]["cells"] if cell["cell_type"] == "code"]
+    for number, cell in enumerate(cells):
+        cell |= {"execution_count": number + 1, "outputs": [new_output("stream", text="ok")]}
+        cell["metadata"] |= {"execution": {"iopub.status.idle": "2026-01-01T00:00:00Z"}, "scrolled": True}
+    model["content"]["metadata"]["language_info"] |= {"version": "3.13.0", "file_extension": ".py"}
+    contents.save(model, model["path"])
+    assert '"ok"' in (workbook / model["path"]).read_text()
+    assert git(workbook, "status --porcelain --untracked-files=no") == ""
+
+    cells[0]["source"] += "  # typed"
+    contents.save(model, model["path"])
+    assert git(workbook, "status --porcelain --untracked-files=no") == f" M {model['path']}\n"
+    changed = re.findall("^[+-](?![+-]).*", git(workbook, "diff --unified=0"), re.M)
+    assert len(changed) == 2 and "# typed" in changed[1]
