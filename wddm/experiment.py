@@ -48,9 +48,9 @@ BOUNDS: dict[str, tuple[float, float]] = {  # parameter of any notebook: (minimu
     "validation_images": COUNT, "fwd_images": COUNT, "num_samples": COUNT, "sampling_batch_size": COUNT,
     "sampling_steps": STEPS, "detail_steps": STEPS, "steps": STEPS, "band_steps": STEPS, "reference_steps": STEPS,
     "eta": SHARE, "etas": SHARE, "labels": (0, 10**6), "guidance": (0, 100), "guidance_details": (0, 100),
-    "weights": (0, 100), "sets": (1, 1000), "rounds": (5, 1000), "images_per_step": COUNT, "comparison_seconds": (0, 10**6),
-    "answers": (1, 64), "max_step_seconds": (0.001, 10**6), "capacity_gib": (0.001, 10**6),
-    "seconds": (0.1, 10**6), "workers": (1, 1024),
+    "weights": (0, 100), "sets": (1, 1000), "rounds": (5, 1000), "images_per_step": COUNT,
+    "comparison_seconds": (0, 10**6), "answers": (1, 64), "max_step_seconds": (0.001, 10**6),
+    "capacity_gib": (0.001, 10**6), "seconds": (0.1, 10**6), "workers": (1, 1024),
 }  # fmt: skip
 CHOICES: dict[str, Iterable[str]] = {
     "schedule": SCHEDULES, "precision": PRECISIONS, "prediction_type": TARGETS, "backbone": BACKBONES,
