@@ -562,11 +562,12 @@ def test_training_with_labels_is_resumed_exactly_and_shows_its_share_of_them(tmp
         return inner(self, sample, timestep, class_labels)
 
     monkeypatch.setattr(UNet2DModel, "forward", forward)
-    list(told(tmp_path / "whole", LABELS).steps())
+    list(told(tmp_path / "whole", LABELS, class_names=["cat", "dog", "frog"]).steps())
+    assert WaveletPipeline.from_pretrained(tmp_path / "whole/pipeline").config.class_names == ["cat", "dog", "frog"]
     before = [labels for _, labels in shown]
     steps = told(tmp_path / "halves", LABELS).steps()
     next(steps), next(steps), steps.close()
-    list(told(tmp_path / "halves", LABELS).steps())
+    list(told(tmp_path / "halves", LABELS, class_names=["cat", "dog", "frog"]).steps())
     assert [labels for _, labels in shown[4:]] == before
     whole, halves = (bytes_below(tmp_path / name) for name in ("whole", "halves"))
     assert [name for name in whole if whole[name] != halves[name]] == ["log.jsonl"] and whole.keys() == halves.keys()

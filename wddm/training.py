@@ -35,7 +35,8 @@ from wddm.wavelets import WaveletCodec, check_choice
 # what no weight depends on, or settings describe in another way: may change from one start of a run to the next
 FREE = {
     "cpu", "extend", "restart", "checkpoint_kimg", "preview_kimg", "gradient_checkpointing", "measure", "fwd_kimg",
-    "fwd_images", "data_sha256", "model", "codec", "images", "folder", "labels", "label_dropout", "on_step",
+    "fwd_images", "data_sha256", "model", "codec", "images", "folder", "labels", "label_dropout", "class_names",
+    "on_step",
 }  # fmt: skip
 
 
@@ -53,6 +54,7 @@ class Trainer:
     images: np.ndarray  # uint8 (N, H, W, C)
     folder: Path
     labels: np.ndarray | None = None  # (N,), for a network with class embeddings, the last of which is "no label"
+    class_names: list[str] | None = None  # of the labels, for the pipeline to know
     label_dropout: float = 0.1  # share of labels that the network is not shown
     data_sha256: str | None = None  # identifies the images, in place of a checksum of some of them
     train_kimg: float = 160.0  # length of the training
@@ -73,7 +75,7 @@ class Trainer:
     compile: bool = False
     gradient_checkpointing: bool = False  # compute activations again in the backward pass, where memory is short
     cpu: bool = False  # stay off a GPU that is there
-    log_every: int = 20  # steps between two `Step`s; before that, there is one after 1, 2, 4, 8 ... steps
+    log_every: int = 20  # steps between two `Step`s; there is one after 1, 2, 4 and 8, too
     checkpoint_kimg: float = 40.0  # thousand images between checkpoints; these here and below: 0 is never
     validation_kimg: float = 0.0  # between losses on held-out images; where it was lowest is checkpoints/best
     validation_images: int = 256  # how many are held out, where there is such a loss
@@ -232,7 +234,7 @@ class Trainer:
         try:
             self.ema.copy_to(self.weights)
             with self.stop.cuttable():
-                yield WaveletPipeline(self.model.eval(), solver, self.codec)
+                yield WaveletPipeline(self.model.eval(), solver, self.codec, self.class_names)
         finally:
             self.ema.restore(self.weights)
             self.model.train()
@@ -265,13 +267,12 @@ class Trainer:
         """What is due at this step but for the checkpoint: a preview and measures, of the main process; a log's row."""
         images_per_s = self.batch_size * (self.step - clock[0]) / (time.perf_counter() - clock[1])
         validating, measuring, previewing = map(self._due, (self.validation_kimg, self.fwd_kimg, self.preview_kimg))
-        early = self.step < self.log_every and self.step.bit_count() == 1  # 1, 2, 4, ...
-        logging = validating or measuring or early or self.step == self.total_steps or self.step % self.log_every == 0
-        if logging or previewing:
+        logs = validating or measuring or self.step % self.log_every == 0 or self.step in (1, 2, 4, 8, self.total_steps)
+        if logs or previewing:
             steps.check_finite(self.unread, self.step, self.learning_rate)
         if previewing and self.main:
             steps.write_preview(self.samples(32), self.folder / "previews" / f"{self.images_seen:09d}.png")
-        if not logging:
+        if not logs:
             return None
         validation_loss, fwd, bands = self.validate() if validating and self.main else None, None, self.codec.bands()
         if measuring and self.main and self.measure:
@@ -324,7 +325,6 @@ class Trainer:
             "codec": checkpoints.public(self.codec.config),
             "images": [*self.images.shape, self.data_sha256 or zlib.crc32(some.tobytes())],
             "layout": checkpoints.LAYOUT,
+            "labels": None if self.classes is None else [self.label_dropout, zlib.crc32(self.classes.tobytes())],
         }
-        if self.classes is not None:
-            described["labels"] = [self.label_dropout, zlib.crc32(self.classes.tobytes())]
         return json.loads(json.dumps(described))
