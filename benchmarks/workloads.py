@@ -70,7 +70,7 @@ def training(
             precision=precision,
             compile=compile,
         )
-        yield from trainer.steps()
+        yield from (step for step in trainer.steps() if step.step % steps == 0)  # not those of the beginning
 
 
 def sampling(

@@ -397,10 +397,10 @@ def leave_data(root: Path, name: str, prepared: data.Dataset) -> None:
     book.made("data", prepared.folder / "manifest.json")
 
 
-def save_pipeline(folder: Path, level: int) -> WaveletPipeline:
+def save_pipeline(folder: Path, level: int, num_class_embeds: int | None = None) -> WaveletPipeline:
     """A network that has learned nothing."""
     torch.manual_seed(0)
-    backbone = build_backbone("unet", dataset="digits", level=level, widths=(32,))
+    backbone = build_backbone("unet", dataset="digits", level=level, widths=(32,), num_class_embeds=num_class_embeds)
     codec = WaveletCodec("haar", level, scaling="dyadic")
     made = WaveletPipeline(backbone, build_solver("ddim", "v_prediction"), codec)
     made.save_pretrained(folder)
@@ -505,6 +505,24 @@ def test_compare_sets_any_runs_side_by_side(compared) -> None:
 
 
 @pytest.mark.slow
+def test_guidance_is_measured_for_all_bands_and_for_some_alone(root, prepared) -> None:
+    leave_data(root, "guided", prepared)
+    save_pipeline(root / "runs/asked/pipeline", 1, num_class_embeds=11)
+    (root / "params/guided.yaml").write_text(
+        "notebooks: [analysis/guidance]\nmodel_dir: runs/asked/pipeline\nweights: [1.0, 2.0]\nsampling_steps: 2\n"
+        "num_samples: 40\n"
+    )
+    run(root, "run", "params/guided.yaml")
+    rows = saved(root / "reports/guided", "guidance")
+    assert [(row["weight"], row["coarse"], row["details"]) for row in rows] == [
+        (1, 1, 1), (2, 2, 2), (1, 1, 1), (2, 2, 1), (1, 1, 1), (2, 1, 2),
+    ]  # fmt: skip
+    assert [row["evaluations"] for row in rows] == [2, 4] * 3
+    assert len({row["fwd"] for row in rows}) == 4 and all("asked_share" in row for row in rows)
+    assert is_clean(root / "reports/guided/guidance.html")
+
+
+@pytest.mark.slow
 def test_restoration_agrees_with_what_is_known_of_images_that_were_held_out(root, prepared) -> None:
     (root / "params/restored.yaml").write_text(
         "notebooks: [01_prepare, analysis/restoration]\nmodel_dir: runs/second/pipeline\nlimit: 200\nnum_samples: 18\n"
@@ -518,14 +536,14 @@ def test_restoration_agrees_with_what_is_known_of_images_that_were_held_out(root
     assert rows.keys() == {("true images", "true images"), *itertools.product(tasks, ("plain", "restored"))}
     for task in tasks:
         plain, restored = rows[task, "plain"], rows[task, "restored"]
-        assert restored["psnr"] < plain["psnr"] and restored["network"] == 4  # it has learned nothing
+        assert restored["psnr"] < plain["psnr"] and restored["network"] == 6  # it has learned nothing
         true = rows["true images", "true images"]["fwd"]
         assert restored["fwd_excess"] == pytest.approx((restored["fwd"] - true) / (plain["fwd"] - true))
     metrics = json.loads((report / "metrics.json").read_text())
     assert metrics["held_out_copies"] == 200  # the training set itself, found again by content
-    assert [row["evaluations"] for row in saved(report, "price")] == [2, 4]
+    assert [row["evaluations"] for row in saved(report, "price")] == [3, 6]
     figures = {path.stem for path in (report / "figures").glob("*.png")}
-    assert {"enlarged-2x", "enlarged-4x", "left-half", "blocks", "answers-blocks", "price"} <= figures
+    assert {"enlarged-2x", "enlarged-4x", "left-half", "blocks", "answers-left-half", "price-fwd"} <= figures
     assert is_clean(report / "restoration.html")
     done = wddm(root, "run", "params/restored.yaml", "--force", num_samples=900)
     assert done.returncode == 1 and "held-out images, wanted 1800" in done.stdout

@@ -162,6 +162,7 @@ TOGETHER = [  # parameters of the quickstart that cannot be together, and what t
     ("labels=[0]", "labels=[0], wanted class_conditional=True"),
     ("labels=[] class_conditional=true", "labels=[], wanted some"),
     ("labels=[10] class_conditional=true", "labels=[10], wanted 0 to 9"),
+    ("labels=[seven] class_conditional=true", "label 'seven', wanted one of 0, 1, 2,"),
     ("guidance=2.0", "guidance=2.0 without labels"),
     ("level=0 detail_steps=5", "detail_steps at level 0"),
     ("channels=2", "channels=2 for digits, wanted 1 or 3"),

@@ -67,6 +67,7 @@ def test_the_card_names_the_solver_that_was_taken_where_none_was_named(pipeline,
 def test_the_card_says_which_labels_there_are(pipeline) -> None:
     card = model_card(conditional_pipeline(), "me/model", None)
     assert "| labels | 0 to 2 |" in card and ", labels=0, eta" in card
+    assert "| labels | 0 to 2: a, b, c |" in model_card(conditional_pipeline(["a", "b", "c"]), "me/model", None)
     assert "| labels | none |" in model_card(pipeline, "me/model", None)
 
 

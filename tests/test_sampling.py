@@ -186,11 +186,11 @@ def test_hostile_published_folders_are_one_line(published_format, tmp_path, caps
     assert error.startswith("wddm: got ") and error.count("\n") == 1 and "wanted" in error
 
 
-def test_labels_are_drawn_in_turn(tmp_path) -> None:
-    pipeline = conditional_pipeline()
+def test_labels_are_drawn_in_turn_by_number_or_name(tmp_path, capsys) -> None:
+    pipeline = conditional_pipeline(["cat", "dog", "frog"])
     pipeline.save_pretrained(tmp_path / "model")
     options = ["--num-samples", 3, "--sampling-steps", 2]
-    assert sample(tmp_path / "model", tmp_path / "both", *options, "--labels", "2,0", "--guidance", 3) == 0
+    assert sample(tmp_path / "model", tmp_path / "both", *options, "--labels", "frog, 0", "--guidance", 3) == 0
     assert sample(tmp_path / "model", tmp_path / "all", *options) == 0
     asked = [json.loads((tmp_path / name / "samples.json").read_text())["labels"] for name in ("both", "all")]
     assert asked == [[2, 0], [0, 1, 2]]
@@ -199,6 +199,12 @@ def test_labels_are_drawn_in_turn(tmp_path) -> None:
     both, one, other = (pixels(tmp_path / name) for name in ("both", "one", "other"))
     assert np.array_equal(both[::2], one[::2]) and np.array_equal(both[1], other[1])
     assert not np.array_equal(both[1], one[1])
+    assert sample(tmp_path / "model", tmp_path / "none", *options, "--labels", "dg") == 2
+    assert capsys.readouterr().err == "wddm: got the label 'dg', wanted one of cat, dog, frog: did you mean 'dog'?\n"
+    file = tmp_path / "model/model_index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"class_names": "cat"}))
+    with pytest.raises(ValueError, match=r"got class_names=cat .*, wanted"):
+        open_pipeline(tmp_path / "model")
 
 
 def test_clip_and_prediction_are_those_of_the_checkpoint(ours) -> None:
@@ -228,7 +234,7 @@ def test_the_kind_of_network_is_expected_by_its_name_in_any_case(ours, chaotic) 
         (["--scheduler", "pndm", "--eta", "0.5"], "eta=0.5 for pndm"),
         (["--scheduler", "lms", "--detail-steps", "9"], "detail_steps for lms"),
         (["--labels", "7"], "got labels for a network that was trained without"),
-        (["--labels", "seven"], "got --labels 'seven', wanted whole numbers"),
+        (["--labels", "seven"], "the label 'seven', wanted a number, as the names of the classes are not known"),
         (["--guidance", "2"], "got guidance 2.0, wanted labels"),
         (["--device", "bogus"], "got device 'bogus', wanted cpu"),
         (["--device", "cuda:77"], "got device 'cuda:77', wanted cpu"),

@@ -355,7 +355,7 @@ def test_what_an_interrupt_cut_short_is_made_up_for_and_nothing_differs(tmp_path
     assert time.monotonic() - began < 20
     list(make(tmp_path / "cut", measure=slow, **watches).steps())
     whole, cut = (bytes_below(tmp_path / name) for name in ("whole", "cut"))
-    assert timeless(tmp_path / "whole") == timeless(tmp_path / "cut") and len(timeless(tmp_path / "cut")) == 3
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "cut") and len(timeless(tmp_path / "cut")) == 4
     assert whole.keys() == cut.keys() and [name for name in whole if whole[name] != cut[name]] == ["log.jsonl"]
 
 
@@ -426,16 +426,23 @@ def timeless(folder) -> list[dict]:
 
 
 def test_a_checkpoint_between_two_rows_of_the_log_keeps_the_half_read_meter(tmp_path) -> None:
-    sizes = {"train_kimg": 0.16, "log_every": 4, "checkpoint_kimg": 0.048}  # rows at 4, 8, 10; checkpoints at 3, 6, 9
+    sizes = {"train_kimg": 0.16, "log_every": 4, "checkpoint_kimg": 0.048}  # rows: 1, 2, 4, 8, 10; checkpoints: 3, 6, 9
     list(make(tmp_path / "whole", **sizes).steps())
     steps = make(tmp_path / "cut", **sizes).steps()
-    next(steps), next(steps)
+    assert [next(steps).step for _ in range(4)] == [1, 2, 4, 8]
     shutil.rmtree(tmp_path / "cut/checkpoints/step-00000003", ignore_errors=True)  # died at 8: the last one is of 6
     trainer = make(tmp_path / "cut", **sizes)
-    assert trainer.step == 6 and [row["step"] for row in read_log(tmp_path / "cut")] == [4]
+    assert trainer.step == 6 and [row["step"] for row in read_log(tmp_path / "cut")] == [1, 2, 4]
     list(trainer.steps())
     assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
-    assert [row["step"] for row in timeless(tmp_path / "whole")] == [4, 8, 10]
+    assert [row["step"] for row in timeless(tmp_path / "whole")] == [1, 2, 4, 8, 10]
+
+
+def test_every_step_is_told_at_once(tmp_path) -> None:
+    told = []
+    steps = make(tmp_path, train_kimg=0.16, log_every=4, on_step=told.append).steps()
+    next(steps), next(steps), next(steps)
+    assert told == [16, 32, 48, 64]
 
 
 def test_a_full_disk_is_said_and_leaves_the_last_good_checkpoint(tmp_path, monkeypatch) -> None:
@@ -555,11 +562,12 @@ def test_training_with_labels_is_resumed_exactly_and_shows_its_share_of_them(tmp
         return inner(self, sample, timestep, class_labels)
 
     monkeypatch.setattr(UNet2DModel, "forward", forward)
-    list(told(tmp_path / "whole", LABELS).steps())
+    list(told(tmp_path / "whole", LABELS, class_names=["cat", "dog", "frog"]).steps())
+    assert WaveletPipeline.from_pretrained(tmp_path / "whole/pipeline").config.class_names == ["cat", "dog", "frog"]
     before = [labels for _, labels in shown]
     steps = told(tmp_path / "halves", LABELS).steps()
     next(steps), next(steps), steps.close()
-    list(told(tmp_path / "halves", LABELS).steps())
+    list(told(tmp_path / "halves", LABELS, class_names=["cat", "dog", "frog"]).steps())
     assert [labels for _, labels in shown[4:]] == before
     whole, halves = (bytes_below(tmp_path / name) for name in ("whole", "halves"))
     assert [name for name in whole if whole[name] != halves[name]] == ["log.jsonl"] and whole.keys() == halves.keys()

@@ -33,6 +33,7 @@ learning_rate: float = 2e-4       # peak
 backbone: str = "unet"            # unet or ukan; the denoiser
 flip: bool = False
 levels: list[int] = [1, 2]
+labels: list[int | str] | None = None
 """
 PREPARE = 'run: str = "quickstart"\nseed: int = 0\nlimit: int | None = None   # that the pipeline takes too\n'
 SECOND = 'run: str = "quickstart"\nseed: int = 0\nlevel: int = 1   # depth\n'
@@ -87,7 +88,7 @@ def states(root: Path, run: str = "x") -> list[str]:
 
 def test_schema_is_read_from_the_cell():
     schema = parse_parameters(FIRST, "01")
-    assert list(schema) == ["run", "seed", "count", "learning_rate", "backbone", "flip", "levels"]
+    assert list(schema) == ["run", "seed", "count", "learning_rate", "backbone", "flip", "levels", "labels"]
     assert schema["learning_rate"].default == 2e-4 and schema["learning_rate"].help == "peak"
     assert schema["count"].type == "int | None" and schema["flip"].help == ""
 
@@ -132,6 +133,7 @@ def test_a_bad_parameters_cell_names_its_notebook(source):
         ("count: 5", "count", 5),
         ("flip: yes", "flip", True),
         ("levels: [3]", "levels", [3]),
+        ("labels: [3, cat]", "labels", [3, "cat"]),
         ("backbone: ukan", "backbone", "ukan"),
         ("", "seed", 0),
     ],
@@ -154,6 +156,7 @@ def test_values_are_converted(root, text, name, value):
         ("learning_rate: .nan", "learning_rate: got nan (float), wanted float, e.g. learning_rate: 0.0002"),
         ("levels: 3", "levels: got 3 (int), wanted list[int], e.g. levels: [1, 2]"),
         ("levels: [1, a]", "levels: got [1, 'a'] (list), wanted list[int], e.g. levels: [1, 2]"),
+        ("labels: [true]", "labels: got [True] (list), wanted list[int | str] | None, e.g. labels: [1]"),
         ("count: x", "count: got 'x' (str), wanted int | None, e.g. count: 1"),
         ("lerning_rate: 1", "unknown parameter 'lerning_rate', did you mean 'learning_rate'?"),
         ("run: ../x", "run: got '../x', wanted a plain folder name of letters, digits and . _ = + -"),
@@ -563,7 +566,7 @@ def test_a_summary_is_one_more_run_of_its_own_notebooks(summed_up):
         ("metric=1", "-p: metric: got 1 (int), wanted str, e.g. metric: fwd; if it is a text, quote it: \"1\""),
         ("runs=x", "-p: runs: got 'x' (str), wanted list[str], e.g. runs: [\"quickstart\"]"),
         ("sweep={metric: [a, b]}", "params/x.yaml: unknown parameter 'metric'; known: run, seed, count, learning_rate, "
-         "backbone, flip, levels, level, runs"),
+         "backbone, flip, levels, labels, level, runs"),
     ],
 )  # fmt: skip
 def test_a_key_must_be_known_to_the_sweep_or_its_summary(summed_up, override, message):

@@ -40,13 +40,14 @@ def model_card(pipeline: DiffusionPipeline, name: str, report: Path | None) -> s
         solver = run.get("scheduler") or default_solver(predicts)
         run = {"scheduler": solver, "eta": default_eta(solver)} | run
     classes = (network.config.get("num_class_embeds") or 1) - 1
+    names = ", ".join(pipeline.config.get("class_names") or [])
     model = {
         "backbone": type(network).__name__,
         "parameters": f"{network.num_parameters():,}",
         "coefficients": " x ".join(map(str, (network.config.in_channels, *pipeline.map_size))),
         "codec": ", ".join(f"{key} {codec[key]}" for key in ("wavelet", "level", "transform", "scaling")),
         "predicts": predicts,
-        "labels": f"0 to {classes - 1}" if classes else "none",
+        "labels": f"0 to {classes - 1}" + f": {names}" * bool(names) if classes else "none",
     }
     source = str(data.get("source", data.get("dataset", "unknown")))
     results = [EvalResult(task, "image", source, *distance) for distance in known(metrics, "fid", "kid", "fwd").items()]

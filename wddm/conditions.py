@@ -7,11 +7,12 @@ the clean image x, that is made to agree with y = A x, and becomes an answer of 
     x + A^+ (y - A x)    A picks the pixels of a mask, or is the mean over cells, whose A^+ repeats each pixel
 
 It is pixels that agree, whatever the codec. Before that, what is not known follows from what is, as in guidance by
-pseudo-inverse (Song et al. 2023): x moves by J v, the derivative along v = A^+ (y - A x), by a second call of the
-network, and as far as agrees with v best. Projection alone leaves details that do not fit, which are seen as grain.
+pseudo-inverse (Song et al. 2023): x moves by J u, the derivative along the u with A J u = y - A x, as near as two turns
+of conjugate gradients come, a call of the network each. Projection alone leaves details that do not fit: grain.
 """
 
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
@@ -25,6 +26,19 @@ Answer = Callable[[Tensor, Tensor], Tensor]  # the network's answer to z_t (B, 4
 Missing = Callable[[Tensor], Tensor]  # what coefficients lack to agree with what is known
 Labels = int | Sequence[int] | Tensor
 PUSH = 0.1  # step of the derivative, in parts of what is missing
+TURNS = 2  # of conjugate gradients, a call of the network each
+
+
+def numbered(labels: Sequence[int | str], names: Sequence[str] | None) -> list[int]:
+    """Class numbers of labels, which are numbers, also as texts, or `names` of classes; ValueError for other names."""
+    known = {name: number for number, name in enumerate(names or [])}
+    for label in map(str, labels):
+        if not label.isdecimal() and label not in known:
+            wanted = f"one of {', '.join(known)}" if known else "a number, as the names of the classes are not known"
+            close = get_close_matches(label, known, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else "change labels"
+            raise ValueError(f"got the label {label[:100]!r}, wanted {wanted}: {hint}")
+    return [int(label) if label.isdecimal() else known[label] for label in map(str, labels)]
 
 
 def labelled(backbone: ModelMixin, count: int, labels: Labels | None, weights: Sequence[float]) -> Answer:
@@ -88,16 +102,22 @@ def correction(
 
 
 def held(answer: Answer, scheduler: SchedulerMixin, missing: Missing, clip: Tensor) -> Answer:
-    """Answers, by two calls each, whose clean estimates p z_t + q answer agree; clipped, as solvers clip later."""
+    """Answers, by three calls each, whose clean estimates p z_t + q answer agree; clipped, as solvers clip later."""
 
     def agreeing(z: Tensor, t: Tensor) -> Tensor:
         (p, q), output = estimate_factors(scheduler, t), answer(z, t)
         estimate = p * z.float() + q * output.float()  # p reaches 20,000, too much for half precision
-        v = missing(estimate.clamp(-clip, clip))
-        pushed = z + PUSH * v.to(z.dtype)
-        along = (p * pushed.float() + q * answer(pushed, t).float() - estimate) / PUSH  # J v, as J is symmetric
-        best = (v * v).sum((1, 2, 3), keepdim=True) / (v * along).sum((1, 2, 3), keepdim=True)
-        clipped = (estimate + best.nan_to_num(0, 0, 0).clamp_min(0) * along).clamp(-clip, clip)
+        v = way = missing(estimate.clamp(-clip, clip))
+        moved = estimate
+        for _ in range(TURNS):
+            pushed = z + PUSH * way.to(z.dtype)
+            along = (p * pushed.float() + q * answer(pushed, t).float() - estimate) / PUSH  # J way, as J is symmetric
+            size = (v * v).sum((1, 2, 3), keepdim=True)
+            best = size / (way * along).sum((1, 2, 3), keepdim=True)
+            moved = moved + best.nan_to_num(0, 0, 0).clamp_min(0) * along
+            v = missing(moved.clamp(-clip, clip))
+            way = v + ((v * v).sum((1, 2, 3), keepdim=True) / size).nan_to_num(0, 0, 0) * way
+        clipped = moved.clamp(-clip, clip)
         change = missing(clipped)
         any_known = (change != 0).flatten(1).any(1).view(-1, 1, 1, 1)  # not with an empty mask
         return output + ((clipped - estimate + change).where(any_known, 0) / q).to(output.dtype)

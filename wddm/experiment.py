@@ -21,6 +21,7 @@ from diffusers import ModelMixin
 
 from wddm import data
 from wddm.backbones import BACKBONES, IMAGES, build_backbone
+from wddm.conditions import numbered
 from wddm.data import Dataset
 from wddm.metrics.frechet import frechet_wavelet_distance, moments
 from wddm.objective import TARGETS, build_solver, check_options, check_training, default_solver
@@ -47,9 +48,9 @@ BOUNDS: dict[str, tuple[float, float]] = {  # parameter of any notebook: (minimu
     "validation_images": COUNT, "fwd_images": COUNT, "num_samples": COUNT, "sampling_batch_size": COUNT,
     "sampling_steps": STEPS, "detail_steps": STEPS, "steps": STEPS, "band_steps": STEPS, "reference_steps": STEPS,
     "eta": SHARE, "etas": SHARE, "labels": (0, 10**6), "guidance": (0, 100), "guidance_details": (0, 100),
-    "sets": (1, 1000), "rounds": (5, 1000), "images_per_step": COUNT, "comparison_seconds": (0, 10**6),
-    "answers": (1, 64), "max_step_seconds": (0.001, 10**6), "capacity_gib": (0.001, 10**6),
-    "seconds": (0.1, 10**6), "workers": (1, 1024),
+    "weights": (0, 100), "sets": (1, 1000), "rounds": (5, 1000), "images_per_step": COUNT,
+    "comparison_seconds": (0, 10**6), "answers": (1, 64), "max_step_seconds": (0.001, 10**6),
+    "capacity_gib": (0.001, 10**6), "seconds": (0.1, 10**6), "workers": (1, 1024),
 }  # fmt: skip
 CHOICES: dict[str, Iterable[str]] = {
     "schedule": SCHEDULES, "precision": PRECISIONS, "prediction_type": TARGETS, "backbone": BACKBONES,
@@ -108,19 +109,20 @@ def train(
             warnings.filterwarnings("ignore", "OMP_NUM_THREADS")
         if settings.get("fwd_kimg"):
             settings["measure"] = distance_to(prepared.images, **share(distance_to, book.parameters))
-        parts = {"model": network, "codec": codec, "images": prepared.images, "data_sha256": prepared.sha256}
         labels = labels_of(prepared, **share(labels_of, book.parameters))
-        trainer = Trainer(**parts, labels=labels, folder=book.folder, **settings)
+        parts: dict[str, Any] = {"model": network, "codec": codec, "images": prepared.images, "labels": labels}
+        parts |= {"data_sha256": prepared.sha256, "class_names": None if labels is None else prepared.class_names}
+        trainer = Trainer(**parts, folder=book.folder, **settings)
         if not trainer.main:
             return deque(trainer.steps(), maxlen=0).clear()  # the main process shows and records
         book.begin("pipeline")
         print(*trainer.notes, sep="\n", end="\n" * bool(trainer.notes))
         total = trainer.total_steps * trainer.batch_size
         bar = progress(total=total, initial=trainer.images_seen, desc="training", unit="img")
+        trainer.on_step = lambda images_seen: bar.update(images_seen - bar.n)
         with bar, closing(trainer.steps()) as steps:
             for step in steps:
                 bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
-                bar.update(step.images_seen - bar.n)
                 show(step)
         book.made("pipeline", book.folder / "pipeline", images_seen=trainer.images_seen)
 
@@ -163,7 +165,7 @@ def check_bounds(parameters: Parameters) -> None:
     for name, (low, high) in BOUNDS.items():
         given = parameters.get(name)
         for value in given if isinstance(given, list | tuple) else [given]:
-            if value is not None and not low <= value <= high:
+            if not isinstance(value, str | None) and not low <= value <= high:
                 problems.append(f"got {name}={str(value)[:20]}, wanted {low:g} to {high:g}: change {name}")
     if problems:
         raise ValueError("\n".join(problems))
@@ -200,7 +202,8 @@ def _check_images(experiment: Experiment) -> None:
     source, labels = data.check_source(**share(data.check_source, parameters))[1], parameters.get("labels")
     near = parameters.get("dataset_path") or (labels and name in ("digits", "patches", "emoji"))
     opened = source.open(parameters.get("on_error") == "skip") if near else None
-    if opened and opened.class_names and max(labels or [0]) >= len(opened.class_names):
+    numbers = numbered(labels or [], opened.class_names) if opened else []
+    if opened and opened.class_names and max(numbers, default=0) >= len(opened.class_names):
         raise ValueError(f"got labels={labels}, wanted 0 to {len(opened.class_names) - 1}, the set's: change labels")
     count, channels = IMAGES_IN.get(name), IMAGES.get(name, (0, 3))[1]
     if opened:

@@ -23,7 +23,7 @@ from wddm.backbones import load_backbone
 from wddm.bandrate import BandRates, Group
 from wddm.cards import card_of
 from wddm.conditions import Answer, Labels, Missing, correction, held, labelled
-from wddm.loading import fetched, is_path, load_scheduler, load_strictly, read_config
+from wddm.loading import check_config, fetched, is_path, load_scheduler, load_strictly, read_config
 from wddm.objective import NOISE, SOLVERS, build_solver, check_options, exact_step, set_steps
 from wddm.wavelets import WaveletCodec, check_choice, check_multiple
 
@@ -35,9 +35,12 @@ class WaveletPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "backbone"
 
-    def __init__(self, backbone: ModelMixin, scheduler: SchedulerMixin, codec: WaveletCodec) -> None:
+    def __init__(
+        self, backbone: ModelMixin, scheduler: SchedulerMixin, codec: WaveletCodec, class_names: list[str] | None = None
+    ) -> None:  # fmt: skip
         super().__init__()
         self.register_modules(backbone=backbone, scheduler=scheduler, codec=codec)
+        self.register_to_config(class_names=class_names)
         config, sides = backbone.config, self.map_size
         whole = len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)
         if not whole or config.in_channels != config.out_channels:
@@ -167,11 +170,13 @@ class WaveletPipeline(DiffusionPipeline):
         torch_dtype. ValueError: a part is absent, damaged, pickled, or its tensors are not those of its config.
         """
         folder = fetched(path, options)
-        read_config(cls, folder)
+        names = {"class_names": read_config(cls, folder).get("class_names")}
+        check_config(cls, names, folder)
         pipeline = cls(
             load_backbone(folder / "backbone", **options),
             scheduler or load_scheduler(folder / "scheduler"),
             load_strictly(WaveletCodec.from_pretrained, folder / "codec", **options),
+            **names,
         )
         pipeline.register_to_config(_name_or_path=str(folder))
         return pipeline

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from wddm.backbones import backbone_name
 from wddm.checkpoints import public
+from wddm.conditions import numbered
 from wddm.loading import fetched
 from wddm.objective import build_solver, default_solver
 from wddm.pipeline import WaveletPipeline, image_generators, visible
@@ -70,7 +71,7 @@ def open_pipeline(
 
 def draw(
     pipeline: WaveletPipeline, folder: Path, count: int, *, batch_size: int = 64, seed: int = 0,
-    labels: Sequence[int] | None = None, **solving: Unpack[Solving],
+    labels: Sequence[int | str] | None = None, **solving: Unpack[Solving],
 ) -> None:  # fmt: skip
     """Write images 00000.png ..., grid.png and samples.json into a new folder, as `write_summary` and `new_folder` say.
 
@@ -95,7 +96,7 @@ def draw(
 
 def sample_images(
     pipeline: WaveletPipeline, count: int, *, batch_size: int = 64, seed: int = 0, rank: int = 0, world_size: int = 1,
-    labels: Sequence[int] | None = None, known: Mapping[str, Tensor] | None = None, **solving: Unpack[Solving],
+    labels: Sequence[int | str] | None = None, known: Mapping[str, Tensor] | None = None, **solving: Unpack[Solving],
 ) -> Iterator[np.ndarray]:  # fmt: skip
     """Draw `count` images batch by batch, uint8 (b, H, W, C), image k seeded `seed + k`; the last batch is shorter.
 
@@ -113,10 +114,10 @@ def sample_images(
         yield (images[: count - start] * 255).round().astype(np.uint8)
 
 
-def labels_in_turn(pipeline: WaveletPipeline, labels: Sequence[int] | None = None) -> list[int] | None:
-    """What images are drawn with, over and over: these labels, or else all that the network knows, or none."""
+def labels_in_turn(pipeline: WaveletPipeline, labels: Sequence[int | str] | None = None) -> list[int] | None:
+    """What images are drawn with, over and over: these labels, by number or name, or else all there are, or none."""
     known = getattr(pipeline.backbone.config, "num_class_embeds", None) or 1  # the last is "no label"
-    return list(labels or range(known - 1)) or None
+    return numbered(labels or range(known - 1), pipeline.config.get("class_names")) or None
 
 
 def images_per_call(pipeline: WaveletPipeline, batch_size: int) -> int:

@@ -35,7 +35,8 @@ from wddm.wavelets import WaveletCodec, check_choice
 # what no weight depends on, or settings describe in another way: may change from one start of a run to the next
 FREE = {
     "cpu", "extend", "restart", "checkpoint_kimg", "preview_kimg", "gradient_checkpointing", "measure", "fwd_kimg",
-    "fwd_images", "data_sha256", "model", "codec", "images", "folder", "labels", "label_dropout",
+    "fwd_images", "data_sha256", "model", "codec", "images", "folder", "labels", "label_dropout", "class_names",
+    "on_step",
 }  # fmt: skip
 
 
@@ -53,6 +54,7 @@ class Trainer:
     images: np.ndarray  # uint8 (N, H, W, C)
     folder: Path
     labels: np.ndarray | None = None  # (N,), for a network with class embeddings, the last of which is "no label"
+    class_names: list[str] | None = None  # of the labels, for the pipeline to know
     label_dropout: float = 0.1  # share of labels that the network is not shown
     data_sha256: str | None = None  # identifies the images, in place of a checksum of some of them
     train_kimg: float = 160.0  # length of the training
@@ -73,13 +75,14 @@ class Trainer:
     compile: bool = False
     gradient_checkpointing: bool = False  # compute activations again in the backward pass, where memory is short
     cpu: bool = False  # stay off a GPU that is there
-    log_every: int = 20  # steps between two `Step`s
+    log_every: int = 20  # steps between two `Step`s; there is one after 1, 2, 4 and 8, too
     checkpoint_kimg: float = 40.0  # thousand images between checkpoints; these here and below: 0 is never
     validation_kimg: float = 0.0  # between losses on held-out images; where it was lowest is checkpoints/best
     validation_images: int = 256  # how many are held out, where there is such a loss
     preview_kimg: float = 40.0  # between pictures of samples in previews/
     fwd_kimg: float = 0.0  # between calls of `measure`
     fwd_images: int = 512
+    on_step: Callable[[int], object] = lambda images_seen: None  # called after every step
     measure: Callable[[np.ndarray], float] | None = None  # of `fwd_images` samples, uint8 (N, H, W, C); logged as `fwd`
     extend: bool = False  # go on with a run of the same settings but for a smaller train_kimg
     restart: bool = False  # set the checkpoints of a finished run of other settings aside, and begin anew
@@ -107,10 +110,9 @@ class Trainer:
             self.model.enable_gradient_checkpointing()
         self.codec.to(self.device)
         self.parameters = [p for p in self.model.train().parameters() if p.requires_grad]
-        plain = torch.optim.AdamW(self.parameters, weight_decay=self.weight_decay, fused=True)
-        network = torch.compile(self.model) if self.compile else self.model
-        self.network, prepared = self.accelerator.prepare(network, plain)
-        self.optimizer = plain if self.accelerator.scaler is None else prepared  # fp16 alone needs accelerate's
+        ours = torch.optim.AdamW(self.parameters, weight_decay=self.weight_decay, fused=True)
+        self.network, theirs = self.accelerator.prepare(torch.compile(self.model) if self.compile else self.model, ours)
+        self.optimizer = ours if self.accelerator.scaler is None else theirs  # fp16 alone needs accelerate's
         decay = 0.5 ** (1 / (self.ema_half_life_kimg * 1000 / self.batch_size)) if self.ema_half_life_kimg else 0.0
         self.weights: list[Tensor] = list(self.model.parameters())  # once: small networks feel a walk through them
         self.ema = EMAModel(self.weights, decay=decay, foreach=True)
@@ -133,7 +135,7 @@ class Trainer:
             self.held = held.pop_all()
 
     def steps(self) -> Generator[Step]:
-        """Train to the end, a `Step` every `log_every` steps; then write pipeline/.
+        """Train to the end, a `Step` every `log_every` steps and some before; then write pipeline/.
 
         Ctrl-C or SIGTERM ends it at once by `checkpoints.Interrupted`, with a checkpoint of the last whole step; what
         else was due then is done when the run goes on. FloatingPointError and OSError (disk full) leave the last one.
@@ -150,6 +152,7 @@ class Trainer:
                         batch = next(stream)
                         self.unread.append(self.optimise(*([batch] if self.classes is None else batch)))
                         self.step, self.watched = self.step + 1, False
+                        self.on_step(self.images_seen)
                     asking = self.world_size > 1 and self.step % self.log_every == 0  # each other, now and then
                     if asking and any(gather_object([self.stop.is_set()])):
                         raise KeyboardInterrupt
@@ -163,9 +166,8 @@ class Trainer:
                 if self.main:
                     with self.averaged() as pipeline, written_aside(self.folder / "pipeline") as aside:
                         pipeline.save_pretrained(aside)
-                        origin: dict[str, Any] = {"settings": self.settings(), "images_seen": self.images_seen}
-                        origin["data_sha256"] = self.data_sha256
-                        (aside / "training.json").write_text(json.dumps(origin, indent=1))
+                        own = dict(settings=self.settings(), images_seen=self.images_seen, data_sha256=self.data_sha256)
+                        (aside / "training.json").write_text(json.dumps(own, indent=1))
                 self.accelerator.end_training()
             except (GeneratorExit, KeyboardInterrupt) as error:
                 self.save()
@@ -231,9 +233,8 @@ class Trainer:
         self.ema.store(self.weights)
         try:
             self.ema.copy_to(self.weights)
-            pipeline = WaveletPipeline(self.model.eval(), solver, self.codec)
             with self.stop.cuttable():
-                yield pipeline
+                yield WaveletPipeline(self.model.eval(), solver, self.codec, self.class_names)
         finally:
             self.ema.restore(self.weights)
             self.model.train()
@@ -248,8 +249,8 @@ class Trainer:
                 images = to_batch(self.images[rows], np.zeros(len(rows), bool), self.device)
                 classes = [] if self.classes is None else [torch.from_numpy(self.classes[rows]).to(self.device)]
                 generators = [torch.Generator().manual_seed(start + k) for k in range(len(rows))]
-                network = steps.conditioned(pipeline.backbone, *classes)
-                loss = self.loss(network, self.codec, self.noise_scheduler, images, *self.drawn(generators, 1))
+                network, drawn = steps.conditioned(pipeline.backbone, *classes), self.drawn(generators, 1)
+                loss = self.loss(network, self.codec, self.noise_scheduler, images, *drawn)
                 total += loss.total.item() * len(rows) / len(self.held_out)
         if self.best is None or total < self.best:
             self.best = total
@@ -266,12 +267,12 @@ class Trainer:
         """What is due at this step but for the checkpoint: a preview and measures, of the main process; a log's row."""
         images_per_s = self.batch_size * (self.step - clock[0]) / (time.perf_counter() - clock[1])
         validating, measuring, previewing = map(self._due, (self.validation_kimg, self.fwd_kimg, self.preview_kimg))
-        logging = validating or measuring or self.step == self.total_steps or self.step % self.log_every == 0
-        if logging or previewing:
+        logs = validating or measuring or self.step % self.log_every == 0 or self.step in (1, 2, 4, 8, self.total_steps)
+        if logs or previewing:
             steps.check_finite(self.unread, self.step, self.learning_rate)
         if previewing and self.main:
             steps.write_preview(self.samples(32), self.folder / "previews" / f"{self.images_seen:09d}.png")
-        if not logging:
+        if not logs:
             return None
         validation_loss, fwd, bands = self.validate() if validating and self.main else None, None, self.codec.bands()
         if measuring and self.main and self.measure:
@@ -324,7 +325,6 @@ class Trainer:
             "codec": checkpoints.public(self.codec.config),
             "images": [*self.images.shape, self.data_sha256 or zlib.crc32(some.tobytes())],
             "layout": checkpoints.LAYOUT,
+            "labels": None if self.classes is None else [self.label_dropout, zlib.crc32(self.classes.tobytes())],
         }
-        if self.classes is not None:
-            described["labels"] = [self.label_dropout, zlib.crc32(self.classes.tobytes())]
         return json.loads(json.dumps(described))

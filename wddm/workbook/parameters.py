@@ -5,8 +5,8 @@ The cell tagged `parameters` of a notebook is its schema, one line per parameter
     level: int = 1                  # how many times the images are split
     widths: list[int] | None = None # None takes the preset
 
-Types are str, int, float, bool, list[T] and `T | None`. A comment explains, it decides nothing: which values are
-allowed is up to the code that takes them.
+Types are str, int, float, bool, `int | str`, list[T] and `T | None`. A comment explains, it decides nothing: which
+values are allowed is up to the code that takes them.
 
 Their values come from YAML, read strictly: YAML 1.1 takes 010 for 8, 1:30 for 90 and 2024-01-01 for a date, keeps the
 last of two equal keys, and lets a few lines stand for gigabytes. All that is refused.
@@ -24,8 +24,11 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
-TYPES = {"str": (str, "name"), "int": (int, 1), "float": (float, 0.1), "bool": (bool, True)}  # and an example
-TYPE = re.compile(r"(?P<list>list\[)?(?P<item>str|int|float|bool)(?(list)\])(?P<none> \| None)?")
+TYPES: dict[str, tuple[tuple[type, ...], Any]] = {  # and an example
+    "str": ((str,), "name"), "int": ((int,), 1), "float": ((float,), 0.1), "bool": ((bool,), True),
+    "int | str": ((int, str), 1),
+}  # fmt: skip
+TYPE = re.compile(r"(?P<list>list\[)?(?P<item>int \| str|str|int|float|bool)(?(list)\])(?P<none> \| None)?")
 EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")  # which papermill's YAML reads as a string
 MOST_BYTES = 100_000  # bytes of a file
 DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9]{0,18}|[0-9]*\.[0-9]*([eE][-+][0-9]+)?|\.(?i:inf|nan))")
@@ -59,7 +62,7 @@ class Parameter:
             item = float(item) if kind["item"] == "float" and number else item
         except OverflowError:
             raise self._refusal(value, kind) from None
-        if type(item) is not TYPES[kind["item"]][0] or (isinstance(item, float) and not math.isfinite(item)):
+        if type(item) not in TYPES[kind["item"]][0] or (isinstance(item, float) and not math.isfinite(item)):
             raise self._refusal(value, kind)
         return item
 
