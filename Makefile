@@ -18,7 +18,7 @@ test-fast: $(READY)  ## what needs no notebook and no training
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow"
 
 lab: $(READY)  ## open JupyterLab on the notebooks
-	JUPYTER_CONFIG_PATH=notebooks/lab$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH} $(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/01_prepare.ipynb
+	GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-1000} JUPYTER_CONFIG_PATH=notebooks/lab$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH} $(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/01_prepare.ipynb
 
 tutorials: $(READY)  ## execute the tutorials in place, for their outputs to be committed
 	OMP_NUM_THREADS=1 $(BIN)/python notebooks/refresh.py notebooks/tutorials/*.ipynb

@@ -60,6 +60,24 @@ def test_conda_installs_the_lock_and_the_package() -> None:
     assert packages == {"pip": ["-r requirements.lock", "-e ."]}
 
 
+@pytest.mark.parametrize(
+    ("given", "spins", "policy"),
+    [
+        ({}, "1000", None),
+        ({"GOMP_SPINCOUNT": "7"}, "7", None),
+        ({"OMP_WAIT_POLICY": "active"}, None, "active"),
+        ({"LOCAL_RANK": "0"}, None, "passive"),
+    ],
+)
+def test_threads_that_wait_leave_the_cores_to_others_unless_told(given, spins, policy) -> None:
+    """With one core busy, training on two threads that spin is several times slower."""
+    code = "import os, wddm.cli as c; c.main(['--help']); g = os.environ.get; "
+    code += "print(g('GOMP_SPINCOUNT'), g('OMP_WAIT_POLICY'))"
+    alone = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    told = {"cwd": ROOT, "env": alone | given, "capture_output": True, "text": True, "check": True}
+    assert subprocess.run([sys.executable, "-c", code], **told).stdout.splitlines()[-1] == f"{spins} {policy}"
+
+
 def test_starting_needs_no_torch_and_no_time() -> None:
     code = "import sys, wddm, wddm.cli, wddm.workbook; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

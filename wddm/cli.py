@@ -249,8 +249,9 @@ def remedied(error: click.ClickException) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; its exit code."""
-    if "LOCAL_RANK" in os.environ:  # processes that share the cores must not spin while they wait for each other
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # which counts until torch is imported
+    if "OMP_WAIT_POLICY" not in os.environ:  # threads that wait spin, and stall what else runs; until torch is imported
+        launched = "LOCAL_RANK" in os.environ  # beside other processes on the same cores: they must not spin at all
+        os.environ.setdefault(*(("OMP_WAIT_POLICY", "passive") if launched else ("GOMP_SPINCOUNT", "1000")))
     try:
         return int(commands.main(arguments, prog_name="wddm", standalone_mode=False) or 0)
     except click.exceptions.NoArgsIsHelpError as error:
