@@ -69,7 +69,7 @@ def test_killed_25_times_it_ends_with_the_bytes_of_a_run_left_alone(root) -> Non
     print(*command(root, "alone")[3:], file=server.stdin, flush=True)
     assert int(server.stdout.readline()) and int(server.stdout.readline()) == 0
     wanted = left(root / "runs" / "alone")
-    assert len(wanted["log"]) == 12 and {"checkpoints/best/state.json", "pipeline/model_index.json"} <= wanted.keys()
+    assert len(wanted["log"]) == 16 and {"checkpoints/best/state.json", "pipeline/model_index.json"} <= wanted.keys()
     dice, kills, moments = random.Random(0), 0, set()
     checkpoints, words = root / "runs" / "killed" / "checkpoints", command(root, "killed")[3:]
     for attempt in range(200):

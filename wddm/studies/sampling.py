@@ -24,7 +24,7 @@ from wddm.checkpoints import public
 from wddm.conditions import labelled
 from wddm.data import Dataset, to_batch
 from wddm.files import append_row, read_rows
-from wddm.metrics import scores
+from wddm.metrics import frechet, inception, scores
 from wddm.metrics.intervals import Estimate
 from wddm.objective import build_solver, check_options, clean_estimate, factors, noised
 from wddm.pipeline import WaveletPipeline
@@ -114,6 +114,32 @@ def quality(
     for score in (score for score in found if score.key == metric and score.estimate):
         return cost | score.record()
     raise ValueError(f"got metric={metric!r}, {found[0].protocol}, wanted one that is computed here: choose fwd")
+
+
+def scored(
+    pipeline: WaveletPipeline, reference: Dataset, cell: Row, *, count: int, metrics: Sequence[str],
+    measuring: scores.Options, **solving: Any,
+) -> Row:  # fmt: skip
+    """What drawing with a cell's options cost, and what these metrics, keys of METRICS, say of the images."""
+    samples, cost = timed_samples(pipeline, count, **cell, **solving)
+    found = [score for name in metrics for score in scores.METRICS[name](samples, reference, measuring)]
+    return cost | {key: value for score in found for key, value in score.record().items()}
+
+
+def distances(
+    images: np.ndarray, real: frechet.Moments, features: np.ndarray | None, level: int, *, seed: int, device: Any
+) -> Row:
+    """FWD to images with these moments; KID x 1000 to those with these features of EfficientNet, if any are given."""
+    measured: dict[str, Any] = {"resamples": 20, "seed": seed, "device": device}
+    fwd = frechet.frechet_wavelet_distance(real, images, level, **measured).distance
+    row = {f"fwd{end}": value for end, value in zip(ENDS, fwd, strict=True)}
+    if features is not None:
+        from wddm.metrics import perceptual
+
+        own = inception.features(images, perceptual.build(device))[perceptual.LAYER]
+        kid = inception.by_kernel(own, features)["kid"]
+        row |= {f"kid{end}": 1000 * value for end, value in zip(ENDS, kid, strict=True)}
+    return row
 
 
 def pooled(rows: Sequence[Row], metric: str) -> pd.DataFrame:
