@@ -32,7 +32,7 @@ from wddm.checkpoints import Interrupted, Stop, difference
 from wddm.metrics import frechet_wavelet_distance
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
-from wddm.steps import VARYING, average, derived_seed, read_log, resolve_precision
+from wddm.steps import VARYING, advice, average, derived_seed, read_log, resolve_precision
 from wddm.training import Trainer
 from wddm.wavelets import WaveletCodec
 
@@ -436,6 +436,15 @@ def test_a_checkpoint_between_two_rows_of_the_log_keeps_the_half_read_meter(tmp_
     list(trainer.steps())
     assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
     assert [row["step"] for row in timeless(tmp_path / "whole")] == [1, 2, 4, 8, 10]
+
+
+def test_a_rate_at_which_wide_networks_stop_learning_is_told() -> None:
+    """At 2e-3 one of 256 channels was seen to, at 5e-4 not; those up to 64 learn at 2e-3."""
+    wide, slim = (build_backbone("unet", dataset="digits", level=1, widths=[width]) for width in (256, 64))
+    assert advice(wide, 2e-3) == [
+        "learning_rate 0.002 is much for 256 channels: if the loss stops falling, take 0.0005"
+    ]
+    assert advice(wide, 5e-4) == advice(slim, 2e-3) == []
 
 
 def test_every_step_is_told_at_once(tmp_path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid, numpy_to_pil
 from torch import Generator, Tensor, nn
@@ -107,6 +107,13 @@ def class_numbers(labels: np.ndarray | None, no_label: int, count: int) -> np.nd
 def conditioned(network: nn.Module, *labels: Tensor) -> Any:
     """The network, told labels (B,) if there are any."""
     return partial(network, class_labels=labels[0]) if labels else network
+
+
+def advice(model: ModelMixin, learning_rate: float) -> list[str]:
+    """A line if networks as wide as this one were seen to stop learning at such a rate, or none."""
+    widest = max(model.config.get("block_out_channels") or [0])
+    much = f"learning_rate {learning_rate:g} is much for {widest} channels"
+    return [f"{much}: if the loss stops falling, take {0.128 / widest:.1g}"] if learning_rate * widest > 0.3 else []
 
 
 def tune(model: nn.Module, device: torch.device) -> None:

@@ -123,7 +123,7 @@ class Trainer:
         self.step, self.watched = 0, True  # the last step, and whether all that is due at it is done
         self.best: float | None = None  # the lowest loss on the held-out images
         self.unread: list[tuple[Tensor, ...]] = []  # what `optimise` gave in every step since the last `Step`
-        self.notes: list[str] = []
+        self.notes = steps.advice(self.model, self.learning_rate)
         self.stop = checkpoints.Stop(alone=self.world_size == 1)
         with ExitStack() as held:  # let go if something is refused
             if self.main:
