@@ -34,7 +34,7 @@ from wddm.data import batches, load
 from wddm.experiment import build
 from wddm.kan import SplineLinear
 from wddm.metrics.intervals import median
-from wddm.metrics.scores import Options, evaluate
+from wddm.metrics.scores import METRICS, Options
 from wddm.training import Trainer
 from wddm.wavelets import WaveletCodec
 
@@ -250,8 +250,8 @@ def apart(task: Task) -> tuple[dict[str, Any], np.ndarray]:
 def measured(task: Task, level: int) -> dict[str, Any]:
     """What a peer took, how its samples score against the set, FWD at that level, and the samples themselves."""
     row, samples = apart(task)
-    found = evaluate(samples, load(task.data), Options(level=level))
-    numbers = [score.record() for name in ("perceptual", "wavelet", "classifier") for score in found[name]]
+    judges = [METRICS[name] for name in ("perceptual", "wavelet", "classifier")]
+    numbers = [score.record() for judge in judges for score in judge(samples, load(task.data), Options(level=level))]
     return row | {key: value for record in numbers for key, value in record.items()} | {"samples": samples}
 
 

@@ -59,7 +59,8 @@ def factors(scheduler: SchedulerMixin, t: Tensor) -> tuple[Tensor, Tensor]:
     t = t.view(-1, 1, 1, 1)
     if scheduler.config.prediction_type == FLOW:
         return 1 - t / TIMESTEPS, t / TIMESTEPS
-    a, row = scheduler.alphas_cumprod.to(t.device), t.long()
+    scheduler.alphas_cumprod = a = scheduler.alphas_cumprod.to(t.device)  # once, as diffusers' `add_noise` does
+    row = t.long()
     sigma = ((1 - a) / a).sqrt()
     sigma = torch.lerp(sigma[row], sigma[(row + 1).clamp_max(TIMESTEPS - 1)], (t - row).to(sigma.dtype))
     signal = (1 + sigma**2).rsqrt()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ModelMixin, SchedulerMixin
+from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid, numpy_to_pil
 from torch import Generator, Tensor, nn
@@ -149,13 +149,14 @@ def check_finite(unread: list[tuple[Tensor, ...]], step: int, learning_rate: flo
 
 
 def draw_noise(
-    scheduler: SchedulerMixin, time_sampling: str, device: torch.device, shape: tuple[int, int, int],
-    generators: list[Generator], each: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Noise (N, *shape) and timesteps (N,) of the scheduler, of which every generator gives `each` so many."""
+    timesteps: Tensor, time_sampling: str, shape: tuple[int, int, int], generators: list[Generator], each: int
+) -> tuple[Tensor, Tensor]:
+    """Noise (N, *shape) and N of the timesteps, given in order from the least noise, on their device; every generator
+    gives `each` so many.
+    """
     noise = [torch.randn(each, *shape, generator=one, device=one.device) for one in generators]
     places = torch.cat([TIME_SAMPLINGS[time_sampling](each, one) for one in generators])
-    return torch.cat(noise).to(device), scheduler.timesteps.flip(0).to(device)[places.to(device)]
+    return torch.cat(noise).to(timesteps.device), timesteps[places.to(timesteps.device)]
 
 
 def moments(optimizer: Optimizer) -> dict[str, Tensor]:

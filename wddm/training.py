@@ -117,8 +117,8 @@ class Trainer:
         self.weights: list[Tensor] = list(self.model.parameters())  # once: small networks feel a walk through them
         self.ema = EMAModel(self.weights, decay=decay, foreach=True)
         self.noise_scheduler = noise_scheduler(self.prediction_type)
-        shape = self.codec.shape(*np.roll(self.images.shape[1:], 1).tolist())
-        self.drawn = partial(steps.draw_noise, self.noise_scheduler, self.time_sampling, self.device, shape)
+        shape, times = self.codec.shape(*np.roll(self.images.shape[1:], 1).tolist()), self.noise_scheduler.timesteps
+        self.drawn = partial(steps.draw_noise, times.flip(0).to(self.device), self.time_sampling, shape)
         self.loss = partial(diffusion_loss, weighting=self.weighting, reconstruction=self.reconstruction)
         self.step, self.watched = 0, True  # the last step, and whether all that is due at it is done
         self.best: float | None = None  # the lowest loss on the held-out images
