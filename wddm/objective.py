@@ -53,15 +53,12 @@ def noise_scheduler(prediction_type: str = "v_prediction") -> SchedulerMixin:
 
 
 def factors(scheduler: SchedulerMixin, t: Tensor) -> tuple[Tensor, Tensor]:
-    """signal(t) and noise(t) of each sample, (B, 1, 1, 1); between two rows of a table, noise / signal is linear in t,
-    as solvers have it.
-    """
+    """signal(t) and noise(t), (B, 1, 1, 1); between rows of the table noise / signal is linear in t, as in solvers."""
     t = t.view(-1, 1, 1, 1)
     if scheduler.config.prediction_type == FLOW:
         return 1 - t / TIMESTEPS, t / TIMESTEPS
     scheduler.alphas_cumprod = a = scheduler.alphas_cumprod.to(t.device)  # once, as diffusers' `add_noise` does
-    row = t.long()
-    sigma = ((1 - a) / a).sqrt()
+    row, sigma = t.long(), ((1 - a) / a).sqrt()
     sigma = torch.lerp(sigma[row], sigma[(row + 1).clamp_max(TIMESTEPS - 1)], (t - row).to(sigma.dtype))
     signal = (1 + sigma**2).rsqrt()
     return signal, sigma * signal
@@ -182,35 +179,28 @@ def build_solver(
         codec: of the coefficients. ddpm, ddim and heun clip the clean estimate at its `clip_value`; without one, at 1.
     """
     name = check_choice("solver", name, SOLVERS)
-    prediction_type = check_choice("prediction_type", prediction_type, TARGETS)
-    if prediction_type == "sample" and name in NOT_OF_SAMPLE:
+    kind = check_choice("prediction_type", prediction_type, TARGETS)
+    if kind == "sample" and name in NOT_OF_SAMPLE:
         raise ValueError(f"got prediction_type='sample' for {name}, which does not know it: choose another solver")
-    if prediction_type == FLOW:
-        return _flow_solver(name, spacing)
-    solver = getattr(diffusers, SOLVERS[name][0])
+    if not (class_name := SOLVERS[name][kind == FLOW]):
+        able = ", ".join(name for name, (_, of_flow) in SOLVERS.items() if of_flow)
+        raise ValueError(f"got {name} for {kind}, wanted one of {able}: choose one, or leave it out")
+    solver, spacing = getattr(diffusers, class_name), spacing or "trailing"
     known = inspect.signature(solver.__init__).parameters
-    options = {**NOISE, "prediction_type": prediction_type, **SETTINGS.get(name, {})}
-    if "timestep_spacing" in known:
-        options["timestep_spacing"] = spacing or "trailing"
-        check_choice("spacing", options["timestep_spacing"], ("leading", "trailing", "linspace"))
-    elif spacing:
-        raise ValueError(f"got spacing={spacing!r} for {name}, which spaces its steps itself: leave spacing out")
-    if "clip_sample" in known:
-        options |= {"clip_sample": True, "clip_sample_range": codec.clip_value.item() if codec else 1.0}
-    return solver(**options)
-
-
-def _flow_solver(name: str, spacing: str | None) -> SchedulerMixin:
-    able = [name for name, (_, of_flow) in SOLVERS.items() if of_flow]
-    if name not in able:
-        raise ValueError(f"got {name} for {FLOW}, wanted one of {', '.join(able)}: choose one, or leave it out")
-    if spacing not in (None, "trailing"):
-        raise ValueError(f"got spacing={spacing!r} for {FLOW}, wanted trailing, all that it has: leave spacing out")
-    solver = getattr(diffusers, SOLVERS[name][1])
-    options = {"num_train_timesteps": TIMESTEPS, "prediction_type": FLOW, "use_flow_sigmas": True}
-    known = inspect.signature(solver.__init__).parameters
+    if kind != FLOW and "timestep_spacing" in known:
+        check_choice("spacing", spacing, ("leading", "trailing", "linspace"))
+    elif spacing != "trailing":
+        subject = kind if kind == FLOW else name
+        raise ValueError(f"got spacing={spacing!r} for {subject}, which spaces its steps itself: leave spacing out")
+    options = {"num_train_timesteps": TIMESTEPS, "prediction_type": kind}
+    if kind == FLOW:
+        options["use_flow_sigmas"] = True
+    else:
+        clip = codec.clip_value.item() if codec else 1.0
+        options |= NOISE | {"timestep_spacing": spacing, "clip_sample": True, "clip_sample_range": clip}
+        options |= SETTINGS.get(name, {})
     made = solver(**{key: value for key, value in options.items() if key in known})
-    made.register_to_config(prediction_type=FLOW)  # which some do not store
+    made.register_to_config(prediction_type=kind)  # which some solvers of flows do not store
     return made
 
 
@@ -284,15 +274,11 @@ def _flow_step(solver: SchedulerMixin) -> Callable[..., Any]:
 
 
 def _heun_step(solver: SchedulerMixin) -> Callable[..., Any]:
-    predicted: Tensor | None = None
-
-    def step(*args: Any, **options: Any) -> Any:
-        nonlocal predicted
+    def step(output: Tensor, t: Tensor, z: Tensor, **options: Any) -> Any:
         i, corrects = solver.step_index, not solver.state_in_first_order
-        done = solver.step(*args, **options)
+        done = solver.step(output, t, z, **options)
         if corrects and solver.sigmas[i - 1] > 30 * solver.sigmas[i]:
-            done.prev_sample = predicted
-        predicted = done.prev_sample
+            done.prev_sample = z  # where Euler's step led
         return done
 
     return step

@@ -89,15 +89,13 @@ class WaveletPipeline(DiffusionPipeline):
         self._check_solver(num_inference_steps, eta, detail_steps, guidance_details)
         weights, conditions = (guidance, guidance_details), (low_resolution, known, mask)
         network, missing = self._network(batch_size, labels, weights, conditions)
-        if generator is None:
-            generator = image_generators(range(seed, seed + batch_size))
+        generator = image_generators(range(seed, seed + batch_size)) if generator is None else generator
         z = self._noise(latents, batch_size, generator)  # (B, 4^L C, h, w)
         set_steps(self.scheduler, num_inference_steps, self.device)
         scheduler = self.scheduler if detail_steps is None else self._band_rates(detail_steps, generator)
         taken = inspect.signature(self.scheduler.step).parameters
         options = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in taken}
-        z = (z * scheduler.init_noise_sigma).to(z.dtype)
-        step = exact_step(scheduler)
+        z, step = (z * scheduler.init_noise_sigma).to(z.dtype), exact_step(scheduler)
         for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
             done = step(network(scheduler.scale_model_input(z, t), t), t, z, **options)
             z = done.prev_sample

@@ -7,7 +7,7 @@ pipelines return it; read in batches of float64.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,29 +50,33 @@ class Verdict(NamedTuple):
         return sum(count > 0 for count in self.class_counts.values())
 
 
-@dataclass(frozen=True)
+@dataclass
 class UnitBatches:
     """Iterates over images, or those in `rows`, in batches (B, C, H, W) of float64 in [0, 1] on the device.
 
     Apple's GPUs ("mps") have no float64: the CPU takes their place. ValueError for anything but such images.
     """
 
-    images: Images
+    images: Any  # see above
     rows: np.ndarray | None = None
     batch_size: int = 512
     device: Device = "cpu"
 
     def __post_init__(self) -> None:
-        if isinstance(self.images, list):
-            object.__setattr__(self, "images", from_pil(self.images))
+        if not isinstance(self.images, list):
+            return
+        kinds = {(getattr(image, "mode", type(image).__name__), getattr(image, "size", None)) for image in self.images}
+        if len(kinds) != 1 or not {mode for mode, _ in kinds} <= {"L", "RGB"}:
+            got = ", ".join(f"{mode} {size}" for mode, size in list(kinds)[:3]) or "no images"
+            raise ValueError(f"got a list of {got}, wanted PIL images of one size, all L or all RGB: convert them")
+        self.images = np.stack([np.atleast_3d(np.asarray(image)) for image in self.images])
 
     @property
     def count(self) -> int:
         return len(self.images if self.rows is None else self.rows)
 
     def __iter__(self) -> Iterator[Tensor]:
-        images = cast(np.ndarray | Tensor, self.images)
-        shape = tuple(images.shape)
+        images, shape = self.images, tuple(self.images.shape)
         last = images.dtype in (np.uint8, torch.uint8)  # channels are
         sides = shape[1:3] if last else shape[2:]
         if len(shape) != 4 or not min(shape) or min(sides) <= 4 < shape[3 if last else 1]:  # so short a side is colours
@@ -91,15 +95,6 @@ class UnitBatches:
             else:
                 ends = f"{batch.min().item():g} to {batch.max().item():g}"
                 raise ValueError(f"got {batch.dtype} images from {ends}, wanted floats in [0, 1]: rescale them")
-
-
-def from_pil(images: list[Image.Image]) -> np.ndarray:
-    """PIL images of one size, all grey or all RGB, as uint8 (N, H, W, C)."""
-    kinds = {(getattr(image, "mode", type(image).__name__), getattr(image, "size", None)) for image in images}
-    if len(kinds) != 1 or not {mode for mode, _ in kinds} <= {"L", "RGB"}:
-        got = ", ".join(f"{mode} {size}" for mode, size in list(kinds)[:3]) or "no images"
-        raise ValueError(f"got a list of {got}, wanted PIL images of one size, all L or all RGB: convert them")
-    return np.stack([np.atleast_3d(np.asarray(image)) for image in images])
 
 
 def haar_packets(level: int) -> Callable[..., Tensor]:

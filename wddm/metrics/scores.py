@@ -5,7 +5,6 @@ floor; a new one is a function and its entry in METRICS. What depends on the ref
 of its folder, under the sha256 of its images.
 """
 
-import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -21,7 +20,6 @@ from PIL import Image
 from wddm.data import Dataset, load
 from wddm.files import sha256, whole
 from wddm.metrics import diagnostics, frechet, inception
-from wddm.metrics.diagnostics import UnitBatches
 from wddm.metrics.intervals import Estimate, median, share
 
 RESAMPLES = 20
@@ -52,7 +50,7 @@ class Options:
     inception_weights: str | Path | None = None  # torch-fidelity's file; None: where torch-fidelity downloads it to
     progress: Callable[[range], Iterable[int]] = iter  # wraps a range of batches, to show a bar
     labels: Sequence[int] | None = None  # that the samples were drawn with, over and over
-    memo: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)  # features of the last samples
+    memo: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)  # the last samples' features
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def evaluate(samples: np.ndarray, reference: Dataset, options: Options = Options
         raise ValueError(f"{got}, wanted uint8 and one size and colour: give another reference, or convert the images")
     inception.find_weights(options.inception_weights)  # mistakes are told before anything is computed
     for images in (samples, reference.images):
-        frechet.check(UnitBatches(images), options.level)
+        frechet.check(diagnostics.UnitBatches(images), options.level)
     return {name: metric(samples, reference, options) for name, metric in METRICS.items()}
 
 
@@ -237,10 +235,9 @@ def efficientnet(samples: np.ndarray, reference: Dataset, options: Options) -> t
         return inception.features(images, perceptual.build(options.device), options.progress, perceptual.BATCH)
 
     real = _kept(reference, f"efficientnet-{perceptual.WEIGHTS[:8]}", lambda: extract(reference.images))
-    if (key := hashlib.sha256(samples.tobytes()).hexdigest()) not in options.memo:
-        options.memo.clear()
-        options.memo[key] = extract(samples)[perceptual.LAYER]
-    return options.memo[key], real[perceptual.LAYER]
+    if options.memo.get("samples") is not samples:
+        options.memo.update(samples=samples, **extract(samples))
+    return options.memo[perceptual.LAYER], real[perceptual.LAYER]
 
 
 def fairness(count: int, reference: Dataset) -> str:
@@ -256,35 +253,36 @@ def fairness(count: int, reference: Dataset) -> str:
 
 def as_json(found: dict[str, list[Score]], images: Path, reference: Dataset) -> dict[str, Any]:
     """The scores for a file, with the images and the reference that they compare."""
-    scores = list(itertools.chain(*found.values()))
-    unknown = dict.fromkeys(("value", "low", "high"))
-    rows = [vars(score) | (score.estimate._asdict() if score.estimate else unknown) for score in scores]
+    unknown, left_out = dict.fromkeys(Estimate._fields), {"estimate", "detail"}
+    scores = itertools.chain(*found.values())
+    rows = (vars(score) | (score.estimate._asdict() if score.estimate else unknown) for score in scores)
     return {
         "images": str(images), "reference": {"folder": str(reference.folder), "sha256": reference.sha256},
-        "scores": [{name: row[name] for name in row if name not in ("estimate", "detail")} for row in rows],
+        "scores": [{name: value for name, value in row.items() if name not in left_out} for row in rows],
         "versions": {name: version(name) for name in ("wddm", "torch", "torch-fidelity")},
     }  # fmt: skip
 
 
 def read_images(path: Path) -> np.ndarray:
     """uint8 (N, H, W, C) of a samples.npy, or of a folder that holds one or PNGs as `wddm sample` writes them."""
-    array, found = path / "samples.npy" if path.is_dir() else path, []
+    array = path / "samples.npy" if path.is_dir() else path
     is_array = array.suffix == ".npy" and array.is_file()
     files = [array] if is_array else sorted({*path.glob("*.png")} - {path / "grid.png"})  # an overview by `wddm sample`
     if not files:
         raise ValueError(f"got {path}, wanted a folder of PNGs, or samples.npy: give what wddm sample wrote")
+    found: list[np.ndarray] = []
     for file in files:
         try:
-            read = np.load(file, mmap_mode="r") if is_array else np.atleast_3d(np.asarray(Image.open(file)))[None]
+            found.append(np.load(file, mmap_mode="r") if is_array else np.atleast_3d(np.asarray(Image.open(file))))
         except Exception as error:  # damaged files raise all sorts
             why = " ".join(str(error).split())[:100]
             raise ValueError(f"got {file}, which cannot be read ({why}), wanted images: write it anew") from None
-        found.append(read)
-        if read.dtype != np.uint8 or read.ndim != 4 or not read.size or read.shape[1:] != found[0].shape[1:]:
-            beside = f" beside {found[0].shape[1:]}" if read is not found[0] else ""
-            got = f"got {file} of {read.dtype} {read.shape[not is_array :]}{beside}"
+        first, read = found[0], found[-1]
+        if read.dtype != np.uint8 or read.ndim != 3 + is_array or not read.size or read.shape != first.shape:
+            beside = f" beside {first.shape}" if read is not first else ""
+            got = f"got {file} of {read.dtype} {read.shape}{beside}"
             raise ValueError(f"{got}, wanted uint8 images of one size, an array as (N, H, W, C): convert them")
-    return np.concatenate(found) if len(found) > 1 else found[0]
+    return found[0] if is_array else np.stack(found)
 
 
 def find_reference(reference: str, root: Path) -> Dataset:

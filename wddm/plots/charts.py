@@ -166,15 +166,14 @@ def band_kurtosis(labels: Sequence[str], real: Estimates, generated: Estimates) 
 
 def packet_map(distances: Estimates, level: int) -> Figure:
     """Fréchet distance of each Haar packet (4^L,) and half its interval in per cent; low frequencies are top left."""
-    import seaborn as sns  # takes a second
+    import pywt  # here, as seaborn takes a second
+    import seaborn as sns
 
     values, side = shaped("distances", distances.value, (4**level,), f"match level {level}"), 2**level
-    # packet p has a base-4 digit per split, 0..3 = A, H, V, D, the last split first, as in stacked channels; a high-
-    # pass split reverses the frequencies beneath it, so the digits' bits are a Gray code of the position
-    splits = np.arange(4**level) // 4 ** np.arange(level)[:, None] % 4  # (L, 4^L), the first split first
-    bits = np.bitwise_xor.accumulate([splits & 1, splits >> 1], axis=1)  # (2, L, 4^L): vertical, horizontal
-    row, column = np.tensordot(bits, 2 ** np.arange(level)[::-1], (1, 0))
-    packets = np.argsort(row * side + column).reshape(side, side)  # which one is where
+    nodes = pywt.WaveletPacket2D(np.zeros((side, side)), "haar", maxlevel=level).get_level(level, "freq")
+    # a path has a letter per split, the first split first; a packet's number, a base-4 digit per split, the last first
+    digits = str.maketrans("ahvd", "0123")
+    packets = np.array([[int(node.path[::-1].translate(digits), 4) for node in row] for row in nodes])
     halves = 50 * (distances.high - distances.low) / values
     texts = [f"{x:.2g}" + ("" if np.isnan(half) else f"\n±{half:.0f}%") for x, half in zip(values, halves, strict=True)]
     top, at, names = values.max() or 1, np.linspace(0, side, 6), ["0", "0.1", "0.2", "0.3", "0.4", "0.5"]
