@@ -85,10 +85,10 @@ def build_backbone(
             raise ValueError(f"got {name} {value}, wanted {least} or more: change it")
     if not 0 <= (dropout or 0) < 1:
         raise ValueError(f"got dropout {dropout}, wanted 0 or more and less than 1: change it")
-    height, width = (side // 2**level for side in sides(size))
     for side in sides(size):
         why, remedy = f"2^level, level={level}", "choose a smaller level or another resolution"
         check_multiple("image_size", side, 2**level, why, remedy)
+    height, width = (side // 2**level for side in sides(size))
     accepted = inspect.signature(BACKBONES[backbone].build).parameters
     given: Options = {"block_out_channels": widths, "attention_levels": attention_levels, "dropout": dropout}
     given |= {"layers_per_block": layers_per_block, "num_class_embeds": num_class_embeds}
@@ -121,10 +121,9 @@ def preset_sizes(backbone: str, dataset: str | None, level: int, side: float = 1
     widths = getattr(PRESETS.get(key), backbone, None)
     if widths is None:
         known = ", ".join(sorted({name for name, _ in PRESETS}))
-        raise ValueError(
-            f"got no widths and no preset for dataset {dataset!r} at level {level}, wanted one of them: give widths, "
-            f"e.g. [64, 128], or choose among {known} at the levels that have a {backbone}"
-        )
+        remedy = f"give widths, e.g. [64, 128], or choose among {known} at the levels that have a {backbone}"
+        got = f"got no widths and no preset for dataset {dataset!r} at level {level}, wanted one of them"
+        raise ValueError(f"{got}: {remedy}")
     return {"block_out_channels": widths} | ({"attention_levels": PRESETS[key].attention} if backbone == "unet" else {})
 
 

@@ -88,9 +88,7 @@ def take_up(
         remedy = "set them back, give the run another name, or, for more train_kimg alone, --extend it"
         raise ValueError(f"got other settings than {run} began with ({changed}), wanted the same: {remedy}")
     same_code = state["code"] == code()
-    if not changed and finished and not longer and not same_code:
-        changed = "the code"
-    if changed:
+    if changed := changed or "the code" * (finished and not longer and not same_code):
         PartialState().wait_for_everyone()  # to have read it
         if PartialState().is_main_process:
             places = (run / f"checkpoints-{number}" for number in itertools.count(1))
@@ -133,8 +131,8 @@ def reserved(folder: Path) -> AcquireReturnProxy:
     try:
         return FileLock(folder / ".training.lock", timeout=0, thread_local=False, is_singleton=True).acquire()
     except Timeout:
-        remedy = "wait, stop it, or name another run"
-        raise ValueError(f"got {folder}, where another process trains, wanted one at a time: {remedy}") from None
+        got = f"got {folder}, where another process trains"
+        raise ValueError(f"{got}, wanted one at a time: wait, stop it, or name another run") from None
 
 
 class Interrupted(KeyboardInterrupt):

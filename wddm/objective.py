@@ -90,11 +90,6 @@ def clean_estimate(scheduler: SchedulerMixin, noisy: Tensor, output: Tensor, t: 
     return p * noisy + q * output
 
 
-def no_weights(snr: Tensor, prediction_type: str) -> Tensor:
-    """1 for every sample (Ho et al. 2020, section 3.4)."""
-    return torch.ones_like(snr)
-
-
 def min_snr(snr: Tensor, prediction_type: str, gamma: float = 5.0) -> Tensor:
     """min(SNR, gamma) on the error of z, in the units of the prediction type (Hang et al. 2023, arXiv 2303.09556)."""
     if prediction_type == FLOW:
@@ -103,7 +98,10 @@ def min_snr(snr: Tensor, prediction_type: str, gamma: float = 5.0) -> Tensor:
     return snr.clamp_max(gamma) * error_of_z[prediction_type]
 
 
-WEIGHTINGS: dict[str, Callable[[Tensor, str], Tensor]] = {"none": no_weights, "min_snr": min_snr}
+WEIGHTINGS: dict[str, Callable[[Tensor, str], Tensor]] = {
+    "none": lambda snr, prediction_type: torch.ones_like(snr),  # Ho et al. 2020, section 3.4
+    "min_snr": min_snr,
+}
 
 
 def loss_weights(scheduler: SchedulerMixin, t: Tensor, weighting: str) -> Tensor:

@@ -197,8 +197,8 @@ def on_tokens(block: KANBlock, norm: nn.LayerNorm, x: Tensor, time: Tensor) -> T
 
 def check_halvings(size: int | tuple[int, int], levels: int) -> None:
     """Raise a ValueError if maps of this size cannot be halved once per level after the first."""
+    remedy = "give fewer widths, a smaller level or another resolution"
     for side in sides(size):
-        remedy = "give fewer widths, a smaller level or another resolution"
         check_multiple("maps of side", side, 2 ** (levels - 1), f"{levels} widths", remedy)
 
 

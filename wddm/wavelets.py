@@ -90,8 +90,7 @@ class WaveletCodec(ModelMixin, ConfigMixin):
             batch = torch.from_numpy(np.array(images[start : start + batch_size])).permute(0, 3, 1, 2)
             z = self._stack((batch.float() / 127.5 - 1).to(self.clip_value), level)
             extremes += [z.amin((0, 2, 3)), z.amax((0, 2, 3))]
-            z = z.double()
-            sums += torch.stack((z.sum((0, 2, 3)), z.square().sum((0, 2, 3)))).cpu()
+            sums += torch.stack([(z.double() ** power).sum((0, 2, 3)) for power in (1, 2)]).cpu()
             count += z[:, 0].numel()
         if self.config.scaling == "band":
             mean, square = sums / count
@@ -122,24 +121,20 @@ class WaveletCodec(ModelMixin, ConfigMixin):
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError, saying which side and what to do, if images of this size cannot be encoded."""
-        level, taps = self.config.level, self.filter_length
+        level, taps = self.config.level, f"{self.filter_length} (the filter of {self.config.wavelet!r})"
+        why, remedy = f"2^level, level={level}", "resize the images, or choose a smaller level"
         for name, side in (("height", height), ("width", width)):
-            remedy = "resize the images, or choose a smaller level"
-            check_multiple(name, side, 2**level, f"2^level, level={level}", remedy)
+            check_multiple(name, side, 2**level, why, remedy)
             shortest = 2 * side // 2**level  # what the last split is given
-            if level and shortest < taps:
-                raise ValueError(
-                    f"got {name} {side}, which is {shortest} at level {level}, wanted at least {taps} (the filter of "
-                    f"{self.config.wavelet!r}): choose a shorter wavelet, a smaller level or larger images"
-                )
+            if level and shortest < self.filter_length:
+                got = f"got {name} {side}, which is {shortest} at level {level}, wanted at least {taps}"
+                raise ValueError(f"{got}: choose a shorter wavelet, a smaller level or larger images")
 
     def _check_statistics(self, channels: int) -> None:
         if self.config.scaling == "band" and self.config.channels != channels:
             fitted = f"statistics for {self.config.channels}" if self.config.channels else "no statistics"
-            raise ValueError(
-                f"got images of {channels} channels and {fitted}, wanted statistics of the training images for "
-                'scaling="band": call codec.fit(images) first'
-            )
+            wanted = 'those of the training images for scaling="band": call codec.fit(images) first'
+            raise ValueError(f"got images of {channels} channels and {fitted}, wanted {wanted}")
 
     def _stack(self, x: Tensor, level: int) -> Tensor:
         if level == 0:

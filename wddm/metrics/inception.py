@@ -1,6 +1,6 @@
-"""Inception: FID, KID, Inception score, precision and recall by torch-fidelity, from features extracted once.
+"""Inception: FID, KID, Inception score, precision and recall by torch-fidelity, each with its interval.
 
-Here every number gets its interval. Images are uint8 (N, H, W, 1 or 3).
+Images are uint8 (N, H, W, 1 or 3); their features are extracted once.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,6 +17,7 @@ LAYERS = ("2048", "logits_unbiased")
 SPLITS = 10  # parts of IS: torch-fidelity's own, as are 100 subsets of KID, seed 2020 and batches of 64
 NORMAL90 = 1.6449  # half a 90 % interval of a Gaussian, in standard deviations
 Features = dict[str, np.ndarray]
+Estimates = dict[str, Estimate[float]]
 Progress = Callable[[range], Iterable[int]]
 
 
@@ -58,7 +59,7 @@ def features(images: np.ndarray, network: Any, progress: Progress = iter, batch:
     return {name: torch.cat(parts).numpy() for name, *parts in zip(network.features_list, *found, strict=True)}
 
 
-def scores(generated: Features, real: Features, *, resamples: int = 20, seed: int = 0) -> dict[str, Estimate[float]]:
+def scores(generated: Features, real: Features, *, resamples: int = 20, seed: int = 0) -> Estimates:
     """fid (see `fid_interval`), inception_score (its interval: the standard error over its parts), and `by_kernel`."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
@@ -67,13 +68,12 @@ def scores(generated: Features, real: Features, *, resamples: int = 20, seed: in
     fid = fid_statistics_to_metric(*sides, False)["frechet_inception_distance"]
     mean, spread = isc_features_to_metric(torch.from_numpy(generated["logits_unbiased"]), splits=SPLITS).values()
     half = NORMAL90 * spread / SPLITS**0.5
-    kernel, interval = by_kernel(generated["2048"], real["2048"]), fid_interval(fid, generated, real, resamples, seed)
-    return {"fid": interval, "inception_score": Estimate(mean, mean - half, mean + half)} | kernel
+    found = {"fid": fid_interval(fid, generated, real, resamples, seed)}
+    found["inception_score"] = Estimate(mean, mean - half, mean + half)
+    return found | by_kernel(generated["2048"], real["2048"])
 
 
-def by_kernel(
-    generated: np.ndarray, real: np.ndarray, subset_size: int = 1000, end: str = ""
-) -> dict[str, Estimate[float]]:
+def by_kernel(generated: np.ndarray, real: np.ndarray, subset_size: int = 1000, end: str = "") -> Estimates:
     """KID, precision and recall of features (N, d) and (M, d), 10 or more of each; keys with an `end`.
 
     KID is the mean over 100 random subsets of `subset_size` images, at most half of the smaller set, so that their
@@ -95,9 +95,7 @@ def by_kernel(
     return estimates
 
 
-def fid_interval(
-    fid: float, generated: Features, real: Features, resamples: int = 20, seed: int = 0
-) -> Estimate[float]:
+def fid_interval(fid: float, generated: Features, real: Features, resamples: int, seed: int = 0) -> Estimate[float]:
     """A FID with its bootstrap interval; the real images are held fixed.
 
     A resampled set costs the eigenvalues of one symmetric matrix, of features times a factor of the real covariance.

@@ -20,6 +20,7 @@ from PIL import Image
 from wddm.data import Dataset, load
 from wddm.files import sha256, whole
 from wddm.metrics import diagnostics, frechet, inception
+from wddm.metrics.inception import Estimates
 from wddm.metrics.intervals import Estimate, median, share
 
 RESAMPLES = 20
@@ -37,7 +38,6 @@ COPIES = {
     "nearest_distance": "median distance to the nearest real image",
     "copies_share": "share nearer to one than 99 % of those are", "memorised_share": "share memorised",
 }  # fmt: skip
-Estimates = dict[str, Estimate[float]]
 
 
 @dataclass(frozen=True)
