@@ -1,7 +1,6 @@
 """Diagnostics compare samples with real images: spectra, wavelet bands, nearest neighbours and classes.
 
-Images are uint8 (N, H, W, C), a memory map for instance, float (N, C, H, W) in [0, 1], or a list of PIL images as
-pipelines return it; read in batches of float64.
+Images are uint8 (N, H, W, C), a memory map for instance, float (N, C, H, W) in [0, 1], or a list of PIL images.
 """
 
 import math

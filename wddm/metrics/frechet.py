@@ -1,9 +1,8 @@
 """FWD, the Frechet distance between the wavelet packets of two sets of images (arXiv 2312.15289).
 
-Images are uint8 (N, H, W, C), a memory map for instance, float (N, C, H, W) in [0, 1], or a list of PIL images, and are
-cut into 4^level Haar packets of d = C H W / 4^level values each. Only means and covariances are kept, in float64, on
-the `device`. `resamples` sets of generated images are drawn by `seed` for a bootstrap interval, with the real images
-held fixed; without them its ends are nan.
+Images, as `diagnostics` takes them, are cut into 4^level Haar packets of d = C H W / 4^level values each. Means and
+covariances alone are kept, in float64, on the `device`. `resamples` sets of generated images are drawn by `seed` for a
+bootstrap interval, with the real images held fixed; without them its ends are nan.
 """
 
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ from wddm.metrics.diagnostics import Device, Images, UnitBatches, haar_packets
 from wddm.metrics.intervals import Estimate, distance_estimate, resample_counts
 
 GROUP_BYTES = 2**29  # of covariances held at a time
+Array = np.ndarray | Tensor
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,6 @@ class Moments:
     covariance: np.ndarray  # (P, d, d), unbiased
 
 
-Array = np.ndarray | Tensor
 Side = Images | UnitBatches | Moments  # images, or the moments of their packets
 
 
@@ -94,12 +93,11 @@ def frechet_wavelet_distance(
     values, count = check(other, level), other.count
     weights = np.concatenate([np.ones((1, count), int), resample_counts(count, resamples, seed)])  # (1 + R, n)
     step = max(1, GROUP_BYTES // (8 * values**2 * (2 + resamples)))  # packets at a time
-    found: list[np.ndarray] = []
+    found = np.empty((1 + resamples, 4**level))
     for part in (slice(start, start + step) for start in range(0, 4**level, step)):
         (m,), drawn = _moments(one, level, part), _moments(other, level, part, weights)
-        found.append(np.array([frechet_distance(m.mean, m.covariance, n.mean, n.covariance) for n in drawn]))
-    distances = np.concatenate(found, 1)  # (1 + R, 4^level), the first row of the images as they are
-    per_packet, redrawn = distances[0], distances[1:]
+        found[:, part] = [frechet_distance(m.mean, m.covariance, n.mean, n.covariance) for n in drawn]
+    per_packet, redrawn = found[0], found[1:]  # of the images as they are, and of the resampled
     mean = distance_estimate(float(per_packet.mean()), redrawn.mean(1))
     return Frechet(mean, distance_estimate(per_packet, redrawn), int(one.count), count)
 
@@ -135,11 +133,10 @@ def accumulated(batches: Iterable[Tensor], weights: np.ndarray) -> list[Moments]
     Differences from the mean of the first batch are added up, so that nothing cancels where means are large.
     """
     start = 0
-    for k, x in enumerate(batches):
-        if not k:
-            origin = x.mean(1, keepdim=True)
-            sums = x.new_zeros(len(weights), len(x), x.shape[-1])
-            squares = x.new_zeros(*sums.shape, x.shape[-1])
+    for x in batches:
+        if not start:
+            origin, shape = x.mean(1, keepdim=True), (len(weights), len(x), x.shape[-1])
+            sums, squares = x.new_zeros(shape), x.new_zeros(*shape, shape[-1])
         x, parts = x - origin, torch.as_tensor(weights[:, start : start + x.shape[1]]).to(x)
         sums += torch.einsum("rn,pnd->rpd", parts, x)
         for each, part in zip(squares, parts, strict=True):
