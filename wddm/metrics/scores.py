@@ -25,7 +25,7 @@ from wddm.metrics.intervals import Estimate, median, share
 
 RESAMPLES = 20
 SEARCHED = 256  # samples whose nearest real images are looked for
-LARGEST = 10_000  # samples, and real images, that precision and recall by EfficientNet compare at most
+LARGEST = 10_000  # samples, and real images, that are compared by EfficientNet at most: every second, say, of more
 INCEPTION = {  # key of metrics.json -> name
     "fid": "FID", "kid": "KID (x 1000)", "inception_score": "Inception score",
     "precision": "precision", "recall": "recall",
@@ -110,10 +110,7 @@ def evaluate(samples: np.ndarray, reference: Dataset, options: Options = Options
 
 
 def perceptual(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
-    """KID, precision and recall of EfficientNet's features, or one score without a value and why there is none.
-
-    Of more than LARGEST samples or real images every second, say, is compared.
-    """
+    """KID, precision and recall of EfficientNet's features of LARGEST images at most, or one score saying why not."""
     key, counts = "kid_efficientnet", (len(samples), len(reference.images))
     compare = partial(inception.by_kernel, subset_size=500, end="_efficientnet")
     try:
@@ -152,14 +149,14 @@ def classifier(samples: np.ndarray, reference: Dataset, options: Options) -> lis
     is fitted to the reference: to EfficientNet's features of colour images, or else to pixels.
     """
     score = partial(Score, "confident_share", "share as sure as 90 % of real images")
-    counts, labels, vectors = (len(samples), len(reference.images)), reference.labels, None
-    if labels is None:
-        return [score(None, None, *counts, "not computed: the reference has no labels")]
+    counts, vectors = (len(samples), len(reference.images)), None
     try:
+        if reference.labels is None:
+            raise ValueError("the reference has no labels")
         with suppress(ValueError):
             vectors = efficientnet(samples, reference, options) if samples.shape[-1] == 3 else None
         one, real = vectors or (diagnostics.pixels(images, 16) for images in (samples, reference.images))
-        verdict = diagnostics.judge(one, real, labels, options.seed)
+        verdict = diagnostics.judge(one, real, reference.labels, options.seed)
     except ValueError as error:
         return [score(None, None, *counts, f"not computed: {error}")]
     said = f"classifier of {'features' if vectors else 'pixels'}, right on {verdict.accuracy.value:.1%} of "
@@ -315,14 +312,11 @@ def _scores(
     said: str, reference: Dataset, options: Options,
 ) -> list[Score]:  # fmt: skip
     """What was found, by name, with floors: what is `between` some real images and all others, given by their rows."""
-    count, said, floors = min(counts[1] // 2, counts[0]), f"{said}, seed {options.seed}", {}
-
-    def compared() -> dict[str, np.ndarray]:
-        return {key: np.array(ends) for key, ends in between(*frechet.split(counts[1], count, options.seed)).items()}
-
+    seed, count, floors = options.seed, min(counts[1] // 2, counts[0]), {}
+    said, name = f"{said}, seed {seed}", f"{stem}-floor-{count}-{seed}-{RESAMPLES}"
     try:
-        kept = _kept(reference, f"{stem}-floor-{count}-{options.seed}-{RESAMPLES}", compared)
-        floors = {key: Estimate(*ends.tolist()) for key, ends in kept.items()}
+        kept = _kept(reference, name, lambda: between(*frechet.split(counts[1], count, seed)))
+        floors = {key: Estimate(*map(float, ends)) for key, ends in kept.items()}
     except ValueError as error:
         said += f"; no floor: {error}"
     return [Score(key, name, found[key], floors.get(key), *counts, said) for key, name in names.items()]
