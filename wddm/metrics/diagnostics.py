@@ -97,10 +97,8 @@ class UnitBatches:
 
 
 def haar_packets(level: int) -> Callable[..., Tensor]:
-    """Function of float64 images (B, C, H, W) and a slice that gives these of their 4^L orthonormal Haar packets.
-
-    They come as (P, B, C H W / 4^L), in the order of `WaveletCodec`, by one product with the codec's matrix for a cell
-    of 2^L x 2^L pixels: several times faster than splitting level by level.
+    """Function of float64 images (B, C, H, W) and a slice of their 4^L Haar packets, in the order of `WaveletCodec`,
+    that gives these (P, B, C H W / 4^L): by the codec's matrix for a cell, several times faster than level by level.
     """
     if level > 6:
         raise ValueError(f"got level {level} of wavelet packets, wanted 6 or less: change it (fwd_level)")
@@ -153,10 +151,7 @@ def pixels(images: Images, side: int) -> np.ndarray:
 
 
 def nearest_neighbours(generated: Images, real: Images, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """The k real images nearest to every generated one: rows (n, k) and RMS pixel distances (n, k), in order.
-
-    Images larger than 32 x 32 are compared as averages of that size. A copy has distance 0.
-    """
+    """The k real images nearest to each generated one, larger ones averaged to 32 x 32: rows, RMS distances (n, k)."""
     rows, distances = nearest(pixels(generated, 32), pixels(real, 32), k)
     return rows, distances / 255
 
@@ -174,9 +169,8 @@ def nearest(generated: np.ndarray, real: np.ndarray, k: int) -> tuple[np.ndarray
 
 
 def memorised(distances: np.ndarray, ratio: float = 1 / 3) -> np.ndarray:
-    """Which samples (n,) are copies, by their sorted distances (n, k >= 2) to the nearest training images.
-
-    A copy is three times as near to one as to the next (Yoon et al. 2023), or among several equal ones.
+    """Which samples (n,) are copies: three times as near to one image as to the next (Yoon et al. 2023), of distances
+    (n, k >= 2) in order; among several equal ones too.
     """
     if distances.ndim != 2 or distances.shape[1] < 2:
         raise ValueError(f"got distances {distances.shape}, wanted (n, 2 or more): ask for k=2 neighbours or more")

@@ -128,13 +128,10 @@ def moments(images: Images, level: int = 3, *, device: Device = "cpu") -> Moment
 
 
 def accumulated(batches: Iterable[Tensor], weights: np.ndarray) -> list[Moments]:
-    """Of float64 vectors that come in batches (P, n, d), repeated as every line of `weights` (R, N) says.
-
-    Differences from the mean of the first batch are added up, so that nothing cancels where means are large.
-    """
+    """Of float64 vectors that come in batches (P, n, d), repeated as every line of `weights` (R, N) says."""
     start = 0
     for x in batches:
-        if not start:
+        if not start:  # differences from one origin are added up, so that nothing cancels where means are large
             origin, shape = x.mean(1, keepdim=True), (len(weights), len(x), x.shape[-1])
             sums, squares = x.new_zeros(shape), x.new_zeros(*shape, shape[-1])
         x, parts = x - origin, torch.as_tensor(weights[:, start : start + x.shape[1]]).to(x)

@@ -96,10 +96,7 @@ def by_kernel(generated: np.ndarray, real: np.ndarray, subset_size: int = 1000, 
 
 
 def fid_interval(fid: float, generated: Features, real: Features, resamples: int, seed: int = 0) -> Estimate[float]:
-    """A FID with its bootstrap interval; the real images are held fixed.
-
-    A resampled set costs the eigenvalues of one symmetric matrix, of features times a factor of the real covariance.
-    """
+    """A FID with its bootstrap interval, the real images held fixed: one eigenvalue problem per resample."""
     reference = real["2048"].astype(np.float64)
     centre, root = reference.mean(0), factor(torch.from_numpy(np.cov(reference.T))).numpy()
     x = generated["2048"] - centre  # (N, 2048), float64

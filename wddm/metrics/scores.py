@@ -55,16 +55,13 @@ class Options:
 
 @dataclass(frozen=True)
 class Score:
-    """One number of a report: `estimate` is None where it was not computed, and `protocol` then says why.
-
-    `floor` is what as many real images, at most half of them, score against the others. `count`: of samples.
-    """
+    """One number of a report: `estimate` is None where it was not computed, and `protocol` then says why."""
 
     key: str
     name: str
     estimate: Estimate[float] | None
-    floor: Estimate[float] | None
-    count: int
+    floor: Estimate[float] | None  # what as many real images, at most half of them, score against the others
+    count: int  # of samples
     count_real: int
     protocol: str
     detail: Any = None

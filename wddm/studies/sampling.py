@@ -147,12 +147,10 @@ def pooled(rows: Sequence[Row], metric: str) -> pd.DataFrame:
     if all("error" in row for row in rows):
         raise ValueError(f"got no setting that could be sampled, wanted one ({rows[0]['error']}): change them")
     done, found = pd.DataFrame([row for row in rows if "error" not in row]), []
-    for setting, sets in done.groupby(list(SETTING), sort=False, dropna=False):
-        row = dict(zip(SETTING, setting, strict=True)) | {"sets": len(sets)}
-        row |= dict(sets.iloc[0][["count", "evaluations"]])
+    for _, sets in done.groupby(list(SETTING), sort=False, dropna=False):
+        row = sets.iloc[0].reindex([*SETTING, "count", "evaluations", f"{metric}_floor"]).to_dict()
+        row |= {"sets": len(sets), "seconds_per_image": sets.seconds_per_image.median()}
         row["solver"] = row["scheduler"] + f", eta {row['eta']:g}" * bool(row["eta"])
-        row["seconds_per_image"] = sets.seconds_per_image.median()
-        row[f"{metric}_floor"] = sets.iloc[0].get(f"{metric}_floor")
         ends = mean_interval(*(sets[metric + end] for end in ENDS))
         found.append(row | dict(zip([metric + end for end in ENDS], ends, strict=True)))
     return pd.DataFrame(found).astype({"detail_steps": float})
