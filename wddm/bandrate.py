@@ -25,8 +25,7 @@ Visit = tuple[float, int]  # (-t, how often the network was called at t before):
 class Group:
     """Some `channels` of the coefficients, with a single-step solver of their own whose timesteps are set.
 
-    `generators` are of the solver's noise. Groups that step together draw the same noise from equal generators, and
-    each uses its channels of it.
+    Groups that step together draw the same noise from equal `generators`, and each uses its channels of it.
     """
 
     def __init__(self, solver: SchedulerMixin, channels: slice, generators: Generator | list[Generator]) -> None:

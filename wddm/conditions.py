@@ -42,9 +42,8 @@ def numbered(labels: Sequence[int | str], names: Sequence[str] | None) -> list[i
 
 
 def labelled(backbone: ModelMixin, count: int, labels: Labels | None, weights: Sequence[float]) -> Answer:
-    """The network's answers for the labels of `count` images, guided by the weight w of each channel.
-
-    No labels are the network's own "no label", its last. ValueError: labels that it does not have, weights below 0.
+    """The network's answers for the labels of `count` images, by default its last, "no label", guided by the weight w
+    of each channel. ValueError: labels that it does not have, weights below 0.
     """
     last, guided = (getattr(backbone.config, "num_class_embeds", None) or 0) - 1, any(w != 1 for w in weights)
     if not all(0 <= w < float("inf") for w in weights) or (guided and labels is None):

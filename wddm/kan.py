@@ -25,10 +25,8 @@ def knots() -> Tensor:
 
 
 def spline_basis(x: Tensor) -> Tensor:
-    """Values of the 8 cubic B-splines at x: (...,) -> (..., 8).
-
-    On a uniform grid every basis is the same piecewise cubic of the distance d to its centre, in knots:
-    B(d) = ((2 - d)_+^3 - 4 (1 - d)_+^3) / 6, which needs no recursion over orders.
+    """Values of the 8 cubic B-splines at x: (...,) -> (..., 8). On a uniform grid every basis is the same piecewise
+    cubic of the distance d to its centre, in knots: B(d) = ((2 - d)_+^3 - 4 (1 - d)_+^3) / 6.
     """
     return _basis(*_ramps(_offsets(x.unsqueeze(-1)))).squeeze(-1)
 

@@ -171,10 +171,8 @@ def build_solver(
 ) -> SchedulerMixin:
     """A solver by name, on our noise schedule; ValueError for an option that it does not have.
 
-    Args:
-        spacing: how the steps are spread over the 1000: "leading", "trailing" (from pure noise, all that a flow has) or
-            "linspace".
-        codec: of the coefficients. ddpm, ddim and heun clip the clean estimate at its `clip_value`; without one, at 1.
+    `spacing` of the steps over the 1000: "leading", "trailing" (from pure noise, all that a flow has) or "linspace".
+    ddpm, ddim and heun clip the clean estimate at the `clip_value` of the `codec`; without one, at 1.
     """
     name = check_choice("solver", name, SOLVERS)
     kind = check_choice("prediction_type", prediction_type, TARGETS)

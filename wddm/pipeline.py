@@ -71,8 +71,7 @@ class WaveletPipeline(DiffusionPipeline):
         """Draw images: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), the last two float in [0, 1].
 
         Args:
-            generator: one for the batch or one per image. Default: one per image, image k seeded `seed + k`, so
-                that it does not depend on the batch size.
+            generator: one for the batch or one per image; by default image k has one of its own, seeded `seed + k`.
             eta: 0 deterministic DDIM, 1 as random as DDPM; only for solvers that know it.
             detail_steps: solver steps of the detail bands, if others than those of the coarse band (see bandrate.py).
             latents: unit noise (B, 4^L C, h, w) to start from; the generators then only draw what the solver adds.
@@ -209,11 +208,10 @@ class WaveletPipeline(DiffusionPipeline):
     def push_to_hub(
         self, repo_id: str, *, report: str | Path | None = None, private: bool | None = None, token: str | None = None
     ) -> str:
-        """Upload this pipeline with a model card (see cards.py) to the Hub; its address is returned.
+        """Upload this pipeline with a model card to the Hub, or write it to a local folder; its address is returned.
 
-        `repo_id` may be a local folder (see `is_path`), which is then all that is written to. `report` is
-        reports/<run> of its training, found if it was loaded from runs/<run>/pipeline; without one, the card that it
-        was loaded with is kept.
+        `report` is reports/<run> of its training, found if it was loaded from runs/<run>/pipeline; without one, the
+        card that it was loaded with is kept.
         """
         hub, local = HfApi(token=token), is_path(repo_id)
         name = repo_id if local else hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
