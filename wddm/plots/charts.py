@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from wddm.metrics.intervals import Estimate, band
 from wddm.plots import style
-from wddm.plots.style import ACCENT, DASHED, GENERATED, REAL, SIDES, need, palette, panels, shaped, wrapped
+from wddm.plots.style import ACCENT, DASHED, GENERATED, REAL, SIDES, Texts, need, palette, panels, shaped, wrapped
 
 __all__ = [
     "band_energy", "band_histograms", "band_kurtosis", "band_trajectory", "channel_histograms", "class_counts",
@@ -28,7 +28,6 @@ __all__ = [
 Estimates = Estimate[np.ndarray]
 Curve = tuple[ArrayLike, ArrayLike]
 FLOOR = {"color": REAL, "label": "floor: real images", **DASHED}
-Texts = Sequence[str]
 AREA: dict[str, Any] = {"alpha": 0.2, "linewidth": 0}
 
 
@@ -105,9 +104,8 @@ def channel_histograms(images: ArrayLike) -> Figure:
     titles = {1: [""], 3: ["Red", "Green", "Blue"]}.get(channels, [f"Channel {k}" for k in range(1, 7)])[:channels]
     with panels(2.0, "ABCDEF"[:channels], sharey=True) as (figure, axs):
         for channel, (axes, title) in enumerate(zip(axs, titles, strict=True)):
-            counts = np.sum([np.bincount(image[..., channel].ravel(), minlength=256) for image in images], 0)
-            shares = 100 * counts.reshape(64, 4).sum(1) / counts.sum()
-            axes.stairs(shares, np.arange(0, 257, 4), color="0.78", fill=True)
+            counts, edges = np.histogram(images[..., channel], 64, (0, 256))
+            axes.stairs(100 * counts / counts.sum(), edges, color="0.78", fill=True)
             axes.set(title=title, xlabel="pixel value", xticks=(0, 128, 255))
         axs[0].set(ylabel="pixels (%)")
     return figure
@@ -129,7 +127,7 @@ def spectra(frequency: ArrayLike, real: Estimates, generated: Estimates) -> Figu
     return figure
 
 
-def _by_band(axes: Axes, labels: Sequence[str], real: Estimates, generated: Estimates, quantity: str) -> None:
+def _by_band(axes: Axes, labels: Texts, real: Estimates, generated: Estimates, quantity: str) -> None:
     """Draw a dot with its interval for real and generated images at a tick per band, turned where there are many."""
     at = np.arange(len(labels))
     for (name, color), estimates, shift in zip(SIDES, (real, generated), (-0.12, 0.12), strict=True):
@@ -142,7 +140,7 @@ def _by_band(axes: Axes, labels: Sequence[str], real: Estimates, generated: Esti
     axes.grid(axis="x", visible=False)
 
 
-def band_energy(labels: Sequence[str], real: Estimates, generated: Estimates) -> Figure:
+def band_energy(labels: Texts, real: Estimates, generated: Estimates) -> Figure:
     """Energy (bands,) of real beside generated images, generated / real over them."""
     with panels(2.6, log="y", legend="upper right") as (figure, (axes,)):
         _by_band(axes, labels, real, generated, "energy (mean square)")
@@ -154,7 +152,7 @@ def band_energy(labels: Sequence[str], real: Estimates, generated: Estimates) ->
     return figure
 
 
-def band_kurtosis(labels: Sequence[str], real: Estimates, generated: Estimates) -> Figure:
+def band_kurtosis(labels: Texts, real: Estimates, generated: Estimates) -> Figure:
     """Excess kurtosis (bands,), linear to 1 and logarithmic beyond; 0 is a Gaussian."""
     with panels(2.4, legend="upper right") as (figure, (axes,)):
         axes.set_yscale("symlog", linthresh=1)
@@ -266,7 +264,7 @@ def quality_curves(
     return figure
 
 
-def class_counts(names: Sequence[str], counts_generated: ArrayLike, share_real: ArrayLike) -> Figure:
+def class_counts(names: Texts, counts_generated: ArrayLike, share_real: ArrayLike) -> Figure:
     """Predicted classes (K,) of generated images, and what the real share (K,) and chance would give."""
     counts = shaped("counts", counts_generated, (len(names),), "pass one per name")
     share = shaped("shares", share_real, (len(names),), "pass one per name") / np.sum(share_real)
