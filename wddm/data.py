@@ -25,7 +25,7 @@ from torch import Tensor
 
 from wddm.decoding import RULE, ahead, is_grey, write_images
 from wddm.files import Digests, sha256, written_aside
-from wddm.local import Images
+from wddm.local import CHUNK, Images
 from wddm.sources import SOURCES, Source
 
 NOTEBOOK = "notebooks/01_prepare.ipynb"
@@ -196,13 +196,12 @@ def _write(source: Source, settings: dict[str, Any], to: Path, progress: bool) -
         rows = np.sort(np.random.default_rng(settings["seed"]).choice(rows, limit, replace=False))
     channels = settings["channels"] or channels_of(images, rows)
     shape = (settings["resolution"], settings["width"] or settings["resolution"], channels)
-    items, size = images.read(rows), max(1, min(images.chunk, 2**22 // math.prod(shape)))
+    items, size = images.read(rows), max(1, min(CHUNK, 2**22 // math.prod(shape)))
     chunks = iter(lambda: list(itertools.islice(items, size)), [])
     found, skipped = write_images(chunks, len(rows), shape, to / "images.npy", settings["on_error"], progress)
     if not found:
         raise ValueError(f"got {source.name} with no images ({len(skipped)} skipped), wanted some: give other files")
-    labels, names, counts, left_out = np.array(found, float), None, None, [*source.left_out, *images.left_out]
-    labels = np.nan_to_num(labels, nan=-1).astype(np.int64)
+    labels, names, counts, left_out = np.array(found), None, None, [*source.left_out, *images.left_out]
     if labels.max() >= 0:  # some are labelled
         np.save(to / "labels.npy", labels)
         names, known = images.class_names, sorted(Counter(labels[labels >= 0].tolist()).items())

@@ -46,16 +46,16 @@ TiffImagePlugin.OPEN_INFO |= {  # TIFFs that PIL decodes but does not list, most
 }
 BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 
-Item = tuple[bytes | Path | np.ndarray | str | None, int | None, str]  # image or why there is none, label, where from
+Item = tuple[bytes | Path | np.ndarray | str | None, int, str]  # image or why there is none, label or -1, where from
 Shape = tuple[int, int, int]  # height, width, channels
 Result = TypeVar("Result")
-Decoded = tuple[np.ndarray, list[int | None], list[tuple[str, str]]]
+Decoded = tuple[np.ndarray, list[int], list[tuple[str, str]]]
 
 
 def decode(chunk: list[Item], shape: Shape) -> Decoded:
     """uint8 (n, H, W, C) and labels of the items that decode; where the others are from, and why they do not."""
     pixels = np.empty((len(chunk), *shape), np.uint8)
-    labels: list[int | None] = []
+    labels: list[int] = []
     failed = []
     for image, label, where in chunk:
         try:
@@ -197,7 +197,7 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 def write_images(
     chunks: Iterable[list[Item]], count: int, shape: Shape, to: Path, on_error: str, progress: bool
-) -> tuple[list[int | None], list[str]]:
+) -> tuple[list[int], list[str]]:
     """Decode `count` images into the .npy file `to`; their labels, and where skipped ones are from, or a ValueError."""
     labels, skipped = [], []
     bar = tqdm(total=count, desc="decoding", unit="image", file=sys.stdout, disable=not progress)

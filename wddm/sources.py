@@ -164,7 +164,7 @@ def hub(size: tuple[int, int], dataset_path: str | None, seed: int, split: str, 
         root = Path(dataset_path)
         files = local.listed(root)[0]["table"]
         files = files if root.is_file() else local.of_split(root, files, split)
-        return _local(dataset_path, root, files, partial(local.tables, files, channels=3), split)
+        return _local(dataset_path, root, files, partial(local.tables, files), split)
     name, _, revision = repo.partition("@")
 
     def content(_: Digests) -> str:
@@ -174,7 +174,7 @@ def hub(size: tuple[int, int], dataset_path: str | None, seed: int, split: str, 
     def opened(skip: bool) -> Images:
         root = snapshot(name, [f"*{part}*.parquet" for part in split.split("+")], revision=revision or None)
         files = local.of_split(root, sorted(root.rglob("*.parquet")), split)
-        return replace(local.tables(files, skip, channels=3), revision=root.name)
+        return replace(local.tables(files, skip), revision=root.name)
 
     return Source(name, content, opened, split)
 
