@@ -20,9 +20,9 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, suppress
 from functools import lru_cache, partial
 from itertools import chain
 from multiprocessing import Pipe
@@ -202,7 +202,7 @@ def write_images(
     labels, skipped = [], []
     bar = tqdm(total=count, desc="decoding", unit="image", file=sys.stdout, disable=not progress)
     decoding = decoded(chunks, shape, count // IMAGES_PER_PROCESS)
-    with to.open("wb") as file, bar, decoding as results:
+    with to.open("wb") as file, bar, closing(decoding) as results:
         header = partial(np.lib.format.write_array_header_1_0, file)  # as long for any number of images
         header({"descr": "|u1", "fortran_order": False, "shape": (count, *shape)})
         for pixels, chunk_labels, failed in results:
@@ -218,8 +218,7 @@ def write_images(
     return labels, skipped
 
 
-@contextmanager
-def decoded(chunks: Iterable[list[Item]], shape: Shape, processes: int) -> Iterator[Iterator[Decoded]]:
+def decoded(chunks: Iterable[list[Item]], shape: Shape, processes: int) -> Generator[Decoded, None, None]:
     """`decode` of every chunk, in order and a few chunks ahead, in a process per core or at most so many.
 
     PIL holds the interpreter's lock while it decodes small images: two threads are half as fast as one on CIFAR-10, two
@@ -246,8 +245,7 @@ def decoded(chunks: Iterable[list[Item]], shape: Shape, processes: int) -> Itera
             return result
 
         function, threads = (elsewhere, number) if idle else (partial(decode, shape=shape), cores())
-        with closing(ahead(function, chunks, threads)) as results:
-            yield results
+        yield from ahead(function, chunks, threads)
 
 
 def _worker(stack: ExitStack) -> tuple[Connection, subprocess.Popen]:
