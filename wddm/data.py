@@ -24,7 +24,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from wddm.decoding import RULE, ahead, is_grey, write_images
-from wddm.files import Digests, sha256, written_aside
+from wddm.files import Digests, refusing, sha256, written_aside
 from wddm.local import CHUNK, Images
 from wddm.sources import SOURCES, Source
 
@@ -109,7 +109,7 @@ def load(folder: str | Path, verify: bool = False) -> Dataset:
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
         raise FileNotFoundError(f"got {folder}, wanted a prepared data set: run {NOTEBOOK} first")
-    try:
+    with refusing(f"{folder}, which is damaged", "it whole", f"run {NOTEBOOK} again"):
         manifest = json.loads((folder / "manifest.json").read_text())
         images = np.load(folder / "images.npy", mmap_mode="r")
         labels = np.load(folder / "labels.npy") if "labels" in manifest["sha256"] else None
@@ -119,9 +119,6 @@ def load(folder: str | Path, verify: bool = False) -> Dataset:
             if sha256(folder / f"{name}.npy") != digest:
                 raise ValueError(f"the sha256 of {name}.npy is not the one in the manifest")
         return Dataset(images, labels, manifest["class_names"], manifest, folder)
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        message = " ".join(str(error).split())
-        raise ValueError(f"got {folder}, which is damaged ({message}): run {NOTEBOOK} again") from None
 
 
 def check_source(

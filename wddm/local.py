@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wddm.decoding import Item, opened
-from wddm.files import plain, walk
+from wddm.files import plain, refusing, walk
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +23,7 @@ KINDS |= dict.fromkeys([".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif"
 SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 SPLITS |= {"training": "train", "testing": "test", "unlabeled": "unlabeled"}
 CHUNK = 64  # images that are read from a Parquet file, and decoded, at a time
+REMEDY = "fetch or write it again"
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def _of_csv(tables: list[Path], files: list[Path]) -> tuple[np.ndarray, list[str
 
     frames = []
     for table in tables:
-        with readable(table, "wanted columns file_name and label"):
+        with refusing(plain(table), "columns file_name and label", REMEDY):
             frame = pd.read_csv(table, keep_default_na=False, na_values=[""])
             frames.append(frame.set_index(pd.Index([table.parent / name for name in frame.pop("file_name")])))
     known = pd.concat(frames)
@@ -130,7 +131,7 @@ def numbers(values: "pd.Series", column: str) -> tuple[np.ndarray, list[str] | N
 
 def npy(files: list[Path], labels: list[Path], skip: bool) -> Images:
     """One array of uint8, uint16 or floats in [0, 1], and, in labels.npy, integers if it is there."""
-    with readable(files[0], "wanted an array of numbers (.npy)"):
+    with refusing(plain(files[0]), "an array of numbers (.npy)", REMEDY):
         pixels = np.load(files[0], mmap_mode="r")
         classes = np.load(labels[0]) if labels else np.full(len(pixels), -1)
     wanted = "wanted one (N, H, W) or (N, H, W, C) of uint8, uint16 or floats in [0, 1], N integer labels: convert it"
@@ -162,7 +163,7 @@ def tables(files: list[Path], skip: bool, *, beside: Sequence[Path] = ()) -> Ima
             image, label, classes, note = columns
             if not {image, label} - {None} <= {*(have := parquet.schema_arrow.names)}:
                 raise ValueError(f"got {have} in {plain(file)}, wanted those of {plain(files[0])}: separate them")
-            with readable(file, f"wanted a whole column {label}"):
+            with refusing(plain(file), f"a whole column {label}", REMEDY):
                 parts += [parquet.read([label])[label].to_pandas()] if label else []
             counts[file] = parquet.metadata.num_rows
         except ValueError as error:
@@ -190,7 +191,7 @@ def _columns(file: Path, schema: "pa.Schema") -> tuple[str, str | None, list[str
     """The column of images, that of labels, the names of the classes if they are stored, a note if there are none."""
     from datasets import ClassLabel, Features
 
-    with readable(file, "wanted metadata that `datasets` reads"):
+    with refusing(plain(file), "metadata that `datasets` reads", REMEDY):
         features = Features.from_arrow_schema(schema)
     images = [one.name for one in schema if "bytes" in getattr(one.type, "names", ())]
     if not images:
@@ -228,15 +229,5 @@ def _parquet(file: Path) -> "ParquetFile":
     """pyarrow's reader, made to hold some pages of a file in memory, where by default it holds a row group."""
     import pyarrow.parquet as pq
 
-    with readable(file, "wanted a whole Parquet file"):
+    with refusing(plain(file), "a whole Parquet file", REMEDY):
         return pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
-
-
-@contextmanager
-def readable(file: Path, wanted: str) -> Iterator[None]:
-    """What a library raises on a file that is damaged, as a ValueError of one line."""
-    try:
-        yield
-    except Exception as error:  # libraries raise nearly everything
-        why = " ".join(str(error).split())
-        raise ValueError(f"got {plain(file)}, {wanted} ({why}): fetch or write it again") from None

@@ -17,7 +17,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from wddm import local
 from wddm.decoding import Item
-from wddm.files import Digests, plain, snapshot
+from wddm.files import Digests, plain, refusing, snapshot
 from wddm.local import Images
 
 CELEBAHQ = "42078a1fb27b6079eaab8cf453efd3d79a8b7bda"  # revision
@@ -91,13 +91,11 @@ def emoji(size: tuple[int, int], dataset_path: str | None, seed: int, split: str
         raise ValueError(f"got no font Noto Color Emoji, wanted it: {FONT}")
 
     def opened(skip: bool) -> Images:
-        from fontTools.ttLib import TTFont, TTLibError
+        from fontTools.ttLib import TTFont
 
-        try:
+        with refusing(path, "a font of colour bitmaps", FONT):
             font = TTFont(path, lazy=True)
             bitmaps = font["CBDT"].strikeData[0]
-        except (TTLibError, KeyError, OSError):
-            raise ValueError(f"got {path}, wanted a font of colour bitmaps: {FONT}") from None
         spelled = {glyph: [code] for code, glyph in font.getBestCmap().items() if code > 127}
         for lookup in font["GSUB"].table.LookupList.Lookup:
             for first, ligatures in getattr(lookup.SubTable[0], "ligatures", {}).items():
