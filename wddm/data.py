@@ -159,8 +159,7 @@ def opened(options: dict[str, Any], source: Source) -> Images:
     images, channels = source.open(options["on_error"] == "skip"), options["channels"]
     possible = [1, 3] if images.channels in (None, 1, 3) else [images.channels]
     if channels not in (None, *possible):
-        wanted = " or ".join(map(str, possible))
-        raise ValueError(f"got channels={channels} for {source.name}, wanted {wanted}: change channels")
+        raise ValueError(f"got channels={channels} for {source.name}, wanted {str(possible)[1:-1]}: change channels")
     return images
 
 
@@ -227,10 +226,8 @@ def batches(
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
         raise ValueError(f"got {images.dtype} images {images.shape}, wanted uint8 (N, H, W, C): give a Dataset's")
     if batch_size < 1 or start < 0 or not 0 <= rank < world_size or batch_size % world_size:
-        raise ValueError(
-            f"got batch_size={batch_size}, start={start}, rank={rank}, world_size={world_size}, wanted a "
-            "batch size that world_size divides, start >= 0 and 0 <= rank < world_size: change batch_size"
-        )
+        got = f"got batch_size={batch_size}, start={start}, rank={rank}, world_size={world_size}"
+        raise ValueError(f"{got}, wanted a batch size that world_size divides and numbers from 0 on: change batch_size")
     device, rows = torch.device(device), np.arange(len(images)) if rows is None else rows
     if on_device is None:
         on_device = device.type != "cpu" and fits(images.nbytes, device)

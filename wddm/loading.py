@@ -82,8 +82,7 @@ def read_config(kind: type[ConfigMixin], folder: Path) -> dict[str, Any]:
     """The JSON object in the file of a folder that `kind` keeps its config in; ValueError if there is none."""
     file = folder / kind.config_name
     with refusing(folder, f"a whole {file.name} in it, a JSON object", "give another"):
-        config = json.loads(file.read_text(encoding="utf-8"))
-        return dict(config.items())
+        return dict(json.loads(file.read_text(encoding="utf-8")).items())
 
 
 def check_config(kind: type, config: dict[str, Any], folder: Path) -> None:

@@ -56,7 +56,7 @@ def digits(size: tuple[int, int], dataset_path: str | None, seed: int, split: st
         bunch = load_digits()
         pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
         read = partial(map, lambda i: (pixels[i], int(bunch.target[i]), f"digits {i}"))
-        return Images(len(pixels), read, 1, [str(digit) for digit in range(10)])
+        return Images(len(pixels), read, 1, list("0123456789"))
 
     return _embedded("digits", dataset_path, split, "load_digits", ["data/digits.csv.gz"], opened)
 
