@@ -232,7 +232,7 @@ def test_memory_does_not_grow_with_the_set(tmp_path):
         from wddm import data
         peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1000
         source, folder = sys.argv[1:]
-        data.check_source("cifar10", 256, dataset_path=source)
+        data.opened(*data.check_source("cifar10", 256, dataset_path=source))
         before = peak()
         data.prepare("cifar10", 256, folder, dataset_path=source, progress=False)
         print(peak() - before, peak())

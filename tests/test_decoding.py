@@ -266,11 +266,11 @@ def chunks(count: int) -> list[list[decoding.Item]]:
 def test_processes_give_what_decode_gives_in_order(monkeypatch):
     monkeypatch.setattr(decoding, "cores", lambda: 3)
     expected = [decoding.decode(chunk, (8, 8, 3)) for chunk in chunks(20)]
-    for processes in (None, 2, 0):
-        with decoding.decoded(iter(chunks(20)), (8, 8, 3), processes=processes) as results:
-            for got, wanted in zip(results, expected, strict=True):
-                np.testing.assert_array_equal(got[0], wanted[0])
-                assert got[1:] == wanted[1:]
+    for processes in (9, 2, 0):
+        results = decoding.decoded(iter(chunks(20)), (8, 8, 3), processes)
+        for got, wanted in zip(results, expected, strict=True):
+            np.testing.assert_array_equal(got[0], wanted[0])
+            assert got[1:] == wanted[1:]
 
 
 def test_a_process_that_prints_hangs_or_dies_is_survived_and_its_image_named(monkeypatch):
@@ -290,8 +290,7 @@ decoding._serve()
     monkeypatch.setattr(decoding, "SERVE", f"exec({spoilt!r})")
     some = chunks(6)
     some[1][0], some[3][2] = (b"x", 3, "the one"), (b"y", 11, "the other")
-    with decoding.decoded(iter(some), (8, 8, 3)) as results:
-        got = list(results)
+    got = list(decoding.decoded(iter(some), (8, 8, 3), 2))
     expected = [decoding.decode(chunk, (8, 8, 3)) for chunk in some]
     for i, (one, wanted) in enumerate(zip(got, expected, strict=True)):
         np.testing.assert_array_equal(one[0], wanted[0])
@@ -305,7 +304,7 @@ def test_processes_need_no_torch_and_end_with_a_killed_parent():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     code = (
         "import itertools; from wddm import decoding; decoding.cores = lambda: 2; "
-        "context = decoding.decoded(itertools.repeat([(b'', None, '')]), (8, 8, 3)); results = context.__enter__(); "
+        "results = decoding.decoded(itertools.repeat([(b'', None, '')]), (8, 8, 3), 2); "
         "next(results); print('decoding', flush=True); [None for _ in results]"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -181,7 +181,7 @@ def test_labels_beyond_the_names_and_broken_metadata_are_refused_before_decoding
         pq.write_table(table.replace_schema_metadata({b"huggingface": text}), tmp_path / name / "a.parquet")
     for name, message in {"beyond": "got label 5 in .*wanted at most 1", **dict.fromkeys(metadata, "metadata")}.items():
         with pytest.raises(ValueError, match=message) as caught:
-            data.check_source("folder", 4, dataset_path=tmp_path / name)
+            prepare("folder", 4, tmp_path / "out", dataset_path=tmp_path / name)
         assert "\n" not in str(caught.value)
 
 
@@ -305,19 +305,19 @@ def test_arrays_of_any_channels(tmp_path):
     for name, pixels in bad.items():
         np.save(tmp_path / f"{name}.npy", pixels)
         with pytest.raises(ValueError, match=rf"{name}\.npy, wanted one \(N, H, W\)"):
-            data.check_source("folder", 8, dataset_path=tmp_path / f"{name}.npy")
+            prepare("folder", 8, tmp_path / "out", dataset_path=tmp_path / f"{name}.npy")
     with pytest.raises(ValueError, match=r"got channels=3 for .*, wanted 5"):
-        data.check_source("folder", 8, dataset_path=tmp_path / "in", channels=3)
+        prepare("folder", 8, tmp_path / "out", dataset_path=tmp_path / "in", channels=3)
     np.save(tmp_path / "in/labels.npy", [0.5])
     with pytest.raises(ValueError, match=r"got labels float64 \(1,\) of 6 images"):
-        data.check_source("folder", 8, dataset_path=tmp_path / "in")
+        prepare("folder", 8, tmp_path / "out", dataset_path=tmp_path / "in")
 
 
 def test_emoji_are_the_bitmaps_of_the_font(tmp_path):
     from matplotlib.font_manager import findSystemFonts
 
     with pytest.raises(ValueError, match="fonts-noto-color-emoji") as caught:
-        data.check_source("emoji", 64, dataset_path=next(font for font in findSystemFonts() if "Emoji" not in font))
+        prepare("emoji", 64, tmp_path, dataset_path=next(font for font in findSystemFonts() if "Emoji" not in font))
     assert "\n" not in str(caught.value)
     if not any("NotoColorEmoji" in font for font in findSystemFonts()):
         pytest.skip("needs the font NotoColorEmoji, which is not here")
@@ -449,7 +449,7 @@ def test_parquet_without_images_is_refused(tmp_path):
 
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "some.parquet")
     with pytest.raises(ValueError, match=r"got columns \['text'\] in .*some\.parquet, wanted one of images"):
-        data.check_source("folder", 16, dataset_path=tmp_path / "some.parquet")
+        prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "some.parquet")
 
 
 @pytest.mark.parametrize(
@@ -492,7 +492,7 @@ def test_bad_settings_are_refused_in_one_line(tmp_path, settings, message):
 def test_a_source_is_checked_at_once_and_without_a_trace(tmp_path, hub_copy):
     before = sorted(tmp_path.rglob("*"))
     start = time.perf_counter()
-    data.check_source("cifar10", 32, dataset_path=hub_copy, limit=5, on_error="skip")
+    data.opened(*data.check_source("cifar10", 32, dataset_path=hub_copy, limit=5, on_error="skip"))
     with pytest.raises(ValueError, match="split 'unlabeled'"):
         data.check_source("stl10", 64, dataset_path=hub_copy)
     assert time.perf_counter() - start < 1 and sorted(tmp_path.rglob("*")) == before

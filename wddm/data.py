@@ -24,8 +24,8 @@ from filelock import FileLock
 from torch import Tensor
 
 from wddm.decoding import RULE, ahead, is_grey, write_images
-from wddm.files import Digests, sha256, written_aside
-from wddm.local import Images
+from wddm.files import Digests, refusing, sha256, written_aside
+from wddm.local import CHUNK, Images
 from wddm.sources import SOURCES, Source
 
 NOTEBOOK = "notebooks/01_prepare.ipynb"
@@ -50,13 +50,12 @@ class Dataset:
     @property
     def notes(self) -> list[str]:
         """What was left out or skipped, what is unlabelled, and what its source says of itself, a line each."""
-        lines = [self.manifest["note"]]
+        lines = [self.manifest["note"]] if self.manifest["note"] else []
         for name in ("left_out", "skipped"):
-            some = self.manifest[name]
-            said = f"{name.replace('_', ' ')}: {some['count']} ({'; '.join(some['first'][:3])})"
-            lines.append(said * bool(some["count"]))
+            if count := self.manifest[name]["count"]:
+                lines.append(f"{name.replace('_', ' ')}: {count} ({'; '.join(self.manifest[name]['first'][:3])})")
         unlabelled = self.manifest["unlabelled"] if self.labels is not None else 0
-        return [line for line in (*lines, f"unlabelled: {unlabelled}" * bool(unlabelled)) if line]
+        return [*lines, *[f"unlabelled: {unlabelled}"] * bool(unlabelled)]
 
 
 def prepare(
@@ -79,7 +78,7 @@ def prepare(
     """
     settings, source = check_source(
         dataset, resolution, dataset_path=dataset_path, seed=seed, limit=limit, on_error=on_error, width=width,
-        channels=channels, split=split, headers=False,
+        channels=channels, split=split,
     )  # fmt: skip
     root = Path(root)
     digests = Digests(root / ".digests.json")  # a large file that did not change is not read again
@@ -110,7 +109,7 @@ def load(folder: str | Path, verify: bool = False) -> Dataset:
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
         raise FileNotFoundError(f"got {folder}, wanted a prepared data set: run {NOTEBOOK} first")
-    try:
+    with refusing(f"{folder}, which is damaged", "it whole", f"run {NOTEBOOK} again"):
         manifest = json.loads((folder / "manifest.json").read_text())
         images = np.load(folder / "images.npy", mmap_mode="r")
         labels = np.load(folder / "labels.npy") if "labels" in manifest["sha256"] else None
@@ -120,33 +119,25 @@ def load(folder: str | Path, verify: bool = False) -> Dataset:
             if sha256(folder / f"{name}.npy") != digest:
                 raise ValueError(f"the sha256 of {name}.npy is not the one in the manifest")
         return Dataset(images, labels, manifest["class_names"], manifest, folder)
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        message = " ".join(str(error).split())
-        raise ValueError(f"got {folder}, which is damaged ({message}): run {NOTEBOOK} again") from None
 
 
 def check_source(
     dataset: str, resolution: int, *, dataset_path: str | Path | None = None, seed: int = 0, limit: int | None = None,
     on_error: str = "stop", width: int | None = None, channels: int | None = None, split: str = "train",
-    headers: bool = True,
 ) -> tuple[dict[str, Any], Source]:  # fmt: skip
-    """The options that the prepared bytes depend on (a seed without influence is None), and the source.
+    """The options that the prepared bytes depend on (a seed without influence is None), and the source, not opened.
 
-    Raises the ValueError that `prepare` would, as far as it is known without network, decoding and, if not asked for,
-    the `headers` of local files.
+    ValueError: what is known to be wrong by then, without a network.
     """
     if dataset not in SOURCES:
         close = get_close_matches(str(dataset), SOURCES, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "choose one of them"
         raise ValueError(f"got dataset={str(dataset)[:100]!r}, wanted one of {', '.join(SOURCES)}: {hint}")
-    for name, value, minimum, wanted in (
-        ("resolution", resolution, 2, "an even number of pixels, 2 or more"),
-        ("width", resolution if width is None else width, 2, "an even number of pixels, or None for square images"),
-        ("seed", seed, 0, "an integer, 0 or more"),
-        ("limit", 1 if limit is None else limit, 1, "an integer, 1 or more, or None for all"),
-        ("channels", 1 if channels is None else channels, 1, "an integer, 1 or more, or None for those of the images"),
-    ):
-        if type(value) is not int or value < minimum or (name in ("resolution", "width") and value % 2):
+    numbers = {"resolution": (resolution, 2), "width": (resolution if width is None else width, 2), "seed": (seed, 0)}
+    numbers |= {"limit": (1 if limit is None else limit, 1), "channels": (1 if channels is None else channels, 1)}
+    for name, (value, minimum) in numbers.items():
+        if type(value) is not int or value < minimum or (minimum == 2 and value % 2):
+            wanted = f"an {'even number' if minimum == 2 else 'integer'}, {minimum} or more"
             raise ValueError(f"got {name}={value!r}, wanted {wanted}: change {name}")
     if channels not in (None, 1, 3) and dataset != "folder":
         raise ValueError(f"got channels={channels} for {dataset}, wanted 1 or 3: change channels")
@@ -160,18 +151,15 @@ def check_source(
     options = {"dataset": dataset, "resolution": resolution, "width": None if size[1] == resolution else width}
     options |= {"channels": channels, "seed": seed if limit is not None or dataset == "patches" else None}
     options |= {"limit": limit, "on_error": on_error, "split": source.split}
-    if headers and dataset_path is not None:
-        _opened(source, options)
     return options, source
 
 
-def _opened(source: Source, settings: dict[str, Any]) -> Images:
-    """The images of a source, refused if they do not have the channels that were asked for."""
-    images, channels = source.open(settings["on_error"] == "skip"), settings["channels"]
+def opened(options: dict[str, Any], source: Source) -> Images:
+    """The images of a source, not decoded yet; ValueError: none that are whole, or without the channels asked for."""
+    images, channels = source.open(options["on_error"] == "skip"), options["channels"]
     possible = [1, 3] if images.channels in (None, 1, 3) else [images.channels]
     if channels not in (None, *possible):
-        wanted = " or ".join(map(str, possible))
-        raise ValueError(f"got channels={channels} for {source.name}, wanted {wanted}: change channels")
+        raise ValueError(f"got channels={channels} for {source.name}, wanted {str(possible)[1:-1]}: change channels")
     return images
 
 
@@ -190,19 +178,18 @@ def duplicates(images: np.ndarray) -> list[list[int]]:
 
 def _write(source: Source, settings: dict[str, Any], to: Path, progress: bool) -> None:
     """Write images.npy, labels.npy and, last, manifest.json; without a clock, so that they can be reproduced."""
-    images, limit = _opened(source, settings), settings["limit"]
+    images, limit = opened(settings, source), settings["limit"]
     rows = np.arange(images.count)
     if limit is not None and limit < len(rows):
         rows = np.sort(np.random.default_rng(settings["seed"]).choice(rows, limit, replace=False))
     channels = settings["channels"] or channels_of(images, rows)
     shape = (settings["resolution"], settings["width"] or settings["resolution"], channels)
-    items, size = images.read(rows), max(1, min(images.chunk, 2**22 // math.prod(shape)))
+    items, size = images.read(rows), max(1, min(CHUNK, 2**22 // math.prod(shape)))
     chunks = iter(lambda: list(itertools.islice(items, size)), [])
     found, skipped = write_images(chunks, len(rows), shape, to / "images.npy", settings["on_error"], progress)
     if not found:
         raise ValueError(f"got {source.name} with no images ({len(skipped)} skipped), wanted some: give other files")
-    labels, names, counts, left_out = np.array(found, float), None, None, [*source.left_out, *images.left_out]
-    labels = np.nan_to_num(labels, nan=-1).astype(np.int64)
+    labels, names, counts, left_out = np.array(found), None, None, [*source.left_out, *images.left_out]
     if labels.max() >= 0:  # some are labelled
         np.save(to / "labels.npy", labels)
         names, known = images.class_names, sorted(Counter(labels[labels >= 0].tolist()).items())
@@ -239,10 +226,8 @@ def batches(
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
         raise ValueError(f"got {images.dtype} images {images.shape}, wanted uint8 (N, H, W, C): give a Dataset's")
     if batch_size < 1 or start < 0 or not 0 <= rank < world_size or batch_size % world_size:
-        raise ValueError(
-            f"got batch_size={batch_size}, start={start}, rank={rank}, world_size={world_size}, wanted a "
-            "batch size that world_size divides, start >= 0 and 0 <= rank < world_size: change batch_size"
-        )
+        got = f"got batch_size={batch_size}, start={start}, rank={rank}, world_size={world_size}"
+        raise ValueError(f"{got}, wanted a batch size that world_size divides and numbers from 0 on: change batch_size")
     device, rows = torch.device(device), np.arange(len(images)) if rows is None else rows
     if on_device is None:
         on_device = device.type != "cpu" and fits(images.nbytes, device)

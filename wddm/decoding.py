@@ -15,16 +15,16 @@ No torch here: processes that decode import this module alone.
 """
 
 import io
-import itertools
 import os
 import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, suppress
 from functools import lru_cache, partial
+from itertools import chain
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -44,18 +44,18 @@ TiffImagePlugin.OPEN_INFO |= {  # TIFFs that PIL decodes but does not list, most
     (b"MM", 0, (1,), 1, (16,), ()): ("I;16B", "I;16B"),
     (b"II", 0, (1,), 1, (12,), ()): ("I;16", "I;12"),
 }
-ORIENTATION, BITS, PHOTOMETRIC, SAMPLE_FORMAT = 274, 258, 262, 339  # tags of EXIF and TIFF
+BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 
-Item = tuple[bytes | Path | np.ndarray | str | None, int | None, str]  # image or why there is none, label, where from
+Item = tuple[bytes | Path | np.ndarray | str | None, int, str]  # image or why there is none, label or -1, where from
 Shape = tuple[int, int, int]  # height, width, channels
 Result = TypeVar("Result")
-Decoded = tuple[np.ndarray, list[int | None], list[tuple[str, str]]]
+Decoded = tuple[np.ndarray, list[int], list[tuple[str, str]]]
 
 
 def decode(chunk: list[Item], shape: Shape) -> Decoded:
     """uint8 (n, H, W, C) and labels of the items that decode; where the others are from, and why they do not."""
     pixels = np.empty((len(chunk), *shape), np.uint8)
-    labels: list[int | None] = []
+    labels: list[int] = []
     failed = []
     for image, label, where in chunk:
         try:
@@ -126,8 +126,8 @@ def _of_file(image: bytes | Path) -> Image.Image:
     """L, RGB or CMYK of a file: 8 bits, in sRGB, on white and upright."""
     picture: Any = opened(image)
     raw = picture.tile[0].args if picture.tile else None  # how the pixels stand in the file
-    picture.load()
-    orientation, profile = picture.getexif().get(ORIENTATION, 1), picture.info.get("icc_profile")
+    ImageOps.exif_transpose(picture, in_place=True)
+    profile = picture.info.get("icc_profile")
     opaque = _opaque(image, picture, raw)
     picture = _eight_bits(picture.convert("LA") if picture.mode == "La" else picture)
     if opaque is None and picture.has_transparency_data:
@@ -140,9 +140,6 @@ def _of_file(image: bytes | Path) -> Image.Image:
         picture = ImageCms.applyTransform(picture, transform) or picture
     if opaque:
         picture = Image.composite(picture, Image.new(picture.mode, picture.size, "white"), opaque)
-    if orientation != 1:
-        picture.getexif()[ORIENTATION] = orientation
-        ImageOps.exif_transpose(picture, in_place=True)
     return picture
 
 
@@ -155,7 +152,7 @@ def _opaque(image: bytes | Path, picture: Image.Image, raw: Any) -> Image.Image 
     if raw == "RGB;16B":  # of which PIL keeps the high bytes; read in the other order, they are the low ones
         low: Any = opened(image)
         low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
-        samples = samples.astype(np.uint16) << 8 | np.asarray(low)
+        samples = samples.astype(np.uint16) << 8 | np.asarray(ImageOps.exif_transpose(low))
     elif picture.mode != "I;16":
         key = np.bitwise_and(key, 255)
     differs = samples != np.multiply(key, {"L;2": 85, "L;4": 17}.get(raw, 1))
@@ -200,12 +197,12 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 def write_images(
     chunks: Iterable[list[Item]], count: int, shape: Shape, to: Path, on_error: str, progress: bool
-) -> tuple[list[int | None], list[str]]:
+) -> tuple[list[int], list[str]]:
     """Decode `count` images into the .npy file `to`; their labels, and where skipped ones are from, or a ValueError."""
     labels, skipped = [], []
     bar = tqdm(total=count, desc="decoding", unit="image", file=sys.stdout, disable=not progress)
-    decoding = decoded(chunks, shape, processes=count // IMAGES_PER_PROCESS)
-    with to.open("wb") as file, bar, decoding as results:
+    decoding = decoded(chunks, shape, count // IMAGES_PER_PROCESS)
+    with to.open("wb") as file, bar, closing(decoding) as results:
         header = partial(np.lib.format.write_array_header_1_0, file)  # as long for any number of images
         header({"descr": "|u1", "fortran_order": False, "shape": (count, *shape)})
         for pixels, chunk_labels, failed in results:
@@ -221,64 +218,50 @@ def write_images(
     return labels, skipped
 
 
-@contextmanager
-def decoded(chunks: Iterable[list[Item]], shape: Shape, *, processes: int | None = None) -> Iterator[Iterator[Decoded]]:
+def decoded(chunks: Iterable[list[Item]], shape: Shape, processes: int) -> Generator[Decoded, None, None]:
     """`decode` of every chunk, in order and a few chunks ahead, in a process per core or at most so many.
 
     PIL holds the interpreter's lock while it decodes small images: two threads are half as fast as one on CIFAR-10, two
     processes 1.6 times. For fewer than two there are threads.
     """
-    number = cores() if processes is None else min(cores(), processes)
+    number = min(cores(), processes)
     with ExitStack() as stack:
-        idle = [stack.enter_context(closing(Worker())) for _ in range(number if number > 1 else 0)]
+        idle = [_worker(stack) for _ in range(number if number > 1 else 0)]
 
         def elsewhere(chunk: list[Item]) -> Decoded:
-            worker = idle.pop()  # there are as many as threads
+            connection, process = idle.pop()  # there are as many as threads
             try:
-                return worker.decode(chunk, shape)
-            finally:
-                idle.append(worker)
+                connection.send((chunk, shape, SECONDS + 2 * len(chunk)))
+                result = connection.recv()
+            except (EOFError, OSError):
+                idle.append(_worker(stack))
+                if len(chunk) > 1:  # one image after the other, to find in which it died
+                    pixels, labels, failed = zip(*(elsewhere([item]) for item in chunk), strict=True)
+                    return np.concatenate(pixels), [*chain(*labels)], [*chain(*failed)]
+                code = process.wait()
+                how = f"took over {SECONDS} s" if code == -signal.SIGALRM else f"died with code {code}"
+                return np.empty((0, *shape), np.uint8), [], [(chunk[0][2], f"its decoding process {how}")]
+            idle.append((connection, process))
+            return result
 
         function, threads = (elsewhere, number) if idle else (partial(decode, shape=shape), cores())
-        yield stack.enter_context(closing(ahead(function, chunks, threads)))
+        yield from ahead(function, chunks, threads)
 
 
-class Worker:
-    """`decode` in a process that ends with the other end of its socket, and is replaced when it dies or hangs.
+def _worker(stack: ExitStack) -> tuple[Connection, subprocess.Popen]:
+    """The connection to a process that runs `_serve`, and that process, which is killed with the stack.
 
-    So a parent that was killed leaves none behind, as it would those of a ProcessPoolExecutor; nor does it import the
-    caller's script. What decoders print is thrown away.
+    It ends with the other end of its socket, so a parent that was killed leaves none behind, as it would those of a
+    ProcessPoolExecutor; nor does it import the caller's script. What decoders print is thrown away.
     """
-
-    def __init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        self.connection, theirs = Pipe()
-        command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {SERVE}", str(theirs.fileno())]
-        none = subprocess.DEVNULL
-        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=none, stdout=none, stderr=none)
-        theirs.close()
-
-    def close(self) -> None:
-        self.connection.close()
-        self.process.kill()
-        self.process.wait()
-
-    def decode(self, chunk: list[Item], shape: Shape) -> Decoded:
-        """When the process dies, one image after the other, to find in which."""
-        try:
-            self.connection.send((chunk, shape, SECONDS + 2 * len(chunk)))
-            return self.connection.recv()
-        except (EOFError, OSError):
-            code = self.process.wait()
-        self.close()
-        self.start()
-        if len(chunk) > 1:
-            pixels, labels, failed = zip(*(self.decode([item], shape) for item in chunk), strict=True)
-            return np.concatenate(pixels), [*itertools.chain(*labels)], [*itertools.chain(*failed)]
-        how = f"took over {SECONDS} s" if code == -signal.SIGALRM else f"died with code {code}"
-        return np.empty((0, *shape), np.uint8), [], [(chunk[0][2], f"its decoding process {how}")]
+    ours, theirs = Pipe()
+    command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {SERVE}", str(theirs.fileno())]
+    none = subprocess.DEVNULL
+    with theirs:
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=none, stdout=none, stderr=none)
+    stack.enter_context(process)
+    stack.callback(process.kill)
+    return stack.enter_context(ours), process
 
 
 def _serve() -> None:

@@ -199,9 +199,9 @@ def _check_images(experiment: Experiment) -> None:
     name, height = parameters.get("dataset"), parameters.get("resolution")
     if name is None or height is None:
         return
-    source, labels = data.check_source(**share(data.check_source, parameters))[1], parameters.get("labels")
+    checked, labels = data.check_source(**share(data.check_source, parameters)), parameters.get("labels")
     near = parameters.get("dataset_path") or (labels and name in ("digits", "patches", "emoji"))
-    opened = source.open(parameters.get("on_error") == "skip") if near else None
+    opened = data.opened(*checked) if near else None
     numbers = numbered(labels or [], opened.class_names) if opened else []
     if opened and opened.class_names and max(numbers, default=0) >= len(opened.class_names):
         raise ValueError(f"got labels={labels}, wanted 0 to {len(opened.class_names) - 1}, the set's: change labels")

@@ -60,6 +60,16 @@ class Digests:
 
 
 @contextmanager
+def refusing(got: object, wanted: str, remedy: str) -> Iterator[None]:
+    """Whatever a library raises on what it cannot take, as a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"got {got}, wanted {wanted} ({why}): {remedy}") from error
+
+
+@contextmanager
 def whole(final: Path) -> Iterator[Path]:
     """A file to write to, which takes the place of `final`, or of what that links to, in one step."""
     final = Path(os.path.realpath(final))

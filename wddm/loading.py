@@ -21,8 +21,8 @@ from diffusers.utils import logging
 from safetensors.torch import load_file
 from torch import Tensor
 
+from wddm.files import refusing, snapshot
 from wddm.kan import knots
-from wddm.sources import snapshot
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MAXIMA = {"layers_per_block": 100, "level": 12}  # of what is built in loops; other numbers in a config: 100,000
@@ -68,28 +68,21 @@ def is_path(name: str) -> bool:
 
 def fetched(path: str | Path, options: dict[str, Any]) -> Path:
     """The folder, or the local copy of a Hub repository; ValueError without either. The Hub's options are taken out."""
-    names = ("cache_dir", "revision", "token", "local_files_only")
-    hub = {name: options.pop(name) for name in names if name in options}
+    names = {"cache_dir", "revision", "token", "local_files_only"} & options.keys()
+    hub = {name: options.pop(name) for name in names}
     if (folder := Path(path).expanduser()).is_dir():
         return folder
     if is_path(str(path)):
         raise ValueError(f"got {path}, which is no folder here, wanted a trained pipeline: run 02_train first")
-    try:
+    with refusing(f"{path}, which is no folder here", "one, or a repository that can be fetched", "give another"):
         return snapshot(str(path), ["*.json", "*.safetensors"], repo_type="model", **hub)
-    except ConnectionError as error:
-        raise ValueError(f"got {path}, which is no folder here; {error}") from error
 
 
 def read_config(kind: type[ConfigMixin], folder: Path) -> dict[str, Any]:
     """The JSON object in the file of a folder that `kind` keeps its config in; ValueError if there is none."""
     file = folder / kind.config_name
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"got {folder}, wanted a whole {file.name} in it ({one_line(error)}): give another") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"got a {type(config).__name__} in {file}, wanted a JSON object: fetch or save it again")
-    return config
+    with refusing(folder, f"a whole {file.name} in it, a JSON object", "give another"):
+        return dict(json.loads(file.read_text(encoding="utf-8")).items())
 
 
 def check_config(kind: type, config: dict[str, Any], folder: Path) -> None:
@@ -123,7 +116,7 @@ def load_strictly(from_pretrained: Any, folder: Path, **options: Any) -> ModelMi
     """
     check_config(from_pretrained.__self__, read_config(ModelMixin, folder), folder)
     options |= {"use_safetensors": True, "output_loading_info": True}
-    with one_line_errors(folder):
+    with quietly(folder):
         model, found = from_pretrained(folder, **options)
     refuse_differences(folder, missing=found["missing_keys"], unknown=found["unexpected_keys"])
     return model.eval()
@@ -136,7 +129,7 @@ def load_scheduler(folder: Path) -> SchedulerMixin:
     if SchedulerMixin not in getattr(kind, "__mro__", ()):
         raise ValueError(f"got {name!r} in {folder}, wanted a scheduler of diffusers: give another folder")
     check_config(kind, config, folder)
-    with one_line_errors(folder):
+    with quietly(folder):
         return kind.from_config(config)
 
 
@@ -147,7 +140,7 @@ def load_published(build: type[ModelMixin], folder: Path, config: dict[str, Any]
     """
     if missing := [key for key in ARGUMENTS if key not in config]:
         raise ValueError(f"got a {CLASS_NAME} config.json without {', '.join(missing)}, wanted it: fetch it again")
-    with one_line_errors(folder):
+    with quietly(folder):
         ours = {name: config[key] for key, name in ARGUMENTS.items()}
         ours["block_out_channels"] = tuple(config["ch"] * factor for factor in config["ch_mult"])
         ours["out_channels"] = config["in_channels"]
@@ -188,20 +181,13 @@ def refuse_differences(where: Path, **differences: Iterable[str]) -> None:
 
 
 @contextmanager
-def one_line_errors(folder: Path) -> Iterator[None]:
+def quietly(folder: Path) -> Iterator[None]:
     """Turn whatever a damaged file or a wrong value in a config does to a constructor into a ValueError of one line."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what diffusers would warn about is raised
+    wanted = f"its config and {WEIGHTS}, whole (pickled weights are not read)"
     try:
-        yield
-    except Exception as error:
-        wanted = f"wanted its config and {WEIGHTS}, whole (pickled weights are not read): fetch or save it again"
-        raise ValueError(f"got {folder}, which does not load ({one_line(error)}), {wanted}") from error
+        with refusing(f"{folder}, which does not load", wanted, "fetch or save it again"):
+            yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-def one_line(error: Exception) -> str:
-    """What an error says first, or its name."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].split(" If you want to")[0].rstrip(".")[:200]

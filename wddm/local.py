@@ -2,16 +2,16 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from wddm.decoding import Item, opened
-from wddm.files import plain, walk
+from wddm.files import plain, refusing, walk
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,12 +22,13 @@ KINDS = {".parquet": "table", ".npy": "array", "metadata.csv": "labels", "labels
 KINDS |= dict.fromkeys([".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"], "image")
 SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 SPLITS |= {"training": "train", "testing": "test", "unlabeled": "unlabeled"}
-CHUNK, CHUNK_BYTES = 256, 2**22  # images that are decoded at a time, and what encoded ones take on average, at most
+CHUNK = 64  # images that are read from a Parquet file, and decoded, at a time
+REMEDY = "fetch or write it again"
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images to decode. `read` yields those of ascending rows in order; `chunk` of them are decoded at a time."""
+    """Images to decode, of which `read` yields those of ascending rows in order."""
 
     count: int
     read: Callable[[np.ndarray], Iterator[Item]]
@@ -36,7 +37,6 @@ class Images:
     note: str = ""  # what a user should know of them
     left_out: list[str] = field(default_factory=list)
     revision: str | None = None
-    chunk: int = CHUNK
 
 
 def listed(root: Path) -> tuple[dict[str, list[Path]], list[str]]:
@@ -81,31 +81,31 @@ def of_split(root: Path, files: list[Path], split: str) -> list[Path]:
 
 def pictures(root: Path, files: list[Path], tables: list[Path], in_splits: bool, skip: bool) -> Images:
     """Files of images; labels are in metadata.csv, or else the folders at the top if all are in one of several."""
-    tops = [file.relative_to(root).parts[in_splits:-1][:1] for file in files]
-    folders = sorted({top[0] for top in tops if top})
-    labels, names, note, left_out = _of_csv(tables, files) if tables else (None, None, "", [])
-    if not tables and len(folders) > 1 and not all(tops):
-        note = f"no labels: {sum(not top for top in tops)} images are in none of the folders {', '.join(folders)[:80]}"
+    tops = [(*file.relative_to(root).parts[in_splits:-1], "")[0] for file in files]
+    folders = sorted({*tops} - {""})
+    labels, names, note, left_out = _of_csv(tables, files) if tables else (np.full(len(files), -1), None, "", [])
+    if not tables and len(folders) > 1 and "" in tops:
+        note = f"no labels: {tops.count('')} images are in none of the folders {', '.join(folders)[:80]}"
     elif not tables and len(folders) > 1:
-        labels, names = np.array([folders.index(top[0]) for top in tops]), folders
-    read = partial(map, lambda i: (files[i], None if labels is None else int(labels[i]), plain(files[i])))
+        labels, names = np.array([folders.index(top) for top in tops]), folders
+    read = partial(map, lambda i: (files[i], int(labels[i]), plain(files[i])))
     return Images(len(files), read, None, names, note, left_out)
 
 
-def _of_csv(tables: list[Path], files: list[Path]) -> tuple[np.ndarray | None, list[str] | None, str, list[str]]:
+def _of_csv(tables: list[Path], files: list[Path]) -> tuple[np.ndarray, list[str] | None, str, list[str]]:
     """Of metadata.csv, with a column file_name: labels of the files, names of classes, a note, what is not there."""
     import pandas as pd
 
-    known: dict[Path, Any] = {}
+    frames = []
     for table in tables:
-        with readable(table, "wanted columns file_name and label"):
+        with refusing(plain(table), "columns file_name and label", REMEDY):
             frame = pd.read_csv(table, keep_default_na=False, na_values=[""])
-            paths = [table.parent / name for name in frame.pop("file_name")]
-        column, note = _label_column(list(frame.columns), [])
-        known |= dict(zip(paths, frame[column] if column else [None] * len(paths), strict=True))
-    left_out = sorted(f"{plain(path)} (in metadata.csv, but not there)" for path in known.keys() - {*files})
-    labels = [pd.Series([known.get(file) for file in files])]
-    return *(numbers(labels, column) if column else (None, None, note)), left_out
+            frames.append(frame.set_index(pd.Index([table.parent / name for name in frame.pop("file_name")])))
+    known = pd.concat(frames)
+    column, note = _label_column(list(known.columns), [])
+    left_out = sorted(f"{plain(path)} (in metadata.csv, but not there)" for path in {*known.index} - {*files})
+    known = known[~known.index.duplicated(keep="last")].reindex(files)
+    return *(numbers(known[column], column) if column else (np.full(len(files), -1), None, note)), left_out
 
 
 def _label_column(candidates: list[str], classes: list[str]) -> tuple[str | None, str]:
@@ -116,13 +116,13 @@ def _label_column(candidates: list[str], classes: list[str]) -> tuple[str | None
     return None, f"no labels: any of the columns {', '.join(candidates)} could be, name one label" * bool(candidates)
 
 
-def numbers(parts: list["pd.Series"], column: str) -> tuple[np.ndarray | None, list[str] | None, str]:
+def numbers(values: "pd.Series", column: str) -> tuple[np.ndarray, list[str] | None, str]:
     """Class numbers, -1 for none, of integers, strings or bools; the classes' names unless integers; a note if none."""
     import pandas as pd
 
-    labels = pd.concat(parts).convert_dtypes()
+    labels = values.convert_dtypes()
     if labels.nunique() > max(1000 if column == "label" else 20, len(labels) / 2):
-        return None, None, f"no labels: most values of the column {column} occur once"
+        return np.full(len(labels), -1), None, f"no labels: most values of the column {column} occur once"
     if pd.api.types.is_integer_dtype(labels):
         return np.maximum(labels.fillna(-1).to_numpy(np.int64), -1), None, ""
     codes, names = pd.factorize(labels, sort=True)
@@ -131,8 +131,9 @@ def numbers(parts: list["pd.Series"], column: str) -> tuple[np.ndarray | None, l
 
 def npy(files: list[Path], labels: list[Path], skip: bool) -> Images:
     """One array of uint8, uint16 or floats in [0, 1], and, in labels.npy, integers if it is there."""
-    with readable(files[0], "wanted an array of numbers (.npy)"):
-        pixels, classes = np.load(files[0], mmap_mode="r"), np.load(labels[0]) if labels else None
+    with refusing(plain(files[0]), "an array of numbers (.npy)", REMEDY):
+        pixels = np.load(files[0], mmap_mode="r")
+        classes = np.load(labels[0]) if labels else np.full(len(pixels), -1)
     wanted = "wanted one (N, H, W) or (N, H, W, C) of uint8, uint16 or floats in [0, 1], N integer labels: convert it"
     known = f"{pixels.dtype.kind}{pixels.itemsize}" in ("u1", "u2", "f2", "f4", "f8")
     if len(files) > 1 or pixels.ndim not in (3, 4) or not pixels.size or not known:
@@ -140,20 +141,21 @@ def npy(files: list[Path], labels: list[Path], skip: bool) -> Images:
     first, height, width = pixels.shape[1:] if pixels.ndim == 4 else (1, 0, 0)
     if first < 5 < width or first < height == width:
         raise ValueError(f"got channels first, {pixels.shape}, in {plain(files[0])}, {wanted}")
-    if classes is not None and (classes.shape != pixels.shape[:1] or classes.dtype.kind not in "iu"):
+    if classes.shape != pixels.shape[:1] or classes.dtype.kind not in "iu":
         raise ValueError(f"got labels {classes.dtype} {classes.shape} of {len(pixels)} images, {wanted}")
-    classes = np.full(len(pixels), -1) if classes is None else classes
     read = partial(map, lambda i: (np.asarray(pixels[i]), max(int(classes[i]), -1), f"{plain(files[0])} {i}"))
     return Images(len(pixels), read, 1 if pixels.ndim == 3 else pixels.shape[3])
 
 
-def tables(files: list[Path], skip: bool, *, beside: Sequence[Path] = (), channels: int | None = None) -> Images:
+def tables(files: list[Path], skip: bool, *, beside: Sequence[Path] = ()) -> Images:
     """The column of images in Parquet files as on the Hub, and that of labels; `beside`: files that rows may name.
 
     Read by pyarrow and not by `datasets`, which copies the files to Arrow ones and maps those into memory: reading
     100,000 images of 64x64 so peaks at three times the memory.
     """
-    counts, parts, left_out, stored, columns = {}, [], [], 0, None
+    import pandas as pd
+
+    counts, parts, left_out, columns = {}, [], [], None
     for file in files:
         try:
             parquet = _parquet(file)
@@ -161,89 +163,71 @@ def tables(files: list[Path], skip: bool, *, beside: Sequence[Path] = (), channe
             image, label, classes, note = columns
             if not {image, label} - {None} <= {*(have := parquet.schema_arrow.names)}:
                 raise ValueError(f"got {have} in {plain(file)}, wanted those of {plain(files[0])}: separate them")
-            with readable(file, f"wanted a whole column {label}"):
+            with refusing(plain(file), f"a whole column {label}", REMEDY):
                 parts += [parquet.read([label])[label].to_pandas()] if label else []
+            counts[file] = parquet.metadata.num_rows
         except ValueError as error:
             if not skip:
                 raise
             left_out.append(str(error))
-        else:
-            counts[file] = parquet.metadata.num_rows
-            stored += sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups))
     if not counts:
         raise ValueError(f"got {len(files)} Parquet files of which none can be read, wanted whole ones: {left_out[0]}")
-    labels, names, note = numbers(parts, label) if label else (None, None, note)
-    if labels is not None and classes and max(labels) >= len(classes):
+    count = sum(counts.values())
+    labels, names, note = numbers(pd.concat(parts), label) if label else (np.full(count, -1), None, note)
+    if classes and max(labels) >= len(classes):
         raise ValueError(f"got label {max(labels)} in {plain(files[0])}, wanted at most {len(classes) - 1}: correct it")
-    chunk = max(1, min(CHUNK, CHUNK_BYTES * sum(counts.values()) // max(1, stored)))
 
     def read(rows: np.ndarray) -> Iterator[Item]:
         first = 0
         for file, count in counts.items():
-            chosen = rows[slice(*np.searchsorted(rows, (first, first + count)))]
-            for row, (cell, where) in zip(chosen, _cells(file, image, chosen - first, chunk, {*beside}), strict=True):
-                yield cell, None if labels is None else int(labels[row]), where
+            here = rows[slice(*np.searchsorted(rows, (first, first + count)))]
+            yield from _rows(file, image, here - first, labels[first:], {*beside})
             first += count
 
-    return Images(sum(counts.values()), read, channels, classes or names, note, left_out, chunk=chunk)
+    return Images(count, read, None, classes or names, note, left_out)
 
 
 def _columns(file: Path, schema: "pa.Schema") -> tuple[str, str | None, list[str] | None, str]:
     """The column of images, that of labels, the names of the classes if they are stored, a note if there are none."""
-    import pyarrow.types as kinds
     from datasets import ClassLabel, Features
 
-    with readable(file, "wanted metadata that `datasets` reads"):
+    with refusing(plain(file), "metadata that `datasets` reads", REMEDY):
         features = Features.from_arrow_schema(schema)
-    images = [one.name for one in schema if kinds.is_struct(one.type) and one.type.get_field_index("bytes") >= 0]
+    images = [one.name for one in schema if "bytes" in getattr(one.type, "names", ())]
     if not images:
         raise ValueError(f"got columns {schema.names} in {plain(file)}, wanted one of images: write it with `datasets`")
-    could = (kinds.is_integer, kinds.is_boolean, kinds.is_string, kinds.is_large_string, kinds.is_dictionary)
-    candidates = [one.name for one in schema if one.name == "label" or any(is_kind(one.type) for is_kind in could)]
+    kinds = {name: str(getattr(kind, "dtype", "")) for name, kind in features.items()}
+    candidates = [name for name in kinds if name == "label" or re.match("u?int|bool|(large_)?string", kinds[name])]
     classes = {name: kind.names for name, kind in features.items() if isinstance(kind, ClassLabel)}
     label, note = _label_column(candidates, list(classes))
     return images[0], label, classes.get(label or ""), note
 
 
-def _cells(file: Path, column: str, rows: np.ndarray, chunk: int, beside: set[Path]) -> Iterator[tuple[Any, str]]:
-    """The images in given rows of a Parquet file, of which `chunk` are held at a time, and where they are from."""
+def _rows(file: Path, column: str, rows: np.ndarray, labels: np.ndarray, beside: set[Path]) -> Iterator[Item]:
+    """The images in a column of ascending rows of a Parquet file, of which CHUNK are held at a time."""
     import pyarrow as pa
 
-    parquet, first = _parquet(file), 0
-    for group in range(parquet.num_row_groups):
-        end = first + parquet.metadata.row_group(group).num_rows
-        due = rows[slice(*np.searchsorted(rows, (first, end)))]
-        try:
-            for batch in parquet.iter_batches(chunk, row_groups=[group], columns=[column]) if len(due) else ():
-                here, due = np.split(due, np.searchsorted(due, [first + len(batch)]))
-                for row, value in zip(here, batch.take(pa.array(here - first)).to_pylist(), strict=True):
-                    cell = value[column] or {}
-                    image, path = cell.get("bytes"), cell.get("path") or ""
-                    if not image and beside:  # a row may name a file
-                        image = next((folder / path for folder in file.parents if folder / path in beside), None)
-                    yield image, f"{plain(file)}, row {row} {plain(path)}".rstrip()
-                first += len(batch)
-        except (pa.ArrowException, OSError) as error:
-            for row in due:
-                yield f"the file is damaged after row {first}: {error}", f"{plain(file)}, row {row}"
-        first = end
+    first = 0
+    try:
+        for batch in _parquet(file).iter_batches(CHUNK, columns=[column]):
+            if not len(rows):
+                return
+            here, later = np.split(rows, np.searchsorted(rows, [first + len(batch)]))
+            for row, value in zip(here, batch.take(pa.array(here - first)).to_pylist(), strict=True):
+                cell = value[column] or {}
+                image, path = cell.get("bytes"), cell.get("path") or ""
+                if not image and beside:  # a row may name a file
+                    image = next((folder / path for folder in file.parents if folder / path in beside), None)
+                yield image, int(labels[row]), f"{plain(file)}, row {row} {plain(path)}".rstrip()
+            first, rows = first + len(batch), later
+    except (pa.ArrowException, OSError) as error:
+        for row in rows:
+            yield f"the file is damaged after row {first}: {error}", int(labels[row]), f"{plain(file)}, row {row}"
 
 
 def _parquet(file: Path) -> "ParquetFile":
     """pyarrow's reader, made to hold some pages of a file in memory, where by default it holds a row group."""
     import pyarrow.parquet as pq
 
-    with readable(file, "wanted a whole Parquet file"):
+    with refusing(plain(file), "a whole Parquet file", REMEDY):
         return pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
-
-
-@contextmanager
-def readable(file: Path, wanted: str) -> Iterator[None]:
-    """What a library raises on a file that is damaged, as a ValueError of one line."""
-    from pyarrow import ArrowException
-
-    try:
-        yield
-    except (ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
-        why = " ".join(str(error).split())
-        raise ValueError(f"got {plain(file)}, {wanted} ({why}): fetch or write it again") from None

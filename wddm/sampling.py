@@ -21,6 +21,7 @@ from tqdm import tqdm
 from wddm.backbones import backbone_name
 from wddm.checkpoints import public
 from wddm.conditions import numbered
+from wddm.files import refusing
 from wddm.loading import fetched
 from wddm.objective import build_solver, default_solver
 from wddm.pipeline import WaveletPipeline, image_generators, visible
@@ -131,19 +132,15 @@ def images_per_call(pipeline: WaveletPipeline, batch_size: int) -> int:
 
 def check_device(name: str) -> None:
     """Raise a ValueError if nothing can be computed on a device of this name, "cuda:1" for example."""
-    try:
+    found = ["cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
+    with refusing(f"device {name!r}", " or ".join(found), "choose one of them"):
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        found = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
-        raise ValueError(f"got device {name!r}, wanted {' or '.join(['cpu', *found])}: choose one of them") from error
 
 
 def new_folder(folder: str | Path) -> None:
     """Make a folder; ValueError if it is there and not empty, or cannot be made."""
-    try:
+    with refusing(folder, "a new folder", "give another"):
         Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"got {folder}, wanted a new folder ({error.strerror}): give another") from error
     if any(Path(folder).iterdir()):
         raise ValueError(f"got {folder}, which is not empty, wanted a new folder: nothing is overwritten, give another")
 

@@ -6,7 +6,6 @@ encoded or as pixels; what is made of them is the rule at the top of `decoding.p
 """
 
 import itertools
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,10 +13,11 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from wddm import local
 from wddm.decoding import Item
-from wddm.files import Digests, plain, snapshot
+from wddm.files import Digests, plain, refusing, snapshot
 from wddm.local import Images
 
 CELEBAHQ = "42078a1fb27b6079eaab8cf453efd3d79a8b7bda"  # revision
@@ -33,8 +33,6 @@ EMOJI = {  # Unicode's groups, roughly: where they begin, block by block
 }  # fmt: skip
 FLAGS_AND_TONES = {*range(0x1F1E6, 0x1F200), 0x1F3F3, 0x1F3F4, *range(0x1F3FB, 0x1F400), *range(0xE0000, 0xFFFFF)}
 FONT = "install fonts-noto-color-emoji, or give its NotoColorEmoji.ttf, with bitmaps (CBDT), as dataset_path"
-
-
 Open = Callable[[bool], Images]  # from whether Parquet files that are damaged as a whole are left out
 
 
@@ -58,7 +56,7 @@ def digits(size: tuple[int, int], dataset_path: str | None, seed: int, split: st
         bunch = load_digits()
         pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
         read = partial(map, lambda i: (pixels[i], int(bunch.target[i]), f"digits {i}"))
-        return Images(len(pixels), read, 1, [str(digit) for digit in range(10)])
+        return Images(len(pixels), read, 1, list("0123456789"))
 
     return _embedded("digits", dataset_path, split, "load_digits", ["data/digits.csv.gz"], opened)
 
@@ -73,12 +71,9 @@ def patches(size: tuple[int, int], dataset_path: str | None, seed: int, split: s
         rng = np.random.default_rng(seed)
         photo = rng.integers(len(bunch.images), size=PATCHES)
         top, left = (rng.integers(have - side + 1, size=PATCHES) for have, side in zip((427, 640), size, strict=True))
-
-        def crop(i: int) -> Item:
-            y, x = top[i], left[i]
-            return bunch.images[photo[i]][y : y + size[0], x : x + size[1]], int(photo[i]), f"patches {i}"
-
-        return Images(PATCHES, partial(map, crop), 3, [Path(name).stem for name in bunch.filenames])
+        crops = [sliding_window_view(image, (*size, 3)) for image in bunch.images]
+        read = partial(map, lambda i: (crops[photo[i]][top[i], left[i], 0], int(photo[i]), f"patches {i}"))
+        return Images(PATCHES, read, 3, [Path(name).stem for name in bunch.filenames])
 
     if size[0] > 427 or size[1] > 640:
         raise ValueError(f"got resolution={max(size)}, wanted at most 426 for patches: choose a smaller one")
@@ -88,23 +83,19 @@ def patches(size: tuple[int, int], dataset_path: str | None, seed: int, split: s
 
 def emoji(size: tuple[int, int], dataset_path: str | None, seed: int, split: str) -> Source:
     """The 1,600 bitmaps (136x128) of the font Noto Color Emoji, no flags or skin tones; classes roughly Unicode's."""
-    if dataset_path is None:
-        from matplotlib.font_manager import findSystemFonts
+    from matplotlib.font_manager import findSystemFonts
 
-        found = [Path(font) for font in sorted(findSystemFonts()) if "NotoColorEmoji" in font]
-    else:
-        found = sorted(Path(dataset_path).rglob("NotoColorEmoji*.ttf")) or [Path(dataset_path)]
-    if not found or not found[0].is_file():
+    fonts = findSystemFonts([dataset_path] if dataset_path else None)
+    path = Path(next((font for font in sorted(fonts) if "NotoColorEmoji" in font), dataset_path or ""))
+    if not path.is_file():
         raise ValueError(f"got no font Noto Color Emoji, wanted it: {FONT}")
 
     def opened(skip: bool) -> Images:
-        from fontTools.ttLib import TTFont, TTLibError
+        from fontTools.ttLib import TTFont
 
-        try:
-            font = TTFont(found[0], lazy=True)
+        with refusing(path, "a font of colour bitmaps", FONT):
+            font = TTFont(path, lazy=True)
             bitmaps = font["CBDT"].strikeData[0]
-        except (TTLibError, KeyError, OSError):
-            raise ValueError(f"got {found[0]}, wanted a font of colour bitmaps: {FONT}") from None
         spelled = {glyph: [code] for code, glyph in font.getBestCmap().items() if code > 127}
         for lookup in font["GSUB"].table.LookupList.Lookup:
             for first, ligatures in getattr(lookup.SubTable[0], "ligatures", {}).items():
@@ -122,7 +113,7 @@ def emoji(size: tuple[int, int], dataset_path: str | None, seed: int, split: str
 
         return Images(len(glyphs), partial(map, drawn), 3, groups, "these are drawings, few, easily learned by heart")
 
-    return _local(found[0].name, found[0], found[:1], opened)
+    return _local(path.name, path, [path], opened)
 
 
 def folder(size: tuple[int, int], dataset_path: str | None, seed: int, split: str) -> Source:
@@ -132,51 +123,46 @@ def folder(size: tuple[int, int], dataset_path: str | None, seed: int, split: st
     root = Path(dataset_path)
     found, left_out = local.listed(root)
     tables, arrays, pictures, labels = (found[kind] for kind in ("table", "array", "image", "labels"))
-    if not tables and bool(arrays) == bool(pictures):
-        remedy = "separate them" if pictures else "give a folder that has some, archives unpacked"
-        raise ValueError(
-            f"got {len(tables)} Parquet files and {len(pictures)} images, {len(arrays)} arrays in {plain(root)}"
-            f"{f', left out {left_out[:3]}' * bool(left_out)}, wanted one of the three: {remedy}"
-        )
     every = tables or arrays or pictures
+    if not every or (every is arrays and pictures):
+        got = f"{len(tables)} Parquet files and {len(pictures)} images, {len(arrays)} arrays in {plain(root)}"
+        remedy = "separate them" if pictures else "give a folder that has some, archives unpacked"
+        left = f", left out {left_out[:3]}" * bool(left_out)
+        raise ValueError(f"got {got}{left}, wanted one of the three: {remedy}")
     splits = {local.split_of(root, file) for file in every} - {None}
     if not splits and split != "train":
         raise ValueError(f"got split={split!r}, which no folder or table in {plain(root)} is called: leave it out")
     files = local.of_split(root, every, split) if splits else every
-    others, beside = len(every) - len(files), [*pictures, *arrays] if tables else []
-    left_out += [f"{others} files of other splits than {split}"] * bool(others)
-    unused = [file for file in labels if tables or (file.suffix == ".npy") != bool(arrays)]
-    left_out += [f"{plain(file)}: no labels of these" for file in unused]
-    left_out += [f"{len(beside)} files beside Parquet ones, but for those that rows name"] * bool(beside)
+    others, beside, used = len(every) - len(files), [*pictures, *arrays] if tables else [], []
     if tables:
         opened = partial(local.tables, files, beside=beside)
     elif arrays:
-        opened = partial(local.npy, files, [file for file in labels if file.suffix == ".npy"])
+        opened = partial(local.npy, files, used := [file for file in labels if file.suffix == ".npy"])
     else:
-        opened = partial(local.pictures, root, files, [file for file in labels if file.suffix != ".npy"], bool(splits))
+        used = [file for file in labels if file.suffix != ".npy"]
+        opened = partial(local.pictures, root, files, used, bool(splits))
+    left_out += [f"{others} files of other splits than {split}"] * bool(others)
+    left_out += [f"{plain(file)}: no labels of these" for file in labels if file not in used]
+    left_out += [f"{len(beside)} files beside Parquet ones, but for those that rows name"] * bool(beside)
     return _local(dataset_path, root, [*files, *labels, *beside], opened, split if splits else "all", left_out)
 
 
 def hub(size: tuple[int, int], dataset_path: str | None, seed: int, split: str, *, repo: str, own: str) -> Source:
-    """Splits ("train+validation") of "owner/name@revision" on the Hub, or of a copy; `train` stands for its `own`."""
+    """Splits ("train+validation") of "owner/name@commit" on the Hub, or of a copy; `train` stands for its `own`."""
     split = own if split == "train" else split
     if dataset_path is not None:
         root = Path(dataset_path)
         files = local.listed(root)[0]["table"]
         files = files if root.is_file() else local.of_split(root, files, split)
-        return _local(dataset_path, root, files, partial(local.tables, files, channels=3), split)
-    name, _, revision = repo.partition("@")
-
-    def content(_: Digests) -> str:
-        pinned = re.fullmatch("[0-9a-f]{40}", revision)
-        return f"{name}@{revision if pinned else snapshot(name, [], revision=revision or None).name}"
+        return _local(dataset_path, root, files, partial(local.tables, files), split)
+    name, _, commit = repo.partition("@")  # the last one without
 
     def opened(skip: bool) -> Images:
-        root = snapshot(name, [f"*{part}*.parquet" for part in split.split("+")], revision=revision or None)
+        root = snapshot(name, [f"*{part}*.parquet" for part in split.split("+")], revision=commit or None)
         files = local.of_split(root, sorted(root.rglob("*.parquet")), split)
-        return replace(local.tables(files, skip, channels=3), revision=root.name)
+        return replace(local.tables(files, skip), revision=root.name)
 
-    return Source(name, content, opened, split)
+    return Source(name, lambda _: f"{name}@{commit or snapshot(name, []).name}", opened, split)
 
 
 SOURCES: dict[str, Callable[[tuple[int, int], str | None, int, str], Source]] = {
@@ -194,11 +180,8 @@ def _local(
     name: str, root: Path, files: list[Path], opened: Open, split: str = "all", left_out: Sequence[str] = ()
 ) -> Source:
     """A set of files below `root`, which is the same one when the folder was moved or copied."""
-
-    def content(digests: Digests) -> str:
-        return digests.of_files(root, files) + f", left out: {left_out}" * bool(left_out)
-
-    return Source(plain(name), content, opened, split, left_out)
+    told = f", left out: {left_out}" * bool(left_out)
+    return Source(plain(name), lambda digests: digests.of_files(root, files) + told, opened, split, left_out)
 
 
 def _embedded(dataset: str, path: str | None, split: str, loader: str, files: list[str], opened: Open) -> Source:
