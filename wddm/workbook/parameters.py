@@ -102,6 +102,16 @@ def read_schema(path: Path) -> dict[str, Parameter]:
     return schema
 
 
+def expand(template: str, values: Mapping[str, Any]) -> list[str]:
+    """`runs/{run}` with the values of the names that it has: a text for every item of a list, none for None."""
+    texts = [template]
+    for name in dict.fromkeys(re.findall(r"{(\w+)}", template)):
+        items = values.get(name, f"{{{name}}}")
+        items = [str(item) for item in (items if isinstance(items, list) else [items]) if item is not None]
+        texts = [text.replace(f"{{{name}}}", item) for text in texts for item in items]
+    return texts
+
+
 def checked(path: Path, namespace: Mapping[str, Any]) -> dict[str, Any]:
     """name -> value of every parameter of a notebook, as the namespace of its kernel has them, in their types."""
     return {name: one.convert(namespace.get(name, one.default)) for name, one in read_schema(path).items()}

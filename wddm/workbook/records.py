@@ -115,6 +115,12 @@ def read_record(root: Path, run: str) -> dict[str, dict[str, Any]]:
     return {name: entry for name, entry in entries.items() if isinstance(entry, dict) and entry.keys() >= needed}
 
 
+def prepared_set(root: Path, run: str) -> dict[str, str | None]:
+    """{"data": the folder of the prepared set that a run has made, if it has}, relative to the root."""
+    path = read_record(root, run).get("data", {}).get("path")
+    return {"data": path and str(Path(path).parent)}
+
+
 def write_entry(root: Path, run: str, name: str, entry: dict[str, Any]) -> None:
     """Say what a run has made, in the place of what it made before."""
     write_json(root / "runs" / run / "record.json", read_record(root, run) | {name: entry})
