@@ -43,7 +43,8 @@ class Experiment:
         """All parameters, as a YAML that `wddm run` accepts."""
         content = dict(self.parameters)
         if self.notebooks != pipeline_notebooks(self.root):
-            content["notebooks"] = [_name(notebook, self.root) for notebook in self.notebooks]
+            names = {notebook: name for name, notebook in known_notebooks(self.root).items()}
+            content["notebooks"] = [names[notebook] for notebook in self.notebooks]  # in the order given
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
     def until(self, last: Path) -> "Experiment":
@@ -58,9 +59,10 @@ def pipeline_notebooks(root: Path) -> tuple[Path, ...]:
     return tuple(sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb")))
 
 
-def _name(notebook: Path, root: Path) -> str:
-    """"02_train", "analysis/compare"."""
-    return notebook.relative_to(root / "notebooks").with_suffix("").as_posix()
+def known_notebooks(root: Path) -> dict[str, Path]:
+    """Every notebook, by its name below notebooks/: "02_train", "analysis/compare"."""
+    folder = root / "notebooks"
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.ipynb"))}
 
 
 def load_experiments(path: Path, root: Path, overrides: Iterable[str] = ()) -> list[Experiment]:
@@ -90,13 +92,13 @@ def load_experiments(path: Path, root: Path, overrides: Iterable[str] = ()) -> l
             where, name = wanted.pop("recipe")
             named = {key: value for key, value in wanted.items() if where != "-p" or value[0] == where}
             wanted |= _recipe(where, name, root, schema) | named
-        known = [*schema, *(name for name in of_summary if name not in swept)]
+        known = list(schema | {name: one for name, one in of_summary.items() if name not in swept})
         parameters = _resolve(schema, wanted, known, swept, problems)
         experiments.append(Experiment(parameters["run"], path, root, notebooks, parameters))
     if summary:
         runs = {"runs": (str(path), [experiment.run for experiment in experiments])}
         wanted = {name: value for name, value in (runs | values).items() if name != "recipe"}
-        parameters = _resolve(of_summary, wanted, [*schema, *of_summary, "runs"], {}, problems)
+        parameters = _resolve(of_summary, wanted, list(schema | of_summary | runs), {}, problems)
         experiments.append(Experiment(parameters["run"], path, root, summary, parameters, is_summary=True))
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))

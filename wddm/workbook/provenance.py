@@ -28,7 +28,9 @@ from wddm.workbook.experiments import Experiment
 from wddm.workbook.parameters import expand, read_notebook
 from wddm.workbook.records import prepared_set
 
-PACKAGES = "torch diffusers accelerate pytorch-wavelets torch-fidelity datasets numpy scipy papermill".split()
+PACKAGES = (
+    "torch", "diffusers", "accelerate", "pytorch-wavelets", "torch-fidelity", "datasets", "numpy", "scipy", "papermill",
+)  # fmt: skip
 SHARED = ("metrics.json", "timings.json")  # several notebooks of a run write into them: that they are there counts
 
 

@@ -79,8 +79,8 @@ def fill(prose: str, values: dict[str, Any]) -> str:
     """Prose with the values in its code spans, `runs/{run}`: a span for each of a list's first items, none for None."""
 
     def spans(match: re.Match[str]) -> str:
-        texts = [f"`{re.sub(r'[`$<>\s]+', ' ', text)}`" for text in expand(match[2], values)]  # else they end the span
-        return match[1] + ", ".join(texts[:3]) + ", …" * (len(texts) > 3) if texts else ""
+        texts = [re.sub(r"[`$<>\s]+", " ", text) for text in expand(match[2], values)]  # else they end the span
+        return match[1] + ", ".join(f"`{text}`" for text in texts[:3]) + ", …" * (len(texts) > 3) if texts else ""
 
     return re.sub(r"(,\s| or |)`([^`\n]*{\w+}[^`\n]*)`", spans, prose)
 
