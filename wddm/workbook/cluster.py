@@ -32,6 +32,7 @@ CLUSTERS = {"local": "distributed.LocalCluster", "ssh": "distributed.SSHCluster"
 LOCAL = {"kind": "local", "threads_per_worker": 1, "preload": "import os; os.setpgrp()"}  # Ctrl-C is the client's alone
 SET_BY_DASK = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_")  # in workers
 EVERY = 60.0  # seconds between two states of a progress bar in a file
+BEGINS = re.compile(r"\[\d+/\d+\] \S+ \.\.\.$")  # what is said of a notebook that is launched
 LOST = "the scheduler is gone: start one, and the same command goes on"
 PATIENCE = 120.0  # seconds; NFS takes 90, if not told otherwise, to release the locks of a machine that is gone
 
@@ -50,7 +51,7 @@ def start(
 ) -> int:  # fmt: skip
     """Run a member as a process; its exit code. `show` and log.txt get its lines, of a progress bar one a minute.
 
-    `redraw`: what shows every state of a progress bar in the place of the one before.
+    `redraw`, if there is one, gets all states of that, with the notebook, and `show` none.
     """
     root, run, due, notebook = member.experiment.root, member.experiment.run, 0.0, ""
     write_text(file := root / "reports" / run / "params.yaml", member.experiment.as_yaml())
@@ -63,10 +64,9 @@ def start(
     stop.listeners.add(lambda kill: process.send_signal(signal.SIGINT))  # it knows itself what a second one means
     with process, file.with_name("log.txt").open("a") as log:
         for line in filter(None, map(str.rstrip, process.stdout or ())):
-            if begun := re.fullmatch(r"\[\d+/\d+\] (\S+) \.\.\.", line):
-                notebook = begun[1]
-            if (moves := PROGRESS_LINE.match(line)) and redraw:
-                redraw(f"{run} | {notebook} | {re.sub(r'[|].*[|]', '', line)}")
+            moves, notebook = PROGRESS_LINE.match(line), line if BEGINS.match(line) else notebook
+            if redraw:
+                redraw(f"{run} | {notebook} {re.sub('[|].*[|]', '', line) if moves else ''}")
             if not moves or time.monotonic() > due:
                 due = time.monotonic() + EVERY if moves else due
                 print(line, file=log, flush=True)

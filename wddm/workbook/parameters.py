@@ -162,7 +162,8 @@ class Loader(yaml.SafeLoader):
             _refuse(
                 "got an anchor (&), alias (*) or tag (!), wanted the value itself: write it out, or quote it", event
             )
-        node, seen = super().compose_node(parent, index), set[str]()
+        node: Any = super().compose_node(parent, index)
+        seen = set[str]()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if key.value == "<<":
                 _refuse("got a merge key (<<), wanted its keys: write them out", key)
