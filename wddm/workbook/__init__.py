@@ -36,14 +36,14 @@ from wddm.workbook.runner import run
 __all__ = ["Run", "collect", "live", "load_experiments", "open_run", "progress", "run", "run_data_folder"]
 
 
-def find_root(start: Path | None = None) -> Path:
-    """The nearest folder, from `start` (the current one) upwards, that holds notebooks/ and params/."""
-    start = Path(start or Path.cwd()).resolve()
-    for folder in (start, *start.parents):
+def find_root(start: Path = Path()) -> Path:
+    """The nearest folder that holds notebooks/ and params/, from `start` upwards, or else from the current one."""
+    places = [place for one in (start, Path()) for place in (one.resolve(), *one.resolve().parents)]
+    for folder in places:
         if (folder / "notebooks").is_dir() and (folder / "params").is_dir():
             return folder
     remedy = "cd into a clone of it, or give the path of a YAML in one: wddm run path/to/clone/params/quickstart.yaml"
-    raise ValueError(f"{start} is not inside a workbook, a folder with notebooks/ and params/: {remedy}")
+    raise ValueError(f"{places[0]} is not inside a workbook, a folder with notebooks/ and params/: {remedy}")
 
 
 @dataclass(frozen=True)
