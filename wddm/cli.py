@@ -99,15 +99,8 @@ def experiments_of(params: Sequence[Path], overrides: Iterable[str]) -> tuple[Pa
     """The root of the workbook that the YAML files are in, and the experiments they ask for."""
     from wddm import workbook
 
-    root, experiments, problems = workbook.find_root(params[0].parent), [], []
-    for path in params:
-        try:
-            experiments += workbook.load_experiments(path, root, overrides)
-        except ValueError as error:
-            problems.append(str(error))
-    if problems:
-        raise ValueError("\n".join(problems))
-    return root, experiments
+    root = workbook.find_root(params[0].parent)
+    return root, [one for path in params for one in workbook.load_experiments(path, root, overrides)]
 
 
 @commands.command()

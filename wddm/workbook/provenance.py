@@ -31,7 +31,7 @@ from wddm.workbook.records import prepared_set
 PACKAGES = (
     "torch", "diffusers", "accelerate", "pytorch-wavelets", "torch-fidelity", "datasets", "numpy", "scipy", "papermill",
 )  # fmt: skip
-SHARED = ("metrics.json", "timings.json")  # several notebooks of a run write into them: that they are there counts
+SHARED = ("metrics.json", "timings.json")  # several notebooks of a run write into them
 
 
 def fingerprint(experiment: Experiment, notebook: Path, known: Digests) -> str:
@@ -45,11 +45,10 @@ def fingerprint(experiment: Experiment, notebook: Path, known: Digests) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def outputs(experiment: Experiment, notebook: Path, known: Digests) -> dict[str, str]:
-    """Content of what a notebook declares to write, and of itself as executed."""
+def outputs(experiment: Experiment, notebook: Path) -> list[Path]:
+    """What a notebook alone writes: itself as executed, and what it declares but for the numbers of the run."""
     executed = experiment.root / "reports" / experiment.run / f"{notebook.stem}.ipynb"
-    found = hashes(experiment.root, [*declared_paths(experiment, notebook, "Outputs"), executed], known)
-    return {path: "there" if path.endswith(SHARED) and hash != "absent" else hash for path, hash in found.items()}
+    return [executed, *(path for path in declared_paths(experiment, notebook, "Outputs") if path.name not in SHARED)]
 
 
 def hashes(root: Path, paths: list[Path], known: Digests) -> dict[str, str]:

@@ -128,11 +128,11 @@ def _exporter() -> Any:
         def block_math(self, body: str) -> str:
             return self.inline_math(body, "block")
 
-    class Exporter(HTMLExporter):
-        def markdown2html(self, source: str) -> str:
-            return MarkdownWithMath(renderer=Renderer(escape=False, exclude_anchor_links=True)).render(source)
+    def as_html(source: str) -> str:
+        return MarkdownWithMath(renderer=Renderer(escape=False, exclude_anchor_links=True)).render(source)
 
-    return Exporter(template_name="report", extra_template_basedirs=[str(TEMPLATES)])
+    places = [str(TEMPLATES)]
+    return HTMLExporter(template_name="report", extra_template_basedirs=places, filters={"markdown2html": as_html})
 
 
 def _tidy(cell: Any) -> Any:

@@ -1,7 +1,7 @@
 """Runs experiments: which notebooks, in which order, whether they have to, and what became of them.
 
 status.json of reports/<run>/ is written before and after each launch, here and nowhere else:
-{"02_train": {"state", "seconds", "error", "started", "pid", "fingerprint", "recorded", "outputs", "opened"}, ...},
+{"02_train": {"state", "seconds", "error", "started", "pid", "fingerprint", "recorded", "files"}, ...},
 where state is pending, running, ok, failed or killed.
 """
 
@@ -111,14 +111,15 @@ class Task:
     def is_current(self, notebook: Path) -> bool:
         """Whether the notebook last ended ok, and what it depends on and what it made are as they were then."""
         entry, name, numbers = self.status.get(notebook.stem, {}), notebook.stem, self.recorded()
+        made = provenance.hashes(self.root, provenance.outputs(self.experiment, notebook), self.known)
         return (
             not self.force
             and entry.get("state") == "ok"
             and (self.folder / f"{name}.html").exists()
             and entry.get("fingerprint") == provenance.fingerprint(self.experiment, notebook, self.known)
-            and entry.get("outputs") == provenance.outputs(self.experiment, notebook, self.known)
             and all(own.items() <= numbers[kind].items() for kind, own in entry["recorded"].items())
-            and all(self.known.of(self.root / path) == digest for path, digest in entry.get("opened", {}).items())
+            and made.items() <= entry["files"].items()
+            and all(self.known.of(self.root / path) == digest for path, digest in entry["files"].items())
         )
 
     def run(self, stop: kernel.Stop) -> int:
@@ -160,8 +161,8 @@ class Task:
         new = {kind: {key: after[kind][key] for key in after[kind].keys() - before[kind]} for kind in RECORDS}
         entry: dict[str, Any] = {"state": state, "error": error, "seconds": seconds, "recorded": new}
         if state == "ok":  # else there may be no time to read what it left
-            entry["outputs"] = provenance.outputs(self.experiment, notebook, self.known)
-            entry["opened"] = provenance.hashes(self.root, opened, self.known)
+            files = [*provenance.outputs(self.experiment, notebook), *opened]
+            entry["files"] = provenance.hashes(self.root, files, self.known)
         self.update(name, **entry)
         self.known.save()
         try:
