@@ -419,8 +419,7 @@ def launched(root, monkeypatch) -> list[str]:
     """Replaces the kernel: notes what was launched, writes outputs, fails where a file `fail-` is."""
     names = []
 
-    def execute(job, stop):
-        source, target, parameters = job.source, job.target, job.parameters
+    def execute(source, target, parameters, *_):
         names.append(source.stem)
         entry = records.read_json(target.parent / "status.json")[source.stem]
         assert records.is_locked(root, parameters["run"])
@@ -609,11 +608,11 @@ def test_the_summary_comes_after_the_notebooks_of_the_sweep(summed_up, launched,
 def test_a_sweep_that_was_stopped_goes_on_where_it_stopped(summed_up, launched, monkeypatch):
     execute = kernel.execute
 
-    def stopped(job, stop):
-        if job.parameters["run"] == "x-level=1" and job.source.stem == "02_train":
+    def stopped(source, target, parameters, *more):
+        if parameters["run"] == "x-level=1" and source.stem == "02_train":
             os.kill(os.getpid(), signal.SIGINT)
             return "killed", "KeyboardInterrupt: stopped"
-        return execute(job, stop)
+        return execute(source, target, parameters, *more)
 
     monkeypatch.setattr(kernel, "execute", stopped)
     assert main(["run", "params/x.yaml"]) == 130
@@ -648,7 +647,7 @@ def test_where_nothing_can_be_written_one_line_says_so(root, launched, capsys, m
     (root / "reports").unlink()
     assert main(["run", "params/x.yaml"]) == 0
     full = OSError(errno.ENOSPC, "No space left on device", "reports/x/01_prepare.ipynb")
-    monkeypatch.setattr(kernel, "execute", lambda job, stop: (_ for _ in ()).throw(full))
+    monkeypatch.setattr(kernel, "execute", lambda *job: (_ for _ in ()).throw(full))
     assert main(["run", "params/x.yaml", "--force"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "01_prepare.ipynb, which cannot be written (No space left on device): " in error

@@ -154,9 +154,8 @@ class Task:
         log.parent.mkdir(parents=True, exist_ok=True)
         source, target = notebook.relative_to(self.root), Path("reports", run, f"{name}.ipynb")
         first = WATCH.format(str(log), str(self.root), run)
-        job = kernel.Job(source, target, self.experiment.values(notebook), first, held=(self.lock,))
         with contextlib.chdir(self.root):
-            state, error = kernel.execute(job, stop)
+            state, error = kernel.execute(source, target, self.experiment.values(notebook), stop, first, (self.lock,))
         seconds, opened, after = round(time.monotonic() - began, 2), provenance.opened(log), self.recorded()
         new = {kind: {key: after[kind][key] for key in after[kind].keys() - before[kind]} for kind in RECORDS}
         entry: dict[str, Any] = {"state": state, "error": error, "seconds": seconds, "recorded": new}
