@@ -27,7 +27,7 @@ from typing import Any
 
 from wddm.workbook import records
 from wddm.workbook.experiments import check_run_name, load_experiments
-from wddm.workbook.parameters import checked
+from wddm.workbook.parameters import read_schema
 from wddm.workbook.records import collect, run_data_folder
 from wddm.workbook.report import WIDGET, format_table
 from wddm.workbook.report import write_index as write_index
@@ -161,7 +161,8 @@ def open_run(run: str, notebook: str = "", namespace: Mapping[str, Any] | None =
     """
     root, parameters = find_root(), {}
     if notebook and namespace is not None:
-        parameters = checked(root / "notebooks" / f"{notebook}.ipynb", namespace)
+        schema = read_schema(root / "notebooks" / f"{notebook}.ipynb")
+        parameters = {name: one.convert(namespace.get(name, one.default)) for name, one in schema.items()}
         os.chdir(root)
     folder = root / "runs" / check_run_name(run)
     folder.mkdir(parents=True, exist_ok=True)

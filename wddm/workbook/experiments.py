@@ -50,7 +50,7 @@ class Experiment:
     def until(self, last: Path) -> "Experiment":
         """The notebooks up to this one, with their parameters alone."""
         notebooks = self.notebooks[: self.notebooks.index(last) + 1]
-        parameters = {name: self.parameters[name] for name in _schema(notebooks)}
+        parameters = {name: self.parameters[name] for name in merge_schemas(notebooks)}
         return replace(self, notebooks=notebooks, parameters=parameters)
 
 
@@ -83,7 +83,7 @@ def load_experiments(path: Path, root: Path, overrides: Iterable[str] = ()) -> l
     values = {"run": (str(path), path.stem)} | values
     notebooks = _find_notebooks("notebooks", settings, root, path) or pipeline_notebooks(root)
     summary = _find_notebooks("summary", settings, root, path)
-    schema, of_summary = _schema(notebooks), _schema(summary)
+    schema, of_summary = merge_schemas(notebooks), merge_schemas(summary)
     problems: list[str] = []
     experiments: list[Experiment] = []
     for swept in _combinations(settings.get("sweep"), values, path):
@@ -103,11 +103,6 @@ def load_experiments(path: Path, root: Path, overrides: Iterable[str] = ()) -> l
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
     return experiments
-
-
-def _schema(notebooks: tuple[Path, ...]) -> dict[str, Parameter]:
-    """name -> Parameter of notebooks that run together, and `run`, which every run has."""
-    return {"run": Parameter("run", "str", "")} | merge_schemas(notebooks)
 
 
 def _recipe(where: str, name: Any, root: Path, schema: dict[str, Parameter]) -> dict[str, tuple[str, Any]]:

@@ -112,11 +112,6 @@ def expand(template: str, values: Mapping[str, Any]) -> list[str]:
     return texts
 
 
-def checked(path: Path, namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """name -> value of every parameter of a notebook, as the namespace of its kernel has them, in their types."""
-    return {name: one.convert(namespace.get(name, one.default)) for name, one in read_schema(path).items()}
-
-
 def parse_parameters(source: str, where: str) -> dict[str, Parameter]:
     """name -> Parameter of the source of a `parameters` cell; `where` begins the error messages."""
     try:
@@ -139,8 +134,8 @@ def _parse_line(line: Any, source: str) -> Parameter:
 def merge_schemas(notebooks: tuple[Path, ...]) -> dict[str, Parameter]:
     """The schemas of notebooks that run together as one: a name belongs to the first that declares it.
 
-    A later one may declare it too, the same, or as `T | None = None`: "as the first one has it". But for `run`, whose
-    default an experiment never takes.
+    A later one may declare it too, the same, or as `T | None = None`: "as the first one has it". But for `run`, which
+    every run has, and whose default an experiment never takes.
     """
     merged: dict[str, tuple[Parameter, str]] = {}
     for path in notebooks:
@@ -150,7 +145,7 @@ def merge_schemas(notebooks: tuple[Path, ...]) -> dict[str, Parameter]:
             if name != "run" and not follows and (first.type, first.default) != (one.type, one.default):
                 shown = f"{name} is `{first.type} = {first.default!r}` in {owner} but `{one.type} = {one.default!r}`"
                 raise ValueError(f"{shown} in {path.name}; make them one")
-    return {name: one for name, (one, _) in merged.items()}
+    return {"run": Parameter("run", "str", "")} | {name: one for name, (one, _) in merged.items()}
 
 
 class Loader(yaml.SafeLoader):
