@@ -1,6 +1,7 @@
 """The runner and what notebooks use of it, on tiny workbooks that the tests write themselves."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -418,8 +419,7 @@ def launched(root, monkeypatch) -> list[str]:
     """Replaces the kernel: notes what was launched, writes outputs, fails where a file `fail-` is."""
     names = []
 
-    def execute(job, stop):
-        source, target, parameters = job.source, job.target, job.parameters
+    def execute(source, target, parameters, *_):
         names.append(source.stem)
         entry = records.read_json(target.parent / "status.json")[source.stem]
         assert records.is_locked(root, parameters["run"])
@@ -608,11 +608,11 @@ def test_the_summary_comes_after_the_notebooks_of_the_sweep(summed_up, launched,
 def test_a_sweep_that_was_stopped_goes_on_where_it_stopped(summed_up, launched, monkeypatch):
     execute = kernel.execute
 
-    def stopped(job, stop):
-        if job.parameters["run"] == "x-level=1" and job.source.stem == "02_train":
+    def stopped(source, target, parameters, *more):
+        if parameters["run"] == "x-level=1" and source.stem == "02_train":
             os.kill(os.getpid(), signal.SIGINT)
             return "killed", "KeyboardInterrupt: stopped"
-        return execute(job, stop)
+        return execute(source, target, parameters, *more)
 
     monkeypatch.setattr(kernel, "execute", stopped)
     assert main(["run", "params/x.yaml"]) == 130
@@ -647,7 +647,7 @@ def test_where_nothing_can_be_written_one_line_says_so(root, launched, capsys, m
     (root / "reports").unlink()
     assert main(["run", "params/x.yaml"]) == 0
     full = OSError(errno.ENOSPC, "No space left on device", "reports/x/01_prepare.ipynb")
-    monkeypatch.setattr(kernel, "execute", lambda job, stop: (_ for _ in ()).throw(full))
+    monkeypatch.setattr(kernel, "execute", lambda *job: (_ for _ in ()).throw(full))
     assert main(["run", "params/x.yaml", "--force"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "01_prepare.ipynb, which cannot be written (No space left on device): " in error
@@ -903,7 +903,7 @@ def assert_stopped(root: Path, code: int) -> None:
     assert status(root)["01_prepare"]["error"] == "KeyboardInterrupt: stopped"
     assert "not reached" not in (root / "reports/x/01_prepare.html").read_text()
     assert '<span class="badge killed">' in (root / "reports/index.html").read_text()
-    wait_for(lambda: not records._is_alive((root / "runs/x/kernel").read_text()), seconds=10)
+    wait_for(lambda: not Path("/proc", (root / "runs/x/kernel").read_text()).exists(), seconds=10)
 
 
 def begun(root: Path) -> bool:
@@ -998,6 +998,7 @@ def test_root_is_found_from_below(root, monkeypatch):
     with pytest.raises(ValueError, match="run: got 'a/b'"):
         workbook.open_run("a/b")
     with pytest.raises(ValueError, match="is not inside a workbook"):
+        monkeypatch.chdir(root.parent)
         workbook.find_root(root.parent)
 
 
@@ -1042,6 +1043,40 @@ def test_members_of_a_sweep_take_a_gpu_each_and_hand_it_on(monkeypatch, tmp_path
     with pytest.raises(ZeroDivisionError):
         cluster.run_on_gpu(member(), stop, free)
     assert free.qsize() == 2
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_of_a_member_is_redrawn_in_a_terminal_and_a_line_a_minute_in_a_file(monkeypatch, tmp_path, terminal):
+    bar = "training:  {0}%|##   | {0}/100 [00:10<00:20, 5.00img/s]"
+
+    class Process(SimpleNamespace):
+        stdout = "[2/4] 02_train ...\n", *(f"{bar.format(share)}\n" for share in (10, 20, 30)), "said\n", "ok in 9 s\n"
+        returncode = 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(cluster.subprocess, "Popen", lambda *_, **options: Process())
+    experiment = SimpleNamespace(run="x=1", parameters={}, root=tmp_path, as_yaml=lambda: "")
+    stop = SimpleNamespace(requested=False, listeners=set())
+    assert cluster.run_beside([cluster.Member(experiment, [], 0)], 1, stop) == [0]
+
+    kept = ["[2/4] 02_train ...", bar.format(10), "said", "ok in 9 s"]
+    assert (tmp_path / "reports/x=1/log.txt").read_text().splitlines() == kept
+    lines = [line.split("\r")[-1] for line in stream.getvalue().split("\n")]  # as they stand in the end
+    assert [line for line in lines if line.strip()] == [
+        f"x=1 | {line}" for line in kept if "%" not in line or not terminal
+    ]
+    states = re.findall(r"\rx=1 \| \[2/4\] 02_train \.\.\. training: +(\d+)% \d+/100 \[00:10<\d*", stream.getvalue())
+    assert list(dict.fromkeys(states)) == (["10", "20", "30"] if terminal else [])
+    assert all(len(state) < 60 for state in re.split(r"[\r\n]", stream.getvalue())) or not terminal
 
 
 def test_what_has_no_parameters_is_not_checked_which_would_import_torch():

@@ -99,24 +99,8 @@ def experiments_of(params: Sequence[Path], overrides: Iterable[str]) -> tuple[Pa
     """The root of the workbook that the YAML files are in, and the experiments they ask for."""
     from wddm import workbook
 
-    root, experiments, problems = workbook_root(params[0].parent) or workbook.find_root(), [], []
-    for path in params:
-        try:
-            experiments += workbook.load_experiments(path, root, overrides)
-        except ValueError as error:
-            problems.append(str(error))
-    if problems:
-        raise ValueError("\n".join(problems))
-    return root, experiments
-
-
-def workbook_root(start: Path | None = None) -> Path | None:
-    """The root of the workbook that a folder (the current one) is in, if it is in one."""
-    from wddm import workbook
-
-    with contextlib.suppress(ValueError):
-        return workbook.find_root(start)
-    return None
+    root = workbook.find_root(params[0].parent)
+    return root, [one for path in params for one in workbook.load_experiments(path, root, overrides)]
 
 
 @commands.command()
@@ -189,13 +173,14 @@ def evaluate(
     from wddm.workbook.report import format_table
 
     check_device(device or "cpu")  # what cannot be used is told before anything is computed
-    try:
+    with contextlib.suppress(OSError):
         output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"got --output {output} ({error.strerror}), wanted a file in a folder: change it") from None
-    if output.is_dir() or not os.access(output.parent, os.W_OK):
+    if output.is_dir() or not os.access(output.parent, os.W_OK | os.X_OK):
         raise ValueError(f"got --output {output}, wanted a file that can be written: change it")
-    real = scores.find_reference(f"{reference}-{resolution}" if resolution else reference, workbook_root() or Path())
+    root = Path()
+    with contextlib.suppress(ValueError):
+        root = workbook.find_root()
+    real = scores.find_reference(f"{reference}-{resolution}" if resolution else reference, root)
     samples = scores.read_images(images)
     labels = read_json(images / "samples.json").get("labels")  # as wddm sample writes it
     device = device or PartialState().device

@@ -10,7 +10,7 @@ import re
 import socket
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -24,7 +24,7 @@ from wddm.backbones import BACKBONES, IMAGES, build_backbone
 from wddm.conditions import numbered
 from wddm.data import Dataset
 from wddm.metrics.frechet import frechet_wavelet_distance, moments
-from wddm.objective import TARGETS, build_solver, check_options, check_training, default_solver
+from wddm.objective import build_solver, check_options, check_training, default_solver
 from wddm.steps import PRECISIONS, SCHEDULES, check_batch, held_out
 from wddm.training import Step, Trainer
 from wddm.wavelets import WaveletCodec, check_choice
@@ -52,10 +52,7 @@ BOUNDS: dict[str, tuple[float, float]] = {  # parameter of any notebook: (minimu
     "comparison_seconds": (0, 10**6), "answers": (1, 64), "max_step_seconds": (0.001, 10**6),
     "capacity_gib": (0.001, 10**6), "seconds": (0.1, 10**6), "workers": (1, 1024),
 }  # fmt: skip
-CHOICES: dict[str, Iterable[str]] = {
-    "schedule": SCHEDULES, "precision": PRECISIONS, "prediction_type": TARGETS, "backbone": BACKBONES,
-    "backbones": BACKBONES, "datasets": IMAGES,
-}  # fmt: skip
+CHOICES = {"schedule": SCHEDULES, "precision": PRECISIONS, "backbones": BACKBONES, "datasets": IMAGES}
 IMAGES_IN = {"digits": 1797, "patches": 10_000, "cifar10": 50_000, "stl10": 100_000, "celebahq": 30_000}
 
 
@@ -152,7 +149,7 @@ def check(experiment: Experiment) -> None:
     problems: list[str] = []
     for part in (_check_options, _check_images, _check_conditions, _check_folders):
         try:
-            part(experiment)
+            part(experiment, experiment.parameters)
         except ValueError as error:
             problems += str(error).splitlines()
     if problems:
@@ -163,69 +160,68 @@ def check_bounds(parameters: Parameters) -> None:
     """ValueError, a line for each, for the parameters that have a value outside `BOUNDS`."""
     problems = []
     for name, (low, high) in BOUNDS.items():
-        given = parameters.get(name)
-        for value in given if isinstance(given, list | tuple) else [given]:
-            if not isinstance(value, str | None) and not low <= value <= high:
+        for value in _listed(parameters.get(name)):
+            if not isinstance(value, str) and not low <= value <= high:
                 problems.append(f"got {name}={str(value)[:20]}, wanted {low:g} to {high:g}: change {name}")
     if problems:
         raise ValueError("\n".join(problems))
 
 
-def _check_options(experiment: Experiment) -> None:
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def _check_options(experiment: Experiment, given: Parameters) -> None:
     """Names that no table has, parameters that nothing takes, batches that do not divide, solvers without an option."""
-    parameters = experiment.parameters
     for name, table in CHOICES.items():
-        given = parameters.get(name) or []
-        for value in given if isinstance(given, list) else [given]:
+        for value in _listed(given.get(name)):
             check_choice(name, value, table)
     for notebook in experiment.notebooks:
         refuse_impossible(experiment.values(notebook), notebook.stem)
-    if "accumulation" in parameters:
-        check_batch(**share(check_batch, parameters))
-    if "weighting" in parameters:
-        check_training(**share(check_training, parameters))
-    for name in parameters.get("solvers", []) + parameters.get("spacing_solvers", []):
-        build_solver(name, spacing=parameters.get("spacing"))
-    if "scheduler" in parameters:
-        predicts = parameters.get("prediction_type") or "epsilon"
-        solver = parameters["scheduler"] or default_solver(predicts)
-        build_solver(solver, predicts, spacing=parameters.get("spacing"))
-        check_options(solver, **share(check_options, parameters))
+    for function, name in ((check_batch, "accumulation"), (check_training, "weighting")):
+        if name in given:
+            function(**share(function, given))
+    for name in given.get("solvers", []) + given.get("spacing_solvers", []):
+        build_solver(name, spacing=given.get("spacing"))
+    if "scheduler" in given:
+        predicts = given.get("prediction_type") or "epsilon"
+        solver = given["scheduler"] or default_solver(predicts)
+        build_solver(solver, predicts, spacing=given.get("spacing"))
+        check_options(solver, **share(check_options, given))
 
 
-def _check_images(experiment: Experiment) -> None:
+def _check_images(experiment: Experiment, given: Parameters) -> None:
     """Source, codec and network, without memory and weights, and what depends on how many images there are."""
-    parameters = experiment.parameters
-    name, height = parameters.get("dataset"), parameters.get("resolution")
+    name, height = given.get("dataset"), given.get("resolution")
     if name is None or height is None:
         return
-    checked, labels = data.check_source(**share(data.check_source, parameters)), parameters.get("labels")
-    near = parameters.get("dataset_path") or (labels and name in ("digits", "patches", "emoji"))
-    opened = data.opened(*checked) if near else None
-    numbers = numbered(labels or [], opened.class_names) if opened else []
-    if opened and opened.class_names and max(numbers, default=0) >= len(opened.class_names):
-        raise ValueError(f"got labels={labels}, wanted 0 to {len(opened.class_names) - 1}, the set's: change labels")
-    count, channels = IMAGES_IN.get(name), IMAGES.get(name, (0, 3))[1]
-    if opened:
+    checked, labels = data.check_source(**share(data.check_source, given)), given.get("labels") or []
+    count, channels = IMAGES_IN.get(name, 10**9), IMAGES.get(name, (0, 3))[1]
+    if given.get("dataset_path") or (labels and name in ("digits", "patches", "emoji")):  # at hand
+        opened = data.opened(*checked)
         count, channels = opened.count, data.channels_of(opened, np.arange(min(opened.count, 256)))
-    count = min(count or 10**9, parameters.get("limit") or 10**9)
-    shape = height, parameters.get("width") or height, parameters.get("channels") or channels
+        names = opened.class_names or []
+        if names and max(numbered(labels, names), default=0) >= len(names):
+            raise ValueError(f"got labels={labels}, wanted 0 to {len(names) - 1}, the set's: change labels")
+    count = min(count, given.get("limit") or count)
+    shape = height, given.get("width") or height, given.get("channels") or channels
     with torch.device("meta"):
-        if "wavelet" in parameters:
-            WaveletCodec(**share(WaveletCodec, parameters)).check_size(*shape[:2])
-        if "backbone" in parameters:
-            _network(parameters, name, shape, parameters.get("class_conditional") or 0)
-    if parameters.get("validation_kimg"):
-        held_out(parameters["validation_images"], count)
-    for level, samples in (("fwd_level", "num_samples"), ("train_fwd_level", "fwd_images")):
-        if {level, samples} <= parameters.keys() and (samples == "num_samples" or parameters["fwd_kimg"]):
-            _check_packets(level, samples, parameters, shape, count)
+        if "wavelet" in given:
+            WaveletCodec(**share(WaveletCodec, given)).check_size(*shape[:2])
+        if "backbone" in given:
+            _network(given, name, shape, given.get("class_conditional") or 0)
+    if given.get("validation_kimg"):
+        held_out(given["validation_images"], count)
+    if {"fwd_level", "num_samples"} <= given.keys():
+        _check_packets("fwd_level", "num_samples", given, shape, count)
+    if given.get("fwd_kimg"):
+        _check_packets("train_fwd_level", "fwd_images", given, shape, count)
 
 
-def _check_packets(level: str, samples: str, parameters: Parameters, shape: tuple[int, int, int], count: int) -> None:
-    """ValueError if the Frechet wavelet distance at parameters[level] wants more samples, images or memory."""
-    (height, width, channels), factor, drawn = shape, 2 ** parameters[level], parameters[samples]
-    got = f"got {level}={parameters[level]} for images of {height}x{width}x{channels}"
+def _check_packets(level: str, samples: str, given: Parameters, shape: tuple[int, int, int], count: int) -> None:
+    """ValueError if the Frechet wavelet distance at given[level] wants more samples, images or memory."""
+    (height, width, channels), factor, drawn = shape, 2 ** given[level], given[samples]
+    got = f"got {level}={given[level]} for images of {height}x{width}x{channels}"
     if height % factor or width % factor:
         raise ValueError(f"{got}, wanted sides that {factor} divides: choose a smaller {level}")
     values = max(2, height * width * channels // factor**2)
@@ -239,9 +235,8 @@ def _check_packets(level: str, samples: str, parameters: Parameters, shape: tupl
             raise ValueError(f"{got}, wanted {wanted}: {remedy}, or choose a larger {level}")
 
 
-def _check_conditions(experiment: Experiment) -> None:
+def _check_conditions(experiment: Experiment, given: Parameters) -> None:
     """Labels, guidance or detail bands that the run's own network does not have; one from elsewhere is asked later."""
-    given = experiment.parameters
     if given.get("model_dir") or not {"labels", "class_conditional"} <= given.keys():
         return
     labels, guidance = given["labels"], given["guidance"]
@@ -255,17 +250,17 @@ def _check_conditions(experiment: Experiment) -> None:
             raise ValueError(f"got {got}, wanted {remedy}")
 
 
-def _check_folders(experiment: Experiment) -> None:
+def _check_folders(experiment: Experiment, given: Parameters) -> None:
     """Files that are not there, but for those of a run that a YAML makes, and an `output_dir` that is not new."""
-    root, given = experiment.root, experiment.parameters
+    root = experiment.root
     for name in ("model_dir", "model", "inception_weights"):
-        path, file = str(given.get(name) or "."), name == "inception_weights" and given.get(name)
-        run = re.match(r"runs/([^/]+)/", path)
-        on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) and name == "model_dir"
+        path, kind = root / str(given.get(name) or "."), "file" if name == "inception_weights" else "folder"
+        on_hub = name == "model_dir" and re.fullmatch(r"\w[\w.-]*/[\w.-]+", given.get(name) or "")
+        run = re.match(r"runs/([^/]+)/", str(given.get(name)))
         made = run and (root / "params" / f"{run[1]}.yaml").exists()
-        if not ((root / path).is_file() if file else (root / path).is_dir() or on_hub or made):
-            wanted = f"wanted a {'file' if file else 'folder'}, from {root}: give one that is"
-            raise ValueError(f"got {name}={path[:200]}, which is not there, {wanted}")
+        if given.get(name) and not (on_hub or made or (path.is_file() if kind == "file" else path.is_dir())):
+            got = f"got {name}={given[name][:200]}, which is not there"
+            raise ValueError(f"{got}, wanted a {kind}, from {root}: give one that is")
     output, before = given.get("output_dir"), read_record(root, experiment.run).get("samples", {}).get("parameters", {})
     taken = output and ((root / output).is_file() or any((root / output).glob("*")))
     if taken and output != before.get("output_dir"):

@@ -27,7 +27,7 @@ from typing import Any
 
 from wddm.workbook import records
 from wddm.workbook.experiments import check_run_name, load_experiments
-from wddm.workbook.parameters import checked
+from wddm.workbook.parameters import read_schema
 from wddm.workbook.records import collect, run_data_folder
 from wddm.workbook.report import WIDGET, format_table
 from wddm.workbook.report import write_index as write_index
@@ -36,14 +36,14 @@ from wddm.workbook.runner import run
 __all__ = ["Run", "collect", "live", "load_experiments", "open_run", "progress", "run", "run_data_folder"]
 
 
-def find_root(start: Path | None = None) -> Path:
-    """The nearest folder, from `start` (the current one) upwards, that holds notebooks/ and params/."""
-    start = Path(start or Path.cwd()).resolve()
-    for folder in (start, *start.parents):
+def find_root(start: Path = Path()) -> Path:
+    """The nearest folder that holds notebooks/ and params/, from `start` upwards, or else from the current one."""
+    places = [place for one in (start, Path()) for place in (one.resolve(), *one.resolve().parents)]
+    for folder in places:
         if (folder / "notebooks").is_dir() and (folder / "params").is_dir():
             return folder
     remedy = "cd into a clone of it, or give the path of a YAML in one: wddm run path/to/clone/params/quickstart.yaml"
-    raise ValueError(f"{start} is not inside a workbook, a folder with notebooks/ and params/: {remedy}")
+    raise ValueError(f"{places[0]} is not inside a workbook, a folder with notebooks/ and params/: {remedy}")
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,8 @@ def open_run(run: str, notebook: str = "", namespace: Mapping[str, Any] | None =
     """
     root, parameters = find_root(), {}
     if notebook and namespace is not None:
-        parameters = checked(root / "notebooks" / f"{notebook}.ipynb", namespace)
+        schema = read_schema(root / "notebooks" / f"{notebook}.ipynb")
+        parameters = {name: one.convert(namespace.get(name, one.default)) for name, one in schema.items()}
         os.chdir(root)
     folder = root / "runs" / check_run_name(run)
     folder.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,6 @@ class Experiment:
     root: Path
     notebooks: tuple[Path, ...]
     parameters: dict[str, Any]
-    swept: dict[str, Any]  # the part of `parameters` that the sweep chose
     is_summary: bool = False  # it runs after the others of its YAML, and looks at them
 
     def values(self, notebook: Path) -> dict[str, Any]:
@@ -45,25 +44,25 @@ class Experiment:
         content = dict(self.parameters)
         if self.notebooks != pipeline_notebooks(self.root):
             names = {notebook: name for name, notebook in known_notebooks(self.root).items()}
-            content["notebooks"] = [names[notebook] for notebook in self.notebooks]
+            content["notebooks"] = [names[notebook] for notebook in self.notebooks]  # in the order given
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
     def until(self, last: Path) -> "Experiment":
         """The notebooks up to this one, with their parameters alone."""
         notebooks = self.notebooks[: self.notebooks.index(last) + 1]
-        parameters = {name: self.parameters[name] for name in _schema(notebooks)}
+        parameters = {name: self.parameters[name] for name in merge_schemas(notebooks)}
         return replace(self, notebooks=notebooks, parameters=parameters)
+
+
+def pipeline_notebooks(root: Path) -> tuple[Path, ...]:
+    """The numbered notebooks, in order."""
+    return tuple(sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb")))
 
 
 def known_notebooks(root: Path) -> dict[str, Path]:
     """Every notebook, by its name below notebooks/: "02_train", "analysis/compare"."""
     folder = root / "notebooks"
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.ipynb"))}
-
-
-def pipeline_notebooks(root: Path) -> tuple[Path, ...]:
-    """The numbered notebooks, in order."""
-    return tuple(sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb")))
 
 
 def load_experiments(path: Path, root: Path, overrides: Iterable[str] = ()) -> list[Experiment]:
@@ -84,32 +83,26 @@ def load_experiments(path: Path, root: Path, overrides: Iterable[str] = ()) -> l
     values = {"run": (str(path), path.stem)} | values
     notebooks = _find_notebooks("notebooks", settings, root, path) or pipeline_notebooks(root)
     summary = _find_notebooks("summary", settings, root, path)
-    schema, of_summary = _schema(notebooks), _schema(summary)
-    problems, experiments = {}, []
+    schema, of_summary = merge_schemas(notebooks), merge_schemas(summary)
+    problems: list[str] = []
+    experiments: list[Experiment] = []
     for swept in _combinations(settings.get("sweep"), values, path):
         wanted = values | {key: (str(path), value) for key, value in swept.items()}
         if "recipe" in wanted:
             where, name = wanted.pop("recipe")
             named = {key: value for key, value in wanted.items() if where != "-p" or value[0] == where}
             wanted |= _recipe(where, name, root, schema) | named
-        known = schema | {name: one for name, one in of_summary.items() if name not in swept}
-        parameters, mistakes = _resolve(schema, wanted, known, swept)
-        problems.update(dict.fromkeys(mistakes))
-        experiments.append(Experiment(parameters["run"], path, root, notebooks, parameters, swept))
+        known = list(schema | {name: one for name, one in of_summary.items() if name not in swept})
+        parameters = _resolve(schema, wanted, known, swept, problems)
+        experiments.append(Experiment(parameters["run"], path, root, notebooks, parameters))
     if summary:
         runs = {"runs": (str(path), [experiment.run for experiment in experiments])}
         wanted = {name: value for name, value in (runs | values).items() if name != "recipe"}
-        parameters, mistakes = _resolve(of_summary, wanted, schema | of_summary | {"runs": None}, {})
-        problems.update(dict.fromkeys(mistakes))
-        experiments.append(Experiment(parameters["run"], path, root, summary, parameters, {}, is_summary=True))
+        parameters = _resolve(of_summary, wanted, list(schema | of_summary | runs), {}, problems)
+        experiments.append(Experiment(parameters["run"], path, root, summary, parameters, is_summary=True))
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError("\n".join(dict.fromkeys(problems)))
     return experiments
-
-
-def _schema(notebooks: tuple[Path, ...]) -> dict[str, Parameter]:
-    """name -> Parameter of notebooks that run together, and `run`, which every run has."""
-    return {"run": Parameter("run", "str", "")} | merge_schemas(notebooks)
 
 
 def _recipe(where: str, name: Any, root: Path, schema: dict[str, Parameter]) -> dict[str, tuple[str, Any]]:
@@ -149,13 +142,14 @@ def _combinations(sweep: Any, fixed: dict, where: Path) -> list[dict[str, Any]]:
 
 
 def _resolve(
-    schema: dict[str, Parameter], wanted: dict[str, tuple[str, Any]], known: Iterable[str], swept: dict[str, Any]
-) -> tuple[dict, list[str]]:
-    """Defaults overlaid with what `wanted` {name: (where, value)} has of the schema, and one line for every mistake.
+    schema: dict[str, Parameter], wanted: dict[str, tuple[str, Any]], known: list[str], swept: dict[str, Any],
+    problems: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    """Defaults overlaid with what `wanted` {name: (where, value)} has of the schema; every mistake is a line more.
 
     What is not of the schema must be `known`: another notebook's. The run is named by what was `swept`, too.
     """
-    parameters, mistakes = {name: parameter.default for name, parameter in schema.items()}, []
+    parameters = {name: parameter.default for name, parameter in schema.items()}
     for name, (where, value) in wanted.items():
         try:
             if name not in known:
@@ -166,8 +160,8 @@ def _resolve(
                 parts = [re.sub(r"[^A-Za-z0-9._=+-]+", "_", f"{key}={value}") for key, value in swept.items()]
                 parameters["run"] = check_run_name("-".join([parameters["run"], *parts]))
         except ValueError as error:
-            mistakes.append(f"{where}: {error}")
-    return parameters, mistakes
+            problems.append(f"{where}: {error}")
+    return parameters
 
 
 def check_run_name(run: str) -> str:

@@ -14,7 +14,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,19 +62,13 @@ def stop_on_signals() -> Iterator[Stop]:
         stop.timer.cancel()
 
 
-@dataclass(frozen=True)
-class Job:
-    """A notebook to execute."""
+def execute(
+    source: Path, target: Path, parameters: dict[str, Any], stop: Stop, first: str = "", held: tuple[int, ...] = ()
+) -> tuple[str, str | None]:
+    """Run a notebook from the root, the current folder; "ok", "failed" or "killed", and the error as one line.
 
-    source: Path  # relative to the root, as target
-    target: Path
-    parameters: dict[str, Any]
-    first: str = ""  # what the kernel does first
-    held: tuple[int, ...] = ()  # descriptors of locks, which the kernel holds for as long as it lives
-
-
-def execute(job: Job, stop: Stop) -> tuple[str, str | None]:
-    """Run a notebook from the root, the current folder; "ok", "failed" or "killed", and the error as one line."""
+    `first`: what the kernel does first. `held`: descriptors of locks, which it holds for as long as it lives.
+    """
     from nbclient.exceptions import DeadKernelError
     from papermill.engines import papermill_engines
     from papermill.exceptions import PapermillExecutionError
@@ -83,12 +76,12 @@ def execute(job: Job, stop: Stop) -> tuple[str, str | None]:
 
     for name in ("papermill", "traitlets"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    papermill_engines.register("wddm", _engine(job, stop))
+    papermill_engines.register("wddm", _engine(target, stop, first, held))
     options = {"engine_name": "wddm", "kernel_name": "python3", "language": "python", "progress_bar": False}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            execute_notebook(str(job.source), str(job.target), job.parameters, **options)
+            execute_notebook(str(source), str(target), parameters, **options)
     except KeyboardInterrupt:
         return STOPPED
     except PapermillExecutionError as error:
@@ -100,7 +93,7 @@ def execute(job: Job, stop: Stop) -> tuple[str, str | None]:
     return STOPPED if stop.requested else ("ok", None)
 
 
-def _engine(job: Job, stop: Stop) -> type:
+def _engine(target: Path, stop: Stop, first: str, held: tuple[int, ...]) -> type:
     """A papermill engine whose kernel is this interpreter, and whose client heeds `stop`."""
     from jupyter_client import AsyncKernelManager
     from jupyter_client.connect import jupyter_runtime_dir
@@ -108,8 +101,8 @@ def _engine(job: Job, stop: Stop) -> type:
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine
 
-    # named by the job, so that what a killed command has left is replaced
-    digest = hashlib.sha256(os.fsencode(job.target.absolute())).hexdigest()
+    # named by the target, so that what a killed command has left is replaced
+    digest = hashlib.sha256(os.fsencode(target.absolute())).hexdigest()
     connection = Path(jupyter_runtime_dir(), f"kernel-{digest[:32]}.json")
     connection.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -124,7 +117,7 @@ def _engine(job: Job, stop: Stop) -> type:
         def execute(self) -> Any:
             stop.listeners.add(self.hear)
             try:
-                return super().execute(pass_fds=job.held)
+                return super().execute(pass_fds=held)
             finally:
                 stop.listeners.discard(self.hear)
 
@@ -151,8 +144,8 @@ def _engine(job: Job, stop: Stop) -> type:
     class Engine(NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, *_: Any, **options: Any) -> None:
-            first = [f"--IPKernelApp.exec_lines={job.first}"] if job.first else []
+            begin = [f"--IPKernelApp.exec_lines={first}"] if first else []
             streams = {"stdout_file": sys.stdout, "stderr_file": sys.stdout, "coalesce_streams": True}
-            Client(nb_man, timeout=None, extra_arguments=["--log-level=CRITICAL", *first], **streams).execute()
+            Client(nb_man, timeout=None, extra_arguments=["--log-level=CRITICAL", *begin], **streams).execute()
 
     return Engine

@@ -17,21 +17,17 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from yaml.constructor import ConstructorError
 
-TYPES: dict[str, tuple[tuple[type, ...], Any]] = {  # and an example
-    "str": ((str,), "name"), "int": ((int,), 1), "float": ((float,), 0.1), "bool": ((bool,), True),
-    "int | str": ((int, str), 1),
-}  # fmt: skip
+EXAMPLES: dict[str, Any] = {"str": "name", "int": 1, "float": 0.1, "bool": True, "int | str": 1}
 TYPE = re.compile(r"(?P<list>list\[)?(?P<item>int \| str|str|int|float|bool)(?(list)\])(?P<none> \| None)?")
 EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")  # which papermill's YAML reads as a string
-MOST_BYTES = 100_000  # bytes of a file
 DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9]{0,18}|[0-9]*\.[0-9]*([eE][-+][0-9]+)?|\.(?i:inf|nan))")
+MOST_BYTES = 100_000  # bytes of a file
 
 
 @dataclass(frozen=True)
@@ -53,22 +49,16 @@ class Parameter:
         items = value if kind["list"] else [value]
         if not isinstance(items, list | tuple):
             raise self._refusal(value, kind)
-        converted = [self._item(item, kind, value) for item in items]
-        return converted if kind["list"] else converted[0]
-
-    def _item(self, item: Any, kind: re.Match[str], value: Any) -> Any:
-        number = type(item) is int or (isinstance(item, str) and EXPONENT.fullmatch(item))
-        try:
-            item = float(item) if kind["item"] == "float" and number else item
-        except OverflowError:
-            raise self._refusal(value, kind) from None
-        if type(item) not in TYPES[kind["item"]][0] or (isinstance(item, float) and not math.isfinite(item)):
-            raise self._refusal(value, kind)
-        return item
+        if kind["item"] == "float":
+            items = [float(item) if type(item) is int or EXPONENT.fullmatch(str(item)) else item for item in items]
+        for item in items:
+            if type(item).__name__ not in kind["item"].split(" | ") or item in (math.inf, -math.inf) or item != item:
+                raise self._refusal(value, kind)
+        return list(items) if kind["list"] else items[0]
 
     def _refusal(self, value: Any, kind: re.Match[str]) -> ValueError:
-        example = TYPES[kind["item"]][1] if self.default is None else self.default
-        example = [example] if kind["list"] and not isinstance(example, list) else example
+        example = EXAMPLES[kind["item"]] if self.default is None else self.default
+        example = [example] if kind["list"] and self.default is None else example
         shown = example if isinstance(example, str) else json.dumps(example)
         got = f"{self.name}: got {value!r:.100} ({type(value).__name__})"
         message = f"{got}, wanted {self.type}, e.g. {self.name}: {shown}"
@@ -112,9 +102,14 @@ def read_schema(path: Path) -> dict[str, Parameter]:
     return schema
 
 
-def checked(path: Path, namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """name -> value of every parameter of a notebook, as the namespace of its kernel has them, in their types."""
-    return {name: one.convert(namespace.get(name, one.default)) for name, one in read_schema(path).items()}
+def expand(template: str, values: Mapping[str, Any]) -> list[str]:
+    """`runs/{run}` with the values of the names that it has: a text for every item of a list, none for None."""
+    texts = [template]
+    for name in dict.fromkeys(re.findall(r"{(\w+)}", template)):
+        items = values.get(name, f"{{{name}}}")
+        items = [str(item) for item in (items if isinstance(items, list) else [items]) if item is not None]
+        texts = [text.replace(f"{{{name}}}", item) for text in texts for item in items]
+    return texts
 
 
 def parse_parameters(source: str, where: str) -> dict[str, Parameter]:
@@ -127,24 +122,20 @@ def parse_parameters(source: str, where: str) -> dict[str, Parameter]:
     return {parameter.name: parameter for parameter in parsed}
 
 
-def _parse_line(statement: ast.stmt, source: str) -> Parameter:
-    wanted = f"got `{ast.unparse(statement)}`, wanted `name: type = default`"
-    end = source.splitlines()[(statement.end_lineno or 1) - 1].encode()[statement.end_col_offset :].decode()
-    if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value):
-        raise ValueError(wanted)
+def _parse_line(line: Any, source: str) -> Parameter:
     try:
-        default = ast.literal_eval(statement.value)
-    except ValueError:
-        raise ValueError(f"{wanted} with a literal default") from None
-    parameter = Parameter(statement.target.id, ast.unparse(statement.annotation), default, end.strip("# "))
-    return replace(parameter, default=parameter.convert(default))
+        name, kind, default = line.target.id, ast.unparse(line.annotation), ast.literal_eval(line.value)
+    except (AttributeError, ValueError):
+        raise ValueError(f"got `{ast.unparse(line)}`, wanted `name: type = default`, a literal: write it so") from None
+    comment = source.splitlines()[line.end_lineno - 1].encode()[line.end_col_offset :].decode().strip("# ")
+    return Parameter(name, kind, Parameter(name, kind, default).convert(default), comment)
 
 
 def merge_schemas(notebooks: tuple[Path, ...]) -> dict[str, Parameter]:
     """The schemas of notebooks that run together as one: a name belongs to the first that declares it.
 
-    A later one may declare it too, the same, or as `T | None = None`: "as the first one has it". But for `run`, whose
-    default an experiment never takes.
+    A later one may declare it too, the same, or as `T | None = None`: "as the first one has it". But for `run`, which
+    every run has, and whose default an experiment never takes.
     """
     merged: dict[str, tuple[Parameter, str]] = {}
     for path in notebooks:
@@ -154,7 +145,7 @@ def merge_schemas(notebooks: tuple[Path, ...]) -> dict[str, Parameter]:
             if name != "run" and not follows and (first.type, first.default) != (one.type, one.default):
                 shown = f"{name} is `{first.type} = {first.default!r}` in {owner} but `{one.type} = {one.default!r}`"
                 raise ValueError(f"{shown} in {path.name}; make them one")
-    return {name: one for name, (one, _) in merged.items()}
+    return {"run": Parameter("run", "str", "")} | {name: one for name, (one, _) in merged.items()}
 
 
 class Loader(yaml.SafeLoader):
@@ -163,26 +154,25 @@ class Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
         if event.anchor or getattr(event, "tag", None):
-            problem = "got an anchor (&), alias (*) or tag (!), wanted the value itself: write it out, or quote it"
-            raise ConstructorError(None, None, problem, event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            problem = "got a merge key (<<), wanted its keys: write them out" if key.value == "<<" else None
+            _refuse(
+                "got an anchor (&), alias (*) or tag (!), wanted the value itself: write it out, or quote it", event
+            )
+        node: Any = super().compose_node(parent, index)
+        seen = set[str]()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key.value == "<<":
+                _refuse("got a merge key (<<), wanted its keys: write them out", key)
             if str(key.value) in seen:
-                problem = f"got {key.value!r:.60} twice, wanted it once: remove one of them"
-            if problem:
-                raise ConstructorError(None, None, problem, key.start_mark)
+                _refuse(f"got {key.value!r:.60} twice, wanted it once: remove one of them", key)
             seen.add(str(key.value))
-        return super().construct_mapping(node, deep=deep)
-
-    def construct_object(self, node: Any, deep: bool = False) -> Any:
         if node.tag.endswith((":int", ":float", ":timestamp")) and not DECIMAL.fullmatch(node.value):
-            problem = "wanted plain decimal digits, 19 at most, if it is a number: else quote it"
-            raise ConstructorError(None, None, f"got {node.value:.60}, {problem}", node.start_mark)
-        return super().construct_object(node, deep=deep)
+            wanted = "wanted plain decimal digits, 19 at most, if it is a number: else quote it"
+            _refuse(f"got {node.value:.60}, {wanted}", node)
+        return node
+
+
+def _refuse(problem: str, place: Any) -> None:
+    raise yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
 
 
 def parse(text: str, where: str) -> Any:
@@ -199,14 +189,13 @@ def parse(text: str, where: str) -> Any:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file of parameters; ValueError, one line, for anything else."""
     try:
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        text = content[:MOST_BYTES].decode()
+        size = path.stat().st_size
+        text = path.read_text(encoding="utf-8") if size <= MOST_BYTES else ""
     except (OSError, UnicodeDecodeError) as error:
         problem = getattr(error, "strerror", None) or "it is no UTF-8 text"
         wanted = "wanted a YAML of parameters: give another"
         raise ValueError(f"{path}: got a file that cannot be read ({problem}), {wanted}") from None
-    if len(content) > MOST_BYTES:
+    if size > MOST_BYTES:
         raise ValueError(f"{path}: got more than {MOST_BYTES:,} bytes, wanted one `key: value` per line: shorten it")
     values = {} if (values := parse(text, str(path))) is None else values
     if not isinstance(values, dict):

@@ -12,7 +12,6 @@ prepared set of this run. What a notebook opens without declaring it is noted by
 import atexit
 import functools
 import hashlib
-import itertools
 import json
 import os
 import platform
@@ -26,8 +25,8 @@ from typing import Any
 
 from wddm.files import Digests
 from wddm.workbook.experiments import Experiment
-from wddm.workbook.parameters import read_notebook
-from wddm.workbook.records import read_record
+from wddm.workbook.parameters import expand, read_notebook
+from wddm.workbook.records import prepared_set
 
 PACKAGES = (
     "torch", "diffusers", "accelerate", "pytorch-wavelets", "torch-fidelity", "datasets", "numpy", "scipy", "papermill",
@@ -46,12 +45,10 @@ def fingerprint(experiment: Experiment, notebook: Path, known: Digests) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def outputs(experiment: Experiment, notebook: Path, known: Digests) -> dict[str, str]:
-    """Content of what a notebook declares to write, and of itself as executed; of a shared file, that it is there."""
+def outputs(experiment: Experiment, notebook: Path) -> list[Path]:
+    """What a notebook alone writes: itself as executed, and what it declares but for the numbers of the run."""
     executed = experiment.root / "reports" / experiment.run / f"{notebook.stem}.ipynb"
-    found = hashes(experiment.root, [*declared_paths(experiment, notebook, "Outputs"), executed], known)
-    shared = {path: "there" for path in found if Path(path).name in SHARED and found[path] != "absent"}
-    return found | shared
+    return [executed, *(path for path in declared_paths(experiment, notebook, "Outputs") if path.name not in SHARED)]
 
 
 def hashes(root: Path, paths: list[Path], known: Digests) -> dict[str, str]:
@@ -64,51 +61,43 @@ def declared_paths(experiment: Experiment, notebook: Path, kind: str) -> list[Pa
     cells = read_notebook(notebook)["cells"]
     first = next((cell["source"] for cell in cells if cell["cell_type"] == "markdown"), "")
     line = re.search(rf"\*\*{kind}:\*\*(.*?)(?=\n\n|\*\*|\Z)", first, re.DOTALL)
-    data = read_record(experiment.root, experiment.run).get("data")
-    known = {"data": str(Path(data["path"]).parent) if data else None} | experiment.parameters
-    paths = []
+    known = prepared_set(experiment.root, experiment.run) | experiment.parameters
+    paths: list[Path] = []
     for template in re.findall(r"`([^`]+)`", line[1] if line else ""):
-        names = list(dict.fromkeys(re.findall(r"{(\w+)}", template)))
-        if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"{notebook.name}: {kind}: `{template}` names {unknown[0]!r}, no parameter")
-        values = [known[name] for name in names]
-        for chosen in itertools.product(*(each if isinstance(each, list) else [each] for each in values)):
-            if None not in chosen:
-                path = Path(template.format(**dict(zip(names, chosen, strict=True)))).expanduser()
-                pattern = str(experiment.root / path)
-                paths += [Path(found) for found in (sorted(glob(pattern)) if "*" in pattern else [pattern])]
+        if unknown := set(re.findall(r"{(\w+)}", template)) - known.keys():
+            raise ValueError(f"{notebook.name}: {kind}: `{template}` names {min(unknown)!r}, no parameter")
+        for path in expand(template, known):
+            pattern = experiment.root / Path(path).expanduser()
+            paths += map(Path, sorted(glob(str(pattern)))) if "*" in path else [pattern]
     return paths
 
 
 def watch(log: str, root: str, run: str) -> None:
     """In a notebook's kernel: write to `log`, a line each, the files below the root that are opened for reading.
 
-    But for what this run writes itself, and what is no data: notebooks, code, environments.
+    But for what this run writes itself, and what is no data: notebooks, code, environments, hidden files.
     """
     from ipykernel.kernelapp import IPKernelApp
 
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    own = tuple(os.path.join(root, *parts, "") for parts in (("runs", run), ("reports", run), ("notebooks",)))
-    packages, seen = tuple({sys.prefix, os.path.dirname(os.path.dirname(__file__))}), set()
+    descriptor, seen = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), set()
+    own = tuple(f"{root}/{name}/" for name in (f"runs/{run}", f"reports/{run}", "notebooks"))
+    packages = sys.prefix, os.path.dirname(os.path.dirname(__file__))
 
     def note(event: str, arguments: tuple[Any, ...]) -> None:
-        if event != "open" or not isinstance(arguments[0], str):
+        if event != "open":
             return
         try:
             path, reads = os.path.join(os.getcwd(), arguments[0]), arguments[2] & os.O_ACCMODE == os.O_RDONLY
-            if not reads or path in seen or not path.startswith(os.path.join(root, "")):
-                return
-            seen.add(path)
-            hidden = any(part[:1] == "." for part in path[len(root) :].split(os.sep))
-            if not hidden and not path.startswith((*own, *packages)):
+            below = path.startswith(f"{root}/") and "/." not in path[len(root) :]
+            if reads and below and path not in seen and not path.startswith((*own, *packages)):
+                seen.add(path)
                 os.write(descriptor, f"{path}\n".encode(errors="surrogateescape"))
         except (AttributeError, OSError, TypeError):
-            return  # the folder is gone, or the interpreter is on its way out: what is opened must open all the same
+            return  # no path, or the interpreter is on its way out: what is opened must open all the same
 
     sys.addaudithook(note)
-    control = IPKernelApp.instance().control_thread if IPKernelApp.initialized() else None
-    if control:  # ipykernel closes its sockets while this thread still answers to the request to end: a traceback
-        atexit.register(control.join, 5.0)
+    if control := IPKernelApp.initialized() and IPKernelApp.instance().control_thread:
+        atexit.register(control.join, 5.0)  # else ipykernel closes its sockets while this one answers: a traceback
 
 
 def opened(log: Path) -> list[Path]:

@@ -3,15 +3,13 @@
 runs/<run>/record.json says of everything that a run made what it was made from, by content:
 
     {"data":     {"by": "01_prepare", "path": "data/<set>/manifest.json", "sha256": ..., "parameters": ..., "from": {}},
-     "pipeline": {"by": "02_train", "path": "runs/x/pipeline", ..., "from": {"data": <sha256>}},
-     "samples":  {"by": "03_sample", ...}, "metrics": {"by": "04_evaluate", ...}}
+     "pipeline": {"by": "02_train", "path": "runs/x/pipeline", ..., "from": {"data": <sha256>}}, "samples": ...}
 
-An entry without sha256 was begun and not finished. Whoever takes something checks it: `taken`. This is the chain of
-custody; notebooks that compare finished runs get them from `collect`.
+An entry without sha256 was begun and not finished. Whoever takes something checks it: `taken`.
 
-Two commands never work on one run at a time: its lock is `flock` on runs/.locks/<run>, held by whoever has the file
-open, which the processes that a command starts inherit, and released by the system when the last of them dies. So
-neither a reused pid nor a reboot blocks a run, nor do machines that share the folder, where `flock` reaches them all.
+Two commands never work on one run at a time: its lock is `flock` on runs/.locks/<run>, which the processes that a
+command starts inherit, and which the system releases when the last of them dies. So neither a reused pid nor a reboot
+blocks a run, nor do machines that share the folder, where `flock` reaches them all.
 """
 
 import fcntl
@@ -28,7 +26,7 @@ from wddm.files import Digests, whole
 from wddm.workbook.parameters import read_yaml
 
 MAKERS = {"data": "01_prepare", "pipeline": "02_train", "samples": "03_sample", "metrics": "04_evaluate"}
-PATIENCE = 1.0, 20.0  # seconds to wait for a lock; and where its command is dead, for what that has started to end
+PATIENCE = 2.0  # seconds to wait for a lock: a kernel ends a moment after a command that was killed
 
 
 def write_text(path: Path, text: str) -> None:
@@ -61,17 +59,16 @@ def read_status(folder: Path) -> dict[str, dict[str, Any]]:
     return status
 
 
-def lock(root: Path, run: str, patience: float = 0.0) -> int:
+def lock(root: Path, run: str, patience: float = PATIENCE) -> int:
     """The lock of a run as a file descriptor: to close it, or to die, releases it. ValueError: others keep it."""
     path = root / "runs" / ".locks" / run
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, began = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), time.monotonic()
+    descriptor, deadline = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), time.monotonic() + patience
     while not _try(descriptor, fcntl.LOCK_EX):
-        holder = path.read_text()
-        if time.monotonic() - began > max(patience, PATIENCE[not _is_alive(holder)]):
+        if time.monotonic() > deadline:
             os.close(descriptor)
             remedy = "wait for it to end, or choose another name with -p run=..."
-            raise ValueError(f"run {run!r} is under way (process {holder or 'unknown'}): {remedy}")
+            raise ValueError(f"run {run!r} is under way (process {path.read_text() or 'unknown'}): {remedy}")
         time.sleep(0.05)
     os.truncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
@@ -80,11 +77,11 @@ def lock(root: Path, run: str, patience: float = 0.0) -> int:
 
 def is_locked(root: Path, run: str) -> bool:
     """Whether a command works on this run, or something that one has started."""
-    try:
-        with (root / "runs" / ".locks" / run).open() as file:
-            return not _try(file.fileno(), fcntl.LOCK_SH)
-    except OSError:
+    path = root / "runs" / ".locks" / run
+    if not path.exists():
         return False
+    with path.open() as file:
+        return not _try(file.fileno(), fcntl.LOCK_SH)
 
 
 def _try(descriptor: int, kind: int) -> bool:
@@ -93,15 +90,6 @@ def _try(descriptor: int, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _is_alive(holder: str) -> bool:
-    pid, _, machine = holder.partition(" on ")
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, OSError) as error:
-        return isinstance(error, PermissionError)  # someone else's
-    return machine in ("", socket.gethostname())  # of another one nobody knows
 
 
 def digests(root: Path) -> Digests:
@@ -115,6 +103,12 @@ def read_record(root: Path, run: str) -> dict[str, dict[str, Any]]:
     return {name: entry for name, entry in entries.items() if isinstance(entry, dict) and entry.keys() >= needed}
 
 
+def prepared_set(root: Path, run: str) -> dict[str, str | None]:
+    """{"data": the folder of the prepared set that a run has made, if it has}, relative to the root."""
+    path = read_record(root, run).get("data", {}).get("path")
+    return {"data": path and str(Path(path).parent)}
+
+
 def write_entry(root: Path, run: str, name: str, entry: dict[str, Any]) -> None:
     """Say what a run has made, in the place of what it made before."""
     write_json(root / "runs" / run / "record.json", read_record(root, run) | {name: entry})
@@ -122,19 +116,18 @@ def write_entry(root: Path, run: str, name: str, entry: dict[str, Any]) -> None:
 
 def taken(root: Path, run: str, name: str, known: Digests) -> dict[str, Any]:
     """What a run made, if it is finished, unchanged, and made from what the run holds now; else ValueError."""
-    record, maker = read_record(root, run), MAKERS.get(name, name)
+    entry, maker = read_record(root, run).get(name), MAKERS.get(name, name)
     remedy = f"run {maker} of this run again"
-    if (entry := record.get(name)) is None:
+    if entry is None:
         older = (root / "runs" / run / name).exists()
         got = f"runs/{run}/{name} of an older layout, without a record" if older else f"no {name} of run {run!r}"
         raise ValueError(f"got {got}, wanted it made and recorded: run {maker} of this run first")
     if "sha256" not in entry:
         raise ValueError(f"got {name} of run {run!r} begun and not finished, wanted it whole: {remedy}, it goes on")
     for source, digest in entry["from"].items():
-        now = taken(root, run, source, known)
-        if now["sha256"] != digest:
+        if (now := taken(root, run, source, known))["sha256"] != digest:
             raise ValueError(f"got {entry['path']}, made before {now['path']} changed, wanted one made of it: {remedy}")
-    if entry["sha256"] is not None and known.of(root / entry["path"]) != entry["sha256"]:
+    if entry["sha256"] not in (None, known.of(root / entry["path"])):
         raise ValueError(f"got {entry['path']}, which is not what {entry['by']} left there, wanted that: {remedy}")
     return entry
 
@@ -155,18 +148,18 @@ def collect(root: Path, runs: list[str]) -> tuple[list[Finished], list[str]]:
 
     ValueError: there are no finished ones; or what one of them made is not what its numbers were computed from.
     """
-    reports = root / "reports"
-    matches = {pattern: list(filter(_is_finished, sorted(reports.glob(pattern)))) for pattern in runs}
+    matches = {pattern: list(filter(_is_finished, sorted((root / "reports").glob(pattern)))) for pattern in runs}
     found = {path.name: path for paths in matches.values() for path in paths}
     if not found:
         raise ValueError(f"got no finished runs like {', '.join(runs)} in reports/, wanted some: run the sweep first")
-    bases, known, rows = {name.split("=")[0].rpartition("-")[0] for name in found if "=" in name}, digests(root), []
+    several, known, rows = len({_variant(name)[0] for name in found if "=" in name}) > 1, digests(root), []
     for name, folder in found.items():
         if "metrics" in read_record(root, name):
             taken(root, name, "metrics", known)
-        metrics, timings = (read_json(folder / f"{kind}.json") for kind in ("metrics", "timings"))
-        variant = _variant(name, several=len(bases) > 1)
-        rows.append(Finished(name, variant, read_yaml(folder / "params.yaml"), metrics, timings))
+        base, chosen = _variant(name)
+        variant = ", ".join([base] * (several or not chosen) + chosen)
+        numbers = (read_json(folder / f"{kind}.json") for kind in ("metrics", "timings"))
+        rows.append(Finished(name, variant, read_yaml(folder / "params.yaml"), *numbers))
     known.save()
     return rows, [pattern for pattern, paths in matches.items() if not paths]
 
@@ -181,8 +174,7 @@ def _is_finished(folder: Path) -> bool:
     return states <= {"ok"} and (folder / "metrics.json").exists() and (folder / "params.yaml").exists()
 
 
-def _variant(name: str, several: bool) -> str:
-    """x-level=2-seed=0 -> level 2; with the x if there are `several`."""
+def _variant(name: str) -> tuple[str, list[str]]:
+    """x-level=2-seed=0 -> x, [level 2]: the run, and what the sweep chose but the seed."""
     base, *chosen = re.split(r"-(?=\w+=)", name)
-    kept = [one.replace("=", " ", 1) for one in chosen if not one.startswith("seed=")]
-    return ", ".join([base] * (several or not kept) + kept)
+    return base, [one.replace("=", " ", 1) for one in chosen if not one.startswith("seed=")]

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from wddm.workbook.experiments import pipeline_notebooks
-from wddm.workbook.parameters import Parameter, parse_parameters, read_schema, read_yaml, tagged
-from wddm.workbook.records import read_json, read_record, read_status, write_text
+from wddm.workbook.parameters import Parameter, expand, parse_parameters, read_schema, read_yaml, tagged
+from wddm.workbook.records import prepared_set, read_json, read_status, write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 PROGRESS_LINE = re.compile(r"(?m)^.*\[(\d+:)?\d\d:\d\d[<,].*\n?")  # with tqdm's [elapsed<remaining, rate]
@@ -69,8 +69,7 @@ def read_page(folder: Path, name: str) -> tuple[Any, list[tuple[Parameter, Any]]
     values = {key: given.get(key, parameter.default) for key, parameter in schema.items()}
     hidden = {"injected-parameters", "papermill-error-cell-tag"}
     notebook.cells = [_tidy(cell) for cell in notebook.cells if not hidden & set(cell.metadata.get("tags", []))]
-    made = read_record(folder.absolute().parents[1], folder.name).get("data", {})
-    known = values | ({"data": str(Path(made["path"]).parent)} if "path" in made else {})
+    known = values | prepared_set(folder.absolute().parents[1], folder.name)
     for cell in notebook.cells[:1]:
         cell.source = re.sub(r"(?<=wddm run )params/[\w/-]+", f"reports/{folder.name}/params", fill(cell.source, known))
     return notebook, [(parameter, values[key]) for key, parameter in schema.items()]
@@ -80,11 +79,7 @@ def fill(prose: str, values: dict[str, Any]) -> str:
     """Prose with the values in its code spans, `runs/{run}`: a span for each of a list's first items, none for None."""
 
     def spans(match: re.Match[str]) -> str:
-        texts = [match[2]]
-        for name in set(re.findall(r"{(\w+)}", match[2])) & values.keys():
-            items = values[name] if isinstance(values[name], list) else [values[name]]
-            plain = [re.sub(r"[`$<>\s]+", " ", str(item)) for item in items if item is not None]  # or it ends the span
-            texts = [text.replace(f"{{{name}}}", item) for text in texts for item in plain]
+        texts = [re.sub(r"[`$<>\s]+", " ", text) for text in expand(match[2], values)]  # else they end the span
         return match[1] + ", ".join(f"`{text}`" for text in texts[:3]) + ", …" * (len(texts) > 3) if texts else ""
 
     return re.sub(r"(,\s| or |)`([^`\n]*{\w+}[^`\n]*)`", spans, prose)
@@ -133,11 +128,11 @@ def _exporter() -> Any:
         def block_math(self, body: str) -> str:
             return self.inline_math(body, "block")
 
-    class Exporter(HTMLExporter):
-        def markdown2html(self, source: str) -> str:
-            return MarkdownWithMath(renderer=Renderer(escape=False, exclude_anchor_links=True)).render(source)
+    def as_html(source: str) -> str:
+        return MarkdownWithMath(renderer=Renderer(escape=False, exclude_anchor_links=True)).render(source)
 
-    return Exporter(template_name="report", extra_template_basedirs=[str(TEMPLATES)])
+    places = [str(TEMPLATES)]
+    return HTMLExporter(template_name="report", extra_template_basedirs=places, filters={"markdown2html": as_html})
 
 
 def _tidy(cell: Any) -> Any:

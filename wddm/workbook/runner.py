@@ -1,7 +1,7 @@
 """Runs experiments: which notebooks, in which order, whether they have to, and what became of them.
 
 status.json of reports/<run>/ is written before and after each launch, here and nowhere else:
-{"02_train": {"state", "seconds", "error", "started", "pid", "fingerprint", "recorded", "outputs", "opened"}, ...},
+{"02_train": {"state", "seconds", "error", "started", "pid", "fingerprint", "recorded", "files"}, ...},
 where state is pending, running, ok, failed or killed.
 """
 
@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,10 @@ def run(
     names = [experiment.run for experiment in experiments]
     if twins := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"run: two experiments are called {twins[0]!r}; give each its own name")
-    chosen = _choose(experiments, only, start)
+    chosen = _choose([notebook for one in experiments for notebook in one.notebooks], only, start)
     options = [f"--{key}={value}" for key, value in (("only", only), ("from", start)) if value] + ["--force"] * force
-    tasks = [Task(one, chosen[one.source], options) for one in experiments]
-    if not (tasks := [task for task in tasks if task.chosen]):
+    tasks = [Task(one, chosen, options) for one in experiments if set(one.notebooks) & set(chosen)]
+    if not tasks:
         raise ValueError(f"got --only {only} and --from {start}, which leave no notebook to run: give one of them")
     try:
         return _run(tasks, jobs, cluster, preflight, held)
@@ -58,15 +58,15 @@ def _run(tasks: list["Task"], jobs: int, where: str | None, preflight: Preflight
         for task in tasks:
             task.lock = held or lock(task.root, "." * bool(where and task in members) + task.experiment.run)
             locks.callback(os.close, task.lock)
-        problems = dict.fromkeys(line for task in tasks for line in task.problems(preflight))
-        if problems:
+        if problems := dict.fromkeys(line for task in tasks for line in task.problems(preflight)):
             raise ValueError("\n".join(problems))
         write_index(tasks[0].root)
         stop = locks.enter_context(kernel.stop_on_signals())
+        processes = [cluster.Member(task.experiment, task.options, task.lock) for task in members]
         if where and members:
-            codes = cluster.run_by_dask([task.member() for task in members], where, jobs, stop)
+            codes = cluster.run_by_dask(processes, where, jobs, stop)
         elif jobs > 1 and len(members) > 1:
-            codes = cluster.run_beside([task.member() for task in members], jobs, stop)
+            codes = cluster.run_beside(processes, jobs, stop)
         else:
             codes = [task.run(stop) for task in members if not stop.requested]
         codes += [task.run(stop) for task in summaries if not stop.requested]
@@ -85,7 +85,7 @@ class Task:
 
     def problems(self, preflight: Preflight) -> list[str]:
         """Why it cannot run: what earlier notebooks made is of other parameters, or `preflight` refuses it."""
-        found = self.stale()
+        found = list(self.stale())
         if preflight and not found and not all(map(self.is_current, self.chosen)):
             try:
                 preflight(self.experiment.until(self.chosen[-1]))
@@ -94,59 +94,49 @@ class Task:
         self.known.save()
         return found
 
-    def stale(self) -> list[str]:
+    def stale(self) -> Iterator[str]:
         """What notebooks that are left out have not finished, or made with other parameters, a line each."""
-        made, found = {entry["by"]: entry for entry in read_record(self.root, self.experiment.run).values()}, []
-        notebooks = self.experiment.notebooks
+        run, notebooks = self.experiment.run, self.experiment.notebooks
+        made = {entry["by"]: entry for entry in read_record(self.root, run).values()}
         for notebook in notebooks[: notebooks.index(self.chosen[0])]:
-            if (entry := made.get(notebook.stem)) is None:
-                continue  # the notebook that wants it says so
-            then, now = entry["parameters"], self.experiment.values(notebook)
+            now = self.experiment.values(notebook)
+            entry = made.get(notebook.stem, {"parameters": now, "sha256": None})  # none: who wants it says so
+            then = entry["parameters"]
             why = ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name])
-            if why:
-                got, remedy = f"ran with other parameters ({why})", ", or set them back"
-            elif "sha256" not in entry:
-                got, remedy = "was begun and is not finished", ""
-            else:
-                continue
-            remedy = "let it run too (without --only and --from)" + remedy
-            found.append(f"run {self.experiment.run!r}: {notebook.stem} {got}: {remedy}")
-        return found
+            if why or "sha256" not in entry:
+                got = f"ran with other parameters ({why})" if why else "was begun and is not finished"
+                remedy = "let it run too (without --only and --from)" + ", or set them back" * bool(why)
+                yield f"run {run!r}: {notebook.stem} {got}: {remedy}"
 
     def is_current(self, notebook: Path) -> bool:
         """Whether the notebook last ended ok, and what it depends on and what it made are as they were then."""
         entry, name, numbers = self.status.get(notebook.stem, {}), notebook.stem, self.recorded()
+        made = provenance.hashes(self.root, provenance.outputs(self.experiment, notebook), self.known)
         return (
             not self.force
             and entry.get("state") == "ok"
             and (self.folder / f"{name}.html").exists()
             and entry.get("fingerprint") == provenance.fingerprint(self.experiment, notebook, self.known)
-            and entry.get("outputs") == provenance.outputs(self.experiment, notebook, self.known)
             and all(own.items() <= numbers[kind].items() for kind, own in entry["recorded"].items())
-            and all(self.known.of(self.root / path) == digest for path, digest in entry.get("opened", {}).items())
+            and made.items() <= entry["files"].items()
+            and all(self.known.of(self.root / path) == digest for path, digest in entry["files"].items())
         )
-
-    def member(self) -> cluster.Member:
-        """What a process of its own is started with."""
-        return cluster.Member(self.experiment, self.options, self.lock)
 
     def run(self, stop: kernel.Stop) -> int:
         """Run the chosen notebooks, in order, up to the first that does not end ok."""
         print(f"{self.experiment.source} -> reports/{self.experiment.run}/", flush=True)
         write_text(self.folder / "params.yaml", self.experiment.as_yaml())
-        notebooks, status = self.experiment.notebooks, self.status
-        self.set_pending(
-            one for one in notebooks
-            if one.stem not in status or (one in self.chosen and status[one.stem].get("state") != "ok")
-        )  # fmt: skip
+        notebooks, ok = (
+            self.experiment.notebooks,
+            [name for name, one in self.status.items() if one.get("state") == "ok"],
+        )
+        self.set_pending(*(one for one in notebooks if one.stem not in (ok if one in self.chosen else self.status)))
         for position, notebook in enumerate(self.chosen):
+            current = self.is_current(notebook)
             label = f"[{notebooks.index(notebook) + 1}/{len(notebooks)}] {notebook.stem}"
-            if self.is_current(notebook):
-                print(f"{label} unchanged, skipped", flush=True)
-                continue
-            print(f"{label} ...", flush=True)
-            if self.launch(notebook, stop) != "ok" or stop.requested:
-                self.set_pending(later for later in self.chosen[position + 1 :] if not self.is_current(later))
+            print(label, "unchanged, skipped" if current else "...", flush=True)
+            if not current and (self.launch(notebook, stop) != "ok" or stop.requested):
+                self.set_pending(*(later for later in self.chosen[position + 1 :] if not self.is_current(later)))
                 return 1
         return 0
 
@@ -155,7 +145,7 @@ class Task:
         name, began, run = notebook.stem, time.monotonic(), self.experiment.run
         environment = provenance.environment(self.root, self.experiment.parameters.get("seed"))
         write_json(self.folder / "environment.json", environment)
-        self.set_pending([notebook])
+        self.set_pending(notebook)
         before = self.recorded()
         started = datetime.now().astimezone().isoformat(timespec="seconds")
         made_of = provenance.fingerprint(self.experiment, notebook, self.known)
@@ -164,19 +154,15 @@ class Task:
         log.parent.mkdir(parents=True, exist_ok=True)
         source, target = notebook.relative_to(self.root), Path("reports", run, f"{name}.ipynb")
         first = WATCH.format(str(log), str(self.root), run)
-        job = kernel.Job(source, target, self.experiment.values(notebook), first, held=(self.lock,))
         with contextlib.chdir(self.root):
-            state, error = kernel.execute(job, stop)
-        seconds, opened = round(time.monotonic() - began, 2), provenance.opened(log)
-        entry: dict[str, Any] = {}
+            state, error = kernel.execute(source, target, self.experiment.values(notebook), stop, first, (self.lock,))
+        seconds, opened, after = round(time.monotonic() - began, 2), provenance.opened(log), self.recorded()
+        new = {kind: {key: after[kind][key] for key in after[kind].keys() - before[kind]} for kind in RECORDS}
+        entry: dict[str, Any] = {"state": state, "error": error, "seconds": seconds, "recorded": new}
         if state == "ok":  # else there may be no time to read what it left
-            entry["outputs"] = provenance.outputs(self.experiment, notebook, self.known)
-            entry["opened"] = provenance.hashes(self.root, opened, self.known)
-        entry["recorded"] = {
-            kind: {key: number for key, number in numbers.items() if key not in before[kind]}
-            for kind, numbers in self.recorded().items()
-        }
-        self.update(name, state=state, error=error, seconds=seconds, **entry)
+            files = [*provenance.outputs(self.experiment, notebook), *opened]
+            entry["files"] = provenance.hashes(self.root, files, self.known)
+        self.update(name, **entry)
         self.known.save()
         try:
             page = str(render(self.folder, name).relative_to(self.root))
@@ -191,9 +177,9 @@ class Task:
         write_json(self.folder / "status.json", self.status)
         write_index(self.root)
 
-    def set_pending(self, notebooks: Iterable[Path]) -> None:
+    def set_pending(self, *notebooks: Path) -> None:
         """Notebooks that have yet to run: numbers that they recorded for other parameters are removed."""
-        for notebook in list(notebooks):
+        for notebook in notebooks:
             for kind, keys in self.status.get(notebook.stem, {}).get("recorded", {}).items():
                 numbers = self.recorded()[kind]
                 write_json(self.folder / f"{kind}.json", {key: numbers[key] for key in numbers if key not in keys})
@@ -205,18 +191,13 @@ class Task:
         return {kind: read_json(self.folder / f"{kind}.json") for kind in RECORDS}
 
 
-def _choose(experiments: list[Experiment], only: str | None, start: str | None) -> dict[Path, list[Path]]:
-    """Of every YAML the notebooks that --only and --from leave, given as 02_train or train."""
-    chosen: dict[Path, list[Path]] = {}
-    for experiment in experiments:  # a summary comes last
-        known = chosen.setdefault(experiment.source, [])
-        known += [notebook for notebook in experiment.notebooks if notebook not in known]
-    for source, notebooks in chosen.items():
-        for name in filter(None, (only, start)):
-            found = [notebook for notebook in notebooks if name in (notebook.stem, re.sub(r"^\d+_", "", notebook.stem))]
-            if not found:
-                names = ", ".join(notebook.stem for notebook in notebooks)
-                raise ValueError(f"there is no notebook {name!r} in this run; known: {names}")
-            left = chosen[source]
-            chosen[source] = found if name is only else left[left.index(found[0]) :] if found[0] in left else []
-    return chosen
+def _choose(notebooks: list[Path], only: str | None, start: str | None) -> list[Path]:
+    """Those that --only and --from leave, given as 02_train or train, in order."""
+    left = list(dict.fromkeys(notebooks))  # a summary's come last
+    for name in filter(None, (start, only)):
+        found = [one for one in dict.fromkeys(notebooks) if name in (one.stem, re.sub(r"^\d+_", "", one.stem))]
+        if not found:
+            names = ", ".join(dict.fromkeys(notebook.stem for notebook in notebooks))
+            raise ValueError(f"there is no notebook {name!r} in this run; known: {names}")
+        left = [one for one in left if one in found] if name is only else left[left.index(found[0]) :]
+    return left
