@@ -73,6 +73,7 @@ def read_page(folder: Path, name: str) -> tuple[Any, list[tuple[Parameter, Any]]
     known = values | ({"data": str(Path(made["path"]).parent)} if "path" in made else {})
     for cell in notebook.cells[:1]:
         cell.source = re.sub(r"(?<=wddm run )params/[\w/-]+", f"reports/{folder.name}/params", fill(cell.source, known))
+        cell.source = cell.source.replace("](tutorials/", "](../../notebooks/tutorials/")
     return notebook, [(parameter, values[key]) for key, parameter in schema.items()]
 
 
