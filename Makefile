@@ -11,6 +11,7 @@ report: $(READY)  ## run the quickstart (skips what is unchanged) and leave repo
 
 test: $(READY)  ## every test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 

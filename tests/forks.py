@@ -70,7 +70,7 @@ def _as_if_new(folder: str | None, environment: dict[str, str]) -> None:
 
 
 def _become(module: str, words: list[str], folder: str, environment: dict[str, str], streams: list[str]) -> int:
-    """Be `python -m module words...`; its exit code."""
+    """Be `python -m module words...`, or of a path in the place of a module `python path words...`; its exit code."""
     _as_if_new(folder, environment)
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -79,7 +79,10 @@ def _become(module: str, words: list[str], folder: str, environment: dict[str, s
     local_provisioner.launch_kernel = kernel_of
     sys.argv = [module, *words]
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if module.endswith(".py"):
+            runpy.run_path(module, run_name="__main__")
+        else:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
         code: Any = 0
     except SystemExit as end:
         code = end.code or 0

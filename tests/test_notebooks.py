@@ -50,6 +50,9 @@ def test_notebooks_are_clean_and_say_what_they_do(path: Path) -> None:
     assert first.startswith("# ")
     assert all(re.search(rf"\*\*{word}:\*\*", first) for word in ("Inputs", "Outputs", "Run it"))
     assert not any(re.search(r"^\s*(def|class) ", cell.source, re.M) for cell in code)
+    links = re.findall(r"\]\((?!https:)([^)]*)\)", first)
+    assert all((path.parent / link).is_file() for link in links) and (links or path.parent.name == "analysis")
+    assert not code[0].metadata.get("jupyter")  # the parameters are in sight
 
 
 def is_clean(page: str) -> None:
@@ -94,6 +97,26 @@ def test_a_flow_from_noise_to_a_report_and_from_the_command_line(root, tiny) -> 
         assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
     made = json.loads((root / "flow0/samples.json").read_text())
     assert (made["solver"], made["prediction_type"]) == ("FlowMatchEulerDiscreteScheduler", "flow_prediction")
+
+
+@pytest.mark.slow
+def test_in_jupyterlab_curves_and_previews_are_shown_while_training_goes_on(root) -> None:
+    """Notebook 02 in a kernel that a JupyterLab has started: what it says first, and what is redrawn in its place."""
+    values = TINY | {"preview_kimg": 0.32}
+    assert wddm(root, "run", "params/quickstart.yaml", "--only", "prepare", run="live", **values).returncode == 0
+    words = ["notebooks/02_train.ipynb", "run = 'live'", *(f"{name} = {value}" for name, value in values.items())]
+    done = as_process(str(ROOT / "tests/watch.py"), *words, root=root, JPY_SESSION_NAME="02_train.ipynb")
+    assert done.returncode == 0, done.stderr
+    shown = [json.loads(line) for line in done.stdout.splitlines() if re.match(r"\[\d", line)]
+    updates = [one for one in shown if one[1] == "update_display_data"]
+    (cell,) = {one[0] for one in updates}
+    assert (
+        min(number for number, kind, *_ in shown if kind == "display_data") == 2
+    )  # what it will do, before it does it
+    assert [one[1] for one in shown if one[0] == cell].count("display_data") == 2  # a place for each
+    places = {one[2]: sum(other[2] == one[2] for other in updates) for one in updates}
+    assert len(places) == 2 and all(one[3][0] == "image/png" for one in updates)
+    assert max(places.values()) > 1
 
 
 @pytest.mark.slow

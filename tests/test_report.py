@@ -65,11 +65,13 @@ def test_the_title_cell_says_what_this_run_took_and_how_it_is_run(root):
     (root / "runs/x").mkdir(parents=True)
     (root / "runs/x/record.json").write_text(json.dumps(data))
     prose = "# T\n\n**Inputs:** `{data}/a`, `{file}`\n**Run it:** `wddm run params/quickstart.yaml --only work`"
+    prose += "\n[w](tutorials/w.ipynb)"
     notebook = nbformat.read(path := root / "reports/x/01_work.ipynb", as_version=4)
     notebook.cells[0].source = prose
     nbformat.write(notebook, path)
     notebook, parameters = report.read_page(root / "reports/x", "01_work")
     own = "**Inputs:** `data/d-1/a`\n**Run it:** `wddm run reports/x/params.yaml --only work`"
+    own += "\n[w](../../notebooks/tutorials/w.ipynb)"
     assert notebook.cells[0].source == f"# T\n\n{own}" and [value for _, value in parameters] == [
         "x=1",
         HOSTILE,
@@ -291,7 +293,7 @@ def test_tables_take_frames_and_rows():
     import pandas as pd
 
     as_html, as_text = report.format_table([{"a": "<x>", "b": 1}, {"b": 22}], "Cap")
-    assert '<td style="text-align: left">&lt;x&gt;</td>' in as_html and "<caption>Cap</caption>" in as_html
+    assert '<td style="text-align: left">&lt;x&gt;</td>' in as_html and ">Cap</caption>" in as_html
     assert as_text == "Cap\na     b\n<x>   1\n–    22"
     shown = []
     with pytest.MonkeyPatch.context() as patch:
@@ -403,6 +405,18 @@ def test_the_index_is_sorted_filtered_and_unfolded_and_fits_a_phone(reports, tmp
         "reset": "t s x kept",
         "width": 400,
     }
+
+
+def test_captions_are_as_wide_as_their_cell(root, tmp_path):
+    folder, caption = root / "reports/x", "A caption that is far longer than its table is wide. " * 3
+    table = report.format_table([{"a": 1}], caption)[0]
+    outputs = [
+        new_output("display_data", {"text/html": each}) for each in (table, f"<figcaption>{caption}</figcaption>")
+    ]
+    nbformat.write(new_notebook(cells=[new_code_cell("1", outputs=outputs)]), folder / "01_work.ipynb")
+    wide = "[...page.document.querySelectorAll('.html, .html caption, figcaption, td')].map(one => one.clientWidth)"
+    cell, of_table, number, also, of_figure = browse(tmp_path, report.render(folder, "01_work"), wide)
+    assert cell == of_table == also == of_figure > 300 and number < 100
 
 
 @pytest.mark.slow  # npm fetches axe-core

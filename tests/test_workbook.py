@@ -823,7 +823,7 @@ def test_the_page_reads_without_a_network(finished):
     assert "<title>01_work · x</title>" in page and "In&nbsp;[" not in page
     assert "<summary>Code</summary>" in page and "<figcaption>Two &lt;points&gt;.</figcaption>" in page
     assert 'src="data:image/png;base64,iVBOR' in page
-    assert "<caption>Losses.</caption>" in page and ">0.1235</td>" in page
+    assert "Losses.</caption>" in page and ">0.1235</td>" in page
     assert "prepared 0 2" in page and "reading:" not in page and "# Parameters" not in page
     assert re.search(r'"changed"><th scope="row"><code>level</code></th>\s*<td><code>2</code> <small>default 1', page)
     assert '<a href="02_fail.html"><i class="dot failed"></i>02_fail</a>' in page  # though it ran later

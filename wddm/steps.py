@@ -16,6 +16,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid, numpy_to_pil
+from PIL import Image
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
@@ -53,6 +54,12 @@ class Step:
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """Rows of a run's log.jsonl, one per `Step`; a last line cut short by a crash is left out."""
     return read_rows(Path(folder) / "log.jsonl")
+
+
+def read_previews(folder: Path) -> dict[str, np.ndarray]:
+    """A run's latest pictures of samples, six at most, uint8 (h, w, 3), by the images seen, such as "40,032 images"."""
+    files = sorted((Path(folder) / "previews").glob("*.png"))[-6:]
+    return {f"{int(file.stem):,} images": np.asarray(Image.open(file)) for file in files}
 
 
 def forget_after(folder: Path, step: int, images_seen: int) -> None:

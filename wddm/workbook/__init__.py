@@ -177,18 +177,20 @@ def progress(iterable: Any = None, total: int | None = None, desc: str = "", uni
     return tqdm(iterable, total=total, desc=desc, unit=unit, initial=initial, **look)
 
 
-def live(draw: Callable[[], Any], every: float = 5.0) -> Callable[..., None]:
-    """To call at every step: in JupyterLab alone it shows the figure that `draw` makes anew, every few seconds."""
+def live(*draws: Callable[[], Any], every: float = 2.0) -> Callable[..., None]:
+    """To call at every step: in JupyterLab alone it shows the figures that these make anew, those there are, live."""
     if "JPY_SESSION_NAME" not in os.environ:
         return lambda *arguments: None
     from IPython.display import Image, display
 
-    handle, shown = display(display_id=True), 0.0
+    handles, shown = [display(display_id=True) for _ in draws], 0.0
 
     def update(*arguments: Any) -> None:
         nonlocal shown
         if time.monotonic() - shown > every:
-            handle.update(Image(_pixels(draw()), width=720))
+            for handle, draw in zip(handles, draws, strict=True):
+                if figure := draw():
+                    handle.update(Image(_pixels(figure), width=720))
             shown = time.monotonic()
 
     return update

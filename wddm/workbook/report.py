@@ -72,6 +72,7 @@ def read_page(folder: Path, name: str) -> tuple[Any, list[tuple[Parameter, Any]]
     known = values | prepared_set(folder.absolute().parents[1], folder.name)
     for cell in notebook.cells[:1]:
         cell.source = re.sub(r"(?<=wddm run )params/[\w/-]+", f"reports/{folder.name}/params", fill(cell.source, known))
+        cell.source = cell.source.replace("](tutorials/", "](../../notebooks/tutorials/")
     return notebook, [(parameter, values[key]) for key, parameter in schema.items()]
 
 
