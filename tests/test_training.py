@@ -32,7 +32,7 @@ from wddm.checkpoints import Interrupted, Stop, difference
 from wddm.metrics import frechet_wavelet_distance
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
-from wddm.steps import VARYING, advice, average, derived_seed, read_log, resolve_precision
+from wddm.steps import VARYING, advice, average, averaged_weights, derived_seed, read_log, resolve_precision
 from wddm.training import Trainer
 from wddm.wavelets import WaveletCodec
 
@@ -66,7 +66,10 @@ def bytes_below(folder) -> dict[str, bytes]:
 FLOWING = {"prediction_type": "flow_prediction", "time_sampling": "logit_normal"}
 
 
-@pytest.mark.parametrize("settings", [{}, FLOWING | {"validation_kimg": 0.032, "validation_images": 8}])
+AVERAGED = FLOWING | {"validation_kimg": 0.032, "validation_images": 8, "averages_kimg": 0.032}
+
+
+@pytest.mark.parametrize("settings", [{}, AVERAGED])
 def test_four_steps_are_two_and_resume_and_two(tmp_path, settings: dict) -> None:
     list(make(tmp_path / "whole", **settings).steps())
     steps = make(tmp_path / "halves", **settings).steps()
@@ -120,6 +123,32 @@ def test_average_is_diffusers_own_up_to_rounding(decay: float) -> None:
         weights[0].data.normal_()
         average(ours, weights), theirs.step(weights)
         assert_close(ours.shadow_params, theirs.shadow_params)
+
+
+def test_an_average_of_any_half_life_is_put_together_afterwards(tmp_path) -> None:
+    """Against the average of the weights after every step, by their shares in closed form."""
+    trainer = make(tmp_path, train_kimg=1.6, averages_kimg=0.08, checkpoint_kimg=0, learning_rate=3e-3)
+    name, each = "conv_in.weight", []
+    for _ in trainer.steps():
+        each.append(trainer.model.get_parameter(name).detach().double())
+    after = torch.arange(len(each), 0, -1).double() - 1  # steps from there to the end
+    for half_life in (5, 10, 20):
+        shares = 0.5 ** (after / half_life)
+        wanted = torch.tensordot(shares / shares.sum(), torch.stack(each), 1)
+        found = averaged_weights(tmp_path, half_life * 0.016)[name]
+        assert (found - wanted).norm() < 0.1 * (each[-1] - wanted).norm(), half_life
+    found = averaged_weights(tmp_path, 0.16)
+    assert set(found) == {key for key, _ in trainer.model.named_parameters()}
+    with pytest.raises(ValueError, match=r"half-life of 0.001 kimg, \d+% off with 20 kept averages, wanted 10 %"):
+        averaged_weights(tmp_path, 0.001)
+
+
+def test_averages_that_nothing_kept_are_refused(tmp_path) -> None:
+    next(steps := make(tmp_path).steps()), steps.close()
+    with pytest.raises(ValueError, match=r"without kept averages, wanted some: train it with averages_kimg"):
+        averaged_weights(tmp_path, 1.0)
+    with pytest.raises(ValueError, match=r"got averages_kimg for a run that began without, wanted 0"):
+        make(tmp_path, averages_kimg=0.016)
 
 
 @pytest.mark.parametrize("settings", [{}, FLOWING])

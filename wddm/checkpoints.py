@@ -142,6 +142,11 @@ class Interrupted(KeyboardInterrupt):
         return [str(self)]
 
 
+def stopped(run: Path, step: int, total: int) -> Interrupted:
+    kept = f"{run / 'checkpoints' / f'step-{step:08d}'} is kept: start it again to go on from there"
+    return Interrupted(f"training was stopped at step {step} of {total}; {kept}")
+
+
 class Stop(threading.Event):
     """Within a `with` block Ctrl-C and SIGTERM set this event; they raise only where it is `cuttable`, so that nothing
     is left half changed. Of several processes only Ctrl-C counts, and never raises; outside the main thread none does.

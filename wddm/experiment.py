@@ -25,7 +25,9 @@ from wddm.conditions import numbered
 from wddm.data import Dataset
 from wddm.metrics.frechet import frechet_wavelet_distance, moments
 from wddm.objective import build_solver, check_options, check_training, default_solver
-from wddm.steps import PRECISIONS, SCHEDULES, check_batch, held_out
+from wddm.pipeline import WaveletPipeline
+from wddm.sampling import sample_images
+from wddm.steps import PRECISIONS, SCHEDULES, averaged_weights, check_batch, held_out
 from wddm.training import Step, Trainer
 from wddm.wavelets import WaveletCodec, check_choice
 from wddm.workbook import Run, progress
@@ -44,6 +46,7 @@ BOUNDS: dict[str, tuple[float, float]] = {  # parameter of any notebook: (minimu
     "train_kimg": (0.001, 10**7), "kimg": (0.001, 10**7), "hidden_channels": (8, 1024), "num_processes": (1, 1024),
     "batch_size": COUNT, "accumulation": COUNT,
     "learning_rate": (1e-9, 10), "weight_decay": (0, 10), "warmup_kimg": KIMG, "ema_half_life_kimg": KIMG,
+    "averages_kimg": KIMG, "half_lives_kimg": (0.001, 10**7),
     "checkpoint_kimg": KIMG, "validation_kimg": KIMG, "preview_kimg": KIMG, "fwd_kimg": KIMG,
     "validation_images": COUNT, "fwd_images": COUNT, "num_samples": COUNT, "sampling_batch_size": COUNT,
     "sampling_steps": STEPS, "detail_steps": STEPS, "steps": STEPS, "band_steps": STEPS, "reference_steps": STEPS,
@@ -137,9 +140,29 @@ def distance_to(images: np.ndarray, train_fwd_level: int = 2) -> Callable[[np.nd
     return lambda samples: frechet_wavelet_distance(real, samples, train_fwd_level).value
 
 
+def by_half_life(
+    book: Run, prepared: Dataset, half_lives_kimg: Sequence[float] = (), fwd_images: int = 512
+) -> list[dict[str, float]]:
+    """FWD of samples of the run's pipeline with the average of its weights of each half-life (thousand images), put
+    together from those that `averages_kimg` kept; one that they do not give is said and left out.
+    """
+    pipeline, rows = WaveletPipeline.from_pretrained(book.folder / "pipeline"), []
+    pipeline.set_progress_bar_config(disable=True)
+    measure = distance_to(prepared.images, **share(distance_to, book.parameters))
+    for half_life in half_lives_kimg:
+        try:
+            pipeline.backbone.load_state_dict(averaged_weights(book.folder, half_life), strict=False)
+        except ValueError as error:
+            print(error)
+            continue
+        samples = np.concatenate(list(sample_images(pipeline, fwd_images, num_inference_steps=25)))
+        rows.append({"half_life_kimg": half_life, "fwd": measure(samples)})
+    return rows
+
+
 TAKEN_BY: dict[str, list[Callable]] = {  # notebook: what takes its parameters
     "01_prepare": [data.prepare],
-    "02_train": [WaveletCodec, build_backbone, Trainer, distance_to, check_batch, labels_of],
+    "02_train": [WaveletCodec, build_backbone, Trainer, distance_to, check_batch, labels_of, by_half_life],
 }
 
 

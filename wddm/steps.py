@@ -1,9 +1,10 @@
-"""What a step of training takes, beside the Trainer: precision, seeds, noise, the average of weights; and its log."""
+"""What a step of training takes, beside the Trainer: precision, seeds, noise, averages of the weights; and its log."""
 
 import json
 import math
 import resource
 import sys
+import zlib
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid, numpy_to_pil
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
@@ -30,7 +32,9 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant_with_warmup": lambda done: 1.0,
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
 }
-LABELS = 2**31  # third number of the seeds that drop labels
+LABELS = 2**31  # last number of the seeds that drop labels
+AVERAGES = "checkpoints/averages"
+POWERS = 16.97, 6.94  # of two averages with spreads of 0.05 and 0.10 of the training so far
 PRECISIONS = ("auto", "no", "fp16", "bf16")
 VARYING = ("images_per_s", "memory_gb")  # of a Step; all else is the same whenever the settings are
 
@@ -111,6 +115,11 @@ def class_numbers(labels: np.ndarray | None, no_label: int, count: int) -> np.nd
     return np.where(labels < 0, no_label, labels).astype(np.int64)
 
 
+def dropped(share: float, key: tuple[int, int], *shape: int) -> Tensor:
+    """Which labels of a batch, bool of this shape, are not shown to the network: a share of them, by (seed, step)."""
+    return torch.from_numpy(np.random.default_rng((*key, LABELS)).random(shape) < share)
+
+
 def conditioned(network: nn.Module, *labels: Tensor) -> Any:
     """The network, told labels (B,) if there are any."""
     return partial(network, class_labels=labels[0]) if labels else network
@@ -123,8 +132,10 @@ def advice(model: ModelMixin, learning_rate: float) -> list[str]:
     return [f"{much}: if the loss stops falling, take {0.128 / widest:.1g}"] if learning_rate * widest > 0.3 else []
 
 
-def tune(model: nn.Module, device: torch.device) -> None:
-    """On a GPU, TF32 in matrix products and channels last in the model; nothing on the CPU."""
+def tune(model: ModelMixin, device: torch.device, gradient_checkpointing: bool = False) -> None:
+    """On a GPU, TF32 in matrix products and channels last in the model; activations computed again if asked for."""
+    if gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         model.to(memory_format=torch.channels_last)
@@ -140,6 +151,17 @@ def peak_memory_gb(device: torch.device) -> float:
 def derived_seed(*key: int) -> int:
     """An independent seed for every key, such as (seed, step)."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0])
+
+
+def seed_device(device: torch.device, seed: int) -> None:
+    """`torch.manual_seed` of this device alone: that asks after every kind of device, a third of a millisecond."""
+    generator = torch.default_generator if device.type == "cpu" else torch.get_device_module(device)
+    generator.manual_seed(seed)
+
+
+def crc(images: np.ndarray) -> int:
+    """A checksum of some of the images, at most 511."""
+    return zlib.crc32(images[:: max(1, len(images) // 256)].tobytes())
 
 
 def check_finite(unread: list[tuple[Tensor, ...]], step: int, learning_rate: float) -> None:
@@ -191,3 +213,57 @@ def average(ema: EMAModel, weights: list[Tensor]) -> None:
     """`ema.step(weights)`, up to rounding, in one pass over the weights: small networks feel the three of that."""
     ema.optimization_step += 1
     torch._foreach_lerp_(ema.shadow_params, weights, 1 - ema.get_decay(ema.optimization_step))
+
+
+class PowerAverage(EMAModel):
+    """An average in which the weights of step s count as s^power (Karras et al. 2024, arXiv 2312.02696, eq. 4)."""
+
+    def get_decay(self, optimization_step: int) -> float:
+        return (1 - 1 / optimization_step) ** (self.power + 1)
+
+
+def named(averages: dict[str, EMAModel], model: nn.Module) -> dict[str, Tensor]:
+    """The averaged weights themselves, not copies: by the key of their average and the name of the parameter."""
+    names = [name for name, _ in model.named_parameters()]
+    pairs = [(key, zip(names, one.shadow_params, strict=True)) for key, one in averages.items()]
+    return {key + name: shadow for key, shadows in pairs for name, shadow in shadows}
+
+
+def put_back(averages: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
+    """Set what `named` gave to what a checkpoint kept of it; ValueError if it kept none."""
+    if averages and not kept:
+        raise ValueError("got averages_kimg for a run that began without, wanted 0: set it back, or name another run")
+    for key, tensor in averages.items():
+        tensor.copy_(kept[key])
+
+
+def keep_averages(run: Path, images_seen: int, averages: dict[str, Tensor]) -> None:
+    """Write them beside the checkpoints of a run, for `averaged_weights`."""
+    with whole(run / AVERAGES / f"{images_seen:09d}.safetensors") as aside:
+        save_file(averages, aside)
+
+
+def averaged_weights(run: Path, half_life_kimg: float) -> dict[str, Tensor]:
+    """The weights at the end of a training, averaged with any half-life (thousand images): put together from what
+    `averages_kimg` kept of it in `run`, by least squares over the share that each image's step has (section 3.3 there).
+
+    ValueError: nothing was kept, or what was differs by more than a tenth of the shares from such an average.
+    """
+    if not (files := sorted((run / AVERAGES).glob("*.safetensors"))):
+        raise ValueError(f"got {run} without kept averages, wanted some: train it with averages_kimg")
+    ends = np.array([int(file.stem) for file in files for _ in POWERS])[:, None]
+    at = np.linspace(0, ends[-1, 0], 4001)[1:]  # images seen
+    shares = np.where(at <= ends, at / ends, 0) ** np.resize(POWERS, len(ends))[:, None]
+    wanted = 0.5 ** ((ends[-1] - at) / half_life_kimg / 1000)
+    shares, wanted = shares / shares.sum(1, keepdims=True), wanted / wanted.sum()
+    parts = np.linalg.lstsq(shares.T, wanted, rcond=1e-6)[0]
+    parts /= parts.sum()
+    if (wrong := np.abs(parts @ shares - wanted).sum() / 2) > 0.1:
+        got = f"got a half-life of {half_life_kimg:g} kimg, {wrong:.0%} off with {len(files)} kept averages"
+        raise ValueError(f"{got}, wanted 10 %: take one nearer to {ends[-1, 0] / 16e3:.2g}, or a smaller averages_kimg")
+    found: dict[str, Tensor] = {}
+    for file, pair in zip(files, parts.reshape(-1, len(POWERS)), strict=True):
+        for name, tensor in load_file(file).items():
+            number, key = name.split(".", 1)
+            found[key] = found.get(key, 0) + pair[int(number)] * tensor.double()
+    return {key: tensor.float() for key, tensor in found.items()}

@@ -29,14 +29,14 @@ from wddm.files import append_row, written_aside
 from wddm.objective import build_solver, check_training, default_solver, diffusion_loss, noise_scheduler
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
-from wddm.steps import SCHEDULES, Step
+from wddm.steps import POWERS, SCHEDULES, PowerAverage, Step
 from wddm.wavelets import WaveletCodec, check_choice
 
 # what no weight depends on, or settings describe in another way: may change from one start of a run to the next
 FREE = {
     "cpu", "extend", "restart", "checkpoint_kimg", "preview_kimg", "gradient_checkpointing", "measure", "fwd_kimg",
     "fwd_images", "data_sha256", "model", "codec", "images", "folder", "labels", "label_dropout", "class_names",
-    "on_step",
+    "on_step", "averages_kimg",
 }  # fmt: skip
 
 
@@ -70,6 +70,7 @@ class Trainer:
     warmup_kimg: float = 5.0
     weight_decay: float = 0.01
     ema_half_life_kimg: float = 10.0  # after which a weight's share in the average has halved; 0: no averaging
+    averages_kimg: float = 0.0  # between averages that are kept, for `steps.averaged_weights` of any half-life
     seed: int = 0
     precision: str = "auto"  # "no", "fp16", "bf16", or "auto": bf16 where a GPU has it, else "no"
     compile: bool = False
@@ -105,9 +106,7 @@ class Trainer:
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         steps.check_batch(self.batch_size, self.accumulation, self.world_size)
         self.total_steps = math.ceil(self.train_kimg * 1000 / self.batch_size)
-        steps.tune(self.model, self.device)
-        if self.gradient_checkpointing:
-            self.model.enable_gradient_checkpointing()
+        steps.tune(self.model, self.device, self.gradient_checkpointing)
         self.codec.to(self.device)
         self.parameters = [p for p in self.model.train().parameters() if p.requires_grad]
         ours = torch.optim.AdamW(self.parameters, weight_decay=self.weight_decay, fused=True)
@@ -116,6 +115,8 @@ class Trainer:
         decay = 0.5 ** (1 / (self.ema_half_life_kimg * 1000 / self.batch_size)) if self.ema_half_life_kimg else 0.0
         self.weights: list[Tensor] = list(self.model.parameters())  # once: small networks feel a walk through them
         self.ema = EMAModel(self.weights, decay=decay, foreach=True)
+        kept = enumerate(POWERS if self.averages_kimg else ())
+        self.powers: dict[str, EMAModel] = {f"{i}.": PowerAverage(self.weights, power=power) for i, power in kept}
         self.noise_scheduler = noise_scheduler(self.prediction_type)
         shape, times = self.codec.shape(*np.roll(self.images.shape[1:], 1).tolist()), self.noise_scheduler.timesteps
         self.drawn = partial(steps.draw_noise, times.flip(0).to(self.device), self.time_sampling, shape)
@@ -173,9 +174,7 @@ class Trainer:
                 self.save()
                 if isinstance(error, GeneratorExit):
                     raise
-                kept, done = self.folder / f"checkpoints/step-{self.step:08d}", f"{self.step} of {self.total_steps}"
-                got = f"training was stopped at step {done}; {kept} is kept: start it again to go on from there"
-                raise checkpoints.Interrupted(got) from None
+                raise checkpoints.stopped(self.folder, self.step, self.total_steps) from None
 
     def _due(self, kimg: float) -> bool:
         """Whether something that happens every so many thousand images (0: never), and at the end, happens now."""
@@ -188,12 +187,9 @@ class Trainer:
         """
         losses, parts = [], [images, *self.draw_noise()]
         if labels is not None:
-            drawn = np.random.default_rng((self.seed, self.step, steps.LABELS)).random((self.world_size, len(images)))
-            dropped = torch.from_numpy(drawn[self.rank] < self.label_dropout).to(self.device)
-            parts.append(labels.masked_fill(dropped, self.no_label))
-        # of this device alone: `torch.manual_seed` asks after every kind of device, a third of a millisecond
-        generator = torch.default_generator if self.device.type == "cpu" else torch.get_device_module(self.device)
-        generator.manual_seed(steps.derived_seed(self.seed, self.step, 1 + self.rank))  # dropout
+            dropped = steps.dropped(self.label_dropout, (self.seed, self.step), self.world_size, len(labels))[self.rank]
+            parts.append(labels.masked_fill(dropped.to(self.device), self.no_label))
+        steps.seed_device(self.device, steps.derived_seed(self.seed, self.step, 1 + self.rank))  # dropout
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         with self.stop.cuttable():
@@ -207,7 +203,8 @@ class Trainer:
             norm = norm.nan_to_num(0, 0, 0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        steps.average(self.ema, self.weights)
+        for one in (self.ema, *self.powers.values()):
+            steps.average(one, self.weights)
         total, per_channel, _ = (torch.stack(values).mean(0).detach() for values in zip(*losses, strict=True))
         return total, per_channel, norm
 
@@ -272,6 +269,8 @@ class Trainer:
             steps.check_finite(self.unread, self.step, self.learning_rate)
         if previewing and self.main:
             steps.write_preview(self.samples(32), self.folder / "previews" / f"{self.images_seen:09d}.png")
+        if self._due(self.averages_kimg) and self.main:
+            steps.keep_averages(self.folder, self.images_seen, steps.named(self.powers, self.model))
         if not logs:
             return None
         validation_loss, fwd, bands = self.validate() if validating and self.main else None, None, self.codec.bands()
@@ -301,29 +300,30 @@ class Trainer:
         """What `load_state_dict` puts back: tensors, and the rest, which JSON can hold."""
         return {
             "weights": self.model.state_dict(),
-            "ema": dict(zip(dict(self.model.named_parameters()), self.ema.shadow_params, strict=True)),
+            "ema": steps.named({"": self.ema}, self.model),
+            "averages": steps.named(self.powers, self.model),
             "optimizer": steps.moments(self.optimizer),
             "unread": {str(i): torch.stack(values) for i, values in enumerate(zip(*self.unread, strict=True))},
         }, {"best": self.best, "watched": self.watched, "settings": self.settings()}
 
     def load_state_dict(self, tensors: checkpoints.Tensors, state: dict[str, Any]) -> None:
         """Put what `state_dict` gave back in its place, and `state["step"]`, which a checkpoint adds."""
-        self.step = self.ema.optimization_step = state["step"]
+        for one in (self.ema, *self.powers.values()):
+            one.optimization_step = self.step = state["step"]
         self.best, self.watched = state["best"], state["watched"]
         self.model.load_state_dict(tensors["weights"])
-        for shadow, (name, _) in zip(self.ema.shadow_params, self.model.named_parameters(), strict=True):
-            shadow.copy_(tensors["ema"][name])
+        steps.put_back(steps.named({"": self.ema}, self.model), tensors["ema"])
+        steps.put_back(steps.named(self.powers, self.model), tensors.get("averages", {}))
         steps.load_moments(self.optimizer, tensors["optimizer"])
         columns = [tensors["unread"][str(i)].to(self.device) for i in range(len(tensors["unread"]))]
         self.unread = list(zip(*columns, strict=True))
 
     def settings(self) -> dict[str, Any]:
         """Everything that the outcome depends on, as JSON would read it back."""
-        some = self.images[:: max(1, len(self.images) // 256)]
         described = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in FREE} | {
             "network": {"class": type(self.model).__name__, **checkpoints.public(self.model.config)},
             "codec": checkpoints.public(self.codec.config),
-            "images": [*self.images.shape, self.data_sha256 or zlib.crc32(some.tobytes())],
+            "images": [*self.images.shape, self.data_sha256 or steps.crc(self.images)],
             "layout": checkpoints.LAYOUT,
             "labels": None if self.classes is None else [self.label_dropout, zlib.crc32(self.classes.tobytes())],
         }
