@@ -443,6 +443,17 @@ def test_damaged_and_foreign_parquet_is_refused_by_name_or_skipped(tmp_path, hub
     refused(shard.read_bytes(), "wanted those of")
 
 
+def test_what_stands_behind_damage_in_parquet_is_read(tmp_path, pictures):
+    file = tmp_path / "copy/train-00000-of-00001.parquet"
+    write_shard(file, [encoded(picture) for picture in pictures[:6]], row_group_size=2)
+    whole, middle = file.read_bytes(), encoded(pictures[2])
+    at = whole.index(middle[:60])
+    file.write_bytes(whole[: at - 40] + bytes(len(middle)) + whole[at - 40 + len(middle) :])
+    prepared = prepare("cifar10", 16, tmp_path / "out", dataset_path=tmp_path / "copy", on_error="skip")
+    np.testing.assert_array_equal(prepared.images, pictures[[0, 1, 4, 5]])
+    assert prepared.manifest["skipped"]["count"] == 2
+
+
 def test_parquet_without_images_is_refused(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq

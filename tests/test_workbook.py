@@ -23,7 +23,7 @@ from wddm.cli import main
 from wddm.files import Digests
 from wddm.workbook import cluster, kernel, provenance, records, runner
 from wddm.workbook.experiments import load_experiments
-from wddm.workbook.parameters import parse_parameters
+from wddm.workbook.parameters import parse_parameters, read_yaml
 from wddm.workbook.report import WIDGET
 
 FIRST = """\
@@ -254,6 +254,12 @@ BAD_YAML = [  # what the file holds, and what the one line says of it
     ("run: 7", "run: got 7 (int), wanted str"),
     ("run: null", "run: got None"),
 ]  # fmt: skip
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs a file without an end")
+def test_a_file_without_an_end_is_refused() -> None:
+    with pytest.raises(ValueError, match="/dev/zero: got more than 100,000 bytes"):
+        read_yaml(Path("/dev/zero"))
 
 
 @pytest.mark.parametrize(("content", "message"), BAD_YAML)

@@ -121,8 +121,11 @@ def append_row(file: Path, row: dict[str, Any]) -> None:
     """Add a line to what `read_rows` reads, in the place of one that was cut short."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab+") as rows:
-        rows.seek(0)
-        rows.truncate(rows.read().rfind(b"\n") + 1)
+        if end := rows.seek(0, os.SEEK_END):
+            rows.seek(end - 1)
+            if rows.read(1) != b"\n":
+                rows.seek(0)
+                rows.truncate(rows.read().rfind(b"\n") + 1)
         rows.write((json.dumps(row) + "\n").encode())
 
 

@@ -207,22 +207,24 @@ def _rows(file: Path, column: str, rows: np.ndarray, labels: np.ndarray, beside:
     """The images in a column of ascending rows of a Parquet file, of which CHUNK are held at a time."""
     import pyarrow as pa
 
-    first = 0
-    try:
-        for batch in _parquet(file).iter_batches(CHUNK, columns=[column]):
-            if not len(rows):
-                return
-            here, later = np.split(rows, np.searchsorted(rows, [first + len(batch)]))
-            for row, value in zip(here, batch.take(pa.array(here - first)).to_pylist(), strict=True):
-                cell = value[column] or {}
-                image, path = cell.get("bytes"), cell.get("path") or ""
-                if not image and beside:  # a row may name a file
-                    image = next((folder / path for folder in file.parents if folder / path in beside), None)
-                yield image, int(labels[row]), f"{plain(file)}, row {row} {plain(path)}".rstrip()
-            first, rows = first + len(batch), later
-    except (pa.ArrowException, OSError) as error:
-        for row in rows:
-            yield f"the file is damaged after row {first}: {error}", int(labels[row]), f"{plain(file)}, row {row}"
+    parquet, first = _parquet(file), 0
+    for group in range(parquet.num_row_groups):
+        end = first + parquet.metadata.row_group(group).num_rows
+        due = rows[slice(*np.searchsorted(rows, (first, end)))]
+        try:
+            for batch in parquet.iter_batches(CHUNK, row_groups=[group], columns=[column]) if len(due) else ():
+                here, due = np.split(due, np.searchsorted(due, [first + len(batch)]))
+                for row, value in zip(here, batch.take(pa.array(here - first)).to_pylist(), strict=True):
+                    cell = value[column] or {}
+                    image, path = cell.get("bytes"), cell.get("path") or ""
+                    if not image and beside:  # a row may name a file
+                        image = next((folder / path for folder in file.parents if folder / path in beside), None)
+                    yield image, int(labels[row]), f"{plain(file)}, row {row} {plain(path)}".rstrip()
+                first += len(batch)
+        except (pa.ArrowException, OSError) as error:
+            for row in due:
+                yield f"the file is damaged after row {first}: {error}", int(labels[row]), f"{plain(file)}, row {row}"
+        first = end
 
 
 def _parquet(file: Path) -> "ParquetFile":

@@ -189,13 +189,14 @@ def parse(text: str, where: str) -> Any:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file of parameters; ValueError, one line, for anything else."""
     try:
-        size = path.stat().st_size
-        text = path.read_text(encoding="utf-8") if size <= MOST_BYTES else ""
+        with path.open("rb") as file:  # that may have no end
+            content = file.read(MOST_BYTES + 1)
+        text = content[:MOST_BYTES].decode()
     except (OSError, UnicodeDecodeError) as error:
         problem = getattr(error, "strerror", None) or "it is no UTF-8 text"
         wanted = "wanted a YAML of parameters: give another"
         raise ValueError(f"{path}: got a file that cannot be read ({problem}), {wanted}") from None
-    if size > MOST_BYTES:
+    if len(content) > MOST_BYTES:
         raise ValueError(f"{path}: got more than {MOST_BYTES:,} bytes, wanted one `key: value` per line: shorten it")
     values = {} if (values := parse(text, str(path))) is None else values
     if not isinstance(values, dict):

@@ -26,7 +26,7 @@ from wddm.files import Digests, whole
 from wddm.workbook.parameters import read_yaml
 
 MAKERS = {"data": "01_prepare", "pipeline": "02_train", "samples": "03_sample", "metrics": "04_evaluate"}
-PATIENCE = 2.0  # seconds to wait for a lock: a kernel ends a moment after a command that was killed
+PATIENCE = 1.0, 20.0  # seconds to wait for a lock; and where its command is dead, for what that has started to end
 
 
 def write_text(path: Path, text: str) -> None:
@@ -59,16 +59,17 @@ def read_status(folder: Path) -> dict[str, dict[str, Any]]:
     return status
 
 
-def lock(root: Path, run: str, patience: float = PATIENCE) -> int:
+def lock(root: Path, run: str, patience: float = 0.0) -> int:
     """The lock of a run as a file descriptor: to close it, or to die, releases it. ValueError: others keep it."""
     path = root / "runs" / ".locks" / run
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, deadline = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), time.monotonic() + patience
+    descriptor, began = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), time.monotonic()
     while not _try(descriptor, fcntl.LOCK_EX):
-        if time.monotonic() > deadline:
+        holder = path.read_text()
+        if time.monotonic() - began > max(patience, PATIENCE[not _is_alive(holder)]):
             os.close(descriptor)
             remedy = "wait for it to end, or choose another name with -p run=..."
-            raise ValueError(f"run {run!r} is under way (process {path.read_text() or 'unknown'}): {remedy}")
+            raise ValueError(f"run {run!r} is under way (process {holder or 'unknown'}): {remedy}")
         time.sleep(0.05)
     os.truncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
@@ -77,11 +78,11 @@ def lock(root: Path, run: str, patience: float = PATIENCE) -> int:
 
 def is_locked(root: Path, run: str) -> bool:
     """Whether a command works on this run, or something that one has started."""
-    path = root / "runs" / ".locks" / run
-    if not path.exists():
+    try:
+        with (root / "runs" / ".locks" / run).open() as file:
+            return not _try(file.fileno(), fcntl.LOCK_SH)
+    except OSError:
         return False
-    with path.open() as file:
-        return not _try(file.fileno(), fcntl.LOCK_SH)
 
 
 def _try(descriptor: int, kind: int) -> bool:
@@ -90,6 +91,15 @@ def _try(descriptor: int, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _is_alive(holder: str) -> bool:
+    pid, _, machine = holder.partition(" on ")
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, OSError) as error:
+        return isinstance(error, PermissionError)  # someone else's
+    return machine in ("", socket.gethostname())  # of another one nobody knows
 
 
 def digests(root: Path) -> Digests:

@@ -126,10 +126,8 @@ class Task:
         """Run the chosen notebooks, in order, up to the first that does not end ok."""
         print(f"{self.experiment.source} -> reports/{self.experiment.run}/", flush=True)
         write_text(self.folder / "params.yaml", self.experiment.as_yaml())
-        notebooks, ok = (
-            self.experiment.notebooks,
-            [name for name, one in self.status.items() if one.get("state") == "ok"],
-        )
+        notebooks = self.experiment.notebooks
+        ok = [name for name, one in self.status.items() if one.get("state") == "ok"]
         self.set_pending(*(one for one in notebooks if one.stem not in (ok if one in self.chosen else self.status)))
         for position, notebook in enumerate(self.chosen):
             current = self.is_current(notebook)
