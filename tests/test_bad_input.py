@@ -108,6 +108,7 @@ TOGETHER = [  # parameters of the quickstart that cannot be together, and what t
     ("fwd_level=5", "sides that 32 divides"),
     ("fwd_kimg=1 train_fwd_level=5", "train_fwd_level"),
     ("fwd_kimg=1 fwd_images=15", "fwd_images"),
+    ("averages_kimg=1 fwd_images=15", "fwd_images"),
     ("limit=15", "fwd_level"),
     ("limit=15 fwd_level=3 fwd_kimg=1", "train_fwd_level"),
     ("resolution=256 level=2 widths=[8] fwd_level=0 num_samples=200000 dataset=celebahq", "take more images"),

@@ -20,6 +20,7 @@ NAMES = ("01_prepare", "02_train", "03_sample", "04_evaluate")
 TINY = {
     "train_kimg": 3.2, "warmup_kimg": 0.1, "widths": "[8, 16]", "checkpoint_kimg": 64, "batch_size": 16,
     "num_samples": 40, "sampling_steps": 3, "preview_kimg": 1.6, "limit": 400,
+    "averages_kimg": 0.4, "half_lives_kimg": "[0.01, 0.3, 0.6]", "fwd_images": 40,
 }  # fmt: skip
 
 
@@ -76,7 +77,14 @@ def test_a_run_leaves_everything_that_is_promised(root, tiny) -> None:
     assert environment["seed"] == 0 and environment["versions"]["torch"]
     samples = np.load(root / "runs/tiny/samples.npy")
     assert samples.shape == (40, 16, 16, 1) and samples.dtype == np.uint8
-    assert {p.stem for p in (tiny / "figures").glob("*.png")} >= {"samples", "training", "trajectory", "spectra"}
+    assert {p.stem for p in (tiny / "figures").glob("*.png")} >= {
+        "samples",
+        "training",
+        "trajectory",
+        "spectra",
+        "half-lives",
+    }
+    assert "got a half-life of 0.01 kimg, " in (tiny / "02_train.html").read_text()  # which is left out, and said
     assert "tiny" in (root / "reports/index.html").read_text()
 
 

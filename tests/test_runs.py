@@ -22,6 +22,7 @@ TINY = {
     "dataset": "digits", "resolution": 8, "limit": 64, "widths": [8, 16], "dropout": 0.1, "train_kimg": 3.2,
     "batch_size": 16, "warmup_kimg": 0.1, "ema_half_life_kimg": 0.1, "checkpoint_kimg": 0.24, "flip": True,
     "preview_kimg": 0, "validation_kimg": 0.8, "validation_images": 8, "fwd_kimg": 0.8, "fwd_images": 140,
+    "averages_kimg": 0.8,
 }  # fmt: skip
 ALONE = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {"OMP_NUM_THREADS": "1"}
 

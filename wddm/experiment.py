@@ -237,7 +237,7 @@ def _check_images(experiment: Experiment, given: Parameters) -> None:
         held_out(given["validation_images"], count)
     if {"fwd_level", "num_samples"} <= given.keys():
         _check_packets("fwd_level", "num_samples", given, shape, count)
-    if given.get("fwd_kimg"):
+    if given.get("fwd_kimg") or given.get("averages_kimg"):
         _check_packets("train_fwd_level", "fwd_images", given, shape, count)
 
 
