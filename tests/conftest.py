@@ -20,6 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+VARYING = ("images_per_s", "memory_gb")  # of a `Step`; all else is the same whenever the settings are
 
 
 @pytest.fixture(autouse=True)

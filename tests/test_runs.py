@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, launcher
+from conftest import ROOT, VARYING, launcher
 from torch.testing import assert_close
 
 from wddm.cli import main
-from wddm.steps import VARYING, read_log
+from wddm.steps import read_log
 
 TINY = {
     "dataset": "digits", "resolution": 8, "limit": 64, "widths": [8, 16], "dropout": 0.1, "train_kimg": 3.2,

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, VARYING
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from filelock import FileLock, Timeout
@@ -32,7 +32,7 @@ from wddm.checkpoints import Interrupted, Stop, difference
 from wddm.metrics import frechet_wavelet_distance
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
-from wddm.steps import VARYING, advice, average, averaged_weights, derived_seed, read_log, resolve_precision
+from wddm.steps import advice, average, averaged_weights, derived_seed, read_log, resolve_precision
 from wddm.training import Trainer
 from wddm.wavelets import WaveletCodec
 

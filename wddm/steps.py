@@ -36,7 +36,6 @@ LABELS = 2**31  # last number of the seeds that drop labels
 AVERAGES = "checkpoints/averages"
 POWERS = 16.97, 6.94  # of two averages with spreads of 0.05 and 0.10 of the training so far
 PRECISIONS = ("auto", "no", "fp16", "bf16")
-VARYING = ("images_per_s", "memory_gb")  # of a Step; all else is the same whenever the settings are
 
 
 @dataclass(frozen=True)
@@ -171,10 +170,9 @@ def check_finite(unread: list[tuple[Tensor, ...]], step: int, learning_rate: flo
     losses, _, norms = (torch.stack(values) for values in zip(*unread, strict=True))  # read at once, to wait once
     finite = (losses.isfinite() & norms.isfinite()).tolist()
     if not all(finite):
-        raise FloatingPointError(
-            f"got loss or gradient that are not finite at step {step - len(finite) + 1 + finite.index(False)}, wanted "
-            f"numbers: lower learning_rate (now {learning_rate:g}); the last good checkpoint is kept"
-        )
+        got = f"got loss or gradient that are not finite at step {step - len(finite) + 1 + finite.index(False)}"
+        remedy = f"lower learning_rate (now {learning_rate:g}); the last good checkpoint is kept"
+        raise FloatingPointError(f"{got}, wanted numbers: {remedy}")
 
 
 def draw_noise(
