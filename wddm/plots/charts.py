@@ -297,9 +297,8 @@ def confidence(real: ArrayLike, generated: ArrayLike, threshold: float) -> Figur
 
 
 def nearest_distances(real: ArrayLike, generated: ArrayLike) -> Figure:
-    """Share of images below a distance to the nearest training image, and below its ratio to the second nearest.
-
-    Each (n, 2): both distances of every image. Dashed: a third, from where on it is a copy.
+    """Share of images below a distance to the nearest training image, and below its ratio to the second nearest, of
+    both distances (n, 2) of each. Dashed: a third, up to which it is a copy.
     """
     with panels(2.4, "AB", sharey=True) as (figure, (distance, ratio)):
         for (name, color), sample in zip(SIDES, (real, generated), strict=True):
