@@ -205,23 +205,20 @@ def _columns(file: Path, schema: "pa.Schema") -> tuple[str, str | None, list[str
 
 def _rows(file: Path, column: str, rows: np.ndarray, labels: np.ndarray, beside: set[Path]) -> Iterator[Item]:
     """The images in a column of ascending rows of a Parquet file, of which CHUNK are held at a time."""
-    import pyarrow as pa
-
-    first = 0
+    chosen, first = {*rows.tolist()}, 0
     try:
-        for batch in _parquet(file).iter_batches(CHUNK, columns=[column]):
-            if not len(rows):
+        for batch in _parquet(file).iter_batches(CHUNK, columns=[column]) if chosen else ():
+            for row, cell in enumerate(batch[column].to_pylist(), first):
+                if row in chosen:
+                    image, path = (cell or {}).get("bytes"), (cell or {}).get("path") or ""
+                    if not image and beside:  # a row may name a file
+                        image = next((folder / path for folder in file.parents if folder / path in beside), None)
+                    yield image, int(labels[row]), f"{plain(file)}, row {row} {plain(path)}".rstrip()
+            first += len(batch)
+            if first > rows[-1]:
                 return
-            here, later = np.split(rows, np.searchsorted(rows, [first + len(batch)]))
-            for row, value in zip(here, batch.take(pa.array(here - first)).to_pylist(), strict=True):
-                cell = value[column] or {}
-                image, path = cell.get("bytes"), cell.get("path") or ""
-                if not image and beside:  # a row may name a file
-                    image = next((folder / path for folder in file.parents if folder / path in beside), None)
-                yield image, int(labels[row]), f"{plain(file)}, row {row} {plain(path)}".rstrip()
-            first, rows = first + len(batch), later
-    except (pa.ArrowException, OSError) as error:
-        for row in rows:
+    except Exception as error:  # of pyarrow, which raises many kinds
+        for row in rows[rows >= first]:
             yield f"the file is damaged after row {first}: {error}", int(labels[row]), f"{plain(file)}, row {row}"
 
 
