@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +35,7 @@ class Images:
     channels: int | None = None  # None: 1 if all are grey by their headers, else 3
     class_names: list[str] | None = None
     note: str = ""  # what a user should know of them
-    left_out: list[str] = field(default_factory=list)
+    left_out: Sequence[str] = ()
     revision: str | None = None
 
 
