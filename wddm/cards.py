@@ -55,11 +55,8 @@ def model_card(pipeline: DiffusionPipeline, name: str, report: Path | None) -> s
     about |= {"model_name": name.split("/")[-1], "eval_results": results} if results else {}
     about |= {"datasets": [source.split("@")[0]]} if source.count("/") == 1 else {}
     tables = {"Data": data, "Model": model, "Parameters": run, "Metrics": metrics, "Made with": made_with}
-    flags = known(run, "scheduler", "sampling_steps", "eta", "spacing")
-    values: dict[str, Any] = {"name": name, "run": run, "flags": flags, "tables": tables}
-    values |= {"asked": ", labels=0" if classes else ""}
-    card_data = ModelCardData(tags=["wavelets", "wddm"], **about)
-    return str(ModelCard.from_template(card_data, template_str=TEMPLATE.read_text(encoding="utf-8"), **values))
+    card_data, template = ModelCardData(tags=["wavelets", "wddm"], **about), TEMPLATE.read_text(encoding="utf-8")
+    return str(ModelCard.from_template(card_data, template_str=template, name=name, run=run, tables=tables))
 
 
 def recorded(report: Path) -> tuple[dict[str, Any], ...]:

@@ -229,8 +229,7 @@ def batches(
         got = f"got batch_size={batch_size}, start={start}, rank={rank}, world_size={world_size}"
         raise ValueError(f"{got}, wanted a batch size that world_size divides and numbers from 0 on: change batch_size")
     device, rows = torch.device(device), np.arange(len(images)) if rows is None else rows
-    if on_device is None:
-        on_device = device.type != "cpu" and fits(images.nbytes, device)
+    on_device = device.type != "cpu" and fits(images.nbytes, device) if on_device is None else on_device
     share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
     drawn = _order(len(rows), batch_size, seed, start)
     order = ((rows[chosen[share]], mirrored[share] & flip) for chosen, mirrored in drawn)
@@ -274,12 +273,11 @@ def _finish(x: Tensor, mirrored: np.ndarray) -> Tensor:
 
 def _order(count: int, batch_size: int, seed: int, start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Row numbers and coin flips (batch_size,) of the batches that follow `start` images."""
-    rows, coins, seen = np.empty(0, np.int64), np.empty(0, bool), start % count
+    left, seen = np.empty((2, 0), np.int64), start % count
     for epoch in itertools.count(start // count):
         rng = np.random.default_rng([seed, epoch])
-        rows = np.concatenate([rows, rng.permutation(count)[seen:]])
-        coins = np.concatenate([coins, rng.random(count)[seen:] < 0.5])
-        seen = 0
-        while len(rows) >= batch_size:
-            yield rows[:batch_size], coins[:batch_size]
-            rows, coins = rows[batch_size:], coins[batch_size:]
+        drawn = np.stack([rng.permutation(count), rng.random(count) < 0.5])  # (2, count)
+        left, seen = np.concatenate([left, drawn[:, seen:]], axis=1), 0
+        while left.shape[1] >= batch_size:
+            yield left[0, :batch_size], left[1, :batch_size].astype(bool)
+            left = left[:, batch_size:]
