@@ -25,7 +25,7 @@ from torch import Tensor
 
 from wddm.decoding import RULE, ahead, is_grey, write_images
 from wddm.files import Digests, refusing, sha256, written_aside
-from wddm.local import CHUNK, Images
+from wddm.local import Images
 from wddm.sources import SOURCES, Source
 
 NOTEBOOK = "notebooks/01_prepare.ipynb"
@@ -184,7 +184,7 @@ def _write(source: Source, settings: dict[str, Any], to: Path, progress: bool) -
         rows = np.sort(np.random.default_rng(settings["seed"]).choice(rows, limit, replace=False))
     channels = settings["channels"] or channels_of(images, rows)
     shape = (settings["resolution"], settings["width"] or settings["resolution"], channels)
-    items, size = images.read(rows), max(1, min(CHUNK, 2**22 // math.prod(shape)))
+    items, size = images.read(rows), max(1, min(images.chunk, 2**22 // math.prod(shape)))
     chunks = iter(lambda: list(itertools.islice(items, size)), [])
     found, skipped = write_images(chunks, len(rows), shape, to / "images.npy", settings["on_error"], progress)
     if not found:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,21 +22,22 @@ KINDS = {".parquet": "table", ".npy": "array", "metadata.csv": "labels", "labels
 KINDS |= dict.fromkeys([".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"], "image")
 SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 SPLITS |= {"training": "train", "testing": "test", "unlabeled": "unlabeled"}
-CHUNK = 64  # images that are read from a Parquet file, and decoded, at a time
+CHUNK, CHUNK_BYTES = 256, 2**22  # images that are decoded at a time, and what encoded ones take together, at most
 REMEDY = "fetch or write it again"
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images to decode, of which `read` yields those of ascending rows in order."""
+    """Images to decode. `read` yields those of ascending rows in order; `chunk` of them are decoded at a time."""
 
     count: int
     read: Callable[[np.ndarray], Iterator[Item]]
     channels: int | None = None  # None: 1 if all are grey by their headers, else 3
     class_names: list[str] | None = None
     note: str = ""  # what a user should know of them
-    left_out: list[str] = field(default_factory=list)
+    left_out: Sequence[str] = ()
     revision: str | None = None
+    chunk: int = CHUNK
 
 
 def listed(root: Path) -> tuple[dict[str, list[Path]], list[str]]:
@@ -176,15 +177,16 @@ def tables(files: list[Path], skip: bool, *, beside: Sequence[Path] = ()) -> Ima
     labels, names, note = numbers(pd.concat(parts), label) if label else (np.full(count, -1), None, note)
     if classes and max(labels) >= len(classes):
         raise ValueError(f"got label {max(labels)} in {plain(files[0])}, wanted at most {len(classes) - 1}: correct it")
+    chunk = max(1, min(CHUNK, CHUNK_BYTES * count // sum(file.stat().st_size for file in counts)))
 
     def read(rows: np.ndarray) -> Iterator[Item]:
         first = 0
         for file, count in counts.items():
             here = rows[slice(*np.searchsorted(rows, (first, first + count)))]
-            yield from _rows(file, image, here - first, labels[first:], {*beside})
+            yield from _rows(file, image, here - first, chunk, labels[first:], {*beside})
             first += count
 
-    return Images(count, read, None, classes or names, note, left_out)
+    return Images(count, read, None, classes or names, note, left_out, chunk=chunk)
 
 
 def _columns(file: Path, schema: "pa.Schema") -> tuple[str, str | None, list[str] | None, str]:
@@ -203,26 +205,25 @@ def _columns(file: Path, schema: "pa.Schema") -> tuple[str, str | None, list[str
     return images[0], label, classes.get(label or ""), note
 
 
-def _rows(file: Path, column: str, rows: np.ndarray, labels: np.ndarray, beside: set[Path]) -> Iterator[Item]:
-    """The images in a column of ascending rows of a Parquet file, of which CHUNK are held at a time."""
-    import pyarrow as pa
-
-    parquet, first = _parquet(file), 0
+def _rows(
+    file: Path, column: str, rows: np.ndarray, chunk: int, labels: np.ndarray, beside: set[Path]
+) -> Iterator[Item]:
+    """The images in a column of ascending rows of a Parquet file, of which `chunk` are held at a time."""
+    parquet, chosen, first = _parquet(file), {*rows.tolist()}, 0
     for group in range(parquet.num_row_groups):
         end = first + parquet.metadata.row_group(group).num_rows
         due = rows[slice(*np.searchsorted(rows, (first, end)))]
         try:
-            for batch in parquet.iter_batches(CHUNK, row_groups=[group], columns=[column]) if len(due) else ():
-                here, due = np.split(due, np.searchsorted(due, [first + len(batch)]))
-                for row, value in zip(here, batch.take(pa.array(here - first)).to_pylist(), strict=True):
-                    cell = value[column] or {}
-                    image, path = cell.get("bytes"), cell.get("path") or ""
-                    if not image and beside:  # a row may name a file
-                        image = next((folder / path for folder in file.parents if folder / path in beside), None)
-                    yield image, int(labels[row]), f"{plain(file)}, row {row} {plain(path)}".rstrip()
+            for batch in parquet.iter_batches(chunk, row_groups=[group], columns=[column]) if len(due) else ():
+                for row, cell in enumerate(batch[column].to_pylist(), first):
+                    if row in chosen:
+                        image, path = (cell or {}).get("bytes"), (cell or {}).get("path") or ""
+                        if not image and beside:  # a row may name a file
+                            image = next((folder / path for folder in file.parents if folder / path in beside), None)
+                        yield image, int(labels[row]), f"{plain(file)}, row {row} {plain(path)}".rstrip()
                 first += len(batch)
-        except (pa.ArrowException, OSError) as error:
-            for row in due:
+        except Exception as error:  # of pyarrow, which raises many kinds
+            for row in due[due >= first]:
                 yield f"the file is damaged after row {first}: {error}", int(labels[row]), f"{plain(file)}, row {row}"
         first = end
 
