@@ -79,9 +79,9 @@ def train(params: tuple[Path, ...], overrides: tuple[str, ...], extend: bool) ->
         if missing := {"01_prepare", "02_train"} - {notebook.stem for notebook in one.notebooks}:
             raise ValueError(f"{one.source}: has no {', '.join(sorted(missing))} to take parameters of: add it")
     with contextlib.chdir(root), contextlib.ExitStack() as locks:
-        for one in experiments if first else ():
-            locks.callback(os.close, records.lock(root, one.run))
         for one in experiments:
+            if first:
+                locks.callback(os.close, records.lock(root, one.run))
             preflight(one)
 
         from wddm import experiment
@@ -167,9 +167,9 @@ def evaluate(
     from accelerate import PartialState
 
     from wddm import workbook
+    from wddm.files import read_json, write_json
     from wddm.metrics import inception, scores
     from wddm.sampling import check_device
-    from wddm.workbook.records import read_json, write_json
     from wddm.workbook.report import format_table
 
     check_device(device or "cpu")  # what cannot be used is told before anything is computed
@@ -208,15 +208,13 @@ def init(folder: Path) -> None:
     import shutil
     from importlib import metadata
 
-    files = [(file.locate(), str(file).partition("share/wddm/")[2]) for file in metadata.files("wddm") or ()]
-    shipped = [(Path(source), name) for source, name in files if name and Path(source).is_file()]
+    files = metadata.files("wddm") or ()
+    shipped = [Path(one.locate()).parents[1] for one in files if one.match("share/wddm/params/quickstart.yaml")]
     if not shipped:
         raise ValueError("got an installation of a clone, wanted one of a wheel: the clone is a workbook, work in it")
     if folder.exists():
         raise ValueError(f"got {folder}, which is there already, wanted a new folder: give another name")
-    for source, name in shipped:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / name)
+    shutil.copytree(shipped[0], folder)
     print(f"{folder} is a workbook: cd {folder} && wddm run params/quickstart.yaml")
 
 

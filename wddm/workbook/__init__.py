@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wddm.files import read_json, write_json, write_text
 from wddm.workbook import records
 from wddm.workbook.experiments import check_run_name, load_experiments
 from wddm.workbook.parameters import read_schema
@@ -130,7 +131,7 @@ class Run:
         import pandas as pd
 
         table = pd.DataFrame(rows if hasattr(rows, "to_dict") else list(rows), dtype=object)
-        records.write_text(self.report / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
+        write_text(self.report / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
         link = f'<a href="{html.escape(name)}.csv">{html.escape(name)}.csv</a>'
         _display({"text/html": f"<p>All of it: {link}</p>", "text/plain": f"All of it: {name}.csv"})
 
@@ -149,7 +150,7 @@ class Run:
                 raise ValueError(f"{key}: got {value!r}, wanted a finite number, or None where there is none")
             numbers[key] = value
         path = self.report / f"{kind}.json"
-        records.write_json(path, records.read_json(path) | numbers)
+        write_json(path, read_json(path) | numbers)
 
 
 def open_run(run: str, notebook: str = "", namespace: Mapping[str, Any] | None = None) -> Run:

@@ -13,7 +13,6 @@ blocks a run, nor do machines that share the folder, where `flock` reaches them 
 """
 
 import fcntl
-import json
 import os
 import re
 import socket
@@ -22,31 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wddm.files import Digests, whole
+from wddm.files import Digests, read_json, write_json
 from wddm.workbook.parameters import read_yaml
 
 MAKERS = {"data": "01_prepare", "pipeline": "02_train", "samples": "03_sample", "metrics": "04_evaluate"}
 PATIENCE = 2.0  # seconds to wait for a lock: a kernel ends a moment after a command that was killed
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` in one step; a reader never sees half of it."""
-    with whole(path) as aside:
-        aside.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file; {} where there is none, or it is damaged, or no object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def read_status(folder: Path) -> dict[str, dict[str, Any]]:

@@ -14,9 +14,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from wddm.files import read_json, write_json, write_text
 from wddm.workbook import cluster, kernel, provenance
 from wddm.workbook.experiments import Experiment
-from wddm.workbook.records import digests, lock, read_json, read_record, read_status, write_json, write_text
+from wddm.workbook.records import digests, lock, read_record, read_status
 from wddm.workbook.report import format_seconds, render, write_index
 
 Preflight = Callable[[Experiment], None] | None
