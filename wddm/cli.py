@@ -44,12 +44,11 @@ def run(params: tuple[Path, ...], overrides: tuple[str, ...], held: int | None, 
     """Execute the notebooks with the parameters of YAML files."""
     from wddm import workbook
 
-    root, experiments = experiments_of(params, overrides)
+    experiments = experiments_of(params, overrides)[1]
     if held is not None:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     check = preflight if held is None else None  # what started this process has checked
-    with contextlib.chdir(root):  # relative paths in parameters start there, wherever the command was given
-        return workbook.run(experiments, held=held, preflight=check, **options)
+    return workbook.run(experiments, held=held, preflight=check, **options)
 
 
 def _end_with_parent() -> None:

@@ -74,18 +74,16 @@ class Run:
         """The prepared set of this run; ValueError as of `take`."""
         return self.take("data").parent
 
-    def begin(self, name: str) -> None:
+    def begin(self, name: str, **facts: Any) -> None:
         """Record that this notebook begins to make something: what was there before is not to be taken for it."""
         entry = {"by": self.notebook, "parameters": self.parameters, "from": self.sources}
-        records.write_entry(self.root, self.name, name, entry)
+        records.write_entry(self.root, self.name, name, entry | facts)
 
     def made(self, name: str, path: Path, *, shared: bool = False, **facts: Any) -> None:
         """Record what this notebook has made, by content (but where others write it too: `shared`), and from what."""
         known = records.digests(self.root)
-        entry = {"by": self.notebook, "parameters": self.parameters, "from": self.sources, **facts}
         place = path.relative_to(self.root) if path.is_relative_to(self.root) else path
-        digest = None if shared else known.of(path)
-        records.write_entry(self.root, self.name, name, entry | {"path": str(place), "sha256": digest})
+        self.begin(name, path=str(place), sha256=None if shared else known.of(path), **facts)
         known.save()
 
     def show(self, figure: Any, name: str, caption: str, alive: dict[str, Any] | None = None) -> None:
