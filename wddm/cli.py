@@ -175,7 +175,8 @@ def evaluate(
     with contextlib.suppress(OSError):
         output.parent.mkdir(parents=True, exist_ok=True)
     if output.is_dir() or not os.access(output.parent, os.W_OK | os.X_OK):
-        raise ValueError(f"got --output {output}, wanted a file that can be written: change it")
+        wanted = "that can be written" if output.parent.is_dir() else "in a folder"
+        raise ValueError(f"got --output {output}, wanted a file {wanted}: change it")
     root = Path()
     with contextlib.suppress(ValueError):
         root = workbook.find_root()
