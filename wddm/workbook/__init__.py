@@ -77,7 +77,7 @@ class Run:
     def begin(self, name: str, **facts: Any) -> None:
         """Record that this notebook begins to make something: what was there before is not to be taken for it."""
         entry = {"by": self.notebook, "parameters": self.parameters, "from": self.sources}
-        records.write_entry(self.root, self.name, name, entry | facts)
+        write_json(self.folder / "record.json", records.read_record(self.root, self.name) | {name: entry | facts})
 
     def made(self, name: str, path: Path, *, shared: bool = False, **facts: Any) -> None:
         """Record what this notebook has made, by content (but where others write it too: `shared`), and from what."""

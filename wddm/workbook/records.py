@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wddm.files import Digests, read_json, write_json
+from wddm.files import Digests, read_json
 from wddm.workbook.parameters import read_yaml
 
 MAKERS = {"data": "01_prepare", "pipeline": "02_train", "samples": "03_sample", "metrics": "04_evaluate"}
@@ -43,12 +43,16 @@ def lock(root: Path, run: str, patience: float = PATIENCE) -> int:
     path = root / "runs" / ".locks" / run
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, deadline = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), time.monotonic() + patience
-    while not _try(descriptor, fcntl.LOCK_EX):
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            time.sleep(0.05)
         if time.monotonic() > deadline:
             os.close(descriptor)
             remedy = "wait for it to end, or choose another name with -p run=..."
             raise ValueError(f"run {run!r} is under way (process {path.read_text() or 'unknown'}): {remedy}")
-        time.sleep(0.05)
     os.truncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
     return descriptor
@@ -56,19 +60,12 @@ def lock(root: Path, run: str, patience: float = PATIENCE) -> int:
 
 def is_locked(root: Path, run: str) -> bool:
     """Whether a command works on this run, or something that one has started."""
-    path = root / "runs" / ".locks" / run
-    if not path.exists():
-        return False
-    with path.open() as file:
-        return not _try(file.fileno(), fcntl.LOCK_SH)
-
-
-def _try(descriptor: int, kind: int) -> bool:
     try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        with (root / "runs" / ".locks" / run).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    return False
 
 
 def digests(root: Path) -> Digests:
@@ -86,11 +83,6 @@ def prepared_set(root: Path, run: str) -> dict[str, str | None]:
     """{"data": the folder of the prepared set that a run has made, if it has}, relative to the root."""
     path = read_record(root, run).get("data", {}).get("path")
     return {"data": path and str(Path(path).parent)}
-
-
-def write_entry(root: Path, run: str, name: str, entry: dict[str, Any]) -> None:
-    """Say what a run has made, in the place of what it made before."""
-    write_json(root / "runs" / run / "record.json", read_record(root, run) | {name: entry})
 
 
 def taken(root: Path, run: str, name: str, known: Digests) -> dict[str, Any]:
