@@ -21,7 +21,7 @@ from wddm.objective import build_solver, factors, noise_scheduler
 from wddm.pipeline import WaveletPipeline
 from wddm.studies import sampling, sweeps
 from wddm.wavelets import WaveletCodec
-from wddm.workbook import Run, collect, records
+from wddm.workbook import Run, collect
 from wddm.workbook.records import Finished
 
 RNG = np.random.default_rng(0)
