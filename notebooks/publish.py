@@ -14,7 +14,7 @@ from typing import Any
 from bs4 import BeautifulSoup
 from nbconvert import MarkdownExporter
 
-from wddm.workbook.records import read_json, write_text
+from wddm.files import read_json, write_text
 from wddm.workbook.report import read_page
 
 LINK = re.compile(r"\[reports/[^]]*/(figures/[^]/]+\.png)\]")  # the text of a figure that `Run.show` kept

@@ -14,14 +14,14 @@ from conftest import wddm
 
 from wddm import data
 from wddm.backbones import build_backbone
-from wddm.files import append_row, read_rows
+from wddm.files import append_row, read_rows, write_json
 from wddm.metrics import scores
 from wddm.metrics.scores import Options, wavelet
 from wddm.objective import build_solver, factors, noise_scheduler
 from wddm.pipeline import WaveletPipeline
 from wddm.studies import sampling, sweeps
 from wddm.wavelets import WaveletCodec
-from wddm.workbook import Run, collect, records
+from wddm.workbook import Run, collect
 from wddm.workbook.records import Finished
 
 RNG = np.random.default_rng(0)
@@ -238,8 +238,8 @@ def test_the_error_of_an_estimate_is_relative_to_the_spread(pipeline, monkeypatc
 
 def finished_run(root: Path, name: str, state: str = "ok", parameters: str = "level: 1\n", **metrics) -> None:
     folder = root / "reports" / name
-    records.write_json(folder / "metrics.json", metrics)
-    records.write_json(folder / "status.json", {"04_evaluate": {"state": state}})
+    write_json(folder / "metrics.json", metrics)
+    write_json(folder / "status.json", {"04_evaluate": {"state": state}})
     (folder / "params.yaml").write_text(parameters)
 
 
@@ -456,8 +456,8 @@ def compared(root, prepared) -> Path:
         metrics = score.record() | kid | {"parameters": network.num_parameters(), "train_images": 400}
         parameters = f"level: {level}\nseed: {seed}\nwavelet: haar\ntransform: packet\nscaling: band\n"
         finished_run(root, name, parameters=parameters)
-        records.write_json(root / "reports" / name / "metrics.json", metrics)
-        records.write_json(root / "reports" / name / "timings.json", {"train_images_per_s": 50})
+        write_json(root / "reports" / name / "metrics.json", metrics)
+        write_json(root / "reports" / name / "timings.json", {"train_images_per_s": 50})
     trained = (root / "notebooks/02_train.ipynb").read_text()
     assert all(f"    {key}=" in trained for key in ("parameters", "train_images", "train_images_per_s"))  # as here
     (root / "params/side.yaml").write_text(

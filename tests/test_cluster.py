@@ -187,7 +187,7 @@ def test_ctrl_c_stops_members_gently_and_shows_it(root) -> None:
 TRAIN = """\
 import hashlib, time
 from wddm import workbook
-from wddm.workbook.records import read_json, write_json
+from wddm.files import read_json, write_json
 book = workbook.open_run(run)
 checkpoint, pipeline = book.folder / "checkpoint.json", book.folder / "pipeline"
 state = read_json(checkpoint) or {"step": 0, "weights": str(seed)}

@@ -20,7 +20,7 @@ from jupyter_client.connect import ConnectionFileMixin
 
 from wddm import cli, workbook
 from wddm.cli import main
-from wddm.files import Digests
+from wddm.files import Digests, write_json
 from wddm.workbook import cluster, kernel, provenance, records, runner
 from wddm.workbook.experiments import load_experiments
 from wddm.workbook.parameters import parse_parameters, read_yaml
@@ -435,7 +435,7 @@ def launched(root, monkeypatch) -> list[str]:
         place.mkdir(parents=True, exist_ok=True)
         if source.stem == "01_prepare":
             (place / "data.txt").write_text(str(parameters["seed"]))
-        records.write_json(
+        write_json(
             target.parent / "metrics.json",
             records.read_json(target.parent / "metrics.json") | {f"m{source.stem}": 1},
         )
@@ -586,7 +586,7 @@ def test_the_summary_runs_last_and_again_when_a_result_has_changed(summed_up, la
     assert launched == ["01_prepare", "02_train"] * 2 + ["compare"]
     assert main(["run", "params/x.yaml"]) == 0 and len(launched) == 5
     assert yaml.safe_load((summed_up / "reports/x/params.yaml").read_text())["notebooks"] == ["analysis/compare"]
-    records.write_json(summed_up / "reports/x-level=1/metrics.json", {"fwd": 2})
+    write_json(summed_up / "reports/x-level=1/metrics.json", {"fwd": 2})
     assert main(["run", "params/x.yaml"]) == 0
     assert launched[5:] == ["01_prepare", "02_train", "compare"]  # whose numbers are not those that they recorded
 
@@ -675,7 +675,7 @@ def test_a_run_under_way_is_left_alone(root, launched, capsys):
     try:
         wait_for(lambda: records.is_locked(root, "x"), seconds=20)
         entry = {"02_train": {"state": "running", "pid": 1, "seconds": None, "error": None}}
-        records.write_json(root / "reports/x/status.json", entry)
+        write_json(root / "reports/x/status.json", entry)
         for options in ([], ["--force"]):
             assert main(["run", "params/x.yaml", *options]) == 2 and launched == []
             error = capsys.readouterr().err
@@ -765,7 +765,7 @@ def finished(tmp_path_factory):
     (root / "params").mkdir()
     (root / "params/x.yaml").write_text("level: 2\n")
     spec = root / "jupyter/kernels/python3/kernel.json"  # a python3 kernel of some other environment
-    records.write_json(spec, {"argv": ["/no/such/python"], "display_name": "other", "language": "python"})
+    write_json(spec, {"argv": ["/no/such/python"], "display_name": "other", "language": "python"})
     environment = os.environ | {"JUPYTER_PATH": str(root / "jupyter"), "JUPYTER_PREFER_ENV_PATH": "0"}
     done = subprocess.run(
         [sys.executable, "-m", "wddm", "run", "params/x.yaml"],

@@ -11,12 +11,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-if TYPE_CHECKING:
-    from wddm.workbook.experiments import Experiment
+from wddm import workbook
+from wddm.files import read_json, write_json
+from wddm.workbook import records
+from wddm.workbook.experiments import Experiment
 
 COUNT, PATH = click.IntRange(min=1), click.Path(path_type=Path)
 
@@ -42,14 +44,11 @@ def commands() -> None:
 @click.option("--held", type=int, hidden=True, help="The lock that this process inherits from the one that started it.")
 def run(params: tuple[Path, ...], overrides: tuple[str, ...], held: int | None, **options: Any) -> int:
     """Execute the notebooks with the parameters of YAML files."""
-    from wddm import workbook
-
-    root, experiments = experiments_of(params, overrides)
+    experiments = experiments_of(params, overrides)[1]
     if held is not None:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     check = preflight if held is None else None  # what started this process has checked
-    with contextlib.chdir(root):  # relative paths in parameters start there, wherever the command was given
-        return workbook.run(experiments, held=held, preflight=check, **options)
+    return workbook.run(experiments, held=held, preflight=check, **options)
 
 
 def _end_with_parent() -> None:
@@ -58,7 +57,7 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def preflight(one: "Experiment") -> None:
+def preflight(one: Experiment) -> None:
     """Refuse, by ValueError, what the notebooks would only find out later; asked where one of them is going to run."""
     if one.parameters.keys() - {"run"}:
         from wddm import experiment  # and torch, which takes seconds
@@ -71,34 +70,30 @@ def preflight(one: "Experiment") -> None:
 @click.option("--extend", is_flag=True, help="Go on with a run that had a smaller train_kimg.")
 def train(params: tuple[Path, ...], overrides: tuple[str, ...], extend: bool) -> None:
     """Prepare and train alone, also under `accelerate launch -m wddm train`."""
-    from wddm.workbook import open_run, records
-
     first = os.environ.get("RANK", "0") == "0"  # of the processes that were launched, it does the talking
     root, experiments = experiments_of(params, overrides)
     for one in experiments:
         if missing := {"01_prepare", "02_train"} - {notebook.stem for notebook in one.notebooks}:
             raise ValueError(f"{one.source}: has no {', '.join(sorted(missing))} to take parameters of: add it")
     with contextlib.chdir(root), contextlib.ExitStack() as locks:
-        for one in experiments if first else ():
-            locks.callback(os.close, records.lock(root, one.run))
         for one in experiments:
+            if first:
+                locks.callback(os.close, records.lock(root, one.run))
             preflight(one)
 
         from wddm import experiment
 
         for one in experiments:
-            prepared = experiment.prepare(open_run(one.run, "01_prepare", one.parameters), show=first)
-            book = open_run(one.run, "02_train", one.parameters)
+            prepared = experiment.prepare(workbook.open_run(one.run, "01_prepare", one.parameters), show=first)
+            book = workbook.open_run(one.run, "02_train", one.parameters)
             book.take("data")
             experiment.train(book, prepared, *experiment.build(book.parameters, prepared), extend=extend)
             if first:
                 print(f"{book.folder.relative_to(root)}/pipeline is trained")
 
 
-def experiments_of(params: Sequence[Path], overrides: Iterable[str]) -> tuple[Path, list["Experiment"]]:
+def experiments_of(params: Sequence[Path], overrides: Iterable[str]) -> tuple[Path, list[Experiment]]:
     """The root of the workbook that the YAML files are in, and the experiments they ask for."""
-    from wddm import workbook
-
     root = workbook.find_root(params[0].parent)
     return root, [one for path in params for one in workbook.load_experiments(path, root, overrides)]
 
@@ -166,17 +161,16 @@ def evaluate(
     """Score a folder of images against a prepared data set."""
     from accelerate import PartialState
 
-    from wddm import workbook
     from wddm.metrics import inception, scores
     from wddm.sampling import check_device
-    from wddm.workbook.records import read_json, write_json
     from wddm.workbook.report import format_table
 
     check_device(device or "cpu")  # what cannot be used is told before anything is computed
     with contextlib.suppress(OSError):
         output.parent.mkdir(parents=True, exist_ok=True)
     if output.is_dir() or not os.access(output.parent, os.W_OK | os.X_OK):
-        raise ValueError(f"got --output {output}, wanted a file that can be written: change it")
+        wanted = "that can be written" if output.parent.is_dir() else "in a folder"
+        raise ValueError(f"got --output {output}, wanted a file {wanted}: change it")
     root = Path()
     with contextlib.suppress(ValueError):
         root = workbook.find_root()
@@ -196,8 +190,6 @@ def evaluate(
 @commands.command()
 def index() -> None:
     """Rewrite reports/index.html."""
-    from wddm import workbook
-
     print(workbook.write_index(workbook.find_root()))
 
 
@@ -208,15 +200,13 @@ def init(folder: Path) -> None:
     import shutil
     from importlib import metadata
 
-    files = [(file.locate(), str(file).partition("share/wddm/")[2]) for file in metadata.files("wddm") or ()]
-    shipped = [(Path(source), name) for source, name in files if name and Path(source).is_file()]
+    files = metadata.files("wddm") or ()
+    shipped = [Path(one.locate()).parents[1] for one in files if one.match("share/wddm/params/quickstart.yaml")]
     if not shipped:
         raise ValueError("got an installation of a clone, wanted one of a wheel: the clone is a workbook, work in it")
     if folder.exists():
         raise ValueError(f"got {folder}, which is there already, wanted a new folder: give another name")
-    for source, name in shipped:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / name)
+    shutil.copytree(shipped[0], folder)
     print(f"{folder} is a workbook: cd {folder} && wddm run params/quickstart.yaml")
 
 

@@ -22,7 +22,6 @@ from diffusers import ModelMixin
 from wddm import data
 from wddm.backbones import BACKBONES, IMAGES, build_backbone
 from wddm.conditions import numbered
-from wddm.data import Dataset
 from wddm.metrics.frechet import frechet_wavelet_distance, moments
 from wddm.objective import build_solver, check_options, check_training, default_solver
 from wddm.pipeline import WaveletPipeline
@@ -59,7 +58,7 @@ CHOICES = {"schedule": SCHEDULES, "precision": PRECISIONS, "backbones": BACKBONE
 IMAGES_IN = {"digits": 1797, "patches": 10_000, "cifar10": 50_000, "stl10": 100_000, "celebahq": 30_000}
 
 
-def prepare(book: Run, show: bool = True) -> Dataset:
+def prepare(book: Run, show: bool = True) -> data.Dataset:
     """What notebook 01 makes: the prepared set that the run's parameters ask for, recorded as the run's own."""
     refuse_impossible(book.parameters, "01_prepare")
     prepared = data.prepare(root=book.root / "data", progress=show, **share(data.prepare, book.parameters))
@@ -67,7 +66,7 @@ def prepare(book: Run, show: bool = True) -> Dataset:
     return prepared
 
 
-def build(parameters: Parameters, prepared: Dataset) -> tuple[WaveletCodec, ModelMixin]:
+def build(parameters: Parameters, prepared: data.Dataset) -> tuple[WaveletCodec, ModelMixin]:
     """The codec, fitted to the images, and the network with initial weights drawn from `seed`.
 
     ValueError: a parameter of notebook 02 that is out of bounds or that nothing takes; what codec and network refuse.
@@ -79,7 +78,7 @@ def build(parameters: Parameters, prepared: Dataset) -> tuple[WaveletCodec, Mode
     return codec, _network(parameters, prepared.manifest["dataset"], prepared.images.shape[1:], classes)
 
 
-def labels_of(prepared: Dataset, class_conditional: bool | None = None) -> np.ndarray | None:
+def labels_of(prepared: data.Dataset, class_conditional: bool | None = None) -> np.ndarray | None:
     """Labels (N,) of a set that a network is to be told, if it is; ValueError if the set has none.
 
     None: it is if every image has a label, there are two classes or more, and ten images or more to a class.
@@ -93,7 +92,7 @@ def labels_of(prepared: Dataset, class_conditional: bool | None = None) -> np.nd
 
 
 def train(
-    book: Run, prepared: Dataset, codec: WaveletCodec, network: ModelMixin, *,
+    book: Run, prepared: data.Dataset, codec: WaveletCodec, network: ModelMixin, *,
     show: Callable[[Step], None] = lambda step: None, **options: bool,
 ) -> None:  # fmt: skip
     """Train the run's pipeline to the end with a progress bar, in `num_processes` processes, and record it.
@@ -141,7 +140,7 @@ def distance_to(images: np.ndarray, train_fwd_level: int = 2) -> Callable[[np.nd
 
 
 def by_half_life(
-    book: Run, prepared: Dataset, half_lives_kimg: Sequence[float] = (), fwd_images: int = 512
+    book: Run, prepared: data.Dataset, half_lives_kimg: Sequence[float] = (), fwd_images: int = 512
 ) -> list[dict[str, float]]:
     """FWD of samples of the run's pipeline with the average of its weights of each half-life (thousand images), put
     together from those that `averages_kimg` kept; one that they do not give is said and left out.

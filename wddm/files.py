@@ -1,4 +1,4 @@
-"""files: written whole or not at all, told apart by their content, listed, fetched from the Hub; rows of JSON."""
+"""files: written whole or not at all, told apart by their content, listed, fetched from the Hub; JSON, rows of it."""
 
 import hashlib
 import json
@@ -25,11 +25,7 @@ class Digests:
     """sha256 of files by content, remembered in a JSON file for as long as size, times and inode stay the same."""
 
     def __init__(self, memory: Path) -> None:
-        self.memory, self._changed = memory, False
-        try:
-            self._known: dict[str, list] = json.loads(memory.read_text())
-        except (OSError, ValueError):
-            self._known = {}
+        self.memory, self._known, self._changed = memory, read_json(memory), False
 
     def of(self, path: Path) -> str:
         """Of a file, or of all readable files below a folder with their names; "absent" where there is nothing."""
@@ -45,8 +41,8 @@ class Digests:
     def save(self) -> None:
         """Keep what was found, where that is allowed."""
         if self._changed:
-            with suppress(OSError), whole(self.memory) as aside:
-                aside.write_text(json.dumps(self._known))
+            with suppress(OSError):
+                write_text(self.memory, json.dumps(self._known))
 
     def _of_file(self, path: Path) -> str:
         now, name = path.stat(), str(path.absolute())
@@ -109,6 +105,26 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` in one step; a reader never sees half of it."""
+    with whole(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; {} where there is none, or it is damaged, or no object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:

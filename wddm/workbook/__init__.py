@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wddm.files import read_json, write_json, write_text
 from wddm.workbook import records
 from wddm.workbook.experiments import check_run_name, load_experiments
 from wddm.workbook.parameters import read_schema
@@ -73,18 +74,16 @@ class Run:
         """The prepared set of this run; ValueError as of `take`."""
         return self.take("data").parent
 
-    def begin(self, name: str) -> None:
+    def begin(self, name: str, **facts: Any) -> None:
         """Record that this notebook begins to make something: what was there before is not to be taken for it."""
         entry = {"by": self.notebook, "parameters": self.parameters, "from": self.sources}
-        records.write_entry(self.root, self.name, name, entry)
+        write_json(self.folder / "record.json", records.read_record(self.root, self.name) | {name: entry | facts})
 
     def made(self, name: str, path: Path, *, shared: bool = False, **facts: Any) -> None:
         """Record what this notebook has made, by content (but where others write it too: `shared`), and from what."""
         known = records.digests(self.root)
-        entry = {"by": self.notebook, "parameters": self.parameters, "from": self.sources, **facts}
         place = path.relative_to(self.root) if path.is_relative_to(self.root) else path
-        digest = None if shared else known.of(path)
-        records.write_entry(self.root, self.name, name, entry | {"path": str(place), "sha256": digest})
+        self.begin(name, path=str(place), sha256=None if shared else known.of(path), **facts)
         known.save()
 
     def show(self, figure: Any, name: str, caption: str, alive: dict[str, Any] | None = None) -> None:
@@ -130,7 +129,7 @@ class Run:
         import pandas as pd
 
         table = pd.DataFrame(rows if hasattr(rows, "to_dict") else list(rows), dtype=object)
-        records.write_text(self.report / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
+        write_text(self.report / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
         link = f'<a href="{html.escape(name)}.csv">{html.escape(name)}.csv</a>'
         _display({"text/html": f"<p>All of it: {link}</p>", "text/plain": f"All of it: {name}.csv"})
 
@@ -149,7 +148,7 @@ class Run:
                 raise ValueError(f"{key}: got {value!r}, wanted a finite number, or None where there is none")
             numbers[key] = value
         path = self.report / f"{kind}.json"
-        records.write_json(path, records.read_json(path) | numbers)
+        write_json(path, read_json(path) | numbers)
 
 
 def open_run(run: str, notebook: str = "", namespace: Mapping[str, Any] | None = None) -> Run:

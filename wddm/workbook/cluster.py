@@ -22,10 +22,11 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
+from wddm.files import read_json, write_text
 from wddm.workbook.experiments import Experiment
 from wddm.workbook.kernel import Stop
 from wddm.workbook.parameters import read_yaml
-from wddm.workbook.records import is_locked, lock, read_json, write_text
+from wddm.workbook.records import is_locked, lock
 from wddm.workbook.report import PROGRESS_LINE
 
 CLUSTERS = {"local": "distributed.LocalCluster", "ssh": "distributed.SSHCluster", "slurm": "dask_jobqueue.SLURMCluster"}

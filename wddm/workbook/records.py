@@ -13,7 +13,6 @@ blocks a run, nor do machines that share the folder, where `flock` reaches them 
 """
 
 import fcntl
-import json
 import os
 import re
 import socket
@@ -22,31 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wddm.files import Digests, whole
+from wddm.files import Digests, read_json
 from wddm.workbook.parameters import read_yaml
 
 MAKERS = {"data": "01_prepare", "pipeline": "02_train", "samples": "03_sample", "metrics": "04_evaluate"}
 PATIENCE = 1.0, 20.0  # seconds to wait for a lock; and where its command is dead, for what that has started to end
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` in one step; a reader never sees half of it."""
-    with whole(path) as aside:
-        aside.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file; {} where there is none, or it is damaged, or no object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def read_status(folder: Path) -> dict[str, dict[str, Any]]:
@@ -64,8 +43,12 @@ def lock(root: Path, run: str, patience: float = 0.0) -> int:
     path = root / "runs" / ".locks" / run
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, began = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), time.monotonic()
-    while not _try(descriptor, fcntl.LOCK_EX):
-        holder = path.read_text()
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            holder = path.read_text()
         if time.monotonic() - began > max(patience, PATIENCE[not _is_alive(holder)]):
             os.close(descriptor)
             remedy = "wait for it to end, or choose another name with -p run=..."
@@ -80,17 +63,10 @@ def is_locked(root: Path, run: str) -> bool:
     """Whether a command works on this run, or something that one has started."""
     try:
         with (root / "runs" / ".locks" / run).open() as file:
-            return not _try(file.fileno(), fcntl.LOCK_SH)
-    except OSError:
-        return False
-
-
-def _try(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    return False
 
 
 def _is_alive(holder: str) -> bool:
@@ -117,11 +93,6 @@ def prepared_set(root: Path, run: str) -> dict[str, str | None]:
     """{"data": the folder of the prepared set that a run has made, if it has}, relative to the root."""
     path = read_record(root, run).get("data", {}).get("path")
     return {"data": path and str(Path(path).parent)}
-
-
-def write_entry(root: Path, run: str, name: str, entry: dict[str, Any]) -> None:
-    """Say what a run has made, in the place of what it made before."""
-    write_json(root / "runs" / run / "record.json", read_record(root, run) | {name: entry})
 
 
 def taken(root: Path, run: str, name: str, known: Digests) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+from wddm.files import read_json, write_text
 from wddm.workbook.experiments import pipeline_notebooks
 from wddm.workbook.parameters import Parameter, expand, parse_parameters, read_schema, read_yaml, tagged
-from wddm.workbook.records import prepared_set, read_json, read_status, write_text
+from wddm.workbook.records import prepared_set, read_status
 
 TEMPLATES = Path(__file__).parent / "templates"
 PROGRESS_LINE = re.compile(r"(?m)^.*\[(\d+:)?\d\d:\d\d[<,].*\n?")  # with tqdm's [elapsed<remaining, rate]

@@ -14,9 +14,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from wddm.files import read_json, write_json, write_text
 from wddm.workbook import cluster, kernel, provenance
 from wddm.workbook.experiments import Experiment
-from wddm.workbook.records import digests, lock, read_json, read_record, read_status, write_json, write_text
+from wddm.workbook.records import digests, lock, read_record, read_status
 from wddm.workbook.report import format_seconds, render, write_index
 
 Preflight = Callable[[Experiment], None] | None
@@ -54,7 +55,7 @@ def run(
 
 def _run(tasks: list["Task"], jobs: int, where: str | None, preflight: Preflight, held: int | None) -> int:
     members, summaries = ([task for task in tasks if task.experiment.is_summary is kind] for kind in (False, True))
-    with contextlib.ExitStack() as locks:
+    with contextlib.ExitStack() as locks, contextlib.chdir(tasks[0].root):  # where relative paths in parameters start
         for task in tasks:
             task.lock = held or lock(task.root, "." * bool(where and task in members) + task.experiment.run)
             locks.callback(os.close, task.lock)
@@ -152,8 +153,7 @@ class Task:
         log.parent.mkdir(parents=True, exist_ok=True)
         source, target = notebook.relative_to(self.root), Path("reports", run, f"{name}.ipynb")
         first = WATCH.format(str(log), str(self.root), run)
-        with contextlib.chdir(self.root):
-            state, error = kernel.execute(source, target, self.experiment.values(notebook), stop, first, (self.lock,))
+        state, error = kernel.execute(source, target, self.experiment.values(notebook), stop, first, (self.lock,))
         seconds, opened, after = round(time.monotonic() - began, 2), provenance.opened(log), self.recorded()
         new = {kind: {key: after[kind][key] for key in after[kind].keys() - before[kind]} for kind in RECORDS}
         entry: dict[str, Any] = {"state": state, "error": error, "seconds": seconds, "recorded": new}
