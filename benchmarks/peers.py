@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir
@@ -301,8 +302,10 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 def codecs(wavelet: str, level: int = 2, side: int = 32, rounds: int = 7) -> pd.DataFrame:
     """Encoding and decoding 64 RGB images by this codec, pytorch-wavelets and ptwt: pyramids, which all three have."""
-    from ptwt import wavedec2, waverec2
-    from pytorch_wavelets import DWTForward, DWTInverse
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that pkg_resources is deprecated
+        from ptwt import wavedec2, waverec2
+        from pytorch_wavelets import DWTForward, DWTInverse
 
     x, ours = torch.rand(64, 3, side, side), WaveletCodec(wavelet, level, "pyramid", "none")
     there, back = DWTForward(level, wave=wavelet, mode="periodization"), DWTInverse(wave=wavelet, mode="periodization")

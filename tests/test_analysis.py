@@ -450,11 +450,13 @@ def compared(root, prepared) -> Path:
         np.save(folder / "samples.npy", samples)
         for k in range(1, 5):
             row = {"step": k, "images_seen": 100 * k, "images_per_s": 50, "loss": 1 / k, "fwd": 9 / (k + level)}
-            append_row(folder / "log.jsonl", row)
+            append_row(folder / "log.jsonl", row | {"band_loss": {"A": 0.2, "H": 0.4, "V": 0.6}})
         (score,) = wavelet(samples, prepared, Options(2))
         kid = {"kid_efficientnet": 0.02 - 0.01 * level, "kid_efficientnet_floor": -0.0001}
+        kid |= {f"kid_efficientnet_{end}": kid["kid_efficientnet"] for end in ("low", "high")}
         metrics = score.record() | kid | {"parameters": network.num_parameters(), "train_images": 400}
         parameters = f"level: {level}\nseed: {seed}\nwavelet: haar\ntransform: packet\nscaling: band\n"
+        parameters += f"prediction_type: {('sample', 'v_prediction', 'epsilon')[level + seed]}\nwidths: [8, 16]\n"
         finished_run(root, name, parameters=parameters)
         write_json(root / "reports" / name / "metrics.json", metrics)
         write_json(root / "reports" / name / "timings.json", {"train_images_per_s": 50})
@@ -484,6 +486,25 @@ def test_wavelet_depth_says_what_was_spent_and_where_it_falls_short(compared) ->
     assert json.loads((report / "metrics.json").read_text())["fwd_best"] > 0
     assert {"depth", "packets", "samples"} <= {path.stem for path in (report / "figures").glob("*.png")}
     assert is_clean(report / "wavelet_depth.html")
+
+
+@pytest.mark.slow
+def test_target_and_depth_ranks_targets_at_every_level(compared) -> None:
+    (compared / "params/target.yaml").write_text(
+        "notebooks: [analysis/target_and_depth]\nruns: [depth-level=*]\nfwd_level: 2\n"
+    )
+    run(compared, "run", "params/target.yaml")
+    report = compared / "reports/target"
+    rows = {(row["level"], row["target"]): row for row in saved(report, "targets")}
+    assert set(rows) == {(0, "sample"), (1, "v_prediction"), (1, "epsilon")}
+    page = (report / "target_and_depth.html").read_text()
+    near, far = sorted(("v_prediction", "epsilon"), key=lambda target: rows[1, target]["fwd"])
+    assert f"level 1, widths 8–16: {near}, {rows[1, near]['fwd']:.3g}; next {far}, " in page
+    assert "level 0, widths" not in page  # of one target there is nothing to say
+    assert {"fwd", "kid_efficientnet", "samples-level-1-8-16"} <= {
+        path.stem for path in (report / "figures").glob("*.png")
+    }
+    assert is_clean(report / "target_and_depth.html")
 
 
 @pytest.mark.slow
