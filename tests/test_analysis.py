@@ -499,7 +499,7 @@ def test_target_and_depth_ranks_targets_at_every_level(compared) -> None:
     assert set(rows) == {(0, "sample"), (1, "v_prediction"), (1, "epsilon")}
     page = (report / "target_and_depth.html").read_text()
     near, far = sorted(("v_prediction", "epsilon"), key=lambda target: rows[1, target]["fwd"])
-    assert f"level 1, widths 8–16: {near}, {rows[1, near]['fwd']:.3g}; next {far}, " in page
+    assert f"fwd, level 1, widths 8–16: {near}, {rows[1, near]['fwd']:,.4g}; next {far}, " in page
     assert "level 0, widths" not in page  # of one target there is nothing to say
     assert {"fwd", "kid_efficientnet", "samples-level-1-8-16"} <= {
         path.stem for path in (report / "figures").glob("*.png")
