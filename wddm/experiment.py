@@ -140,7 +140,7 @@ def distance_to(images: np.ndarray, train_fwd_level: int = 2) -> Callable[[np.nd
 
 
 def by_half_life(
-    book: Run, prepared: data.Dataset, half_lives_kimg: Sequence[float] = (), fwd_images: int = 512
+    book: Run, prepared: data.Dataset, half_lives_kimg: Sequence[float], fwd_images: int = 512
 ) -> list[dict[str, float]]:
     """FWD of samples of the run's pipeline with the average of its weights of each half-life (thousand images), put
     together from those that `averages_kimg` kept; one that they do not give is said and left out.
