@@ -92,6 +92,7 @@ def test_a_run_leaves_everything_that_is_promised(root, tiny) -> None:
 def test_a_flow_from_noise_to_a_report_and_from_the_command_line(root, tiny) -> None:
     """Over what the quickstart names, as the recipe is given by -p; solver and eta are those that nobody names."""
     options = {"run": "flow", "recipe": "flow", "scheduler": "null", "eta": "null"} | TINY
+    options["half_lives_kimg"] = "[0.01]"  # of which none can be put together
     done = wddm(root, "run", "params/quickstart.yaml", **options)
     assert done.returncode == 0, done.stdout + done.stderr
     config = json.loads((root / "runs/flow/pipeline/scheduler/scheduler_config.json").read_text())
