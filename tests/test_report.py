@@ -328,7 +328,7 @@ def reports(root) -> Path:
         (folder / "01_work.html").touch()
         numbers = {"fwd": fwd, "fwd_low": 0.5, "fwd_high": 9.5, "fwd_floor": 0.1, "a": 1} if fwd else {"a": 2}
         (folder / "metrics.json").write_text(json.dumps(numbers))
-        (folder / "params.yaml").write_text(yaml.safe_dump({"run": name, "levels": [day], "name": "a"}))
+        (folder / "params.yaml").write_text(yaml.safe_dump({"run": name, "levels": [day], "name": "a" * 200}))
     (root / "reports/kept/figures").mkdir(parents=True)
     (root / "reports/kept/02_train.md").touch()
     (root / "reports/kept/figures/samples.png").touch()
@@ -345,7 +345,8 @@ def test_the_index_groups_the_runs_of_a_sweep_and_links_what_is_published(report
     assert "kept/02_train.md" in links and [one for one in links if not (reports / unquote(one)).exists()] == []
     row = next(row for row in page.find_all("tr") if row.find(string="s-level=0"))
     assert row.select_one(".number").get_text(" ", strip=True) == "3 0.5 to 9.5"  # what was measured, low to high
-    assert [code.get_text() for code in row.select(".changes code")] == []  # levels is [1] in 01_work, too
+    changes = [code.get_text() for code in row.select(".changes code")]
+    assert changes == [f"name={'a' * 79}…"]  # levels is [1] in 01_work, too
     assert row.select_one(".badge").get_text() == "ok" and "published" in page.find_all("tbody")[-1].get_text()
     assert [header.get_text(strip=True) for header in page.select("thead th")][3:] == ["fwd", "parameters"]
 
