@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -41,23 +42,28 @@ SERVERS: list[subprocess.Popen] = []
 
 
 def as_process(
-    module: str, *words: object, root: Path, timeout: float = 900, **environment: str
-) -> subprocess.CompletedProcess:
-    """`python -m module words...` in a folder, as a fork: see forks.py."""
+    module: str, *words: object, root: Path, timeout: float = 900,
+    watch: Callable[[int], object] = lambda child: None, **environment: str,
+) -> subprocess.CompletedProcess:  # fmt: skip
+    """`python -m module words...` in a folder, as a fork: see forks.py. `watch` is called with its pid meanwhile."""
     if not SERVERS:
         alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
         alone |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # threads do not live in forks
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}  # select sees what is not read
         SERVERS.append(subprocess.Popen([sys.executable, str(ROOT / "tests/forks.py")], env=alone, **pipes))
     (server,) = SERVERS
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder, name) for name in ("stdout", "stderr")]
         request = {"module": module, "words": [*map(str, words)], "folder": str(root), "environment": environment}
-        print(json.dumps(request | {"streams": [*map(str, streams)]}), file=server.stdin, flush=True)
-        if not select.select([server.stdout], [], [], timeout)[0]:
+        server.stdin.write(json.dumps(request | {"streams": [*map(str, streams)]}).encode() + b"\n")
+        try:
+            watch(int(server.stdout.readline()))
+            if not select.select([server.stdout], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired([module, *words], timeout)
+        except BaseException:  # its answer to this request is not one to the next
             SERVERS.remove(server)
             server.kill()
-            raise subprocess.TimeoutExpired([module, *words], timeout)
+            raise
         code = int(server.stdout.readline())
         return subprocess.CompletedProcess([module, *words], code, *(path.read_text() for path in streams))
 

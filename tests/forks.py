@@ -1,10 +1,12 @@
 """Commands and their kernels as forks of one process that has imported torch and diffusers: this costs many seconds of
 CPU, a fork none. All else is as in a process of its own: folder, environment, streams, signals, exit code.
 
-`python tests/forks.py` reads a request a line, as JSON, and answers each with the exit code of the command.
+`python tests/forks.py` reads a request a line, as JSON, and answers each with the pid of the command and, when that has
+ended, its exit code.
 """
 
 import asyncio
+import gc
 import importlib
 import json
 import os
@@ -98,6 +100,7 @@ def serve() -> None:
     sys.path[:] = [path for path in sys.path if path not in ("", os.path.dirname(os.path.abspath(__file__)))]
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.freeze()  # what forks share is not searched for garbage by each
     for line in sys.stdin:
         if not (child := os.fork()):
             code = 1
@@ -107,6 +110,7 @@ def serve() -> None:
                 sys.stderr.flush()
             finally:
                 os._exit(code)
+        print(child, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 

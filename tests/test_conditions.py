@@ -1,5 +1,6 @@
 """Oracles: the guided score of a Gaussian mixture in closed form, what is known itself, and the plain sampler."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -65,16 +66,20 @@ def drawn(pipeline, **options) -> torch.Tensor:
     return pipeline.codec.decode(last[-1]) / 2 + 0.5
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=str)
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_what_is_known_is_met_by_every_solver_target_family_and_level(solver: str, codec: tuple) -> None:
-    for target in TARGETS:
-        if (solver, target) in CANNOT:
-            continue
-        pipeline = random_pipeline(*codec, solver=solver, target=target)
-        for k in range(min(1, codec[1]), codec[1] + 1):
-            low = torch.rand(2, 2, 32 // 2**k, 32 // 2**k)
-            assert_close(F.avg_pool2d(drawn(pipeline, low_resolution=low), 2**k), low, atol=1e-3, rtol=0)
+def cases() -> Iterator[tuple[str, str, tuple]]:
+    """Solver, target and codec: every pair of two of them, and not every three."""
+    for i, solver in enumerate(SOLVERS):
+        targets = [target for target in TARGETS if (solver, target) not in CANNOT]
+        for j, codec in enumerate(CODECS):
+            yield solver, targets[(i // 2 + j) % len(targets)], codec
+
+
+@pytest.mark.parametrize(("solver", "target", "codec"), cases(), ids=str)
+def test_what_is_known_is_met_by_every_solver_target_family_and_level(solver: str, target: str, codec: tuple) -> None:
+    pipeline = random_pipeline(*codec, solver=solver, target=target)
+    for k in range(min(1, codec[1]), codec[1] + 1):
+        low = torch.rand(2, 2, 32 // 2**k, 32 // 2**k)
+        assert_close(F.avg_pool2d(drawn(pipeline, low_resolution=low), 2**k), low, atol=1e-3, rtol=0)
     mask, known = torch.rand(2, 1, 32, 32) < 0.4, torch.rand(2, 2, 32, 32)
     images = drawn(pipeline, known=known, mask=mask)
     assert_close(images[mask.expand_as(images)], known[mask.expand_as(known)], atol=1e-3, rtol=0)

@@ -232,16 +232,19 @@ def record(root: Path, run: str) -> dict:
 
 @pytest.mark.slow
 def test_a_sweep_over_sources_trains_each_on_its_own(root) -> None:
-    """Beside each other, on folders whose files have the same names and sizes; and limits and seeds as well."""
+    """Beside each other, on folders whose files have the same names and sizes; and on limits and seeds as well."""
     for name, value in (("red", 0), ("blue", 255)):
         png_folder(root / name, np.full((12, 8, 8, 3), value, np.uint8))
     (root / "params/sources.yaml").write_text(
-        "notebooks: [01_prepare]\nresolution: 8\n"
-        "sweep:\n  - {dataset: [folder], dataset_path: [red, blue]}\n"
-        "  - {dataset: [patches], limit: [5], seed: [0, 1]}\n"
+        "notebooks: [01_prepare]\nresolution: 8\nsweep: {dataset: [folder], dataset_path: [red, blue]}\n"
     )
-    done = wddm(root, "run", "params/sources.yaml", "--jobs", "2")
-    assert done.returncode == 0, done.stdout + done.stderr
+    (root / "params/sources-patches.yaml").write_text(
+        "notebooks: [01_prepare]\nresolution: 8\nsweep: {dataset: [patches], limit: [5], seed: [0, 1]}\n"
+    )
+    both = ["params/sources.yaml", "params/sources-patches.yaml"]
+    for words in ([both[0], "--jobs", "2"], both[1:]):
+        done = wddm(root, "run", *words)
+        assert done.returncode == 0, done.stdout + done.stderr
     runs = sorted(path.name for path in (root / "runs").glob("sources-*"))
     sets = [root / Path(record(root, run)["data"]["path"]).parent for run in runs]
     assert len({*sets}) == len(sets) == 4
@@ -249,7 +252,7 @@ def test_a_sweep_over_sources_trains_each_on_its_own(root) -> None:
     means = {run: float(pixels.mean()) for run, pixels in images.items() if "folder" in run}
     assert {run.rpartition("=")[2]: mean for run, mean in means.items()} == {"red": 0, "blue": 255}
     assert sorted(map(len, images.values())) == [5, 5, 12, 12]
-    again = wddm(root, "run", "params/sources.yaml")
+    again = wddm(root, "run", *both)
     assert again.stdout.count("unchanged, skipped") == 4 and again.returncode == 0
 
 

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from PIL import Image
 NAMES = ("01_prepare", "02_train", "03_sample", "04_evaluate")
 TINY = {
     "train_kimg": 3.2, "warmup_kimg": 0.1, "widths": "[8, 16]", "checkpoint_kimg": 64, "batch_size": 16,
-    "num_samples": 40, "sampling_steps": 3, "preview_kimg": 1.6, "limit": 400,
+    "num_samples": 40, "sampling_steps": 3, "preview_kimg": 1.6, "limit": 200,
     "averages_kimg": 0.4, "half_lives_kimg": "[0.01, 0.3, 0.6]", "fwd_images": 40,
 }  # fmt: skip
 
@@ -140,28 +138,26 @@ def test_a_second_run_skips_everything(root, tiny) -> None:
 
 @pytest.mark.slow
 def test_interrupted_and_gone_on_in_another_folder_it_gives_the_same_bytes(root, tiny) -> None:
-    """Ctrl-C: exit code 130, state killed, a rendered page, a checkpoint; the next run goes on from there.
-
-    These are processes and kernels of their own, no forks, so what they say while importing would be in their pages.
-    """
+    """Ctrl-C: exit code 130, state killed, a rendered page, a checkpoint; the next run goes on from there."""
     options = [word for name, value in {**TINY, "run": "again"}.items() for word in ("-p", f"{name}={value}")]
-    command = [sys.executable, "-m", "wddm", "run", "params/quickstart.yaml", *options]
-    alone = {"cwd": root, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, **alone)
+    command = ["wddm", "run", "params/quickstart.yaml", *options]
     log = root / "runs/again/log.jsonl"
-    deadline = time.monotonic() + 600
-    while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 130, output
+
+    def interrupt(command: int) -> None:
+        deadline = time.monotonic() + 600
+        while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(command, signal.SIGINT)
+
+    done = as_process(*command, root=root, watch=interrupt)
+    assert done.returncode == 130, done.stdout + done.stderr
     report = root / "reports/again"
     assert status(report)["02_train"]["state"] == "killed" and (report / "02_train.html").exists()
     (checkpoint,) = (root / "runs/again/checkpoints").glob("step-*")
     step = json.loads((checkpoint / "state.json").read_text())["step"]
     assert 0 < step < 200
-    done = subprocess.run(command, stdout=subprocess.PIPE, **alone, timeout=900)
-    assert done.returncode == 0, done.stdout
+    done = as_process(*command, root=root)
+    assert done.returncode == 0, done.stdout + done.stderr
     for name in NAMES:
         is_clean((report / f"{name}.html").read_text())
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]

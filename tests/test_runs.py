@@ -3,16 +3,14 @@
 import json
 import os
 import random
-import select
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, VARYING, launcher
+from conftest import ROOT, VARYING, as_process, launcher
 from torch.testing import assert_close
 
 from wddm.cli import main
@@ -24,7 +22,6 @@ TINY = {
     "preview_kimg": 0, "validation_kimg": 0.8, "validation_images": 8, "fwd_kimg": 0.8, "fwd_images": 140,
     "averages_kimg": 0.8,
 }  # fmt: skip
-ALONE = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -36,9 +33,8 @@ def root(tmp_path) -> Path:
     return tmp_path
 
 
-def command(root: Path, run: str, *options: str, launcher: tuple[str, ...] = ()) -> list[str]:
-    words = ["train", str(root / "params" / "tiny.yaml"), "-p", f"run={run}", *options]
-    return [sys.executable, "-m", *launcher, "wddm", *words]
+def train(root: Path, run: str, *options: str) -> list[str]:
+    return ["train", str(root / "params" / "tiny.yaml"), "-p", f"run={run}", *options]
 
 
 def left(folder: Path) -> dict:
@@ -50,50 +46,34 @@ def left(folder: Path) -> dict:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files} | {"log": rows}
 
 
-SERVER = """
-import os, sys
-from wddm import experiment
-from wddm.cli import main
-for line in sys.stdin:
-    if not (child := os.fork()):
-        sys.stdout = open(os.devnull, "w")
-        os._exit(main(line.split()))
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""  # starting costs many seconds, forking none
-
-
 @pytest.mark.slow
-def test_killed_25_times_it_ends_with_the_bytes_of_a_run_left_alone(root) -> None:
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    server = subprocess.Popen([sys.executable, "-c", SERVER], env=ALONE, cwd=ROOT, **pipes)
-    print(*command(root, "alone")[3:], file=server.stdin, flush=True)
-    assert int(server.stdout.readline()) and int(server.stdout.readline()) == 0
+def test_killed_13_times_it_ends_with_the_bytes_of_a_run_left_alone(root) -> None:
+    assert as_process("wddm", *train(root, "alone"), root=root).returncode == 0
     wanted = left(root / "runs" / "alone")
     assert len(wanted["log"]) == 16 and {"checkpoints/best/state.json", "pipeline/model_index.json"} <= wanted.keys()
     dice, kills, moments = random.Random(0), 0, set()
-    checkpoints, words = root / "runs" / "killed" / "checkpoints", command(root, "killed")[3:]
-    for attempt in range(200):
-        before = sorted(checkpoints.glob("step-*"))
-        print(*words, file=server.stdin, flush=True)
-        child = int(server.stdout.readline())
-        while not select.select([server.stdout], [], [], 0.0005)[0]:
-            # every other time in the middle of writing, else some while after the first new checkpoint
-            ripe = list(checkpoints.glob(".*.partial")) if attempt % 2 else sorted(checkpoints.glob("step-*")) != before
-            if kills < 25 and ripe:
-                time.sleep(dice.random() * (0.004 if attempt % 2 else 0.1))
+    checkpoints = root / "runs" / "killed" / "checkpoints"
+
+    def kill(child: int) -> None:
+        """Every other time in the middle of writing, else some while after the first new checkpoint."""
+        while kills < 13 and Path("/proc", str(child)).exists():
+            if list(checkpoints.glob(".*.partial")) if kills % 2 else sorted(checkpoints.glob("step-*")) != before:
+                time.sleep(dice.random() * (0.004 if kills % 2 else 0.1))
                 moments.add("writing" if list(checkpoints.glob(".*.partial")) else "training")
                 os.kill(child, signal.SIGKILL)
                 break
-        status = int(server.stdout.readline())
+            time.sleep(0.0005)
+
+    for _ in range(200):
+        before = sorted(checkpoints.glob("step-*"))
+        status = as_process("wddm", *train(root, "killed"), root=root, watch=kill).returncode
         if status == 0:
             break
         assert status == -signal.SIGKILL
         kills += 1
         kept = [int(path.name[5:]) for path in checkpoints.glob("step-*")]
         assert not before or max(kept) >= int(before[-1].name[5:])  # nothing is lost
-    server.communicate()
-    assert status == 0 and kills == 25 and moments == {"writing", "training"}
+    assert status == 0 and kills == 13 and moments == {"writing", "training"}
     assert left(root / "runs" / "killed") == wanted
 
 
@@ -101,10 +81,8 @@ def test_killed_25_times_it_ends_with_the_bytes_of_a_run_left_alone(root) -> Non
 def test_two_processes_lose_what_one_loses(root) -> None:
     """At equal total batch; were the gradients of the two not averaged, they would drift apart within a few steps."""
     options = ("-p", "dropout=0", "-p", "train_kimg=0.64")
-    assert main(command(root, "one", *options)[3:]) == 0
-    done = subprocess.run(
-        command(root, "two", *options, launcher=launcher()), env=ALONE, cwd=ROOT, capture_output=True, text=True
-    )
+    assert main(train(root, "one", *options)) == 0
+    done = as_process(*launcher(), "wddm", *train(root, "two", *options), root=root)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("is trained") == 1 and done.stdout.count("| 0/640") == 1
     one, two = (read_log(root / "runs" / name) for name in ("one", "two"))
@@ -119,18 +97,21 @@ def test_two_processes_lose_what_one_loses(root) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_run(root) -> None:
-    words = command(root, "dies", "-p", "train_kimg=1000", launcher=launcher())
-    process = subprocess.Popen(words, env=ALONE, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    log = root / "runs" / "dies" / "log.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(ranks[-1]), signal.SIGKILL)
-    started = time.monotonic()
-    _, error = process.communicate(timeout=60)
-    assert process.returncode != 0 and time.monotonic() - started < 60 and "SIGKILL" in error
+    log, began = root / "runs" / "dies" / "log.jsonl", 0.0
+
+    def kill(launched: int) -> None:
+        nonlocal began
+        deadline = time.monotonic() + 120
+        while not (log.exists() and log.read_text()):
+            assert Path("/proc", str(launched)).exists() and time.monotonic() < deadline
+            time.sleep(0.1)
+        ranks = subprocess.run(["pgrep", "-P", str(launched)], capture_output=True, text=True).stdout.split()
+        os.kill(int(ranks[-1]), signal.SIGKILL)
+        began = time.monotonic()
+
+    words = train(root, "dies", "-p", "train_kimg=1000")
+    done = as_process(*launcher(), "wddm", *words, root=root, timeout=60, watch=kill)
+    assert done.returncode != 0 and time.monotonic() - began < 60 and "SIGKILL" in done.stderr
 
 
 def test_train_refuses_other_settings_and_extends(root, capsys, monkeypatch) -> None:

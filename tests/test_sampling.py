@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, launcher
+from conftest import ROOT, as_process, launcher
 from PIL import Image
 from test_conditions import conditional_pipeline
 from test_ukan import write_published
@@ -84,13 +84,15 @@ def test_the_files_are_the_same_bytes_whatever_the_batch_size(chaotic, tmp_path)
 @pytest.mark.slow
 def test_two_processes_write_the_files_of_one(chaotic, tmp_path) -> None:
     flags = f"sample --model-dir {chaotic} --num-samples 20 --sampling-steps 12 --eta 1 --output-dir".split()
-    alone = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    for name, start in (("one", []), ("two", launcher())):
-        command = [sys.executable, "-m", *start, "wddm", *flags, str(tmp_path / name)]
-        done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("20 images") == 1
-        assert f"/{3 // (2 if start else 1) + bool(start)} [" in done.stdout  # batches of 8: 3, or 2 and 1
+    alone = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # as many as ranks take
+    one = [sys.executable, "-m", "wddm", *flags, str(tmp_path / "one")]
+    done = [
+        (subprocess.run(one, cwd=ROOT, env=alone, capture_output=True, text=True), 3),  # of batches of 8: 3, or 2 and 1
+        (as_process(*launcher(), "wddm", *flags, tmp_path / "two", root=ROOT), 2),
+    ]
+    for process, batches in done:
+        assert process.returncode == 0, process.stderr
+        assert process.stdout.count("20 images") == 1 and f"/{batches} [" in process.stdout
     assert same_files(tmp_path / "one", tmp_path / "two")
 
 

@@ -198,22 +198,6 @@ def test_other_settings_start_anew_and_lose_nothing(tmp_path) -> None:
     assert read_log(tmp_path) == []
 
 
-def test_settings_are_the_same_in_every_process(tmp_path) -> None:
-    """Python orders sets of strings anew in each process, unless PYTHONHASHSEED is given."""
-    code = (
-        "import sys, json, pathlib; sys.path.insert(0, sys.argv[1]); from test_training import make; "
-        "print(json.dumps(make(pathlib.Path(sys.argv[2])).settings(), sort_keys=True))"
-    )
-    described = {
-        subprocess.run(
-            [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / seed)],
-            env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }  # fmt: skip
-    assert len(described) == 1 and "block_out_channels" in described.pop()
-
-
 def test_a_finished_run_of_other_code_is_not_taken_for_one_of_this(tmp_path, monkeypatch) -> None:
     list(make(tmp_path / "finished").steps())
     steps = make(tmp_path / "unfinished").steps()
@@ -236,19 +220,26 @@ def test_a_pipeline_says_what_it_was_trained_on(tmp_path) -> None:
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path) -> None:
-    """The lock goes with the process that holds it, however that ends, and with the end of training."""
+    """The lock goes with the process that holds it, however that ends, and with the end of training.
+
+    Settings are the same in every process: Python orders sets of strings anew in each, but by PYTHONHASHSEED.
+    """
     code = (
-        "import sys, pathlib; sys.path.insert(0, sys.argv[1]); from test_training import make; "
-        "trainer = make(pathlib.Path(sys.argv[2])); print('there', flush=True); sys.stdin.read()"
+        "import sys, json, pathlib; sys.path.insert(0, sys.argv[1]); from test_training import make; "
+        "trainer = make(pathlib.Path(sys.argv[2])); print(json.dumps(trainer.settings(), sort_keys=True), flush=True); "
+        "sys.stdin.read()"
     )
     words = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "there\n"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, env={**os.environ, "PYTHONHASHSEED": "1"}, **pipes) as other:
+        told = other.stdout.readline()
+        assert "block_out_channels" in told
         with pytest.raises(ValueError, match=r"got .*, where another process trains, wanted one at a time") as refused:
             make(tmp_path)
         assert "\n" not in str(refused.value)
         other.kill()
     trainer = make(tmp_path)
+    assert json.dumps(trainer.settings(), sort_keys=True) + "\n" == told
     lock = FileLock(tmp_path / ".training.lock", timeout=0)
     with pytest.raises(Timeout):
         lock.acquire()

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from conftest import as_process
 from jupyter_client.connect import ConnectionFileMixin
 
 from wddm import cli, workbook
@@ -766,16 +767,8 @@ def finished(tmp_path_factory):
     (root / "params/x.yaml").write_text("level: 2\n")
     spec = root / "jupyter/kernels/python3/kernel.json"  # a python3 kernel of some other environment
     write_json(spec, {"argv": ["/no/such/python"], "display_name": "other", "language": "python"})
-    environment = os.environ | {"JUPYTER_PATH": str(root / "jupyter"), "JUPYTER_PREFER_ENV_PATH": "0"}
-    done = subprocess.run(
-        [sys.executable, "-m", "wddm", "run", "params/x.yaml"],
-        cwd=root,
-        env=environment,
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-    return root, done
+    environment = {"JUPYTER_PATH": str(root / "jupyter"), "JUPYTER_PREFER_ENV_PATH": "0"}
+    return root, as_process("wddm", "run", "params/x.yaml", root=root, **environment)
 
 
 def test_the_terminal_shows_the_run_and_no_noise(finished):
@@ -973,12 +966,7 @@ def test_a_sweep_runs_beside_itself_and_is_summed_up(summed_up):
     (summed_up / "params/x.yaml").write_text(
         "sweep: {limit: [2, 1]}\nnotebooks: [01_prepare]\nsummary: [analysis/compare]"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "wddm", "run", "params/x.yaml", "--jobs", "2"],
-        text=True,
-        capture_output=True,
-        check=False,
-    )
+    done = as_process("wddm", "run", "params/x.yaml", "--jobs", "2", root=summed_up)
     assert done.returncode == 1
     assert states(summed_up, "x-limit=2") == ["failed"] and states(summed_up, "x-limit=1") == ["ok"]
     assert "x-limit=2 | 01_prepare failed: ValueError: two" in done.stdout
