@@ -287,7 +287,7 @@ def test_matched_is_a_pixel_network_of_the_same_size(backbone: str) -> None:
 @pytest.mark.slow
 def test_the_race_of_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of this workbook alone, which needs no library: two learning rates, then the better one with another seed."""
-    folder = prepare("digits", 16, tmp_path, progress=False).folder
+    folder = prepare("digits", 16, tmp_path, limit=200, progress=False).folder
     monkeypatch.setattr(peers, "PEERS", {"wddm, level 1": (partial(peers.ours, level=1), (2e-3, 1e-9))})
     task = peers.Task("", str(folder), 0.0, seconds=4, count=70)
     raced = peers.race(task, [0, 1], level=1)

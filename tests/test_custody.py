@@ -27,7 +27,7 @@ from wddm.workbook.parameters import read_schema
 
 TINY = {
     "train_kimg": 0.32, "batch_size": 32, "warmup_kimg": 0.1, "widths": "[8]", "checkpoint_kimg": 0, "preview_kimg": 0,
-    "num_samples": 20, "sampling_steps": 2,
+    "num_samples": 20, "sampling_steps": 2, "limit": 200,
 }  # fmt: skip
 
 
