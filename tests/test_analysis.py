@@ -119,11 +119,9 @@ def test_what_a_solver_cannot_do_is_a_row_with_its_error(pipeline) -> None:
     cell = dict(zip(sampling.SETTING, ("ddim", 2000, 0.0, "trailing", None), strict=True)) | {"first": 0, "count": 4}
     found = sampling.quality(pipeline, None, cell, metric="fwd", batch_size=4, measuring=Options(1))
     assert found["error"].startswith("got 2000 steps")
-    for metric, images, said in ("fwdd", 4, "did you mean 'fwd'"), ("fid", 4, "Inception"), ("kid", 4, "Inception"):
+    for metric, said in {"fwdd": "got metric='fwdd', wanted one of fwd, kid", "fid": "Inception"}.items():
         with pytest.raises(ValueError, match=said):
-            scores.distance(metric, np.zeros((images, 8, 8, 1), np.uint8), None)
-    with pytest.raises(ValueError, match="got no setting that could be sampled, wanted one"):
-        sampling.pooled([cell | found] * 2, "fwd")
+            scores.distance(metric, np.zeros((4, 8, 8, 1), np.uint8), None)
 
 
 # --------------------------------------------------------------------------------------------------- findings
