@@ -119,8 +119,9 @@ def test_what_a_solver_cannot_do_is_a_row_with_its_error(pipeline) -> None:
     cell = dict(zip(sampling.SETTING, ("ddim", 2000, 0.0, "trailing", None), strict=True)) | {"first": 0, "count": 4}
     found = sampling.quality(pipeline, None, cell, metric="fwd", batch_size=4, measuring=Options(1))
     assert found["error"].startswith("got 2000 steps")
-    with pytest.raises(ValueError, match="got no setting that could be sampled, wanted one"):
-        sampling.pooled([cell | found] * 2, "fwd")
+    for metric, said in {"fwdd": "got metric='fwdd', wanted one of fwd, kid", "fid": "Inception"}.items():
+        with pytest.raises(ValueError, match=said):
+            scores.distance(metric, np.zeros((4, 8, 8, 1), np.uint8), None)
 
 
 # --------------------------------------------------------------------------------------------------- findings
@@ -450,6 +451,7 @@ def compared(root, prepared) -> Path:
         np.save(folder / "samples.npy", samples)
         for k in range(1, 5):
             row = {"step": k, "images_seen": 100 * k, "images_per_s": 50, "loss": 1 / k, "fwd": 9 / (k + level)}
+            row |= {"kid_efficientnet": 0.009 / (k + level) - 0.002}
             append_row(folder / "log.jsonl", row | {"band_loss": {"A": 0.2, "H": 0.4, "V": 0.6}})
         (score,) = wavelet(samples, prepared, Options(2))
         kid = {"kid_efficientnet": 0.02 - 0.01 * level, "kid_efficientnet_floor": -0.0001}
@@ -516,13 +518,15 @@ def test_compare_sets_any_runs_side_by_side(compared) -> None:
     means = {np.mean([row["fwd"] for row in rows if row["level"] == level]) for level in (0, 1)}
     assert json.loads((report / "metrics.json").read_text())["fwd_best"] == pytest.approx(min(means))
     figures = {path.stem for path in (report / "figures").glob("*.png")}
-    assert figures >= {"loss", "learning", "learning-seconds", "variants", "samples"}
+    assert figures >= {"loss", "learning-fwd", "learning-kid_efficientnet-seconds", "variants", "samples"}
     page = (report / "compare.html").read_text()
     assert "no finished runs: nothing" in page and is_clean(report / "compare.html")
     kid = page.index("KID, EfficientNet-Lite0 on ImageNet, not Inception (x 1000) by variant")
     assert kid < page.index("FWD by variant")
-    reached = {row["variant"]: row for row in saved(report, "reached")}
-    assert (reached["level 0"]["kimg"], reached["level 1"]["kimg"]) == (0.4, 0.3)
+    for key, end in ("fwd", 9 / 4), ("kid_efficientnet", 1000 * (0.009 / 4 - 0.002)):
+        reached = {row["variant"]: row for row in saved(report, f"reached-{key}")}
+        assert (reached["level 0"]["kimg"], reached["level 1"]["kimg"]) == (0.4, 0.3)
+        assert reached["level 0"]["in the end"] == pytest.approx(end)
 
 
 @pytest.mark.slow

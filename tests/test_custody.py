@@ -18,7 +18,7 @@ from test_workbook import SECOND, wait_for, write_notebook
 
 from wddm.backbones import build_backbone
 from wddm.cli import main
-from wddm.experiment import by_half_life, distance_to, labels_of
+from wddm.experiment import by_half_life, distances_to, labels_of
 from wddm.files import Digests, whole, written_aside
 from wddm.training import Trainer
 from wddm.wavelets import WaveletCodec
@@ -125,10 +125,11 @@ def test_there_is_one_set_of_defaults() -> None:
     """Of the notebook's cell and of Python's functions; for the recipe see test_experiments.py."""
     schema = {name: one.default for name, one in read_schema(ROOT / "notebooks/02_train.ipynb").items()}
     python: dict[str, object] = {}
-    for function in (WaveletCodec, build_backbone, Trainer, distance_to, labels_of, by_half_life):
+    for function in (WaveletCodec, build_backbone, Trainer, distances_to, labels_of, by_half_life):
         for name, one in inspect.signature(function).parameters.items():
             if one.default is not inspect.Parameter.empty and name in schema:
-                assert python.setdefault(name, one.default) == one.default, name
+                default = list(one.default) if isinstance(one.default, tuple) else one.default
+                assert python.setdefault(name, default) == default, name
     assert {name: schema[name] for name in python} == python
     assert schema.keys() - python.keys() <= {
         "run",

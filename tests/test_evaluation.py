@@ -11,7 +11,7 @@ from wddm import data
 from wddm.cli import main
 from wddm.metrics import diagnostics, frechet, scores
 from wddm.metrics.scores import Options
-from wddm.sampling import write_images
+from wddm.sampling import read_images, write_images
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_images_from_elsewhere_are_scored(root, samples, digits, monkeypatch, no
     assert "Fewer than 10,000 images" in printed and "share as sure as 90 % of real images" in printed
     written = json.loads((samples / "metrics.json").read_text())
     found = {score["key"]: score for score in written["scores"]}
-    images = scores.read_images(samples)
+    images = read_images(samples)
     assert found["fwd"]["value"] == scores.wavelet(images, digits, Options(2, seed=1))[0].value
     assert written["reference"]["sha256"] == digits.manifest["sha256"]["images"]
     assert found["fid"]["value"] is None and found["copies_share"]["value"] == pytest.approx(0.5, abs=0.1)
@@ -214,7 +214,7 @@ def test_images_of_other_sizes_are_refused(root, digits, tmp_path, monkeypatch, 
     assert "got uint8 images (16, 16, 3) and a reference of (16, 16, 1)" in capsys.readouterr().err
     write_images(tmp_path, digits.images[:1, :8], start=5)
     with pytest.raises(ValueError, match=r"00005.png of uint8 \(8, 16, 1\) beside \(16, 16, 3\)"):
-        scores.read_images(tmp_path)
+        read_images(tmp_path)
 
 
 def test_a_reference_is_found_by_name_and_size_and_several_are_named(root, digits, tmp_path) -> None:

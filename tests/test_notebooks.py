@@ -14,11 +14,14 @@ import pytest
 from conftest import ROOT, as_process, wddm
 from PIL import Image
 
+from wddm.steps import read_log
+
 NAMES = ("01_prepare", "02_train", "03_sample", "04_evaluate")
 TINY = {
     "train_kimg": 3.2, "warmup_kimg": 0.1, "widths": "[8, 16]", "checkpoint_kimg": 64, "batch_size": 16,
     "num_samples": 40, "sampling_steps": 3, "preview_kimg": 1.6, "limit": 200,
-    "averages_kimg": 0.4, "half_lives_kimg": "[0.01, 0.3, 0.6]", "fwd_images": 40,
+    "averages_kimg": 0.4, "half_lives_kimg": "[0.01, 0.3, 0.6]", "metric_images": 40,
+    "metric_kimg": 1.6, "train_metrics": "[kid_efficientnet, fwd]", "train_fwd_level": 3,
 }  # fmt: skip
 
 
@@ -69,6 +72,13 @@ def test_a_run_leaves_everything_that_is_promised(root, tiny) -> None:
     metrics = json.loads((tiny / "metrics.json").read_text())
     assert {"fwd", "fwd_floor", "classes_seen", "confident_share", "asked_share", "train_loss"} <= metrics.keys()
     assert metrics["fwd"] > metrics["fwd_floor"] > 0  # a tiny network has learned next to nothing
+    log = read_log(root / "runs/tiny")
+    for key in ("fwd", "kid_efficientnet"):
+        measured = [row for row in log if key in row]
+        assert [row["images_seen"] for row in measured] == [1600, 3200]
+        for end in ("", "_low", "_high", "_floor"):
+            assert metrics[f"train_{key}{end}"] == measured[-1][key + end]
+        assert metrics[f"train_{key}_low"] < metrics[f"train_{key}"] < metrics[f"train_{key}_high"]
     timings = json.loads((tiny / "timings.json").read_text())
     assert timings["train_images_per_s"] > 0 and timings["sample_images_per_s"] > 0
     environment = json.loads((tiny / "environment.json").read_text())
@@ -80,7 +90,8 @@ def test_a_run_leaves_everything_that_is_promised(root, tiny) -> None:
         "training",
         "trajectory",
         "spectra",
-        "half-lives",
+        "half-lives-fwd",
+        "half-lives-kid_efficientnet",
     }
     assert "got a half-life of 0.01 kimg, " in (tiny / "02_train.html").read_text()  # which is left out, and said
     assert "tiny" in (root / "reports/index.html").read_text()

@@ -81,7 +81,6 @@ FIGURES = {
     "class_counts": lambda: plots.class_counts(*SHARES),
     "confidence": lambda: plots.confidence([0.5, 0.9, 1], [0.1, 0.2, 0.8, 0.9], 0.6),
     "lines": lambda: plots.lines({"a": ([1, 2], [3, 4]), "b": ([1, 3], [1, 9])}, "steps", "error", "xy", ["b"]),
-    "noise_schedule": lambda: plots.noise_schedule(TIMES, STD),
     "speedup_against_flops": lambda: figures.speedup_against_flops(
         [
             {"dataset": d, "kind": k, "over": o, "work": w, "flop_ratio": 4, "speedup": 3, "low": 2, "high": 5}
@@ -381,20 +380,19 @@ def test_trajectory_has_a_row_per_band_and_a_column_per_time():
     assert red == [[False] * 3, [False, False, True], [False] * 3, [False] * 3]
 
 
-@pytest.mark.parametrize("draw", [plots.band_trajectory, plots.noise_schedule])
-def test_lines_over_time_are_the_input(draw):
-    axes = draw(TIMES, STD).axes[0]
+def test_lines_over_time_are_the_input():
+    axes = plots.band_trajectory(TIMES, STD).axes[0]
     for line, (name, values) in zip(axes.lines[: len(STD)], STD.items(), strict=True):
         assert line.get_label() == name
         np.testing.assert_array_equal(line.get_xdata(), TIMES)
         np.testing.assert_array_equal(line.get_ydata(), values)
-    assert axes.get_yscale() == "log" and axes.xaxis_inverted() == (draw is plots.band_trajectory)
+    assert axes.get_yscale() == "log" and axes.xaxis_inverted()
     assert [text.get_text() for text in axes.figure.legends[0].texts] == list(STD)
 
 
 @pytest.mark.parametrize("count", [10, 13, 16, 48])
 def test_every_band_has_its_colour(count):
-    axes = plots.noise_schedule(TIMES, {f"b{k}": STD["A"] for k in range(count)}).axes[0]
+    axes = plots.band_trajectory(TIMES, {f"b{k}": STD["A"] for k in range(count)}).axes[0]
     assert len({to_rgba(line.get_color()) for line in axes.lines[:count]}) == count
 
 
@@ -630,7 +628,7 @@ def test_confidence_is_the_distribution_and_counts_below_the_threshold():
         lambda: plots.trajectory(STATES, list("AHVD"), TIMES, RGB[:3, :6]),
         lambda: plots.trajectory(STATES, list("AHVD"), TIMES, RGB[:2]),
         lambda: plots.band_trajectory(TIMES, {"A": [1, 2]}),
-        lambda: plots.noise_schedule(TIMES, {"A": STATES}),
+        lambda: plots.band_trajectory(TIMES, {"A": STATES}),
         lambda: plots.training_curves([]),
         lambda: plots.training_curves([{"loss": 1}]),
         lambda: plots.spectra([0.1, 0.2], estimate([1, 2]), estimate([1, 2, 3])),

@@ -19,7 +19,7 @@ from wddm.steps import read_log
 TINY = {
     "dataset": "digits", "resolution": 8, "limit": 64, "widths": [8, 16], "dropout": 0.1, "train_kimg": 3.2,
     "batch_size": 16, "warmup_kimg": 0.1, "ema_half_life_kimg": 0.1, "checkpoint_kimg": 0.24, "flip": True,
-    "preview_kimg": 0, "validation_kimg": 0.8, "validation_images": 8, "fwd_kimg": 0.8, "fwd_images": 140,
+    "preview_kimg": 0, "validation_kimg": 0.8, "validation_images": 8, "metric_kimg": 0.8, "metric_images": 140,
     "averages_kimg": 0.8,
 }  # fmt: skip
 
@@ -139,7 +139,7 @@ def test_a_transformer_goes_the_same_way(root, capsys) -> None:
     """`backbone: dit` in the YAML: trained, taken up again, drawn from and evaluated as any other."""
     words = [
         "train", str(root / "params" / "tiny.yaml"), "-p", "run=dit", "-p", "backbone=dit", "-p", "widths=[16, 16]",
-        "-p", "train_kimg=0.32", "-p", "fwd_kimg=0", "-p", "class_conditional=true",
+        "-p", "train_kimg=0.32", "-p", "metric_kimg=0", "-p", "class_conditional=true",
     ]  # fmt: skip
     assert main(words) == 0
     assert main([*words, "-p", "train_kimg=0.64", "--extend"]) == 0

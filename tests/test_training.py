@@ -59,6 +59,10 @@ def make(folder, dropout: float = 0.1, kind: str = "unet", **settings) -> Traine
     return Trainer(model=network, codec=codec, images=IMAGES, folder=folder, **(defaults | settings))
 
 
+def mean(samples: np.ndarray) -> dict[str, float]:
+    return {"mean": samples.mean()}
+
+
 def bytes_below(folder) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
@@ -298,7 +302,7 @@ def test_the_code_is_that_which_decides_what_is_learned(tmp_path, monkeypatch) -
     [
         ({"schedule": "linear"}, "got schedule='linear', wanted one of constant_with_warmup, cosine"),
         ({"weighting": "mean_snr"}, "got weighting='mean_snr', wanted one of none, min_snr"),
-        ({"fwd_kimg": 1.0}, "got fwd_kimg=1 without measure, wanted a function of samples: give both"),
+        ({"metric_kimg": 1.0}, "got metric_kimg=1 without measure, wanted one of samples: give both"),
         ({"accumulation": 3}, r"got batch_size=16, wanted a multiple of 3 \(accumulation\) times 1"),
         ({"validation_kimg": 1.0, "validation_images": 40}, "got validation_images=40 of 40 images, wanted 1"),
         ({"validation_kimg": 1.0, "validation_images": 0}, "got validation_images=0 of 40 images, wanted 1 or more"),
@@ -359,16 +363,16 @@ def test_an_interrupt_leaves_a_checkpoint_of_the_last_whole_step_and_says_where(
 def test_what_an_interrupt_cut_short_is_made_up_for_and_nothing_differs(tmp_path) -> None:
     """Amid `measure`, which takes a minute: it is over at once, and the rest of what was due is done on resuming."""
 
-    def slow(samples: np.ndarray) -> float:
+    def slow(samples: np.ndarray) -> dict[str, float]:
         if asked := not measured:
             measured.append(1)
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
             time.sleep(60)
-        return samples.mean() + 60 * asked
+        return {"mean": samples.mean() + 60 * asked}
 
-    watches = {"preview_kimg": 0.032, "fwd_kimg": 0.032, "fwd_images": 8, "validation_kimg": 0.032}
+    watches = {"preview_kimg": 0.032, "metric_kimg": 0.032, "metric_images": 8, "validation_kimg": 0.032}
     watches |= {"validation_images": 8, "log_every": 3}
-    list(make(tmp_path / "whole", measure=np.mean, **watches).steps())
+    list(make(tmp_path / "whole", measure=mean, **watches).steps())
     measured, began = [], time.monotonic()
     with pytest.raises(Interrupted, match="stopped at step 2 of 4"):
         list(make(tmp_path / "cut", measure=slow, **watches).steps())
@@ -521,7 +525,7 @@ def test_held_out_loss_is_the_same_every_time_and_least_at_the_best(tmp_path) ->
 
 def test_watching_changes_nothing(tmp_path) -> None:
     list(make(tmp_path / "alone").steps())
-    watches = {"preview_kimg": 0.016, "fwd_kimg": 0.016, "fwd_images": 8, "measure": np.mean}
+    watches = {"preview_kimg": 0.016, "metric_kimg": 0.016, "metric_images": 8, "measure": mean}
     list(make(tmp_path / "watched", **watches).steps())
     alone, watched = (bytes_below(tmp_path / name / "pipeline") for name in ("alone", "watched"))
     assert alone == watched
@@ -531,16 +535,17 @@ def test_watching_changes_nothing(tmp_path) -> None:
 
 
 def test_distance_in_the_log_is_that_of_the_averaged_weights(tmp_path) -> None:
-    def fwd(samples: np.ndarray) -> float:
+    def fwd(samples: np.ndarray) -> dict[str, float]:
         assert samples.shape == (12, 8, 8, 1) and samples.dtype == np.uint8
-        return frechet_wavelet_distance(IMAGES, samples, 2).value
+        return {"fwd": frechet_wavelet_distance(IMAGES, samples, 2).value}
 
-    rows = list(make(tmp_path, fwd_kimg=0.032, fwd_images=12, measure=fwd).steps())
-    assert [row.fwd is None for row in rows] == [True, False, True, False]
+    rows = list(make(tmp_path, metric_kimg=0.032, metric_images=12, measure=fwd).steps())
+    assert [list(row.distances) for row in rows] == [[], ["fwd"]] * 2
+    assert [row.get("fwd") for row in read_log(tmp_path)] == [row.distances.get("fwd") for row in rows]
     pipeline = WaveletPipeline.from_pretrained(tmp_path / "pipeline")
     samples = pipeline(12, num_inference_steps=25, output_type="np").images
     samples = (samples * 255).round().astype(np.uint8)
-    assert_close(rows[-1].fwd, frechet_wavelet_distance(IMAGES, samples, 2).value)
+    assert_close(rows[-1].distances["fwd"], frechet_wavelet_distance(IMAGES, samples, 2).value)
 
 
 @pytest.mark.parametrize("kind", ["unet", "ukan"])

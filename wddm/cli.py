@@ -162,7 +162,7 @@ def evaluate(
     from accelerate import PartialState
 
     from wddm.metrics import inception, scores
-    from wddm.sampling import check_device
+    from wddm.sampling import check_device, read_images
     from wddm.workbook.report import format_table
 
     check_device(device or "cpu")  # what cannot be used is told before anything is computed
@@ -175,7 +175,7 @@ def evaluate(
     with contextlib.suppress(ValueError):
         root = workbook.find_root()
     real = scores.find_reference(f"{reference}-{resolution}" if resolution else reference, root)
-    samples = scores.read_images(images)
+    samples = read_images(images)
     labels = read_json(images / "samples.json").get("labels")  # as wddm sample writes it
     device = device or PartialState().device
     options = scores.Options(fwd_level, seed, device, inception_weights, workbook.progress, labels)

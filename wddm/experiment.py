@@ -10,8 +10,9 @@ import re
 import socket
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import accelerate
@@ -22,7 +23,7 @@ from diffusers import ModelMixin
 from wddm import data
 from wddm.backbones import BACKBONES, IMAGES, build_backbone
 from wddm.conditions import numbered
-from wddm.metrics.frechet import frechet_wavelet_distance, moments
+from wddm.metrics import scores
 from wddm.objective import build_solver, check_options, check_training, default_solver
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
@@ -46,15 +47,17 @@ BOUNDS: dict[str, tuple[float, float]] = {  # parameter of any notebook: (minimu
     "batch_size": COUNT, "accumulation": COUNT,
     "learning_rate": (1e-9, 10), "weight_decay": (0, 10), "warmup_kimg": KIMG, "ema_half_life_kimg": KIMG,
     "averages_kimg": KIMG, "half_lives_kimg": (0.001, 10**7),
-    "checkpoint_kimg": KIMG, "validation_kimg": KIMG, "preview_kimg": KIMG, "fwd_kimg": KIMG,
-    "validation_images": COUNT, "fwd_images": COUNT, "num_samples": COUNT, "sampling_batch_size": COUNT,
+    "checkpoint_kimg": KIMG, "validation_kimg": KIMG, "preview_kimg": KIMG, "metric_kimg": KIMG,
+    "validation_images": COUNT, "metric_images": COUNT, "num_samples": COUNT, "sampling_batch_size": COUNT,
     "sampling_steps": STEPS, "detail_steps": STEPS, "steps": STEPS, "band_steps": STEPS, "reference_steps": STEPS,
     "eta": SHARE, "etas": SHARE, "labels": (0, 10**6), "guidance": (0, 100), "guidance_details": (0, 100),
     "weights": (0, 100), "sets": (1, 1000), "rounds": (5, 1000), "images_per_step": COUNT,
     "comparison_seconds": (0, 10**6), "answers": (1, 64), "max_step_seconds": (0.001, 10**6),
     "capacity_gib": (0.001, 10**6), "seconds": (0.1, 10**6), "workers": (1, 1024),
 }  # fmt: skip
-CHOICES = {"schedule": SCHEDULES, "precision": PRECISIONS, "backbones": BACKBONES, "datasets": IMAGES}
+CHOICES: dict[str, Iterable[str]] = dict(
+    schedule=SCHEDULES, precision=PRECISIONS, backbones=BACKBONES, datasets=IMAGES, train_metrics=scores.DISTANCES
+)
 IMAGES_IN = {"digits": 1797, "patches": 10_000, "cifar10": 50_000, "stl10": 100_000, "celebahq": 30_000}
 
 
@@ -106,8 +109,8 @@ def train(
         if forked and not torch.cuda.is_available():
             torch.set_num_threads(1)  # the processes share the cores; OpenMP's threads do not survive a fork
             warnings.filterwarnings("ignore", "OMP_NUM_THREADS")
-        if settings.get("fwd_kimg"):
-            settings["measure"] = distance_to(prepared.images, **share(distance_to, book.parameters))
+        if settings.get("metric_kimg"):
+            settings["measure"] = distances_to(prepared, **share(distances_to, book.parameters))
         labels = labels_of(prepared, **share(labels_of, book.parameters))
         parts: dict[str, Any] = {"model": network, "codec": codec, "images": prepared.images, "labels": labels}
         parts |= {"data_sha256": prepared.sha256, "class_names": None if labels is None else prepared.class_names}
@@ -133,35 +136,38 @@ def train(
         accelerate.notebook_launcher(work, (True,), num_processes=processes, use_port=port)
 
 
-def distance_to(images: np.ndarray, train_fwd_level: int = 2) -> Callable[[np.ndarray], float]:
-    """What measures samples while training goes on: their Frechet wavelet distance to uint8 images (N, H, W, C)."""
-    real = moments(images, train_fwd_level)
-    return lambda samples: frechet_wavelet_distance(real, samples, train_fwd_level).value
+def distances_to(
+    prepared: data.Dataset, train_metrics: Sequence[str] = ("fwd",), train_fwd_level: int = 2, seed: int = 0
+) -> Callable[[np.ndarray], dict[str, float]]:
+    """What measures samples uint8 (N, H, W, C) while training goes on: these distances, with intervals and floors."""
+    options = scores.Options(train_fwd_level, seed)
+    measures = [partial(scores.distance, name, reference=prepared, options=options) for name in train_metrics]
+    return lambda samples: {key: x for measure in measures for key, x in measure(samples).record().items()}
 
 
 def by_half_life(
-    book: Run, prepared: data.Dataset, half_lives_kimg: Sequence[float], fwd_images: int = 512
+    book: Run, prepared: data.Dataset, half_lives_kimg: Sequence[float], metric_images: int = 512
 ) -> list[dict[str, float]]:
-    """FWD of samples of the run's pipeline with the average of its weights of each half-life (thousand images), put
-    together from those that `averages_kimg` kept; one that they do not give is said and left out.
+    """Distances of samples with the average of weights of each half-life (thousand images), put together from those
+    that `averages_kimg` kept of the run; one that they do not give is said and left out.
     """
     pipeline, rows = WaveletPipeline.from_pretrained(book.folder / "pipeline"), []
     pipeline.set_progress_bar_config(disable=True)
-    measure = distance_to(prepared.images, **share(distance_to, book.parameters))
+    measure = distances_to(prepared, **share(distances_to, book.parameters))
     for half_life in half_lives_kimg:
         try:
             pipeline.backbone.load_state_dict(averaged_weights(book.folder, half_life), strict=False)
         except ValueError as error:
             print(error)
             continue
-        samples = np.concatenate(list(sample_images(pipeline, fwd_images, num_inference_steps=25)))
-        rows.append({"half_life_kimg": half_life, "fwd": measure(samples)})
+        samples = np.concatenate(list(sample_images(pipeline, metric_images, num_inference_steps=25)))
+        rows.append({"half_life_kimg": half_life} | measure(samples))
     return rows
 
 
 TAKEN_BY: dict[str, list[Callable]] = {  # notebook: what takes its parameters
     "01_prepare": [data.prepare],
-    "02_train": [WaveletCodec, build_backbone, Trainer, distance_to, check_batch, labels_of, by_half_life],
+    "02_train": [WaveletCodec, build_backbone, Trainer, distances_to, check_batch, labels_of, by_half_life],
 }
 
 
@@ -236,8 +242,12 @@ def _check_images(experiment: Experiment, given: Parameters) -> None:
         held_out(given["validation_images"], count)
     if {"fwd_level", "num_samples"} <= given.keys():
         _check_packets("fwd_level", "num_samples", given, shape, count)
-    if given.get("fwd_kimg") or given.get("averages_kimg"):
-        _check_packets("train_fwd_level", "fwd_images", given, shape, count)
+    asked = [given["metric"]] if "solvers" in given else []
+    if given.get("metric_kimg") or given.get("averages_kimg"):
+        asked += given["train_metrics"]
+        _check_packets("train_fwd_level", "metric_images", given, shape, count)
+    for metric in asked:
+        scores.check(metric, shape[2])
 
 
 def _check_packets(level: str, samples: str, given: Parameters, shape: tuple[int, int, int], count: int) -> None:

@@ -166,3 +166,25 @@ def write_summary(
     for k, image in enumerate(first):
         grid.paste(image, (k % columns * (width + 1), k // columns * (height + 1)))
     grid.save(Path(folder, "grid.png"))
+
+
+def read_images(path: Path) -> np.ndarray:
+    """uint8 (N, H, W, C) of a samples.npy, or of a folder that holds one or PNGs as `wddm sample` writes them."""
+    array = path / "samples.npy" if path.is_dir() else path
+    is_array = array.suffix == ".npy" and array.is_file()
+    files = [array] if is_array else sorted({*path.glob("*.png")} - {path / "grid.png"})  # an overview by `wddm sample`
+    if not files:
+        raise ValueError(f"got {path}, wanted a folder of PNGs, or samples.npy: give what wddm sample wrote")
+    found: list[np.ndarray] = []
+    for file in files:
+        try:
+            found.append(np.load(file, mmap_mode="r") if is_array else np.atleast_3d(np.asarray(Image.open(file))))
+        except Exception as error:  # damaged files raise all sorts
+            why = " ".join(str(error).split())[:100]
+            raise ValueError(f"got {file}, which cannot be read ({why}), wanted images: write it anew") from None
+        first, read = found[0], found[-1]
+        if read.dtype != np.uint8 or read.ndim != 3 + is_array or not read.size or read.shape != first.shape:
+            beside = f" beside {first.shape}" if read is not first else ""
+            got = f"got {file} of {read.dtype} {read.shape}{beside}"
+            raise ValueError(f"{got}, wanted uint8 images of one size, an array as (N, H, W, C): convert them")
+    return found[0] if is_array else np.stack(found)

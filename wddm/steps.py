@@ -7,7 +7,7 @@ import sys
 import zlib
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,12 @@ class Step:
     memory_gb: float  # peak, of the GPU, or of the process where there is none
     band_loss: dict[str, float]  # squared error of the prediction in each band, unweighted
     validation_loss: float | None = None  # on held-out images, where it was measured at this step
-    fwd: float | None = None  # what `measure` says of samples, where it was asked at this step
+    distances: dict[str, float] = field(default_factory=dict)  # what `measure` says, where it was asked at this step
+
+    def logged(self) -> dict[str, Any]:
+        """A row of the log, in which every distance has its own column."""
+        row = asdict(self)
+        return row | row.pop("distances")
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import time
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ from wddm.wavelets import WaveletCodec, check_choice
 
 # what no weight depends on, or settings describe in another way: may change from one start of a run to the next
 FREE = {
-    "cpu", "extend", "restart", "checkpoint_kimg", "preview_kimg", "gradient_checkpointing", "measure", "fwd_kimg",
-    "fwd_images", "data_sha256", "model", "codec", "images", "folder", "labels", "label_dropout", "class_names",
+    "cpu", "extend", "restart", "checkpoint_kimg", "preview_kimg", "gradient_checkpointing", "measure", "metric_kimg",
+    "metric_images", "data_sha256", "model", "codec", "images", "folder", "labels", "label_dropout", "class_names",
     "on_step", "averages_kimg",
 }  # fmt: skip
 
@@ -81,18 +81,18 @@ class Trainer:
     validation_kimg: float = 0.0  # between losses on held-out images; where it was lowest is checkpoints/best
     validation_images: int = 256  # how many are held out, where there is such a loss
     preview_kimg: float = 40.0  # between pictures of samples in previews/
-    fwd_kimg: float = 0.0  # between calls of `measure`
-    fwd_images: int = 512
+    metric_kimg: float = 0.0  # between calls of `measure`
+    metric_images: int = 512
     on_step: Callable[[int], object] = lambda images_seen: None  # called after every step
-    measure: Callable[[np.ndarray], float] | None = None  # of `fwd_images` samples, uint8 (N, H, W, C); logged as `fwd`
+    measure: Callable[[np.ndarray], dict[str, float]] | None = None  # of `metric_images` samples, uint8 (N, H, W, C)
     extend: bool = False  # go on with a run of the same settings but for a smaller train_kimg
     restart: bool = False  # set the checkpoints of a finished run of other settings aside, and begin anew
 
     def __post_init__(self) -> None:
         check_choice("schedule", self.schedule, SCHEDULES)
         check_training(self.prediction_type, self.weighting, self.time_sampling)
-        if self.fwd_kimg and self.measure is None:
-            raise ValueError(f"got fwd_kimg={self.fwd_kimg:g} without measure, wanted a function of samples: give both")
+        if self.metric_kimg and self.measure is None:
+            raise ValueError(f"got metric_kimg={self.metric_kimg:g} without measure, wanted one of samples: give both")
         self.held_out = steps.held_out(self.validation_images if self.validation_kimg else None, len(self.images))
         self.trained = np.delete(np.arange(len(self.images)), self.held_out)  # rows of `images`
         self.no_label = (self.model.config.get("num_class_embeds") or 0) - 1
@@ -263,7 +263,7 @@ class Trainer:
     def _watch(self, clock: tuple[int, float]) -> Step | None:
         """What is due at this step but for the checkpoint: a preview and measures, of the main process; a log's row."""
         images_per_s = self.batch_size * (self.step - clock[0]) / (time.perf_counter() - clock[1])
-        validating, measuring, previewing = map(self._due, (self.validation_kimg, self.fwd_kimg, self.preview_kimg))
+        validating, measuring, previewing = map(self._due, (self.validation_kimg, self.metric_kimg, self.preview_kimg))
         logs = validating or measuring or self.step % self.log_every == 0 or self.step in (1, 2, 4, 8, self.total_steps)
         if logs or previewing:
             steps.check_finite(self.unread, self.step, self.learning_rate)
@@ -273,20 +273,20 @@ class Trainer:
             steps.keep_averages(self.folder, self.images_seen, steps.named(self.powers, self.model))
         if not logs:
             return None
-        validation_loss, fwd, bands = self.validate() if validating and self.main else None, None, self.codec.bands()
-        if measuring and self.main and self.measure:
-            samples = self.samples(self.fwd_images)
-            with self.stop.cuttable():
-                fwd = self.measure(samples)
+        validation_loss = self.validate() if validating and self.main else None
+        samples = self.samples(self.metric_images) if measuring and self.main else None
+        with self.stop.cuttable():
+            distances = {} if samples is None or self.measure is None else self.measure(samples)
         means = [torch.stack(values).mean(0) for values in zip(*self.unread, strict=True)]
         loss, band_loss, grad_norm = (self.accelerator.reduce(mean, "mean") for mean in means)
+        bands = self.codec.bands()
         band_losses = dict(zip(bands, band_loss.view(len(bands), -1).mean(1).tolist(), strict=True))
         row = Step(
             self.step, self.images_seen, loss.item(), self.lr, grad_norm.item(), images_per_s,
-            steps.peak_memory_gb(self.device), band_losses, validation_loss, fwd,
+            steps.peak_memory_gb(self.device), band_losses, validation_loss, distances,
         )  # fmt: skip
         if self.main:
-            append_row(self.folder / "log.jsonl", asdict(row))
+            append_row(self.folder / "log.jsonl", row.logged())
         self.unread = []
         return row
 

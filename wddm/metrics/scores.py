@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from wddm.data import Dataset, load
 from wddm.files import sha256, whole
 from wddm.metrics import diagnostics, frechet, inception
 from wddm.metrics.inception import Estimates
 from wddm.metrics.intervals import Estimate, median, share
+from wddm.wavelets import check_choice
 
 RESAMPLES = 20
 SEARCHED = 256  # samples whose nearest real images are looked for
@@ -34,6 +34,7 @@ EFFICIENTNET = {
     "kid_efficientnet": "KID, EfficientNet-Lite0 on ImageNet, not Inception (x 1000)",
     "precision_efficientnet": "precision, EfficientNet-Lite0", "recall_efficientnet": "recall, EfficientNet-Lite0",
 }  # fmt: skip
+DISTANCES = {"fwd": "wavelet", "kid_efficientnet": "perceptual", "fid": "inception", "kid": "inception"}  # by metric
 COPIES = {
     "nearest_distance": "median distance to the nearest real image",
     "copies_share": "share nearer to one than 99 % of those are", "memorised_share": "share memorised",
@@ -89,7 +90,8 @@ class Score:
 
 def shown(table: Any, metric: str, level: int | None = None) -> tuple[str, Any]:
     """What reports call a key of metrics.json, and a DataFrame with its value, interval and floor as they show it."""
-    name = {"fwd": f"FWD, level {level}" if level else "FWD", **INCEPTION, **EFFICIENTNET}.get(metric, metric)
+    names = {"fwd": f"FWD, level {level}" if level else "FWD", **INCEPTION, **EFFICIENTNET}
+    name = names.get(metric.removeprefix("train_"), metric)
     columns = [metric + end for end in ("", "_low", "_high", "_floor") if metric + end in table]
     scale = 1000 if "x 1000" in name else 1
     return name, table.assign(**{column: scale * table[column].astype(float) for column in columns})
@@ -104,6 +106,27 @@ def evaluate(samples: np.ndarray, reference: Dataset, options: Options = Options
     for images in (samples, reference.images):
         frechet.check(diagnostics.UnitBatches(images), options.level)
     return {name: metric(samples, reference, options) for name, metric in METRICS.items()}
+
+
+def check(metric: str, channels: int) -> None:
+    """ValueError if a metric is not one of DISTANCES, or cannot be computed here of images of so many channels."""
+    check_choice("metric", metric, DISTANCES)
+    from wddm.metrics import perceptual
+
+    why = perceptual.obstacle(channels) if metric == "kid_efficientnet" else None
+    if metric in INCEPTION and inception.find_weights() is None:
+        why = f"there are no Inception weights ({inception.remedy()})"
+    if why:
+        raise ValueError(f"got metric={metric!r}, but {why}, wanted one that is computed here: choose fwd")
+
+
+def distance(metric: str, samples: np.ndarray, reference: Dataset, options: Options = Options()) -> Score:
+    """The score of a metric; ValueError as `check` has it, or for too few images."""
+    check(metric, samples.shape[-1])
+    found = METRICS[DISTANCES[metric]](samples, reference, options)
+    if not found[0].estimate:
+        raise ValueError(f"got metric={metric!r}, {found[0].protocol}, wanted one that is computed here: choose fwd")
+    return next(score for score in found if score.key == metric)
 
 
 def perceptual(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
@@ -255,28 +278,6 @@ def as_json(found: dict[str, list[Score]], images: Path, reference: Dataset) -> 
         "scores": [{name: value for name, value in row.items() if name not in left_out} for row in rows],
         "versions": {name: version(name) for name in ("wddm", "torch", "torch-fidelity")},
     }  # fmt: skip
-
-
-def read_images(path: Path) -> np.ndarray:
-    """uint8 (N, H, W, C) of a samples.npy, or of a folder that holds one or PNGs as `wddm sample` writes them."""
-    array = path / "samples.npy" if path.is_dir() else path
-    is_array = array.suffix == ".npy" and array.is_file()
-    files = [array] if is_array else sorted({*path.glob("*.png")} - {path / "grid.png"})  # an overview by `wddm sample`
-    if not files:
-        raise ValueError(f"got {path}, wanted a folder of PNGs, or samples.npy: give what wddm sample wrote")
-    found: list[np.ndarray] = []
-    for file in files:
-        try:
-            found.append(np.load(file, mmap_mode="r") if is_array else np.atleast_3d(np.asarray(Image.open(file))))
-        except Exception as error:  # damaged files raise all sorts
-            why = " ".join(str(error).split())[:100]
-            raise ValueError(f"got {file}, which cannot be read ({why}), wanted images: write it anew") from None
-        first, read = found[0], found[-1]
-        if read.dtype != np.uint8 or read.ndim != 3 + is_array or not read.size or read.shape != first.shape:
-            beside = f" beside {first.shape}" if read is not first else ""
-            got = f"got {file} of {read.dtype} {read.shape}{beside}"
-            raise ValueError(f"{got}, wanted uint8 images of one size, an array as (N, H, W, C): convert them")
-    return found[0] if is_array else np.stack(found)
 
 
 def find_reference(reference: str, root: Path) -> Dataset:

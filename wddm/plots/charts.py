@@ -21,7 +21,7 @@ from wddm.plots.style import ACCENT, DASHED, GENERATED, REAL, SIDES, Texts, need
 
 __all__ = [
     "band_energy", "band_histograms", "band_kurtosis", "band_trajectory", "channel_histograms", "class_counts",
-    "confidence", "lines", "nearest_distances", "noise_schedule", "packet_map", "quality_curves",
+    "confidence", "lines", "nearest_distances", "packet_map", "quality_curves",
     "score_chart", "spectra", "training_curves", "variants",
 ]  # fmt: skip
 
@@ -51,14 +51,6 @@ def band_trajectory(times: ArrayLike, by_band: Mapping[str, ArrayLike], quantity
     """A quantity (S,) of each band at the `times` (S,) of a denoising, noise at the left."""
     figure = lines({name: (times, y) for name, y in by_band.items()}, "diffusion time t (steps)", quantity, "y")
     figure.axes[0].invert_xaxis()
-    return figure
-
-
-def noise_schedule(times: ArrayLike, snr_by_band: Mapping[str, ArrayLike]) -> Figure:
-    """Signal-to-noise power ratio (T,) of each band over `times` (T,); dashed where signal equals noise."""
-    figure = band_trajectory(times, snr_by_band, "signal-to-noise ratio")
-    figure.axes[0].invert_xaxis()
-    figure.axes[0].axhline(1, color=REAL, **DASHED)
     return figure
 
 

@@ -29,11 +29,8 @@ from wddm.metrics.intervals import Estimate
 from wddm.objective import build_solver, check_options, clean_estimate, factors, noised
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
-from wddm.wavelets import check_choice
 
 SETTING, ENDS = ("scheduler", "steps", "eta", "spacing", "detail_steps"), ("", "_low", "_high")
-# key of metrics.json -> its entry of METRICS
-DISTANCES = {"fwd": "wavelet", "kid_efficientnet": "perceptual", "fid": "inception", "kid": "inception"}
 Row = dict[str, Any]
 
 
@@ -100,8 +97,7 @@ def timed_samples(pipeline: WaveletPipeline, count: int, **options: Any) -> tupl
 def quality(
     pipeline: WaveletPipeline, reference: Dataset, cell: Row, *, metric: str, batch_size: int, measuring: scores.Options
 ) -> Row:
-    """What a cell cost and its distance, a key of DISTANCES; or the `error` of a setting that cannot be sampled."""
-    check_choice("metric", metric, DISTANCES)
+    """What a cell cost and its `scores.distance`; or the `error` of a setting that cannot be sampled."""
     options = {"eta": cell["eta"], "detail_steps": cell["detail_steps"]}
     try:
         check_options(cell["scheduler"], **options)
@@ -110,10 +106,7 @@ def quality(
         samples, cost = timed_samples(solver, cell["count"], **options)
     except (ValueError, IndexError) as error:  # diffusers' own refusals are among them
         return {"error": str(error).splitlines()[0]}
-    found = scores.METRICS[DISTANCES[metric]](samples, reference, measuring)
-    for score in (score for score in found if score.key == metric and score.estimate):
-        return cost | score.record()
-    raise ValueError(f"got metric={metric!r}, {found[0].protocol}, wanted one that is computed here: choose fwd")
+    return cost | scores.distance(metric, samples, reference, measuring).record()
 
 
 def scored(
