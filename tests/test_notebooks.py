@@ -13,7 +13,7 @@ import local_data
 import nbformat
 import numpy as np
 import pytest
-from conftest import ROOT, as_process, wddm
+from conftest import ROOT, as_process, dead_links, wddm
 from PIL import Image
 
 NAMES = ("01_prepare", "02_train", "03_sample", "04_evaluate")
@@ -84,6 +84,9 @@ def test_a_run_leaves_everything_that_is_promised(root, tiny) -> None:
         "spectra",
         "half-lives",
     }
+    pages = [*tiny.parent.glob("*.html"), *tiny.glob("*.html"), *tiny.parent.glob("tutorials/*.html")]
+    assert len(pages) == 1 + 4 + 6 and [link for page in pages for link in dead_links(page)] == []
+    assert ".ipynb" not in "".join(page.read_text().partition("<h2")[0] for page in pages)  # lessons are pages, too
     assert "got a half-life of 0.01 kimg, " in (tiny / "02_train.html").read_text()  # which is left out, and said
     assert "tiny" in (root / "reports/index.html").read_text()
 
