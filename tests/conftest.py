@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import select
 import shutil
 import socket
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import unquote
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # workers and their kernels share the cores; threads on top only wait
@@ -77,6 +79,12 @@ def wddm(root: Path, *arguments: str, **parameters: object) -> subprocess.Comple
     """`wddm` in a workbook, parameters given with -p."""
     options = [word for name, value in parameters.items() for word in ("-p", f"{name}={value}")]
     return as_process("wddm", *arguments, *options, root=root)
+
+
+def dead_links(page: Path) -> list[str]:
+    """Where a page leads to that is neither on the web nor a file."""
+    links = re.findall(r"""<[^>]* (?:href|src)=["'](?!https?:|mailto:|data:)([^"']+)""", page.read_text())
+    return [link for link in links if not (page.parent / unquote(link.partition("#")[0])).exists()]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import local_data
 import nbformat
 import numpy as np
 import pytest
-from conftest import ROOT, as_process, wddm
+from conftest import ROOT, as_process, dead_links, wddm
 from PIL import Image
 
 from wddm.steps import read_log
@@ -93,6 +93,9 @@ def test_a_run_leaves_everything_that_is_promised(root, tiny) -> None:
         "half-lives-fwd",
         "half-lives-kid_efficientnet",
     }
+    pages = [*tiny.parent.glob("*.html"), *tiny.glob("*.html"), *tiny.parent.glob("tutorials/*.html")]
+    assert len(pages) == 1 + 4 + 6 and [link for page in pages for link in dead_links(page)] == []
+    assert ".ipynb" not in "".join(page.read_text().partition("<h2")[0] for page in pages)  # lessons are pages, too
     assert "got a half-life of 0.01 kimg, " in (tiny / "02_train.html").read_text()  # which is left out, and said
     assert "tiny" in (root / "reports/index.html").read_text()
 

@@ -18,7 +18,7 @@ import nbformat
 import pytest
 import yaml
 from bs4 import BeautifulSoup
-from conftest import ROOT
+from conftest import ROOT, dead_links
 from matplotlib.figure import Figure
 from nbconvert.filters.markdown_mistune import markdown2html_mistune as markdown2html
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -81,6 +81,27 @@ def test_the_title_cell_says_what_this_run_took_and_how_it_is_run(root):
     assert report.fill("`{runs}/m`", {"runs": short}) == "`a/m`, `b/m`"
     assert report.fill("`{runs}/m`", {"runs": short * 2}) == "`a/m`, `b/m`, `a/m`, …"
     assert report.fill("`a` or `{file}`, `{no}`", {"file": None}) == "`a`, `{no}`"
+
+
+def test_a_lesson_is_a_page_for_readers_of_pages(root):
+    """Of the outputs that it is committed with; one that was executed as a run is left as it is."""
+    folder, lessons = root / "reports/x", root / "notebooks/tutorials"
+    said = [new_code_cell("1", outputs=[new_output("stream", text="what it said")])]
+    lessons.mkdir()
+    for name in ("made", "ran"):
+        nbformat.write(new_notebook(cells=[new_markdown_cell("# L"), *said]), lessons / f"{name}.ipynb")
+    (root / "reports/tutorials").mkdir()
+    (root / "reports/tutorials/ran.html").write_text("as it ran")
+    links = new_markdown_cell("# T\n[a](tutorials/made.ipynb) [b](tutorials/ran.ipynb) [c](tutorials/gone.ipynb)")
+    nbformat.write(new_notebook(cells=[links]), folder / "01_work.ipynb")
+    page = BeautifulSoup(report.render(folder, "01_work").read_text(), "html.parser")
+    here, there = "../tutorials/made.html", "../../notebooks/tutorials/gone.ipynb"
+    assert [link["href"] for link in page.main.find_all("a")] == [here, "../tutorials/ran.html", there]
+    report.write_index(root)
+    assert dead_links(folder / "01_work.html") == [there] and dead_links(folder / here) == []
+    made = BeautifulSoup((folder / here).read_text(), "html.parser")
+    assert "what it said" in made.main.get_text() and not made.select(".badge, .dot")  # it was not run here
+    assert (root / "reports/tutorials/ran.html").read_text() == "as it ran"
 
 
 def test_a_long_page_has_a_list_of_its_contents(root):

@@ -4,6 +4,7 @@
 """
 
 import subprocess
+import warnings
 from pathlib import Path
 
 CLEAN = (
@@ -27,4 +28,5 @@ def settle(model: dict, os_path: str, contents_manager: object) -> None:
 
 
 git("config", "filter.notebook.clean", CLEAN, folder=Path(__file__).parent)
+warnings.filterwarnings("ignore", "Overriding existing post_save_hook")  # the server takes its configuration twice
 c.FileContentsManager.post_save_hook = settle  # type: ignore[name-defined]  # noqa: F821

@@ -21,6 +21,7 @@ from wddm.workbook.records import prepared_set, read_status
 
 TEMPLATES = Path(__file__).parent / "templates"
 PROGRESS_LINE = re.compile(r"(?m)^.*\[(\d+:)?\d\d:\d\d[<,].*\n?")  # with tqdm's [elapsed<remaining, rate]
+LESSON = re.compile(r'(?<=href=")\.\./\.\./(notebooks/tutorials/(\w+)\.ipynb)')
 WIDGET = "application/vnd.jupyter.widget-view+json"  # what lives in JupyterLab alone, beside a picture of itself
 WORST_FIRST = ("running", "failed", "killed", "pending", "ok")
 HEADLINES = ("kid_efficientnet", "fwd", "fid", "kid")  # what the index shows
@@ -64,9 +65,8 @@ def read_page(folder: Path, name: str) -> tuple[Any, list[tuple[Parameter, Any]]
     import nbformat
 
     notebook = nbformat.read(folder / f"{name}.ipynb", as_version=4)
-    declared = tagged(notebook, "parameters")
     given = notebook.metadata.get("papermill", {}).get("parameters", {})
-    schema = parse_parameters(declared.source, "") if declared else {}
+    schema = parse_parameters(getattr(tagged(notebook, "parameters"), "source", ""), "")
     values = {key: given.get(key, parameter.default) for key, parameter in schema.items()}
     hidden = {"injected-parameters", "papermill-error-cell-tag"}
     notebook.cells = [_tidy(cell) for cell in notebook.cells if not hidden & set(cell.metadata.get("tags", []))]
@@ -96,22 +96,30 @@ def render(folder: Path, name: str) -> Path:
         "title": f"{name} · {folder.name}",
         "page_header": _header(folder, name),
         "parameters": parameters,
-        "css": (TEMPLATES / "style.css").read_text(encoding="utf-8"),
-        "code_css": HtmlFormatter(style="default").get_style_defs(".highlight"),
-        "dark_code_css": HtmlFormatter(style="github-dark").get_style_defs(".highlight"),
+        "code_css": lambda style: HtmlFormatter(style=style).get_style_defs(".highlight"),
     }
-    write_text(page := folder / f"{name}.html", _exporter().from_notebook_node(notebook, resources)[0])
-    for other in read_status(folder).keys() - {name}:
-        if (path := folder / f"{other}.html").exists():
+    text = _exporter().from_notebook_node(notebook, resources)[0]
+    write_text(page := folder / f"{name}.html", LESSON.sub(lambda link: _lesson(folder, *link.group(1, 2)), text))
+    for other in folder.glob("*.ipynb"):
+        if (path := other.with_suffix(".html")) != page and path.exists():
             before, _, after = path.read_text(encoding="utf-8").partition("<header>")
-            write_text(path, before + _header(folder, other) + after.partition("</header>")[2])
+            write_text(path, before + _header(folder, path.stem) + after.partition("</header>")[2])
     return page
 
 
+def _lesson(folder: Path, path: str, name: str) -> str:
+    """From a page of a run to that of a tutorial, which is made of its committed outputs where it has not been run."""
+    page, source = folder.parent / "tutorials" / f"{name}.html", folder.absolute().parents[1] / path
+    if not page.exists() and source.exists():
+        write_text(page.with_suffix(".ipynb"), source.read_text(encoding="utf-8"))
+        render(page.parent, name)
+    return f"../tutorials/{page.name}" if page.exists() else f"../../{path}"
+
+
 def _header(folder: Path, name: str) -> str:
-    """The bar of a page: run, notebook, state, and the way to the others."""
-    written = {path.stem for path in folder.glob("*.ipynb")}
-    return _template("header").render(run=folder.name, name=name, status=read_status(folder), written=written)
+    """The bar of a page: run, notebook, state if it was run here, and the way to the others."""
+    written: dict[str, dict] = {path.stem: {} for path in folder.glob("*.ipynb")}
+    return _template("header").render(run=folder.name, name=name, status=written | read_status(folder), written=written)
 
 
 def _exporter() -> Any:
@@ -130,18 +138,12 @@ def _exporter() -> Any:
         def block_math(self, body: str) -> str:
             return self.inline_math(body, "block")
 
-    def as_html(source: str) -> str:
-        return MarkdownWithMath(renderer=Renderer(escape=False, exclude_anchor_links=True)).render(source)
-
-    places = [str(TEMPLATES)]
-    return HTMLExporter(template_name="report", extra_template_basedirs=places, filters={"markdown2html": as_html})
+    filters = {"markdown2html": MarkdownWithMath(renderer=Renderer(escape=False, exclude_anchor_links=True)).render}
+    return HTMLExporter(template_name="report", extra_template_basedirs=[str(TEMPLATES)], filters=filters)
 
 
 def _tidy(cell: Any) -> Any:
-    """Drop progress bars from a cell's streams, and widgets, which are dead in a page.
-
-    A widget with a picture of itself leaves that; one with words alone (another library's progress bar) nothing.
-    """
+    """A cell without progress bars and widgets, which are dead in a page; a widget's picture of itself stays."""
     kept = []
     for output in cell.get("outputs", []):
         if output.output_type == "stream":
@@ -156,10 +158,9 @@ def _tidy(cell: Any) -> Any:
 
 def _template(name: str) -> Any:
     """One of templates/, which escapes what is put into it."""
-    import jinja2
+    from jinja2 import Environment, FileSystemLoader
 
-    loader = jinja2.FileSystemLoader(TEMPLATES)
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(number=format_number, seconds=format_seconds)
     return environment.get_template(f"{name}.html.j2")
 
@@ -183,8 +184,7 @@ def write_index(root: Path) -> Path:
         base = re.split(r"-(?=\w+=)", run["name"])[0]
         (members := groups.setdefault(base, [])).insert(0 if run["name"] == base else len(members), run)
     shown = [key for key in HEADLINES if any(key in run.get("metrics", ()) for run in runs)]
-    text = _template("index").render(runs=runs, groups=groups, metrics=shown)
-    write_text(page := root / "reports" / "index.html", text)
+    write_text(page := root / "reports/index.html", _template("index").render(runs=runs, groups=groups, metrics=shown))
     return page
 
 
