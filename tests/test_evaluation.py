@@ -137,6 +137,12 @@ def test_what_has_no_floor_says_why(digits, tmp_path) -> None:
     assert "no floor: got 15 images for packets of 16 values, wanted 16 images or more" in score.protocol
 
 
+def test_intervals_have_three_digits_and_no_exponents() -> None:
+    kid, floor = scores.Estimate(2.3667, 2.2571, 2.4712), scores.Estimate(-0.000596, -0.00877, 0.00758)
+    row = scores.Score("kid", "KID (x 1000)", kid, floor, 200, 600, "").row()
+    assert (row["90 % interval"], row["floor"]) == ("2260 to 2470", "-0.596 (-8.77 to 7.58)")
+
+
 def test_equal_images_are_scored(digits, tmp_path, no_weights) -> None:
     same = np.repeat(digits.images[:1], 40, axis=0)
     equal = replace(digits, images=same, labels=np.arange(40) % 2, folder=tmp_path)

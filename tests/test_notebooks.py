@@ -44,6 +44,7 @@ COMMITTED = [path for path in sorted(ROOT.glob("notebooks/**/*.ipynb")) if ".ipy
 def test_notebooks_are_clean_and_say_what_they_do(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any("\n## " in cell.source for cell in notebook.cells if cell.cell_type == "markdown")  # one for each
     if path.parent.name == "tutorials":
         assert all(cell.execution_count for cell in code) and any(cell.outputs for cell in code)
         return

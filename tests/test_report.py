@@ -86,10 +86,11 @@ def test_the_title_cell_says_what_this_run_took_and_how_it_is_run(root):
 def test_a_lesson_is_a_page_for_readers_of_pages(root):
     """Of the outputs that it is committed with; one that was executed as a run is left as it is."""
     folder, lessons = root / "reports/x", root / "notebooks/tutorials"
-    said = [new_code_cell("1", outputs=[new_output("stream", text="what it said")])]
+    said = new_code_cell("1", outputs=[new_output("stream", text="what it said")])
+    cells = [new_markdown_cell("# L\n`wddm run params/l.yaml`"), said]
     lessons.mkdir()
     for name in ("made", "ran"):
-        nbformat.write(new_notebook(cells=[new_markdown_cell("# L"), *said]), lessons / f"{name}.ipynb")
+        nbformat.write(new_notebook(cells=cells), lessons / f"{name}.ipynb")
     (root / "reports/tutorials").mkdir()
     (root / "reports/tutorials/ran.html").write_text("as it ran")
     links = new_markdown_cell("# T\n[a](tutorials/made.ipynb) [b](tutorials/ran.ipynb) [c](tutorials/gone.ipynb)")
@@ -100,6 +101,7 @@ def test_a_lesson_is_a_page_for_readers_of_pages(root):
     report.write_index(root)
     assert dead_links(folder / "01_work.html") == [there] and dead_links(folder / here) == []
     made = BeautifulSoup((folder / here).read_text(), "html.parser")
+    assert made.code.get_text() == "wddm run params/l.yaml"  # there is no reports/tutorials/params.yaml
     assert "what it said" in made.main.get_text() and not made.select(".badge, .dot")  # it was not run here
     assert (root / "reports/tutorials/ran.html").read_text() == "as it ran"
 

@@ -76,9 +76,10 @@ class Score:
         scale = 1000 if "x 1000" in self.name else 1
         value, *ends = np.multiply(self.estimate, scale).tolist() if self.estimate else (None,)
         floor = np.multiply(self.floor, scale) if self.floor else ()
+        digits = partial(np.format_float_positional, precision=3, fractional=False, trim="-")
         return {
-            "metric": self.name, "value": value, "90 % interval": "{:.3g} to {:.3g}".format(*ends) if ends else "",
-            "floor": "{:.3g} ({:.3g} to {:.3g})".format(*floor) if len(floor) else "",
+            "metric": self.name, "value": value, "90 % interval": " to ".join(map(digits, ends)),
+            "floor": "{} ({} to {})".format(*map(digits, floor)) if len(floor) else "",
             "images": self.count, "real": self.count_real, "how": self.protocol,
         }  # fmt: skip
 
@@ -93,8 +94,7 @@ def shown(table: Any, metric: str, level: int | None = None) -> tuple[str, Any]:
     names = {"fwd": f"FWD, level {level}" if level else "FWD", **INCEPTION, **EFFICIENTNET}
     name = names.get(metric.removeprefix("train_"), metric)
     columns = [metric + end for end in ("", "_low", "_high", "_floor") if metric + end in table]
-    scale = 1000 if "x 1000" in name else 1
-    return name, table.assign(**{column: scale * table[column].astype(float) for column in columns})
+    return name, table.assign(**{key: (1000 if "x 1000" in name else 1) * table[key].astype(float) for key in columns})
 
 
 def evaluate(samples: np.ndarray, reference: Dataset, options: Options = Options()) -> dict[str, list[Score]]:

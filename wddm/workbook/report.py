@@ -72,8 +72,9 @@ def read_page(folder: Path, name: str) -> tuple[Any, list[tuple[Parameter, Any]]
     notebook.cells = [_tidy(cell) for cell in notebook.cells if not hidden & set(cell.metadata.get("tags", []))]
     known = values | prepared_set(folder.absolute().parents[1], folder.name)
     for cell in notebook.cells[:1]:
-        cell.source = re.sub(r"(?<=wddm run )params/[\w/-]+", f"reports/{folder.name}/params", fill(cell.source, known))
-        cell.source = cell.source.replace("](tutorials/", "](../../notebooks/tutorials/")
+        cell.source = fill(cell.source, known).replace("](tutorials/", "](../../notebooks/tutorials/")
+        if (folder / "params.yaml").exists():
+            cell.source = re.sub(r"(?<=wddm run )params/[\w/-]+", f"reports/{folder.name}/params", cell.source)
     return notebook, [(parameter, values[key]) for key, parameter in schema.items()]
 
 
@@ -179,8 +180,7 @@ def write_index(root: Path) -> Path:
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             problem = f"its files cannot be read: {type(error).__name__}: {error}"
             runs.append({"name": folder.name, "state": "failed", "error": problem, "started": ""})
-    runs.sort(key=lambda run: (run["started"], run["name"]), reverse=True)
-    for run in runs:
+    for run in sorted(runs, key=lambda run: (run["started"], run["name"]), reverse=True):
         base = re.split(r"-(?=\w+=)", run["name"])[0]
         (members := groups.setdefault(base, [])).insert(0 if run["name"] == base else len(members), run)
     shown = [key for key in HEADLINES if any(key in run.get("metrics", ()) for run in runs)]
