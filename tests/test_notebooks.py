@@ -21,7 +21,7 @@ TINY = {
     "train_kimg": 3.2, "warmup_kimg": 0.1, "widths": "[8, 16]", "checkpoint_kimg": 64, "batch_size": 16,
     "num_samples": 40, "sampling_steps": 3, "preview_kimg": 1.6, "limit": 200,
     "averages_kimg": 0.4, "half_lives_kimg": "[0.01, 0.3, 0.6]", "metric_images": 40,
-    "metric_kimg": 1.6, "train_metrics": "[kid_efficientnet, fwd]", "train_fwd_level": 3,
+    "metric_kimg": 1.6, "train_metrics": "['kid_efficientnet', 'fwd']", "train_fwd_level": 3,
 }  # fmt: skip
 
 
