@@ -24,6 +24,7 @@ from nbconvert.filters.markdown_mistune import markdown2html_mistune as markdown
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from wddm import workbook
+from wddm.files import write_json
 from wddm.workbook import report
 from wddm.workbook.report import WIDGET
 
@@ -93,6 +94,7 @@ def test_a_lesson_is_a_page_for_readers_of_pages(root):
         nbformat.write(new_notebook(cells=cells), lessons / f"{name}.ipynb")
     (root / "reports/tutorials").mkdir()
     (root / "reports/tutorials/ran.html").write_text("as it ran")
+    write_json(root / "reports/tutorials/status.json", {"ran": {"state": "ok", "seconds": 1.0}})
     links = new_markdown_cell("# T\n[a](tutorials/made.ipynb) [b](tutorials/ran.ipynb) [c](tutorials/gone.ipynb)")
     nbformat.write(new_notebook(cells=[links]), folder / "01_work.ipynb")
     page = BeautifulSoup(report.render(folder, "01_work").read_text(), "html.parser")
@@ -102,7 +104,11 @@ def test_a_lesson_is_a_page_for_readers_of_pages(root):
     assert dead_links(folder / "01_work.html") == [there] and dead_links(folder / here) == []
     made = BeautifulSoup((folder / here).read_text(), "html.parser")
     assert made.code.get_text() == "wddm run params/l.yaml"  # there is no reports/tutorials/params.yaml
-    assert "what it said" in made.main.get_text() and not made.select(".badge, .dot")  # it was not run here
+    assert "what it said" in made.main.get_text() and not made.select(".badge")  # it was not run here
+    assert [dot.parent.get_text(strip=True) for dot in made.select(".dot")] == ["ran"]
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# New")]), lessons / "made.ipynb")
+    report.render(folder, "01_work")
+    assert "New" in (folder / here).read_text()
     assert (root / "reports/tutorials/ran.html").read_text() == "as it ran"
 
 

@@ -111,8 +111,9 @@ def render(folder: Path, name: str) -> Path:
 def _lesson(folder: Path, path: str, name: str) -> str:
     """From a page of a run to that of a tutorial, which is made of its committed outputs where it has not been run."""
     page, source = folder.parent / "tutorials" / f"{name}.html", folder.absolute().parents[1] / path
-    if not page.exists() and source.exists():
-        write_text(page.with_suffix(".ipynb"), source.read_text(encoding="utf-8"))
+    copy, was_run = page.with_suffix(".ipynb"), name in read_status(page.parent)
+    if source.exists() and not was_run and not (page.exists() and copy.read_bytes() == source.read_bytes()):
+        write_text(copy, source.read_text(encoding="utf-8"))
         render(page.parent, name)
     return f"../tutorials/{page.name}" if page.exists() else f"../../{path}"
 
