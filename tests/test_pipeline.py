@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -168,6 +169,31 @@ def test_the_loop_of_a_flow_is_that_of_the_diffusers_class_bit_for_bit(solver: s
         for t in bare.timesteps:
             z = bare.step(pipeline.backbone(z, t).sample, t, z).prev_sample
     assert torch.equal(images, pipeline.decode(z))
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"])
+def test_plain_schedulers_of_flows_are_taken_as_such(name: str) -> None:
+    ours = tiny_pipeline(solver="heun" if "Heun" in name else "euler", prediction_type=FLOW)
+    plain = WaveletPipeline(ours.backbone, getattr(diffusers, name)(), ours.codec)
+    plain.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 3, "output_type": "np"}
+    assert np.array_equal(plain(2, **options).images, ours(2, **options).images)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("KarrasVeScheduler", {}),  # no config
+        ("IPNDMScheduler", {}),  # nothing about what is predicted
+        ("SCMScheduler", {}),  # a target that is not ours
+        ("DDPMWuerstchenScheduler", {}),  # no timesteps
+        ("UniPCMultistepScheduler", {"prediction_type": FLOW}),  # the noise levels of another process
+    ],
+)
+def test_schedulers_of_other_targets_are_refused_in_one_line(name: str, options: dict) -> None:
+    ours = tiny_pipeline()
+    with pytest.raises(ValueError, match=f"^got {name} for .*, wanted one for epsilon, .*build_solver's$"):
+        WaveletPipeline(ours.backbone, getattr(diffusers, name)(**options), ours.codec)
 
 
 def test_straight_paths_need_one_step() -> None:

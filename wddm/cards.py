@@ -1,6 +1,5 @@
 """cards: the README.md of a published pipeline, from what its run recorded; what is unknown is said to be so."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import yaml
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from wddm.files import read_json
 from wddm.objective import default_eta, default_solver
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
@@ -69,11 +69,6 @@ def recorded(report: Path) -> tuple[dict[str, Any], ...]:
     public = [name for name in parameters if not name.endswith(("_path", "_dir"))]  # those are of one machine
     versions = known(environment.get("versions", {}), "wddm", "torch", "diffusers")
     return known(parameters, *public), metrics, data, known(environment, "commit", "device") | versions
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """What is in a JSON file; empty where there is none."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def known(values: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -126,14 +126,14 @@ def sample(
     import torch
     from accelerate import PartialState
 
+    from wddm.decoding import cores
     from wddm.sampling import check_device, draw, open_pipeline
 
     on_cpu = device == "cpu" or not torch.accelerator.is_available()
     check_device(device or "cpu")
     state = PartialState(cpu=on_cpu)
     if state.num_processes > 1 and on_cpu:
-        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-        torch.set_num_threads(len(allowed))  # as alone, where launchers say 1: on it depends how sums round
+        torch.set_num_threads(cores())  # as alone, where launchers say 1: on it depends how sums round
     diffusers.utils.logging.disable_progress_bar()
     alone = state.num_processes == 1  # processes that were launched together have a GPU each
     pipeline = open_pipeline(model_dir, **checkpoint).to(device if device and alone else state.device)

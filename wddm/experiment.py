@@ -39,12 +39,11 @@ Parameters = Mapping[str, Any]
 SIDE, LEVEL, STEPS, COUNT, KIMG, SHARE = (2, 4096), (0, 8), (1, 1000), (1, 10**7), (0, 10**7), (0, 1)
 BOUNDS: dict[str, tuple[float, float]] = {  # parameter of any notebook: (minimum, maximum), of every value of a list
     "seed": (0, 2**31 - 1), "seeds": (0, 2**31 - 1), "resolution": SIDE, "width": SIDE,
-    "channels": (1, 1024), "limit": COUNT,
+    "channels": (1, 1024), "limit": COUNT, "batch_size": COUNT, "accumulation": COUNT,
     "level": LEVEL, "levels": LEVEL, "wavelet_level": LEVEL, "fwd_level": LEVEL, "train_fwd_level": LEVEL,
     "widths": (8, 8192), "attention_levels": (0, 16), "layers_per_block": (1, 16), "attention_head_dim": (1, 4096),
     "dropout": (0, 0.99), "label_dropout": SHARE, "reconstruction": (0, 1e6),
     "train_kimg": (0.001, 10**7), "kimg": (0.001, 10**7), "hidden_channels": (8, 1024), "num_processes": (1, 1024),
-    "batch_size": COUNT, "accumulation": COUNT,
     "learning_rate": (1e-9, 10), "weight_decay": (0, 10), "warmup_kimg": KIMG, "ema_half_life_kimg": KIMG,
     "averages_kimg": KIMG, "half_lives_kimg": (0.001, 10**7),
     "checkpoint_kimg": KIMG, "validation_kimg": KIMG, "preview_kimg": KIMG, "metric_kimg": KIMG,

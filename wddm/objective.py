@@ -195,9 +195,18 @@ def build_solver(
         clip = codec.clip_value.item() if codec else 1.0
         options |= NOISE | {"timestep_spacing": spacing, "clip_sample": True, "clip_sample_range": clip}
         options |= SETTINGS.get(name, {})
-    made = solver(**{key: value for key, value in options.items() if key in known})
-    made.register_to_config(prediction_type=kind)  # which some solvers of flows do not store
-    return made
+    return of_target(solver(**{key: value for key, value in options.items() if key in known}))
+
+
+def of_target(solver: SchedulerMixin) -> SchedulerMixin:
+    """The solver, with what the network predicts in its config; ValueError if it is not made for one of `TARGETS`."""
+    if (kind := type(solver).__name__).startswith("FlowMatch"):  # which do not store it
+        solver.register_to_config(prediction_type=FLOW)
+    config = getattr(solver, "config", {})
+    predicts, of_noise = config.get("prediction_type"), not config.get("use_flow_sigmas", True)
+    if predicts not in TARGETS or (predicts == FLOW and of_noise) or "num_train_timesteps" not in config:
+        raise ValueError(f"got {kind} for {predicts}, wanted one for {', '.join(TARGETS)}: take one of build_solver's")
+    return solver
 
 
 def set_steps(solver: SchedulerMixin, count: int, device: torch.device | str | None = None) -> None:

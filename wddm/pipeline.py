@@ -24,7 +24,7 @@ from wddm.bandrate import BandRates, Group
 from wddm.cards import card_of
 from wddm.conditions import Answer, Labels, Missing, correction, held, labelled
 from wddm.loading import check_config, fetched, is_path, load_scheduler, load_strictly, read_config
-from wddm.objective import NOISE, SOLVERS, build_solver, check_options, exact_step, set_steps
+from wddm.objective import NOISE, SOLVERS, build_solver, check_options, exact_step, of_target, set_steps
 from wddm.wavelets import WaveletCodec, check_choice, check_multiple
 
 Callback = Callable[..., dict[str, Tensor] | None]  # (pipeline, i, t, {"latents": ..., "denoised": ...})
@@ -39,7 +39,7 @@ class WaveletPipeline(DiffusionPipeline):
         self, backbone: ModelMixin, scheduler: SchedulerMixin, codec: WaveletCodec, class_names: list[str] | None = None
     ) -> None:  # fmt: skip
         super().__init__()
-        self.register_modules(backbone=backbone, scheduler=scheduler, codec=codec)
+        self.register_modules(backbone=backbone, scheduler=of_target(scheduler), codec=codec)
         self.register_to_config(class_names=class_names)
         config, sides = backbone.config, self.map_size
         whole = len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)
@@ -51,8 +51,7 @@ class WaveletPipeline(DiffusionPipeline):
     @property
     def map_size(self) -> tuple[int, int]:
         """(h, w) of the coefficients."""
-        size = self.backbone.config.sample_size
-        return tuple(size) if isinstance(size, list | tuple) else (size, size)
+        return tuple(size) if isinstance(size := self.backbone.config.sample_size, list | tuple) else (size, size)
 
     @property
     def image_size(self) -> int | tuple[int, int]:

@@ -13,8 +13,8 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 import torch
 from accelerate import PartialState
-from diffusers.utils import numpy_to_pil
-from PIL import Image
+from diffusers.utils import make_image_grid, numpy_to_pil
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -54,8 +54,8 @@ def open_pipeline(
     if (folder / WaveletPipeline.config_name).is_file():
         pipeline = WaveletPipeline.from_pretrained(folder)
         stored = pipeline.scheduler.config.prediction_type
-        solver = scheduler or default_solver(stored)
-        pipeline.scheduler = build_solver(solver, stored, spacing=spacing, codec=pipeline.codec)
+        scheduler = scheduler or default_solver(stored)
+        pipeline.scheduler = build_solver(scheduler, stored, spacing=spacing, codec=pipeline.codec)
     else:
         solving: dict[str, Any] = {"solver": scheduler or "ddim", "spacing": spacing or "leading"}
         pipeline = WaveletPipeline.from_published(folder, level=None, prediction_type=prediction_type, **solving)
@@ -160,12 +160,10 @@ def write_summary(
     about |= {name: public(part.config) for name, part in pipeline.components.items()}
     about["versions"] = {name: version(name) for name in ("wddm", "torch", "diffusers")}
     Path(folder, "samples.json").write_text(json.dumps(about, indent=2) + "\n")
-    first = [Image.open(Path(folder, f"{number:05d}.png")) for number in range(min(count, GRID))]
-    columns, (width, height) = max(1, round(len(first) ** 0.5)), first[0].size
-    grid = Image.new("RGB", (columns * (width + 1) - 1, -(-len(first) // columns) * (height + 1) - 1), "white")
-    for k, image in enumerate(first):
-        grid.paste(image, (k % columns * (width + 1), k // columns * (height + 1)))
-    grid.save(Path(folder, "grid.png"))
+    opened = (Image.open(Path(folder, f"{number:05d}.png")) for number in range(min(count, GRID)))
+    first = [ImageOps.expand(image, (0, 0, 1, 1), "white") for image in opened]
+    first += [Image.new("L", first[0].size, "white")] * (-len(first) % (columns := round(len(first) ** 0.5)))
+    make_image_grid(first, len(first) // columns, columns).save(Path(folder, "grid.png"))
 
 
 def read_images(path: Path) -> np.ndarray:
