@@ -151,5 +151,5 @@ def claim_table(rows: Sequence[Row], level: int, wanted: float) -> list[Row]:
         for title, name in (("times as fast", "speedup"), ("FLOP ratios", "flop_ratio")):
             numbers = [one[name] for one in found]
             row[title] = f"{min(numbers):.3g} to {max(numbers):.3g}" if numbers else "not run"
-        table.append(row | {f"{wanted:g} reached": f"{sum(one['high'] >= wanted for one in found)} of {len(found)}"})
+        table.append(row | {f"{wanted:g}-fold reached": f"{sum(x['high'] >= wanted for x in found)} of {len(found)}"})
     return table

@@ -499,10 +499,11 @@ def test_target_and_depth_ranks_targets_at_every_level(compared) -> None:
     report = compared / "reports/target"
     rows = {(row["level"], row["target"]): row for row in saved(report, "targets")}
     assert set(rows) == {(0, "sample"), (1, "v_prediction"), (1, "epsilon")}
-    page = (report / "target_and_depth.html").read_text()
+    ranked = saved(report, "ranking")
     near, far = sorted(("v_prediction", "epsilon"), key=lambda target: rows[1, target]["fwd"])
-    assert f"fwd, level 1, widths 8–16: {near}, {rows[1, near]['fwd']:,.4g}; next {far}, " in page
-    assert "level 0, widths" not in page  # of one target there is nothing to say
+    assert [row["level"] for row in ranked] == [1, 1]  # of a level with one target there is nothing to say
+    last = [ranked[-1][key] for key in ("best", "next", "its distance", "next's distance")]
+    assert last == [near, far, *(pytest.approx(rows[1, target]["fwd"]) for target in (near, far))]
     assert {"fwd", "kid_efficientnet", "samples-level-1-8-16"} <= {
         path.stem for path in (report / "figures").glob("*.png")
     }

@@ -453,6 +453,15 @@ def test_curves_points_and_fronts_are_where_they_were_measured():
     np.testing.assert_allclose(seconds.lines[1].get_xydata(), CURVE[["seconds", "fwd"]])
 
 
+def test_bars_at_one_place_stand_side_by_side():
+    figure = plots.quality_curves({"": BOTH}, "fwd", "FWD", {"steps": "steps"}, by="spacing")
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    for leading, trailing in (axes.lines, axes.collections):
+        places = [artist.get_transform().transform((5, 0.4))[0] for artist in (leading, trailing)]
+        assert places[0] + 2 < places[1]
+
+
 def test_a_legend_of_long_names_stays_within_the_figure():
     names = [f"level 1, train_kimg 104, backbone unet, recipe modern, seed {k}" for k in range(5)]
     table = pd.concat([CURVE.assign(variant=name) for name in names])

@@ -66,13 +66,13 @@ def test_the_title_cell_says_what_this_run_took_and_how_it_is_run(root):
     (root / "runs/x").mkdir(parents=True)
     (root / "runs/x/record.json").write_text(json.dumps(data))
     prose = "# T\n\n**Inputs:** `{data}/a`, `{file}`\n**Run it:** `wddm run params/quickstart.yaml --only work`"
-    prose += "\n[w](tutorials/w.ipynb)"
+    prose += ", `wddm run params/full.yaml`\n[w](tutorials/w.ipynb)"
     notebook = nbformat.read(path := root / "reports/x/01_work.ipynb", as_version=4)
     notebook.cells[0].source = prose
     nbformat.write(notebook, path)
     notebook, parameters = report.read_page(root / "reports/x", "01_work")
     own = "**Inputs:** `data/d-1/a`\n**Run it:** `wddm run reports/x/params.yaml --only work`"
-    own += "\n[w](../../notebooks/tutorials/w.ipynb)"
+    own += ", `wddm run params/full.yaml`\n[w](../../notebooks/tutorials/w.ipynb)"
     assert notebook.cells[0].source == f"# T\n\n{own}" and [value for _, value in parameters] == [
         "x=1",
         HOSTILE,

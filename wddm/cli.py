@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +179,8 @@ def evaluate(
     samples = read_images(images)
     labels = read_json(images / "samples.json").get("labels")  # as wddm sample writes it
     device = device or PartialState().device
-    options = scores.Options(fwd_level, seed, device, inception_weights, workbook.progress, labels)
-    found = scores.evaluate(samples, real, options)
+    bar = partial(workbook.progress, desc="features", unit="batch")
+    found = scores.evaluate(samples, real, scores.Options(fwd_level, seed, device, inception_weights, bar, labels))
     rows = [score.row() for group in found.values() for score in group]
     print(format_table(rows, f"{images} against {real.folder}. {scores.fairness(len(samples), real)}")[1])
     if found["inception"][0].value is None:

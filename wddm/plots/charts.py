@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 from numpy.typing import ArrayLike
 
 from wddm.metrics.intervals import Estimate, band
@@ -72,7 +73,7 @@ def training_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
         if len(held_out := frame.reindex(columns=["validation_loss"]).dropna()):
             axs[0].plot(seen[held_out.index], held_out, ".-", color=ACCENT, linewidth=0.8, label="held-out")
             axs[0].legend()
-        axs[1].set(ylim=(0, None))
+        axs[1].set(xlim=(0, None), ylim=(0, None))
         axs[1].xaxis.set_major_locator(MaxNLocator(4, steps=style.ROUND))  # of all three, which share it
         axs[1].yaxis.set_major_locator(MaxNLocator(3, steps=style.ROUND))
         axs[1].yaxis.set_major_formatter("{x:g}")
@@ -205,8 +206,7 @@ def variants(table: Any, metric: str, quantity: str, floor: float | None = None)
     """A row per variant of a table of runs: a dot per seed with its interval, a line at the mean; dashed: the floor."""
     groups = dict(iter(table.dropna(subset=metric).groupby("variant", sort=False)))
     names = wrapped(groups)
-    height = 0.8 + 0.14 * sum(2 + name.count("\n") for name in names)
-    with panels(height, log="x", legend="upper right") as (figure, (axes,)):
+    with panels(0.8 + 0.14 * sum(2 + x.count("\n") for x in names), log="x", legend="upper right") as (figure, (axes,)):
         for row, seeds in enumerate(groups.values()):
             at, values = row + 0.12 * (np.arange(len(seeds)) - (len(seeds) - 1) / 2), seeds[metric]
             axes.plot(values, at, "o", color=GENERATED, alpha=0.7)
@@ -242,16 +242,16 @@ def quality_curves(
                 axes.axhspan(low, high, color="0.85", label=name)
                 axes.axhline(value, color="0.6", linewidth=0.8)
             for name, one in table.groupby(by, sort=False):
-                marker = style.MARKERS[names.index(name) % len(style.MARKERS)] if len(one) <= 20 else None
-                axes.plot(one[x], one[metric], label=name, color=colors[name], marker=marker)
-                ends = one[f"{metric}_low"], one[f"{metric}_high"]
-                axes.vlines(one[x], *ends, color=colors[name], alpha=0.35, linewidth=2.5)
+                k, color, ends = names.index(name), colors[name], (one[f"{metric}_low"], one[f"{metric}_high"])
+                marker = style.MARKERS[k % len(style.MARKERS)] if len(one) <= 20 else None
+                side = 0.03 * (k + 0.5 - len(names) / 2) * (table[x].nunique() <= 8)  # inches: bars hide each other
+                shift = axes.transData + ScaledTranslation(side, 0, figure.dpi_scale_trans)
+                axes.plot(one[x], one[metric], label=name, color=color, marker=marker)[0].set_transform(shift)
+                axes.vlines(one[x], *ends, color=color, alpha=0.35, linewidth=2.5).set_transform(shift)
             axes.set(title=title, xlabel=axis[x], xscale=xscale)
             style.logarithmic(axes, "x" * (xscale == "log"))
             if table[x].dtype.kind == "i":  # steps, levels: a tick at every one
                 axes.set_xticks(table[x].unique())
-                axes.xaxis.set_major_formatter("{x:g}")
-                axes.minorticks_off()
         axs[0].set(ylabel=wrapped([quantity])[0])
     return figure
 

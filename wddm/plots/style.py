@@ -66,8 +66,7 @@ def panels(
             columns = 1 + len(named) // 20 if beside else min(4, max(1, 100 // (7 + max(map(len, named)))))
             rows = sum(1 + name.count("\n") for name in names) / columns
             figure.set_figheight(max(height, 0.18 * rows) if beside else height + 0.17 * max(0, rows - 2))
-            place: Any = f"outside {legend}"
-            figure.legend(list(named.values()), names, loc=place, ncols=columns)
+            figure.legend(list(named.values()), names, loc=f"outside {legend}", ncols=columns)  # type: ignore[call-overload]
         for axes in figure.axes:  # ticks are made lazily, from rcParams at that moment: make them now
             axes.tick_params(which="both", labelsize=STYLE["xtick.labelsize"])
 

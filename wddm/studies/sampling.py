@@ -177,10 +177,10 @@ def fewest_steps(table: pd.DataFrame, reference: Row | pd.Series, metric: str) -
 
 def columns(table: pd.DataFrame, metric: str, name: str) -> pd.DataFrame:
     """The columns that a report shows; with the steps of the detail bands, if any has its own."""
-    own = ["detail_steps"] if table.detail_steps.notna().any() else []
-    found = table[["solver", "steps", *own]]
-    found = found.assign(network=table.evaluations, **{"ms per image": 1000 * table.seconds_per_image})
-    return found.assign(**{name: table[metric], "low": table[f"{metric}_low"], "high": table[f"{metric}_high"]})
+    own = {"detail steps": table.detail_steps.fillna(table.steps)} if table.detail_steps.notna().any() else {}
+    shown = own | {"network": table.evaluations, "ms per image": 1000 * table.seconds_per_image, name: table[metric]}
+    found = table[["solver", "steps"]].assign(**shown, low=table[f"{metric}_low"], high=table[f"{metric}_high"])
+    return found.reset_index(drop=True)
 
 
 def by_band(coefficients: Tensor, bands: int) -> np.ndarray:

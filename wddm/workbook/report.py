@@ -74,7 +74,7 @@ def read_page(folder: Path, name: str) -> tuple[Any, list[tuple[Parameter, Any]]
     for cell in notebook.cells[:1]:
         cell.source = fill(cell.source, known).replace("](tutorials/", "](../../notebooks/tutorials/")
         if (folder / "params.yaml").exists():
-            cell.source = re.sub(r"(?<=wddm run )params/[\w/-]+", f"reports/{folder.name}/params", cell.source)
+            cell.source = re.sub(r"(?<=wddm run )params/[\w/-]+", f"reports/{folder.name}/params", cell.source, count=1)
     return notebook, [(parameter, values[key]) for key, parameter in schema.items()]
 
 
