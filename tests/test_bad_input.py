@@ -104,6 +104,15 @@ TOGETHER = [  # parameters of the quickstart that cannot be together, and what t
     ("num_samples=1", "num_samples"),
     ("num_samples=15", "fwd_level=2 for images of 16x16x1, wanted num_samples of 16"),
     ("num_samples=255 fwd_level=0", "num_samples"),
+    (
+        "num_samples=767 resolution=256 dataset=celebahq",
+        "got fwd_level=4 for images of 256x256x3, wanted num_samples of 768",
+    ),
+    (
+        "resolution=64 dataset=cifar10 metric_kimg=1 metric_images=767 num_samples=768",
+        "train_fwd_level=2 for images of 64",
+    ),
+    ("resolution=250 dataset=celebahq level=0 widths=[8]", "fwd_level=2 for images of 250x250x3, wanted sides that 4"),
     ("num_samples=63 fwd_level=1", "raise num_samples, or choose a larger fwd_level"),
     ("fwd_level=5", "sides that 32 divides"),
     ("metric_kimg=1 train_fwd_level=5", "train_fwd_level"),

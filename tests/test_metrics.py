@@ -186,6 +186,22 @@ def test_fwd_refuses_too_few_images_and_other_ranges(photographs):
         frechet_wavelet_distance(frechet.moments(photographs, 2), photographs, level=3)
 
 
+LEVELS = {  # (H, W, C): the level that no one gave
+    (16, 16, 1): 2, (32, 32, 3): 2, (64, 64, 1): 2, (64, 64, 3): 2, (128, 128, 1): 3, (128, 128, 3): 3,
+    (256, 256, 1): 4, (256, 256, 3): 4, (512, 512, 3): 5, (1024, 1024, 3): 6, (64, 128, 3): 3, (96, 96, 3): 3,
+    (48, 80, 3): 2, (18, 18, 3): 1, (15, 15, 3): 0,
+    (100, 100, 3): 2, (255, 255, 3): 2, (4096, 4096, 3): 2,  # none fits these
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "level"), LEVELS.items(), ids=str)
+def test_level_without_being_told(shape, level):
+    assert frechet.packet_level(shape) == level
+    assert frechet.packet_level(shape, 7) == 7
+    if level > 2:  # no smaller one would do
+        assert np.prod(shape) / 4**level <= 768 < np.prod(shape) / 4 ** (level - 1)
+
+
 def test_floor_is_the_distance_of_some_to_all_others(photographs):
     floor = frechet.split_floor(photographs, 3, seed=1)
     assert floor.value == frechet.split_floor(photographs, 3, seed=1).value

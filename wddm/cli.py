@@ -150,14 +150,14 @@ def sample(
 @click.option("--images", required=True, type=PATH, help="Folder of PNGs, or a samples.npy.")
 @click.option("--reference", required=True, help="Name of a prepared set under data/, or its folder.")
 @click.option("--resolution", type=COUNT, help="Which one, where a set is prepared in several.")
-@click.option("--fwd-level", type=COUNT, default=2, help="Level of the packets of the Fréchet wavelet distance.")
+@click.option("--fwd-level", type=COUNT, help="Level of the packets of FWD; by default, by the images' size.")
 @click.option("--inception-weights", type=PATH, metavar="FILE", help="torch-fidelity's file.")
 @click.option("--output", type=PATH, default=Path("metrics.json"), help="Where the numbers go.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of resampling, for intervals and floors.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...; a GPU if there is one, else cpu.")
 def evaluate(
-    images: Path, reference: str, resolution: int | None, fwd_level: int, inception_weights: Path | None, output: Path,
-    seed: int, device: str | None,
+    images: Path, reference: str, resolution: int | None, fwd_level: int | None, inception_weights: Path | None,
+    output: Path, seed: int, device: str | None,
 ) -> None:  # fmt: skip
     """Score a folder of images against a prepared data set."""
     from accelerate import PartialState
@@ -176,8 +176,7 @@ def evaluate(
     with contextlib.suppress(ValueError):
         root = workbook.find_root()
     real = scores.find_reference(f"{reference}-{resolution}" if resolution else reference, root)
-    samples = read_images(images)
-    labels = read_json(images / "samples.json").get("labels")  # as wddm sample writes it
+    samples, labels = read_images(images), read_json(images / "samples.json").get("labels")  # as wddm sample writes it
     device = device or PartialState().device
     bar = partial(workbook.progress, desc="features", unit="batch")
     found = scores.evaluate(samples, real, scores.Options(fwd_level, seed, device, inception_weights, bar, labels))

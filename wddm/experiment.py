@@ -23,7 +23,7 @@ from diffusers import ModelMixin
 from wddm import data
 from wddm.backbones import BACKBONES, IMAGES, build_backbone
 from wddm.conditions import numbered
-from wddm.metrics import scores
+from wddm.metrics import frechet, scores
 from wddm.objective import build_solver, check_options, check_training, default_solver
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
@@ -36,23 +36,20 @@ from wddm.workbook.records import read_record
 
 Parameters = Mapping[str, Any]
 
-SIDE, LEVEL, STEPS, COUNT, KIMG, SHARE = (2, 4096), (0, 8), (1, 1000), (1, 10**7), (0, 10**7), (0, 1)
 BOUNDS: dict[str, tuple[float, float]] = {  # parameter of any notebook: (minimum, maximum), of every value of a list
-    "seed": (0, 2**31 - 1), "seeds": (0, 2**31 - 1), "resolution": SIDE, "width": SIDE,
-    "channels": (1, 1024), "limit": COUNT, "batch_size": COUNT, "accumulation": COUNT,
-    "level": LEVEL, "levels": LEVEL, "wavelet_level": LEVEL, "fwd_level": LEVEL, "train_fwd_level": LEVEL,
-    "widths": (8, 8192), "attention_levels": (0, 16), "layers_per_block": (1, 16), "attention_head_dim": (1, 4096),
-    "dropout": (0, 0.99), "label_dropout": SHARE, "reconstruction": (0, 1e6),
-    "train_kimg": (0.001, 10**7), "kimg": (0.001, 10**7), "hidden_channels": (8, 1024), "num_processes": (1, 1024),
-    "learning_rate": (1e-9, 10), "weight_decay": (0, 10), "warmup_kimg": KIMG, "ema_half_life_kimg": KIMG,
-    "averages_kimg": KIMG, "half_lives_kimg": (0.001, 10**7),
-    "checkpoint_kimg": KIMG, "validation_kimg": KIMG, "preview_kimg": KIMG, "metric_kimg": KIMG,
-    "validation_images": COUNT, "metric_images": COUNT, "num_samples": COUNT, "sampling_batch_size": COUNT,
-    "sampling_steps": STEPS, "detail_steps": STEPS, "steps": STEPS, "band_steps": STEPS, "reference_steps": STEPS,
-    "eta": SHARE, "etas": SHARE, "labels": (0, 10**6), "guidance": (0, 100), "guidance_details": (0, 100),
-    "weights": (0, 100), "sets": (1, 1000), "rounds": (5, 1000), "images_per_step": COUNT,
-    "comparison_seconds": (0, 10**6), "answers": (1, 64), "max_step_seconds": (0.001, 10**6),
-    "capacity_gib": (0.001, 10**6), "seconds": (0.1, 10**6), "workers": (1, 1024),
+    name: ends
+    for ends, names in {
+        (0, 2**31 - 1): "seed seeds", (2, 4096): "resolution width sides", (1, 1024): "channels num_processes workers",
+        (0, 8): "level levels wavelet_level fwd_level train_fwd_level", (0, 16): "attention_levels",
+        (8, 1024): "hidden_channels", (1, 16): "layers_per_block", (1, 4096): "attention_head_dim", (1, 64): "answers",
+        (0, 1): "label_dropout eta etas", (0, 0.99): "dropout", (0, 10**6): "reconstruction comparison_seconds labels",
+        (0, 10): "weight_decay", (1e-9, 10): "learning_rate", (0.001, 10**7): "train_kimg kimg half_lives_kimg",
+        (0, 10**7): "warmup_kimg ema_half_life_kimg averages_kimg checkpoint_kimg validation_kimg preview_kimg "
+        "metric_kimg", (0, 100): "guidance guidance_details weights", (0.1, 10**6): "seconds", (5, 1000): "rounds",
+        (1, 10**7): "limit batch_size accumulation validation_images metric_images num_samples sampling_batch_size "
+        "images_per_step counts", (0.001, 10**6): "max_step_seconds max_seconds capacity_gib",
+        (1, 1000): "sampling_steps detail_steps steps band_steps reference_steps sets", (8, 8192): "widths",
+    }.items() for name in names.split()
 }  # fmt: skip
 CHOICES: dict[str, Iterable[str]] = dict(
     schedule=SCHEDULES, precision=PRECISIONS, backbones=BACKBONES, datasets=IMAGES, train_metrics=scores.DISTANCES
@@ -136,7 +133,7 @@ def train(
 
 
 def distances_to(
-    prepared: data.Dataset, train_metrics: Sequence[str] = ("fwd",), train_fwd_level: int = 2, seed: int = 0
+    prepared: data.Dataset, train_metrics: Sequence[str] = ("fwd",), train_fwd_level: int | None = None, seed: int = 0
 ) -> Callable[[np.ndarray], dict[str, float]]:
     """What measures samples uint8 (N, H, W, C) while training goes on: these distances, with intervals and floors."""
     options = scores.Options(train_fwd_level, seed, "cuda" if torch.cuda.is_available() else "cpu")
@@ -187,9 +184,8 @@ def check_bounds(parameters: Parameters) -> None:
     """ValueError, a line for each, for the parameters that have a value outside `BOUNDS`."""
     problems = []
     for name, (low, high) in BOUNDS.items():
-        for value in _listed(parameters.get(name)):
-            if not isinstance(value, str) and not low <= value <= high:
-                problems.append(f"got {name}={str(value)[:20]}, wanted {low:g} to {high:g}: change {name}")
+        wrong = [v for v in _listed(parameters.get(name)) if not isinstance(v, str) and not low <= v <= high]
+        problems += [f"got {name}={str(value)[:20]}, wanted {low:g} to {high:g}: change {name}" for value in wrong]
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -227,8 +223,7 @@ def _check_images(experiment: Experiment, given: Parameters) -> None:
     if given.get("dataset_path") or (labels and name in ("digits", "patches", "emoji")):  # at hand
         opened = data.opened(*checked)
         count, channels = opened.count, data.channels_of(opened, np.arange(min(opened.count, 256)))
-        names = opened.class_names or []
-        if names and max(numbered(labels, names), default=0) >= len(names):
+        if (names := opened.class_names) and max(numbered(labels, names), default=0) >= len(names):
             raise ValueError(f"got labels={labels}, wanted 0 to {len(names) - 1}, the set's: change labels")
     count = min(count, given.get("limit") or count)
     shape = height, given.get("width") or height, given.get("channels") or channels
@@ -251,8 +246,8 @@ def _check_images(experiment: Experiment, given: Parameters) -> None:
 
 def _check_packets(level: str, samples: str, given: Parameters, shape: tuple[int, int, int], count: int) -> None:
     """ValueError if the Frechet wavelet distance at given[level] wants more samples, images or memory."""
-    (height, width, channels), factor, drawn = shape, 2 ** given[level], given[samples]
-    got = f"got {level}={given[level]} for images of {height}x{width}x{channels}"
+    (height, width, channels), depth, drawn = shape, frechet.packet_level(shape, given[level]), given[samples]
+    factor, got = 2**depth, f"got {level}={depth} for images of {height}x{width}x{channels}"
     if height % factor or width % factor:
         raise ValueError(f"{got}, wanted sides that {factor} divides: choose a smaller {level}")
     values = max(2, height * width * channels // factor**2)

@@ -26,8 +26,6 @@ from wddm.loading import fetched
 from wddm.objective import build_solver, default_solver
 from wddm.pipeline import WaveletPipeline, image_generators, visible
 
-GRID = 64  # images in the grid picture
-
 
 class Solving(TypedDict, total=False):
     """How the solver runs: arguments of a `WaveletPipeline`'s call, and of the functions that draw by it."""
@@ -160,7 +158,7 @@ def write_summary(
     about |= {name: public(part.config) for name, part in pipeline.components.items()}
     about["versions"] = {name: version(name) for name in ("wddm", "torch", "diffusers")}
     Path(folder, "samples.json").write_text(json.dumps(about, indent=2) + "\n")
-    opened = (Image.open(Path(folder, f"{number:05d}.png")) for number in range(min(count, GRID)))
+    opened = (Image.open(Path(folder, f"{number:05d}.png")) for number in range(min(count, 64)))
     first = [ImageOps.expand(image, (0, 0, 1, 1), "white") for image in opened]
     first += [Image.new("L", first[0].size, "white")] * (-len(first) % (columns := round(len(first) ** 0.5)))
     make_image_grid(first, len(first) // columns, columns).save(Path(folder, "grid.png"))

@@ -5,7 +5,7 @@ covariances alone are kept, in float64, on the `device`. `resamples` sets of gen
 bootstrap interval, with the real images held fixed; without them its ends are nan.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -82,7 +82,7 @@ def frechet_wavelet_distance(
     """Mean over the 4^level Haar packets of the Frechet distance of real and generated values.
 
     It is biased upwards, about as 1 / images: compare only numbers with equal counts, and see `split_floor`. Time grows
-    with d^3: images of 256 x 256 want level 5. ValueError for fewer than d images, whose covariance is singular.
+    with d^3, see `packet_level`. ValueError for fewer than d images, whose covariance is singular.
     """
     sides = (real, generated)
     one, other = (s if isinstance(s, UnitBatches | Moments) else UnitBatches(s, device=device) for s in sides)
@@ -97,9 +97,8 @@ def frechet_wavelet_distance(
     for part in (slice(start, start + step) for start in range(0, 4**level, step)):
         (m,), drawn = _moments(one, level, part), _moments(other, level, part, weights)
         found[:, part] = [frechet_distance(m.mean, m.covariance, n.mean, n.covariance) for n in drawn]
-    per_packet, redrawn = found[0], found[1:]  # of the images as they are, and of the resampled
-    mean = distance_estimate(float(per_packet.mean()), redrawn.mean(1))
-    return Frechet(mean, distance_estimate(per_packet, redrawn), int(one.count), count)
+    mean = distance_estimate(float(found[0].mean()), found[1:].mean(1))  # of the images as they are, and resampled
+    return Frechet(mean, distance_estimate(found[0], found[1:]), int(one.count), count)
 
 
 def split_floor(
@@ -120,6 +119,14 @@ def split(size: int, count: int | None = None, seed: int = 0) -> tuple[np.ndarra
         raise ValueError(f"got count={count} of {size} images, wanted 1 to {size // 2}: change count")
     shuffled = np.random.default_rng(seed).permutation(size)
     return np.sort(shuffled[:count]), np.sort(shuffled[count:])
+
+
+def packet_level(shape: Sequence[int], level: int | None = None) -> int:
+    """`level`, or if it is None the smallest from 2 on (1 or 0, where 4 does not divide both sides) at which images of
+    this shape (H, W, C) have packets of 768 values or fewer; 2 where there is none, for `check` to judge.
+    """
+    dividing = (n for n in (2, 3, 4, 5, 6, 1, 0) if not np.remainder(shape[:2], 2**n).any())
+    return next((n for n in dividing if np.prod(shape) <= 768 * 4**n), 2) if level is None else level
 
 
 def moments(images: Images, level: int = 3, *, device: Device = "cpu") -> Moments:

@@ -47,7 +47,7 @@ COPIES = {
 class Options:
     """What the metrics are told; each takes what it needs."""
 
-    level: int = 3  # of the FWD's wavelet packets
+    level: int | None = None  # of the FWD's wavelet packets; None: `frechet.packet_level`
     seed: int = 0  # of everything random
     device: diagnostics.Device = "cpu"  # where networks run and moments are added up
     inception_weights: str | Path | None = None  # torch-fidelity's file; None: where torch-fidelity downloads it to
@@ -106,7 +106,7 @@ def evaluate(samples: np.ndarray, reference: Dataset, options: Options = Options
         raise ValueError(f"{got}, wanted uint8 and one size and colour: give another reference, or convert the images")
     inception.find_weights(options.inception_weights)  # mistakes are told before anything is computed
     for images in (samples, reference.images):
-        frechet.check(diagnostics.UnitBatches(images), options.level)
+        frechet.check(diagnostics.UnitBatches(images), frechet.packet_level(images.shape[1:], options.level))
     return {name: metric(samples, reference, options) for name, metric in METRICS.items()}
 
 
@@ -149,8 +149,8 @@ def perceptual(samples: np.ndarray, reference: Dataset, options: Options) -> lis
 
 def wavelet(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
     """FWD; `detail` is the `frechet.Frechet` with all packets."""
-    level, images, stem = options.level, reference.images, f"fwd-level{options.level}"
-    measured: Any = {"resamples": RESAMPLES, "seed": options.seed, "device": options.device}
+    level, images = frechet.packet_level(samples.shape[1:], options.level), reference.images
+    stem, measured = f"fwd-level{level}", dict[str, Any](resamples=RESAMPLES, seed=options.seed, device=options.device)
     kept = _kept(reference, f"{stem}-moments", lambda: vars(frechet.moments(images, level, device=options.device)))
     found = frechet.frechet_wavelet_distance(frechet.Moments(**kept), samples, level, **measured)
 
