@@ -33,7 +33,7 @@ from wddm.wavelets import WaveletCodec
 
 Work = Callable[[np.ndarray, Path], Generator[object]]  # of images (N, S, S, 3): the second `next` is what costs
 KID = "KID, precision, recall of features"  # which have no side
-CPU = 1.15  # a slope up to this one counts as linear: times of CPU vary, and caches end
+LINEAR = 1.15  # a slope up to this one counts as linear: times of CPU vary, and caches end
 
 
 def seconds_of_cpu() -> float:
@@ -219,10 +219,10 @@ def conclusion(found: pd.DataFrame) -> str:
     """Which works take more than linear time, in images and in pixels."""
     said = []
     for over in ("images", "pixels"):
-        steep = found[found[f"seconds over {over}"] > CPU]
+        steep = found[found[f"seconds over {over}"] > LINEAR]
         names = ", ".join(f"{row.work} ({row[f'seconds over {over}']:.2f})" for _, row in steep.iterrows())
         said.append(f"in {over}: {names}" if names else f"in {over}: none")
-    return f"Steeper than linear (slope over {CPU}) {'; '.join(said)}."
+    return f"Steeper than linear (slope over {LINEAR}) {'; '.join(said)}."
 
 
 def unmeasured(table: pd.DataFrame) -> pd.DataFrame:
