@@ -1,4 +1,4 @@
-"""figures: speeds on wavelets and on pixels, drawn; rows of `against_pixels` in, a matplotlib `Figure` out."""
+"""figures: speeds on wavelets and on pixels, costs over size; rows of another module in, a matplotlib `Figure` out."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from benchmarks.scale import labels, slopes
 from wddm.plots.charts import quality_curves
 from wddm.plots.style import DASHED, MARKERS, REAL, palette, panels
 
@@ -53,3 +54,23 @@ def rates_by_level(rows: Rows) -> Figure:
         tables[work.capitalize()] = measured.dropna(subset=list(names.values()))
     axis = {"level": "wavelet level (0: pixels)"}
     return quality_curves(tables, "rate", "images/s", axis, by="preset", xscale="linear")
+
+
+def scaling(table: pd.DataFrame) -> Figure:
+    """Seconds of CPU over the number of images, and over their pixels, a line per work with both slopes in the legend.
+
+    `table` as `scale.study` makes it. Dashed: linear.
+    """
+    measured = table.dropna(subset="seconds").assign(seconds=lambda rows: rows.seconds.clip(lower=0.01))
+    names = labels(slopes(table))
+    with panels(4.2, "AB", "xy", "lower center", sharey=True) as (figure, axs):
+        for axes, over in zip(axs, ("images", "pixels"), strict=True):
+            part = measured[measured.over == over]
+            for (work, name), color, marker in zip(names.items(), palette(len(names)), MARKERS, strict=False):
+                points = part[part.work == work]
+                axes.plot(points[over], points.seconds, f"{marker}-", color=color, label=name)
+            start = part[over].min(), part.seconds.min()
+            axes.axline(start, (10 * start[0], 10 * start[1]), color=REAL, zorder=0, **DASHED)
+            axes.set(xlabel="images" if over == "images" else "pixels of an image")
+        axs[0].set(ylabel="seconds of CPU, one thread")
+    return figure

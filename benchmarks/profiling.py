@@ -145,7 +145,7 @@ def fitting_batch(flops: float, rate: float, batch_size: int, max_seconds: float
     return batch_size
 
 
-def measure_alone(make: Maker) -> Measurement:
+def measure_alone(make: Maker, clock: Callable[[], float] = time.perf_counter) -> Measurement:
     """The memory that something takes in a fresh process, which calls it twice; the time is of the second call.
 
     `make` is a `partial` of a module's generator function. The memory is that which CUDA's allocator counts, or where
@@ -155,20 +155,20 @@ def measure_alone(make: Maker) -> Measurement:
     context.set_forkserver_preload([getattr(make, "func", make).__module__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(_measure_here, make).result()
+            return pool.submit(_measure_here, make, clock).result()
         except BrokenProcessPool:
             return Measurement(reason="its process died: out of memory?")
 
 
-def _measure_here(make: Maker) -> Measurement:
+def _measure_here(make: Maker, clock: Callable[[], float] = time.perf_counter) -> Measurement:
     before, on_gpu = _anonymous_bytes(), torch.cuda.is_available()
     try:
         next(steps := make())
         synchronise()
-        began = time.perf_counter()
+        began = clock()
         next(steps)
         synchronise()
-        seconds = time.perf_counter() - began
+        seconds = clock() - began
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
             return Measurement(reason="out of memory")

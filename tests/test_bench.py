@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, wddm
 from torch.testing import assert_close
 
-from benchmarks import against_pixels, against_plain, figures, peers, plain, profiling, workloads
+from benchmarks import against_pixels, against_plain, figures, peers, plain, profiling, scale, workloads
 from benchmarks.matched import matched
 from benchmarks.profiling import Measurement, ready
 from wddm.backbones import BACKBONES, build_backbone
@@ -272,6 +272,74 @@ def test_benchmarks(root: Path) -> None:
     assert json.loads((report / "timings.json").read_text())["loop_ratio"] > 0.1
     page = (report / "benchmarks.html").read_text()
     assert "Traceback (most" not in page and "Warning:" not in page
+
+
+POWERS = {"FWD": (1, 1.5), "training": (0.5, 1), scale.KID: (2, None)}  # seconds by images, by pixels
+
+
+def made_up(work: str, count: int, side: int) -> Measurement:
+    """A cost that is a product of powers, and memory that does not grow."""
+    by_images, by_pixels = POWERS[work]
+    return Measurement(np.array([1e-3 * count**by_images * side ** (2 * (by_pixels or 0))]), 0.25)
+
+
+def test_slopes_are_the_powers_and_what_is_steep_is_named(monkeypatch) -> None:
+    monkeypatch.setattr(scale, "alone", made_up)
+    table = scale.study([16, 64, 4, 256], [4, 16, 8], side=2, count=8, max_seconds=1e9, works=tuple(POWERS))
+    found = scale.slopes(table).set_index("work")
+    for work, powers in POWERS.items():
+        got = found.loc[work, ["seconds over images", "seconds over pixels"]].astype(float)
+        np.testing.assert_allclose(got, [np.nan if power is None else power for power in powers], rtol=1e-6)
+    assert found["memory over images"].abs().max() < 1e-9 and found["GiB"].eq(0.25).all()
+    assert found.loc["FWD", "ms an image"] == pytest.approx(8) and (found["images"] == 256).all()
+    assert set(table[table.over == "pixels"].images) == {8, 1024}  # the FWD takes what a packet wants
+    said = scale.conclusion(found.reset_index())
+    assert f"in images: {scale.KID} (2.00); in pixels: FWD (1.50)." in said
+    legend = figures.scaling(table).legends[0].get_texts()
+    assert {text.get_text() for text in legend} >= {"training: 0.50, 1.00", "FWD: 1.00, 1.50"}
+    assert np.isnan(scale.slope([4], [1]))
+
+
+def test_what_a_smaller_point_predicts_over_the_budget_is_not_measured(monkeypatch) -> None:
+    """At 1 ms an image and value: 4 s of 4,000 images predict 16 s; and a process that died predicts nothing."""
+    asked = []
+
+    def measure(work: str, count: int, side: int) -> Measurement:
+        asked.append(count)
+        return Measurement(reason="died") if count == 2000 else Measurement(np.array([1e-3 * count]), 0.1)
+
+    monkeypatch.setattr(scale, "alone", measure)
+    rows = scale.series("training", [(1000, 8), (2000, 8), (4000, 8), (16000, 8), (64000, 8)], 10)
+    assert asked == [1000, 2000, 4000] and [row["seconds"] for row in rows] == [1, None, 4, None, None]
+    absent = scale.unmeasured(pd.DataFrame(rows))
+    assert absent.reason.tolist() == ["died", "would take 16 s", "would take 64 s"]
+
+
+@pytest.mark.parametrize("work", scale.WORKS)
+def test_every_work_gets_ready_and_is_done(work: str, tmp_path: Path) -> None:
+    if work == "EfficientNet's features":
+        pytest.importorskip("efficientnet_lite_pytorch")
+    done = scale.WORKS[work](scale.noise(tmp_path / "noise", 48, 16), tmp_path)
+    next(done)
+    result = next(done)
+    if work.startswith("preparation"):
+        images = scale.noise(tmp_path / "again", 48, 16)
+        assert sorted(map(bytes, result.images)) == sorted(map(bytes, images))
+
+
+@pytest.mark.slow
+def test_scale(root: Path) -> None:
+    shutil.copytree(ROOT / "benchmarks", root / "benchmarks", dirs_exist_ok=True)
+    report = report_of(
+        root, "scale", counts="[64, 128]", sides="[8, 16]", resolution=8, num_samples=32, max_seconds=0.05
+    )
+    points = pd.read_csv(report / "points.csv")
+    assert set(points.work) == set(scale.WORKS) and points.seconds.notna().groupby(points.work).any().all()
+    assert (points.seconds.notna() ^ points.reason.notna()).all() and points.reason.notna().any()
+    assert len(pd.read_csv(report / "slopes.csv")) == len(scale.WORKS)
+    page = (report / "scale.html").read_text()
+    assert "Steeper than linear" in page and "would take" in page and "Traceback (most" not in page
+    assert {p.stem for p in (report / "figures").glob("*.png")} == {"scaling"}
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

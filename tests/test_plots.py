@@ -94,6 +94,14 @@ FIGURES = {
             for kind, level in product(["unet", "ukan"], range(3))
         ]
     ),
+    "scaling": lambda: figures.scaling(
+        pd.DataFrame(
+            [
+                {"work": work, "over": over, "images": n, "pixels": n, "seconds": n / 50, "memory_gib": 0.1}
+                for work, over, n in product(["training", "sampling"], ["images", "pixels"], [64, 256, 1024])
+            ]
+        )
+    ),
     "channel_histograms": lambda: plots.channel_histograms(RGB),
 }
 NAMES = [f"level {k}, train_kimg 104, backbone unet, prediction_type v_prediction, widths [128, 256]" for k in range(4)]
@@ -104,6 +112,14 @@ WIDE = {
     "lines": lambda: plots.lines({name: ([1, 2], [3, 4]) for name in NAMES}, "x", "y"),
     "stacked": lambda: plots.stacked({name: plots.compose(RGB, 10) for name in NAMES}),
     "trajectory": lambda: plots.trajectory(RNG.normal(size=(3, 20, 3, 4)), NAMES[0].split(", ")[:4], TIMES, FIVE[:3]),
+    "scaling": lambda: figures.scaling(
+        pd.DataFrame(
+            [
+                {"work": work, "over": over, "images": n, "pixels": n, "seconds": n / 50, "memory_gib": 0.1}
+                for work, over, n in product(["training", "sampling"], ["images", "pixels"], [64, 256, 1024])
+            ]
+        )
+    ),
     "channel_histograms": lambda: plots.channel_histograms(FIVE),
     "one step": lambda: plots.training_curves(ROWS[:1]),
     "long training": lambda: plots.training_curves([row | {"images_seen": 10**6 * row["step"]} for row in ROWS]),
@@ -165,7 +181,7 @@ def test_import_has_no_effects():
 def test_every_figure_is_tested():
     offered = {name for module in (charts, style) for name in module.__all__}
     assert offered <= set(vars(plots))
-    assert offered | {"speedup_against_flops", "rates_by_level"} == {*FIGURES, "compose", "shown_channels"}
+    assert offered | {"speedup_against_flops", "rates_by_level", "scaling"} == {*FIGURES, "compose", "shown_channels"}
 
 
 @pytest.mark.parametrize("name", FIGURES)
