@@ -469,6 +469,17 @@ def test_curves_points_and_fronts_are_where_they_were_measured():
     np.testing.assert_allclose(seconds.lines[1].get_xydata(), CURVE[["seconds", "fwd"]])
 
 
+@pytest.mark.parametrize(("floor", "shown"), [(0.08, True), (0.001, False), (-0.1, False), (None, False)])
+def test_a_floor_far_below_all_else_does_not_stretch_the_axis(floor, shown):
+    curves = plots.quality_curves(
+        {"": CURVE.assign(name="ddim")}, "fwd", "FWD", {"steps": "steps"}, by="name", floor=floor
+    )
+    for figure in (curves, plots.variants(SEEDS.assign(fwd=CURVE.fwd.min()), "fwd", "distance", floor)):
+        assert (
+            "floor: real images" in [text.get_text() for one in figure.legends for text in one.get_texts()]
+        ) == shown
+
+
 def test_bars_at_one_place_stand_side_by_side():
     figure = plots.quality_curves({"": BOTH}, "fwd", "FWD", {"steps": "steps"}, by="spacing")
     figure.draw_without_rendering()

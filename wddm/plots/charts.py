@@ -213,7 +213,7 @@ def variants(table: Any, metric: str, quantity: str, floor: float | None = None)
             axes.plot([values.mean()] * 2, [row - 0.3, row + 0.3], color=GENERATED)
             low, high = (seeds.get(f"{metric}_{end}", values) for end in ("low", "high"))
             axes.hlines(at, low, high, color=GENERATED, linewidth=2, alpha=0.3)
-        if floor is not None and floor > 0:  # KID's may not be
+        if floor is not None and floor > max(0, table[metric].min() / 20):  # KID's is far off, or below 0
             axes.axvline(floor, **FLOOR)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
@@ -235,7 +235,7 @@ def quality_curves(
     drawn = [(title, table, x) for title, table in tables.items() for x in axis]
     with panels(3.4, "ABCDEFGH"[: len(drawn)], "y", "lower center", sharey=True) as (figure, axs):
         for axes, (title, table, x) in zip(axs, drawn, strict=True):
-            if floor is not None and floor > 0:
+            if floor is not None and floor > max(0, table[metric].min() / 20):
                 axes.axhline(floor, **FLOOR)
             if reference is not None:
                 name, (value, low, high) = reference
