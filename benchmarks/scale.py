@@ -216,18 +216,20 @@ def slopes(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def conclusion(found: pd.DataFrame) -> str:
-    """Which works take more than linear time, in images and in pixels."""
+    """Which works take more than linear time, in images and in pixels, and of which it is not known."""
     said = []
     for over in ("images", "pixels"):
         steep = found[found[f"seconds over {over}"] > LINEAR]
         names = ", ".join(f"{row.work} ({row[f'seconds over {over}']:.2f})" for _, row in steep.iterrows())
-        said.append(f"in {over}: {names}" if names else f"in {over}: none")
+        unknown = found[found[f"seconds over {over}"].isna() & ((over == "images") | (found.work != KID))]
+        names = names or "none"
+        said.append(f"in {over}: {names}" + f" (not known of {', '.join(unknown.work)})" * bool(len(unknown)))
     return f"Steeper than linear (slope over {LINEAR}) {'; '.join(said)}."
 
 
 def unmeasured(table: pd.DataFrame) -> pd.DataFrame:
     """The points that have no seconds, and why."""
-    return table[table.seconds.isna()][["work", "images", "side", "reason"]]
+    return table[table.seconds.isna()][["work", "images", "side", "reason"]].reset_index(drop=True)
 
 
 def labels(found: pd.DataFrame) -> Mapping[str, str]:
