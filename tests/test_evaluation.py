@@ -54,14 +54,14 @@ def evaluate(folder, *options) -> int:
 
 @pytest.mark.slow
 def test_large_images_are_compared_at_a_level_of_their_own(digits, monkeypatch) -> None:
-    """Of 256 x 256 pixels, by 256 values a packet at level 4: at level 2 it would take 4,096 images."""
+    """Of 256 x 256 pixels, by 64 values a packet at level 5: at level 2 it would take 4,096 images."""
     monkeypatch.setattr(scores, "RESAMPLES", 0)
-    images = np.random.default_rng(0).integers(0, 256, (260, 256, 256, 1), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (70, 256, 256, 1), np.uint8)
     large = replace(digits, images=images, labels=None)
-    with pytest.raises(ValueError, match="got 255 images for packets of 256 values"):
-        scores.evaluate(images[:255], large)
+    with pytest.raises(ValueError, match="got 63 images for packets of 64 values"):
+        scores.evaluate(images[:63], large)
     (score,) = scores.wavelet(np.minimum(images, 254), large, Options())
-    assert score.name == "FWD, level 4" and score.detail.per_packet.shape == (256,) and 0 < score.value < 1
+    assert score.name == "FWD, level 5" and score.detail.per_packet.shape == (1024,) and 0 < score.value < 1
 
 
 def test_what_depends_on_the_reference_is_kept_under_its_hash(digits, monkeypatch) -> None:

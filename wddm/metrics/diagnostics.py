@@ -4,7 +4,7 @@ Images are uint8 (N, H, W, C), a memory map for instance, float (N, C, H, W) in 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -96,22 +96,22 @@ class UnitBatches:
                 raise ValueError(f"got {batch.dtype} images from {ends}, wanted floats in [0, 1]: rescale them")
 
 
-def haar_packets(level: int) -> Callable[..., Tensor]:
-    """Function of float64 images (B, C, H, W) and a slice of their 4^L Haar packets, in the order of `WaveletCodec`,
-    that gives these (P, B, C H W / 4^L): by the codec's matrix for a cell, several times faster than level by level.
+def haar_packets(batch: Tensor, level: int, part: slice = slice(None)) -> Tensor:
+    """Some of the 4^L Haar packets (P, B, C H W / 4^L) of float64 images (B, C, H, W), in the order of `WaveletCodec`.
+
+    By the codec's matrix for a cell, several times faster than level by level; deeper than 3, for cells of cells.
     """
     if level > 6:
         raise ValueError(f"got level {level} of wavelet packets, wanted 6 or less: change it (fwd_level)")
     side, codec = 2**level, WaveletCodec("haar", level=level, scaling="none").double()
+    codec.check_size(*batch.shape[-2:])
+    if level > 3:  # the later split is the higher digit of a packet's number
+        maps = haar_packets(batch, 3).view(-1, batch.shape[1], *(n // 8 for n in batch.shape[-2:]))
+        return haar_packets(maps, level - 3).view(4**level, len(batch), -1)[part]
     matrix = codec.encode(torch.eye(4**level, dtype=torch.float64).view(-1, 1, side, side)).flatten(1).T
-
-    def packets(batch: Tensor, part: slice = slice(None)) -> Tensor:
-        codec.check_size(*batch.shape[-2:])
-        cells = batch.unflatten(-2, (-1, side)).unflatten(-1, (-1, side))  # (B, C, h, side, w, side)
-        cells = cells.permute(3, 5, 0, 1, 2, 4).reshape(4**level, -1)
-        return (matrix[part].to(batch.device) @ cells).view(-1, len(batch), batch[0].numel() // 4**level)
-
-    return packets
+    cells = batch.unflatten(-2, (-1, side)).unflatten(-1, (-1, side))  # (B, C, h, side, w, side)
+    cells = cells.permute(3, 5, 0, 1, 2, 4).reshape(4**level, -1)
+    return (matrix[part].to(batch.device) @ cells).view(-1, len(batch), batch[0].numel() // 4**level)
 
 
 def radial_power_spectrum(images: Images) -> Spectrum:
@@ -130,7 +130,7 @@ def radial_power_spectrum(images: Images) -> Spectrum:
 
 def band_statistics(images: Images, level: int = 3) -> BandStatistics:
     """Energy, spread and tails of the Haar packets; those of details in photographs are heavy-tailed."""
-    packets = map(haar_packets(level), UnitBatches(images))  # (4^L, B, d)
+    packets = (haar_packets(batch, level) for batch in UnitBatches(images))  # (4^L, B, d)
     per_image = torch.cat([torch.stack([(x**p).mean(2).T for p in (1, 2, 3, 4)], 1) for x in packets]).numpy()
     energy, mean = resampled(per_image[:, 1]), per_image[:, 0].mean(0)
     bands, std = WaveletCodec("haar", level=level).bands(), np.sqrt(energy.value - mean**2)

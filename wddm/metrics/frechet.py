@@ -122,11 +122,12 @@ def split(size: int, count: int | None = None, seed: int = 0) -> tuple[np.ndarra
 
 
 def packet_level(shape: Sequence[int], level: int | None = None) -> int:
-    """`level`, or if it is None the smallest from 2 on (1 or 0, where 4 does not divide both sides) at which images of
-    this shape (H, W, C) have packets of 768 values or fewer; 2 where there is none, for `check` to judge.
+    """`level`, or if it is None the smallest from 2 on that divides both sides of images (H, W, C) and leaves up to 192
+    values in a packet, as 32 x 32 in colour have; where there is none, the largest that divides them, at most 6.
     """
-    dividing = (n for n in (2, 3, 4, 5, 6, 1, 0) if not np.remainder(shape[:2], 2**n).any())
-    return next((n for n in dividing if np.prod(shape) <= 768 * 4**n), 2) if level is None else level
+    dividing = [n for n in range(7) if not np.remainder(shape[:2], 2**n).any()]
+    fitting = (n for n in dividing[2:] if np.prod(shape) <= 192 * 4**n)
+    return next(fitting, dividing[-1]) if level is None else level
 
 
 def moments(images: Images, level: int = 3, *, device: Device = "cpu") -> Moments:
@@ -155,7 +156,7 @@ def accumulated(batches: Iterable[Tensor], weights: np.ndarray) -> list[Moments]
 
 def check(images: UnitBatches, level: int) -> int:
     """How many values a packet has; refuses what are no such images, or fewer than that."""
-    values = haar_packets(level)(next(iter(replace(images, batch_size=1)))).shape[-1]
+    values = haar_packets(next(iter(replace(images, batch_size=1))), level).shape[-1]
     if images.count < (minimum := max(values, 2)):
         got = f"got {images.count} images for packets of {values} values, wanted {minimum} images or more"
         raise ValueError(f"{got}: give more (num_samples), or choose a deeper level (fwd_level)")
@@ -169,5 +170,5 @@ def _moments(
     if isinstance(side, Moments):
         return [Moments(side.count, side.mean[part], side.covariance[part])]
     check(side, level)
-    packets, weights = haar_packets(level), np.ones((1, side.count)) if weights is None else weights
-    return accumulated((packets(batch, part) for batch in side), weights)
+    weights = np.ones((1, side.count)) if weights is None else weights
+    return accumulated((haar_packets(batch, level, part) for batch in side), weights)
