@@ -87,8 +87,9 @@ def as_markdown(output: Any, folder: Path, name: str) -> str:
         return f"*{plain(caption)}*\n\n{table(cells[0], cells[1:], right)}" if caption else table(cells[0], cells[1:])
     if page.figcaption:
         return f"*{plain(page.get_text())}*"
-    if links := [plain(link.get_text()) for link in page.find_all("a")]:  # to files beside the page
-        return re.sub("|".join(map(re.escape, links)), lambda name: f"[{name[0]}]({name[0]})", plain(page.get_text()))
+    if links := [link.get_text() for link in page.find_all("a")]:  # to files beside the page
+        files = {plain(name): name for name in links}
+        return re.sub("|".join(map(re.escape, files)), lambda x: f"[{x[0]}]({files[x[0]]})", plain(page.get_text()))
     return f"```text\n{text}\n```"
 
 

@@ -38,4 +38,4 @@ def test_its_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     images, real = names["images"], names["real"]
-    assert isinstance(images, list) and (len(images), images[0].size, len(real)) == (64, (16, 16), 1797)
+    assert isinstance(images, list) and (len(images), images[0].size, len(real)) == (64, (16, 16), 179)
