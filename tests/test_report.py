@@ -158,7 +158,8 @@ def test_a_published_page_has_figures_tables_and_links_as_markdown(root, monkeyp
     assert text.startswith(f"# T\n\n{bar}\n\n`data/")
     assert "| `levels` | \\[1\\] |  |" in text and "| `name` | '\\`&lt;script&gt;" in text
     assert "![two points](figures/two-points.png)\n\n*Two \\*points\\*.*\n\n*Cap.*\n\n" in text
-    assert "| a\\_b | n |\n| --- | --: |\n| x\\|y | 1,200 |\n| z | – |\n\nAll of it: [rows\\_1.csv](rows_1.csv)\n" in text
+    assert "| a\\_b | n |\n| --- | --: |\n| x\\|y | 1,200 |\n| z | – |\n\n" in text
+    assert "All of it: [rows\\_1.csv](rows_1.csv)\n" in text
     assert "    in runs/x\n" in text and "```text\n7\n```" in text and "![01_work c 6](figures/01_work-c-6.png)" in text
     assert "secret" not in text
     assert all((folder / place).is_file() for place in re.findall(r"\]\((\w+[./][^)]*)\)", text))
