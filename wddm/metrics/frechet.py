@@ -16,7 +16,7 @@ from torch import Tensor
 from wddm.metrics.diagnostics import Device, Images, UnitBatches, haar_packets
 from wddm.metrics.intervals import Estimate, distance_estimate, resample_counts
 
-GROUP_BYTES = 2**29  # of covariances held at a time
+GROUP_BYTES = 2**30  # of covariances held at a time
 Array = np.ndarray | Tensor
 
 
