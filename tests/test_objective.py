@@ -281,7 +281,6 @@ def test_a_solver_is_an_entry_and_refuses_what_it_does_not_have(monkeypatch) -> 
         (lambda: build_solver("dimm"), "got solver='dimm', wanted one of ddpm, ddim"),
         (lambda: build_solver("ddim", spacing="even"), "got spacing='even', wanted one of leading"),
         (lambda: build_solver("ddim", "eps"), "got prediction_type='eps', wanted one of epsilon"),
-        (lambda: build_solver("pndm", "sample"), "got prediction_type='sample' for pndm"),
         (lambda: build_solver("ddim", FLOW), "got ddim for flow_prediction, wanted one of dpmsolver.., unipc, heun"),
         (lambda: build_solver("heun", FLOW, spacing="leading"), "got spacing='leading' for flow_prediction"),
         (lambda: objective.check_training(FLOW, "min_snr", "uniform"), "got weighting='min_snr' for flow_prediction"),

@@ -152,7 +152,6 @@ SETTINGS: dict[str, dict[str, Any]] = {  # of one solver each
     "ddpm": {"variance_type": "fixed_small"},
     "pndm": {"skip_prk_steps": True},  # the Runge-Kutta start diverges where the schedule leaves no signal
 }
-NOT_OF_SAMPLE = ("pndm", "euler_a")  # diffusers' classes do not know prediction_type="sample"
 SINGLE_STEP = ("ddpm", "ddim", "euler", "euler_a", "heun")  # they keep nothing from the steps before the last
 
 
@@ -176,8 +175,6 @@ def build_solver(
     """
     name = check_choice("solver", name, SOLVERS)
     kind = check_choice("prediction_type", prediction_type, TARGETS)
-    if kind == "sample" and name in NOT_OF_SAMPLE:
-        raise ValueError(f"got prediction_type='sample' for {name}, which does not know it: choose another solver")
     if not (class_name := SOLVERS[name][kind == FLOW]):
         able = ", ".join(name for name, (_, of_flow) in SOLVERS.items() if of_flow)
         raise ValueError(f"got {name} for {kind}, wanted one of {able}: choose one, or leave it out")
@@ -233,8 +230,8 @@ def check_options(name: str, *, eta: float | None = None, detail_steps: int | No
 
 
 def exact_step(solver: SchedulerMixin) -> Callable[..., Any]:
-    """`solver.step`, for the timesteps that are set, without three faults that diffusers' own has; and what solvers of
-    flows leave out, `pred_original_sample`.
+    """`solver.step`, for the timesteps that are set, without three faults that diffusers' own has; and what is left out:
+    `pred_original_sample` by solvers of flows, "sample" as what a network predicts by PNDM and euler_a.
 
     DDIM and PNDM step to t - 1000 // num_inference_steps, which is another timestep where the number of steps does not
     divide 1000: at 300 steps, spaced trailing, a Gaussian's standard deviation came out 18 % too large. So for each
@@ -251,8 +248,11 @@ def exact_step(solver: SchedulerMixin) -> Callable[..., Any]:
         return _heun_step(solver)
     if kind.startswith("FlowMatch"):
         return _flow_step(solver)
+    plain = solver.step
+    if kind in ("PNDMScheduler", "EulerAncestralDiscreteScheduler") and solver.config.prediction_type == "sample":
+        plain = _velocity_step(solver)
     if kind not in ("DDIMScheduler", "PNDMScheduler"):
-        return solver.step
+        return plain
     gaps: list[int] = []
     for t, after in pairwise([*solver.timesteps.tolist(), -1]):
         gaps.append(t - after or gaps[-1])  # PNDM visits its second timestep twice, to do the first step again
@@ -262,9 +262,24 @@ def exact_step(solver: SchedulerMixin) -> Callable[..., Any]:
         solver.num_inference_steps = Fraction(solver.config.num_train_timesteps, next(remaining))
         solver.alphas_cumprod = table.double() if options.get("eta") else table
         try:
-            return solver.step(*args, **options)
+            return plain(*args, **options)
         finally:
             solver.num_inference_steps, solver.alphas_cumprod = count, table
+
+    return step
+
+
+def _velocity_step(solver: SchedulerMixin) -> Callable[..., Any]:
+    """`solver.step`, told the velocity that goes with the network's estimate of z."""
+
+    def step(output: Tensor, t: Tensor, z: Tensor, **options: Any) -> Any:
+        signal, noise = factors(solver, t)
+        velocity = (signal * solver.scale_model_input(z, t) - output) / noise
+        solver.register_to_config(prediction_type="v_prediction")
+        try:
+            return solver.step(velocity, t, z, **options)
+        finally:
+            solver.register_to_config(prediction_type="sample")
 
     return step
 
