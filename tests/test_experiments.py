@@ -64,7 +64,7 @@ def test_a_recipe_holds_where_the_experiment_names_nothing(tmp_path) -> None:
     file.write_text("learning_rate: 0.5\nsweep: {recipe: [published, modern]}\n")
     published, modern = (experiment.parameters for experiment in load_experiments(file, ROOT, ["train_kimg=1"]))
     assert published["learning_rate"] == modern["learning_rate"] == 0.5 and published["train_kimg"] == 1
-    assert (published["prediction_type"], modern["prediction_type"]) == ("epsilon", "v_prediction")
+    assert (published["prediction_type"], modern["prediction_type"]) == ("epsilon", "sample")
     assert published["run"] == "x-recipe=published" and published["precision"] == "no"
     file.write_text("recipe: publishd\n")
     with pytest.raises(ValueError, match=r"recipe: there is no 'publishd', did you mean 'published'\?"):

@@ -205,7 +205,7 @@ def test_a_weighting_is_a_function_and_its_entry(monkeypatch) -> None:
 def test_defaults_are_those_of_the_recipe() -> None:
     images, codec, noise, t = batch()
     silent, scheduler = Answering(lambda z, t: torch.zeros_like(z)), noise_scheduler()
-    assert scheduler.config.prediction_type == build_solver("ddim").config.prediction_type == "v_prediction"
+    assert scheduler.config.prediction_type == build_solver("ddim").config.prediction_type == "sample"
     wanted = diffusion_loss(silent, codec, scheduler, images, noise, t, weighting="min_snr")
     assert torch.equal(diffusion_loss(silent, codec, scheduler, images, noise, t).total, wanted.total)
 

@@ -183,7 +183,7 @@ def test_pipeline_holds_the_average_and_samples(tmp_path) -> None:
     shadows = dict(zip((n for n, _ in trainer.model.named_parameters()), trainer.ema.shadow_params, strict=True))
     for name, parameter in pipeline.backbone.named_parameters():
         assert torch.equal(parameter, shadows[name])
-    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert pipeline.scheduler.config.prediction_type == "sample"
     assert_close(pipeline.scheduler.config.clip_sample_range, trainer.codec.clip_value.item())
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline(1, num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 1)

@@ -12,6 +12,7 @@ To add a weighting, write a function and enter it in `WEIGHTINGS`; to add a solv
 import inspect
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -46,7 +47,7 @@ class Loss(NamedTuple):
     reconstruction: Tensor
 
 
-def noise_scheduler(prediction_type: str = "v_prediction") -> SchedulerMixin:
+def noise_scheduler(prediction_type: str = "sample") -> SchedulerMixin:
     """The forward process: 1000 steps of the squared-cosine schedule (Nichol & Dhariwal 2021), or those of a flow."""
     kind = check_choice("prediction_type", prediction_type, TARGETS)
     return build_solver("euler", FLOW) if kind == FLOW else DDPMScheduler(**NOISE, prediction_type=kind)
@@ -148,10 +149,6 @@ SOLVERS = {  # name: class of diffusers, and the one for flow_prediction if ther
     "euler_a": ("EulerAncestralDiscreteScheduler", ""),
     "deis": ("DEISMultistepScheduler", "DEISMultistepScheduler"), "lms": ("LMSDiscreteScheduler", ""),
 }  # fmt: skip
-SETTINGS: dict[str, dict[str, Any]] = {  # of one solver each
-    "ddpm": {"variance_type": "fixed_small"},
-    "pndm": {"skip_prk_steps": True},  # the Runge-Kutta start diverges where the schedule leaves no signal
-}
 SINGLE_STEP = ("ddpm", "ddim", "euler", "euler_a", "heun")  # they keep nothing from the steps before the last
 
 
@@ -166,7 +163,7 @@ def default_eta(solver: str) -> float:
 
 
 def build_solver(
-    name: str, prediction_type: str = "v_prediction", *, spacing: str | None = None, codec: WaveletCodec | None = None
+    name: str, prediction_type: str = "sample", *, spacing: str | None = None, codec: WaveletCodec | None = None
 ) -> SchedulerMixin:
     """A solver by name, on our noise schedule; ValueError for an option that it does not have.
 
@@ -185,13 +182,11 @@ def build_solver(
     elif spacing != "trailing":
         subject = kind if kind == FLOW else name
         raise ValueError(f"got spacing={spacing!r} for {subject}, which spaces its steps itself: leave spacing out")
-    options = {"num_train_timesteps": TIMESTEPS, "prediction_type": kind}
-    if kind == FLOW:
-        options["use_flow_sigmas"] = True
-    else:
+    options = {"num_train_timesteps": TIMESTEPS, "prediction_type": kind, "use_flow_sigmas": kind == FLOW}
+    if kind != FLOW:
         clip = codec.clip_value.item() if codec else 1.0
         options |= NOISE | {"timestep_spacing": spacing, "clip_sample": True, "clip_sample_range": clip}
-        options |= SETTINGS.get(name, {})
+        options["skip_prk_steps"] = True  # pndm's Runge-Kutta start diverges where the schedule leaves no signal
     return of_target(solver(**{key: value for key, value in options.items() if key in known}))
 
 
@@ -230,8 +225,8 @@ def check_options(name: str, *, eta: float | None = None, detail_steps: int | No
 
 
 def exact_step(solver: SchedulerMixin) -> Callable[..., Any]:
-    """`solver.step`, for the timesteps that are set, without three faults that diffusers' own has; and what is left out:
-    `pred_original_sample` by solvers of flows, "sample" as what a network predicts by PNDM and euler_a.
+    """`solver.step`, for the timesteps that are set, without three faults that diffusers' own has; and what it lacks:
+    `pred_original_sample` in solvers of flows, "sample" as what a network predicts in PNDM and euler_a.
 
     DDIM and PNDM step to t - 1000 // num_inference_steps, which is another timestep where the number of steps does not
     divide 1000: at 300 steps, spaced trailing, a Gaussian's standard deviation came out 18 % too large. So for each
@@ -241,16 +236,15 @@ def exact_step(solver: SchedulerMixin) -> Callable[..., Any]:
     Heun's correction multiplies the change of the clean estimate by half of the ratio of the two noise levels: by 1,000
     and more in a first step from pure noise. Where the ratio is over 30, Euler's step is taken.
     """
-    kind = type(solver).__name__
+    kind, plain = type(solver).__name__, solver.step
     if kind == "EulerAncestralDiscreteScheduler" and solver.sigmas[0] > 1000 * solver.sigmas[1]:
         solver.sigmas = solver.sigmas.double()
     if kind == "HeunDiscreteScheduler":
-        return _heun_step(solver)
+        return partial(_heun_step, solver)
     if kind.startswith("FlowMatch"):
-        return _flow_step(solver)
-    plain = solver.step
+        return partial(_flow_step, solver)
     if kind in ("PNDMScheduler", "EulerAncestralDiscreteScheduler") and solver.config.prediction_type == "sample":
-        plain = _velocity_step(solver)
+        plain = partial(_velocity_step, solver)
     if kind not in ("DDIMScheduler", "PNDMScheduler"):
         return plain
     gaps: list[int] = []
@@ -269,36 +263,26 @@ def exact_step(solver: SchedulerMixin) -> Callable[..., Any]:
     return step
 
 
-def _velocity_step(solver: SchedulerMixin) -> Callable[..., Any]:
+def _velocity_step(solver: SchedulerMixin, output: Tensor, t: Tensor, z: Tensor, **options: Any) -> Any:
     """`solver.step`, told the velocity that goes with the network's estimate of z."""
-
-    def step(output: Tensor, t: Tensor, z: Tensor, **options: Any) -> Any:
-        signal, noise = factors(solver, t)
-        velocity = (signal * solver.scale_model_input(z, t) - output) / noise
-        solver.register_to_config(prediction_type="v_prediction")
-        try:
-            return solver.step(velocity, t, z, **options)
-        finally:
-            solver.register_to_config(prediction_type="sample")
-
-    return step
+    signal, noise = factors(solver, t)
+    velocity = (signal * solver.scale_model_input(z, t) - output) / noise
+    solver.register_to_config(prediction_type="v_prediction")
+    try:
+        return solver.step(velocity, t, z, **options)
+    finally:
+        solver.register_to_config(prediction_type="sample")
 
 
-def _flow_step(solver: SchedulerMixin) -> Callable[..., Any]:
-    def step(output: Tensor, t: Tensor, z: Tensor, **options: Any) -> Any:
-        done = solver.step(output, t, z, **options)
-        done.pred_original_sample = clean_estimate(solver, z, output, t)
-        return done
-
-    return step
+def _flow_step(solver: SchedulerMixin, output: Tensor, t: Tensor, z: Tensor, **options: Any) -> Any:
+    done = solver.step(output, t, z, **options)
+    done.pred_original_sample = clean_estimate(solver, z, output, t)
+    return done
 
 
-def _heun_step(solver: SchedulerMixin) -> Callable[..., Any]:
-    def step(output: Tensor, t: Tensor, z: Tensor, **options: Any) -> Any:
-        i, corrects = solver.step_index, not solver.state_in_first_order
-        done = solver.step(output, t, z, **options)
-        if corrects and solver.sigmas[i - 1] > 30 * solver.sigmas[i]:
-            done.prev_sample = z  # where Euler's step led
-        return done
-
-    return step
+def _heun_step(solver: SchedulerMixin, output: Tensor, t: Tensor, z: Tensor, **options: Any) -> Any:
+    i, corrects = solver.step_index, not solver.state_in_first_order
+    done = solver.step(output, t, z, **options)
+    if corrects and solver.sigmas[i - 1] > 30 * solver.sigmas[i]:
+        done.prev_sample = z  # where Euler's step led
+    return done

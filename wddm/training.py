@@ -61,7 +61,7 @@ class Trainer:
     batch_size: int = 96  # images per optimiser step, over all processes and micro-batches
     accumulation: int = 1  # micro-batches per optimiser step
     flip: bool = False  # mirror half of the images, at random
-    prediction_type: str = "v_prediction"  # this and the next three: see objective.py
+    prediction_type: str = "sample"  # this and the next three: see objective.py
     time_sampling: str = "uniform"
     weighting: str = "min_snr"
     reconstruction: float = 0.0
