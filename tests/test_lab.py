@@ -15,6 +15,22 @@ def git(folder: Path, words: str) -> str:
     return subprocess.run(["git", *words.split()], cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
+def config_folder() -> str:
+    """The folder of Jupyter's settings that `make lab` names."""
+    recipe = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return re.findall("JUPYTER_CONFIG_PATH=([^$ ]+)", recipe)[0]
+
+
+def test_jupyterlab_does_not_ask_about_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jupyterlab.commands import get_app_dir
+    from jupyterlab_server.settings_utils import get_settings
+
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", str(ROOT / config_folder()))
+    folder, name = Path(get_app_dir()), "@jupyterlab/apputils-extension:notification"
+    settings, _ = get_settings(str(folder / "settings"), str(folder / "schemas"), "", name)
+    assert settings["schema"]["properties"]["fetchNews"]["default"] == "false"
+
+
 @pytest.fixture
 def workbook(tmp_path: Path) -> Path:
     """A repository with a notebook of each kind."""
@@ -36,9 +52,7 @@ def test_what_a_run_leaves_in_a_notebook_does_not_show_in_git(workbook: Path, na
     from jupyter_server.services.contents.largefilemanager import LargeFileManager
     from traitlets.config.loader import PyFileConfigLoader
 
-    recipe = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    (folder,) = re.findall("JUPYTER_CONFIG_PATH=([^$ ]+)", recipe)
-    config = PyFileConfigLoader("jupyter_server_config.py", str(workbook / folder)).load_config()
+    config = PyFileConfigLoader("jupyter_server_config.py", str(workbook / config_folder())).load_config()
     contents = LargeFileManager(root_dir=str(workbook), config=config)
 
     model = contents.get(f"notebooks/{name}.ipynb")

@@ -1,6 +1,7 @@
 """What `make lab` adds to JupyterLab: running a notebook of the pipeline changes nothing for git, though it is saved.
 
 .gitattributes names those notebooks and a filter, which is set up here. What the user types into cells does count.
+Settings of JupyterLab itself are in labconfig/: it does not ask about news.
 """
 
 import subprocess
