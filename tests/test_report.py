@@ -462,6 +462,15 @@ def test_captions_are_as_wide_as_their_cell(root, tmp_path):
     assert cell == of_table == also == of_figure > 300 and number < 100
 
 
+def test_a_folded_value_is_printed(root, tmp_path):
+    notebook = nbformat.read(path := root / "reports/x/01_work.ipynb", as_version=4)
+    notebook.metadata["papermill"] = {"parameters": {"levels": list(range(99))}}
+    nbformat.write(notebook, path)
+    page = report.render(path.parent, path.stem)
+    page.write_text(page.read_text().replace("@media print", "@media all"))
+    assert browse(tmp_path, page, "page.document.querySelector('.parameters summary').clientHeight") > 0
+
+
 @pytest.mark.slow  # npm fetches axe-core
 def test_pages_and_index_are_accessible_in_light_and_dark(reports, tmp_path, monkeypatch):
     if not shutil.which("npm") or not shutil.which("chromium"):
