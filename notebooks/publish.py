@@ -59,14 +59,14 @@ def described(parameters: list[tuple[Any, Any]]) -> str:
     columns = ["parameter", "value", "default", "meaning"]
     rows: dict[bool, list[list[str]]] = {True: [], False: []}
     for one, value in parameters:
-        shown = [plain(repr(item)) for item in (value, one.default)]
+        shown = [folded(repr(item)) for item in (value, one.default)]
         rows[value != one.default].append([f"`{one.name}`", *shown, plain(one.help)])
     changed, same = (
         table(columns, rows[True]),
         table(["parameter", "value", "meaning"], [[a, b, d] for a, b, _, d in rows[False]]),
     )
-    folded = f"<details><summary>Parameters as the notebook has them</summary>\n\n{same}\n\n</details>"
-    return "\n\n".join([changed] * bool(rows[True]) + [folded] * bool(rows[False]))
+    unchanged = f"<details><summary>Parameters as the notebook has them</summary>\n\n{same}\n\n</details>"
+    return "\n\n".join([changed] * bool(rows[True]) + [unchanged] * bool(rows[False]))
 
 
 def as_markdown(output: Any, folder: Path, name: str) -> str:
@@ -100,8 +100,16 @@ def table(titles: list[str], rows: list[list[str]], right: list[bool] | None = N
 
 
 def plain(text: str) -> str:
-    """Any text as Markdown that shows just that, in one line."""
-    return re.sub(r"([\\`*_|\[\]$~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+    """Any text as Markdown that shows just that, in one line; spaces that do not break stay, those of intervals."""
+    line = re.sub(r"\s+", " ", text.strip(), flags=re.ASCII)
+    return re.sub(r"([\\`*_|\[\]$~])", r"\\\1", html.escape(line, quote=False))
+
+
+def folded(text: str) -> str:
+    """The same of a value, which is folded where it would fill a page."""
+    if len(text) <= 200:
+        return plain(text)
+    return f"<details><summary>{plain(text[:60])} …</summary>{plain(text)}</details>"
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from wddm import workbook
 from wddm.files import write_json
 from wddm.workbook import report
+from wddm.workbook.parameters import Parameter
 from wddm.workbook.report import WIDGET
 
 SCHEMA = 'run: str = "quickstart"\nname: str = "a"  # <b>help</b>\nlevels: list[int] = [1]\nfile: str | None = None\n'
@@ -79,8 +80,8 @@ def test_the_title_cell_says_what_this_run_took_and_how_it_is_run(root):
         [1],
         None,
     ]
-    assert report.fill("`{runs}/m`", {"runs": short}) == "`a/m`, `b/m`"
-    assert report.fill("`{runs}/m`", {"runs": short * 2}) == "`a/m`, `b/m`, `a/m`, …"
+    assert report.fill("`{runs}/m`", {"runs": short}) == "`*/m`"
+    assert report.fill("`{runs}/m`", {"runs": short[:1]}) == "`a/m`"
     assert report.fill("`a` or `{file}`, `{no}`", {"file": None}) == "`a`, `{no}`"
 
 
@@ -133,6 +134,16 @@ def test_any_text_is_shown_as_it_is_in_a_published_page(text):
     assert [soup.th.get_text(), soup.em.get_text()] == [text, text]
 
 
+def test_a_long_value_is_folded_in_a_published_page():
+    runs = Parameter("runs", "list[str]", ["*=*"], "names")
+    for count in (9, 99):
+        text = PUBLISH["described"]([(runs, value := [f"a_{k}" for k in range(count)])])
+        page = BeautifulSoup(markdown2html(text), "html.parser")
+        assert repr(value) in page.find_all("td")[1].get_text()
+        folded = [one.get_text() for one in page.select("td summary")]
+        assert folded == ([repr(value)[:60] + " …"] if count == 99 else [])
+
+
 def test_a_published_page_has_figures_tables_and_links_as_markdown(root, monkeypatch):
     folder, outputs = root / "reports/x", []
     monkeypatch.setattr(
@@ -142,7 +153,7 @@ def test_a_published_page_has_figures_tables_and_links_as_markdown(root, monkeyp
     )
     book = workbook.Run("x", root, root / "runs/x", folder, "")
     book.show(Figure(figsize=(1, 1)), "two-points", "Two *points*.")
-    book.table([{"a_b": "x|y", "n": 1200}, {"a_b": "z", "n": None}], "Cap.")
+    book.table([{"a_b": "x|y", "n": 1200}, {"a_b": "2 (1 to 3)", "n": None}], "Cap.")
     book.keep([{"a": 1}], "rows_1")
     pixels = {"image/png": outputs[0].data["image/png"], "text/plain": "<Figure>"}
     outputs += [new_output("stream", text=f"in {root}/runs/x"), new_output("execute_result", {"text/plain": "7"})]
@@ -158,7 +169,7 @@ def test_a_published_page_has_figures_tables_and_links_as_markdown(root, monkeyp
     assert text.startswith(f"# T\n\n{bar}\n\n`data/")
     assert "| `levels` | \\[1\\] |  |" in text and "| `name` | '\\`&lt;script&gt;" in text
     assert "![two points](figures/two-points.png)\n\n*Two \\*points\\*.*\n\n*Cap.*\n\n" in text
-    assert "| a\\_b | n |\n| --- | --: |\n| x\\|y | 1,200 |\n| z | – |\n\n" in text
+    assert "| a\\_b | n |\n| --- | --: |\n| x\\|y | 1,200 |\n| 2 (1\xa0to\xa03) | – |\n\n" in text
     assert "All of it: [rows\\_1.csv](rows_1.csv)\n" in text
     assert "    in runs/x\n" in text and "```text\n7\n```" in text and "![01_work c 6](figures/01_work-c-6.png)" in text
     assert "secret" not in text
@@ -313,6 +324,7 @@ def test_a_widget_leaves_its_picture_in_a_page_and_else_nothing():
         ("x", "x"),
         (True, "True"),
         (1.0, "1"),
+        (1358.2, "1,358"),
     ],
 )
 def test_numbers_are_readable(value, text):
@@ -448,6 +460,15 @@ def test_captions_are_as_wide_as_their_cell(root, tmp_path):
     wide = "[...page.document.querySelectorAll('.html, .html caption, figcaption, td')].map(one => one.clientWidth)"
     cell, of_table, number, also, of_figure = browse(tmp_path, report.render(folder, "01_work"), wide)
     assert cell == of_table == also == of_figure > 300 and number < 100
+
+
+def test_a_folded_value_is_printed(root, tmp_path):
+    notebook = nbformat.read(path := root / "reports/x/01_work.ipynb", as_version=4)
+    notebook.metadata["papermill"] = {"parameters": {"levels": list(range(99))}}
+    nbformat.write(notebook, path)
+    page = report.render(path.parent, path.stem)
+    page.write_text(page.read_text().replace("@media print", "@media all"))
+    assert browse(tmp_path, page, "page.document.querySelector('.parameters summary').clientHeight") > 0
 
 
 @pytest.mark.slow  # npm fetches axe-core

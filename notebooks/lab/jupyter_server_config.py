@@ -1,6 +1,7 @@
 """What `make lab` adds to JupyterLab: running a notebook of the pipeline changes nothing for git, though it is saved.
 
-.gitattributes names those notebooks and a filter, which is set up here. What the user types into cells does count.
+.gitattributes names those notebooks and filters, which are set up here; tutorials keep their outputs. What the user
+types into cells does count. Settings of JupyterLab itself are in labconfig/: it does not ask about news.
 """
 
 import subprocess
@@ -9,10 +10,11 @@ from pathlib import Path
 
 CLEAN = (
     ".venv/bin/jupyter nbconvert --stdin --stdout --to notebook --log-level ERROR"
-    " --ClearOutputPreprocessor.enabled=True --ClearMetadataPreprocessor.enabled=True"
-    " --ClearMetadataPreprocessor.preserve_cell_metadata_mask=tags"
+    " --ClearMetadataPreprocessor.enabled=True"
+    """ --ClearMetadataPreprocessor.preserve_cell_metadata_mask='["tags", "jupyter"]'"""
     """ --ClearMetadataPreprocessor.preserve_nb_metadata_mask='[("kernelspec",), ("language_info", "name")]'"""
 )
+FILTERS = {"notebook": f"{CLEAN} --ClearOutputPreprocessor.enabled=True", "tutorial": CLEAN}
 
 
 def git(*words: str, folder: Path) -> bool:
@@ -27,6 +29,7 @@ def settle(model: dict, os_path: str, contents_manager: object) -> None:
         git("add", "--update", "--", path.name, folder=path.parent)
 
 
-git("config", "filter.notebook.clean", CLEAN, folder=Path(__file__).parent)
+for name, command in FILTERS.items():
+    git("config", f"filter.{name}.clean", command, folder=Path(__file__).parent)
 warnings.filterwarnings("ignore", "Overriding existing post_save_hook")  # the server takes its configuration twice
 c.FileContentsManager.post_save_hook = settle  # type: ignore[name-defined]  # noqa: F821

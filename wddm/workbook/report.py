@@ -38,7 +38,7 @@ def format_number(value: Any) -> str:
     if value is None or math.isnan(value):
         return "–"
     whole = isinstance(value, Integral) or (math.isfinite(value) and abs(value) >= 10_000)
-    return f"{value:,.0f}" if whole else f"{value:.4g}"
+    return f"{value:,.0f}" if whole else f"{value:,.4g}"
 
 
 def format_seconds(seconds: float) -> str:
@@ -79,11 +79,11 @@ def read_page(folder: Path, name: str) -> tuple[Any, list[tuple[Parameter, Any]]
 
 
 def fill(prose: str, values: dict[str, Any]) -> str:
-    """Prose with the values in its code spans, `runs/{run}`: a span for each of a list's first items, none for None."""
+    """Prose with the values in its code spans, `runs/{run}`: a * for the items of a list, no span for None."""
 
     def spans(match: re.Match[str]) -> str:
-        texts = [re.sub(r"[`$<>\s]+", " ", text) for text in expand(match[2], values)]  # else they end the span
-        return match[1] + ", ".join(f"`{text}`" for text in texts[:3]) + ", …" * (len(texts) > 3) if texts else ""
+        texts = expand(match[2], {k: "*" if isinstance(v, list) and v[1:] else v for k, v in values.items()})
+        return match[1] + "`" + re.sub(r"[`$<>\s]+", " ", texts[0]) + "`" if texts else ""  # else they end the span
 
     return re.sub(r"(,\s| or |)`([^`\n]*{\w+}[^`\n]*)`", spans, prose)
 
