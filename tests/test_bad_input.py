@@ -153,8 +153,6 @@ TOGETHER = [  # parameters of the quickstart that cannot be together, and what t
     ("recipe=flow eta=1", "eta=1.0 for euler"),
     ("recipe=flow spacing=leading", "spacing"),
     ("time_sampling=even", "time_sampling"),
-    ("scheduler=pndm eta=0 prediction_type=sample", "pndm"),
-    ("scheduler=euler_a eta=0 prediction_type=sample", "euler_a"),
     ("scheduler=unipc eta=0 detail_steps=5", "detail_steps"),
     ("spacing=even", "spacing"),
     ("on_error=ignore", "on_error"),
