@@ -529,6 +529,17 @@ def test_a_failure_stops_the_run_and_takes_back_old_numbers(root, launched, caps
     assert main(["run", "params/x.yaml", "-p", "seed=3"]) == 0 and states(root) == ["ok", "ok"]
 
 
+def test_numbers_of_a_published_page_are_not_taken_for_those_of_a_run(root, launched):
+    metrics = root / "reports/x/metrics.json"
+    write_json(metrics, {"fwd_best": 0.1})
+    assert main(["run", "params/x.yaml", "--only", "01_prepare"]) == 0  # in JupyterLab nobody writes a status
+    assert json.loads(metrics.read_text()) == {"fwd_best": 0.1, "m01_prepare": 1}
+    (root / "reports/x/status.json").unlink()
+    (root / "reports/x/04_evaluate.md").touch()
+    assert main(["run", "params/x.yaml"]) == 0
+    assert json.loads(metrics.read_text()) == {"m01_prepare": 1, "m02_train": 1}
+
+
 def test_one_failing_run_does_not_stop_the_others(root, launched):
     write_notebook(root / "notebooks/01_prepare.ipynb", FIRST, "0")
     (root / "params/x.yaml").write_text("sweep: {level: [0, 1]}")

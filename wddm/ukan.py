@@ -161,8 +161,7 @@ class KANBottleneck(nn.Module):
         half = on_tokens(self.kan1, self.norm1, self.embed1(x), time)  # (B, 3c/2, h/2, w/2)
         quarter = on_tokens(self.kan2, self.norm2, self.embed2(half), time)  # (B, 2c, h/4, w/4)
         half = half + self.decode1(quarter, time, half.shape[-2:])
-        half = on_tokens(self.kan3, self.norm3, half, time)
-        return x + self.decode2(half, time, x.shape[-2:])
+        return x + self.decode2(on_tokens(self.kan3, self.norm3, half, time), time, x.shape[-2:])
 
 
 class PatchEmbedding(nn.Module):
