@@ -27,7 +27,7 @@ def haar(x: Tensor, level: int) -> Tensor:
 
 
 class BareLoop:
-    """Forward, loss, backward, gradients clipped to norm 1, AdamW, moving average, with v-prediction.
+    """Forward, loss, backward, gradients clipped to norm 1, AdamW, moving average; it predicts the clean image.
 
     Args:
         model: the denoiser, on its device.
@@ -52,7 +52,7 @@ class BareLoop:
         a = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         with self.autocast:
             output = self.model(a.sqrt() * z + (1 - a).sqrt() * noise, t).sample
-        loss = (output - (a.sqrt() * noise - (1 - a).sqrt() * z)).square().mean()
+        loss = (output - z).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
