@@ -135,7 +135,8 @@ def test_in_jupyterlab_curves_and_previews_are_shown_while_training_goes_on(root
     assert (
         min(number for number, kind, *_ in shown if kind == "display_data") == 2
     )  # what it will do, before it does it
-    assert [one[1] for one in shown if one[0] == cell].count("display_data") == 2  # a place for each
+    begun = [one[3] for one in shown if one[:2] == [cell, "display_data"]]
+    assert len(begun) == 3 and "application/vnd.jupyter.widget-view+json" in begun[0]  # the bar; a place for each
     places = {one[2]: sum(other[2] == one[2] for other in updates) for one in updates}
     assert len(places) == 2 and all(one[3][0] == "image/png" for one in updates)
     assert max(places.values()) > 1

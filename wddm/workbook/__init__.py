@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(pixels := _pixels(figure))
         forms = {"image/png": base64.b64encode(pixels).decode(), "text/plain": f"[{path.relative_to(self.root)}]"}
-        _display(forms | (alive or {}), {"image/png": {"width": _width(figure), "alt": caption}})
+        _display(forms | (alive or {}), {"image/png": {"width": round(120 * figure.get_figwidth()), "alt": caption}})
         _display({"text/html": f"<figcaption>{html.escape(caption)}</figcaption>", "text/plain": caption})
         if pyplot := sys.modules.get("matplotlib.pyplot"):
             pyplot.close(figure)
@@ -108,7 +109,7 @@ class Run:
 
         def redraw(change: Any = None) -> Any:
             figure = draw(**{key: control.value for key, control in controls.items()})
-            picture.value, picture.width = _pixels(figure), _width(figure)
+            picture.value, picture.width = _pixels(figure), round(120 * figure.get_figwidth())  # screen pixels
             return figure
 
         for control in controls.values():
@@ -169,11 +170,12 @@ def open_run(run: str, notebook: str = "", namespace: Mapping[str, Any] | None =
 
 
 def progress(iterable: Any = None, total: int | None = None, desc: str = "", unit: str = "it", initial: int = 0) -> Any:
-    """A text tqdm on sys.stdout, of a given size, because a kernel cannot measure it; reports leave its lines out."""
-    from tqdm import tqdm
-
-    look: dict[str, Any] = {"file": sys.stdout, "ascii": True, "mininterval": 0.5, "ncols": 88, "nrows": 20}
-    return tqdm(iterable, total=total, desc=desc, unit=unit, initial=initial, **look)
+    """A tqdm: in JupyterLab a widget, which stays above what is shown `live`; else text on sys.stdout, of a given size,
+    because a kernel cannot measure it, which reports leave out.
+    """
+    in_lab, text = "JPY_SESSION_NAME" in os.environ, dict[str, Any](file=sys.stdout, ascii=True, ncols=88, nrows=20)
+    kind, look = import_module("tqdm.notebook" if in_lab else "tqdm").tqdm, {} if in_lab else text
+    return kind(iterable, total=total, desc=desc, unit=unit, initial=initial, mininterval=0.5, **look)
 
 
 def live(*draws: Callable[[], Any], every: float = 2.0) -> Callable[..., None]:
@@ -182,11 +184,12 @@ def live(*draws: Callable[[], Any], every: float = 2.0) -> Callable[..., None]:
         return lambda *arguments: None
     from IPython.display import Image, display
 
-    handles, shown = [display(display_id=True) for _ in draws], 0.0
+    handles, shown = list[Any](), 0.0
 
     def update(*arguments: Any) -> None:
         nonlocal shown
         if time.monotonic() - shown > every:
+            handles.extend(display(display_id=True) for _ in draws[len(handles) :])
             for handle, draw in zip(handles, draws, strict=True):
                 if figure := draw():
                     handle.update(Image(_pixels(figure), width=720))
@@ -198,10 +201,6 @@ def live(*draws: Callable[[], Any], every: float = 2.0) -> Callable[..., None]:
 def _pixels(figure: Any) -> bytes:
     figure.savefig(pixels := io.BytesIO(), dpi=150, format="png")
     return pixels.getvalue()
-
-
-def _width(figure: Any) -> int:
-    return round(120 * figure.get_figwidth())  # screen pixels
 
 
 def _display(data: dict[str, Any], metadata: dict[str, Any] | None = None) -> None:
