@@ -136,7 +136,8 @@ def diffusion_loss(
     if reconstruction:
         decoded = codec.decode(clean_estimate(scheduler, noisy, output, t))
         distance = (factors(scheduler, t)[0] ** 2 * F.smooth_l1_loss(decoded, images, reduction="none")).mean()
-    return Loss(total + reconstruction * distance, squared_error.detach().mean((0, 2, 3)), distance.detach())
+        total = total + reconstruction * distance
+    return Loss(total, squared_error.detach().mean((0, 2, 3)), distance.detach())
 
 
 SOLVERS = {  # name: class of diffusers, and the one for flow_prediction if there is one
