@@ -344,6 +344,14 @@ def test_an_axis_with_negative_numbers_is_not_logarithmic():
     assert (axes.get_xscale(), FIGURES["variants"]().axes[0].get_xscale()) == ("linear", "log")
 
 
+@pytest.mark.parametrize(("highest", "scale"), [(9.0, "linear"), (900.0, "symlog")])
+def test_an_interval_that_ends_below_zero_is_drawn_whole(highest, scale):
+    table = pd.DataFrame({"steps": [5, 10], "kid": [highest, 2.0], "kid_high": [highest + 3, 5.0], "by": "x"})
+    tables = {"a": table.assign(kid_low=table.kid - 6), "b": table.assign(kid_low=1.0)}  # the panels share their axis
+    axes = plots.quality_curves(tables, "kid", "KID", {"steps": "steps"}, by="by").axes[0]
+    assert axes.get_yscale() == scale and axes.get_ylim()[0] < -4 and axes.get_ylim()[1] > highest + 3
+
+
 def range_labels(count):
     return [f"b{k}" for k in range(1, count + 1)]
 

@@ -284,6 +284,15 @@ def test_a_damaged_file_does_not_stop_the_index(root, name, content, said):
     assert '<span class="name">&lt;i&gt;bad</span>' in index and ("its files cannot be read" in index) is said
 
 
+def test_the_index_shows_kid_as_pages_do(root):
+    numbers = {"fwd": 0.0123, "kid_efficientnet": 0.4573, "kid_efficientnet_low": -0.002, "kid_efficientnet_high": 0.5}
+    write_json(root / "reports/x/metrics.json", numbers)
+    index = BeautifulSoup(report.write_index(root).read_text(), "html.parser")
+    assert [button.text for button in index.thead.find_all("button")][3:5] == ["kid efficientnet x 1000", "fwd"]
+    kid, fwd = index.find_all("td", "number")
+    assert kid.get_text(" ", strip=True) == "457.3 -2 to 500" and fwd.get_text(strip=True) == "0.0123"
+
+
 def test_rendering_is_imported_when_it_is_used():
     heavy = {"pandas", "numpy", "nbconvert", "nbformat", "jinja2", "pygments"}
     code = f"import sys, wddm.workbook; print({heavy} & set(sys.modules))"

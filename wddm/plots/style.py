@@ -105,16 +105,25 @@ def ticks(low: float, high: float) -> Locator:
 
 
 def logarithmic(axes: Axes, names: str) -> None:
-    """Make the axes named, "x", "y" or "xy", logarithmic where nothing is negative; a tick is 0.1, not 10^-1."""
+    """Make the axes named, "x", "y" or "xy", logarithmic; a tick is 0.1, not 10^-1.
+
+    Where something is negative, as ends of intervals are, an axis is linear: as far up as down, or to the end.
+    """
     for name in names:
-        if any(np.min(line.get_data(orig=False)["xy".index(name)], initial=1) < 0 for line in axes.lines):
+        axis, sharing = getattr(axes, f"{name}axis"), getattr(axes, f"get_shared_{name}_axes")().get_siblings(axes)
+        ends = [getattr(one.dataLim, f"interval{name}") for one in sharing]
+        lowest, highest = np.min(ends), np.max(ends)
+        if lowest >= 0:
+            axes.set(**{f"{name}scale": "log"})
+            low, high = axis.get_view_interval()
+            axis.set_major_locator(ticks(low, high))
+        elif (high := highest) > -30 * (low := lowest):
+            getattr(axes, f"set_{name}scale")("symlog", linthresh=-low)
+            axes.autoscale_view()
+        else:
             continue
-        axes.set(**{f"{name}scale": "log"})
-        axis = getattr(axes, f"{name}axis")
-        low, high = axis.get_view_interval()
-        axis.set_major_locator(ticks(low, high))
         axis.set_minor_formatter(NullFormatter())
-        if high < 1e4 * low:
+        if high < 1e4 * abs(low):
             axis.set_major_formatter("{x:g}")
 
 
