@@ -27,10 +27,8 @@ from wddm.wavelets import check_choice
 RESAMPLES = 20
 SEARCHED = 256  # samples whose nearest real images are looked for
 LARGEST = 10_000  # samples, and real images, that are compared by EfficientNet at most: every second, say, of more
-INCEPTION = {  # key of metrics.json -> name
-    "fid": "FID", "kid": "KID (x 1000)", "inception_score": "Inception score",
-    "precision": "precision", "recall": "recall",
-}  # fmt: skip
+INCEPTION = {"fid": "FID", "kid": "KID (x 1000)", "inception_score": "Inception score"}  # key of metrics.json -> name
+INCEPTION |= {"precision": "precision", "recall": "recall"}
 EFFICIENTNET = {
     "kid_efficientnet": "KID, EfficientNet-Lite0 on ImageNet, not Inception (x 1000)",
     "precision_efficientnet": "precision, EfficientNet-Lite0", "recall_efficientnet": "recall, EfficientNet-Lite0",

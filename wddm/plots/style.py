@@ -112,18 +112,16 @@ def logarithmic(axes: Axes, names: str) -> None:
     for name in names:
         axis, sharing = getattr(axes, f"{name}axis"), getattr(axes, f"get_shared_{name}_axes")().get_siblings(axes)
         ends = [getattr(one.dataLim, f"interval{name}") for one in sharing]
-        lowest, highest = np.min(ends), np.max(ends)
-        if lowest >= 0:
-            axes.set(**{f"{name}scale": "log"})
-            low, high = axis.get_view_interval()
-            axis.set_major_locator(ticks(low, high))
-        elif (high := highest) > -30 * (low := lowest):
-            getattr(axes, f"set_{name}scale")("symlog", linthresh=-low)
-            axes.autoscale_view()
-        else:
+        if (lowest := np.min(ends)) < 0 and np.max(ends) <= -30 * lowest:
             continue
+        linear = {"linthresh": -lowest} if lowest < 0 else {}
+        getattr(axes, f"set_{name}scale")("symlog" if linear else "log", **linear)
+        axes.autoscale_view()
+        low, high = np.abs(axis.get_view_interval())
+        if not linear:
+            axis.set_major_locator(ticks(low, high))
         axis.set_minor_formatter(NullFormatter())
-        if high < 1e4 * abs(low):
+        if high < 1e4 * low:
             axis.set_major_formatter("{x:g}")
 
 

@@ -86,10 +86,9 @@ def curve(logs: Sequence[Sequence[Mapping[str, Any]]], key: str, points: int = 4
 
 def learning(root: Path, table: pd.DataFrame, key: str) -> pd.DataFrame:
     """The `curve` of a logged quantity of every variant over its runs that have a log; of those that logged it."""
-    found = []
-    for variant, runs in table.groupby("variant", sort=False)["run"]:
-        if logs := [log for run in runs if (log := read_log(root / "runs" / run))]:
-            found.append(curve(logs, key).assign(variant=variant, legend=f"{variant} ({len(logs)})"))
+    runs = table.groupby("variant", sort=False)["run"]
+    logs = {name: [log for run in each if (log := read_log(root / "runs" / run))] for name, each in runs}
+    found = [curve(own, key).assign(variant=name, legend=f"{name} ({len(own)})") for name, own in logs.items() if own]
     return pd.concat(found) if found else pd.DataFrame({"variant": []})
 
 

@@ -53,10 +53,8 @@ def format_table(rows: list[dict[str, Any]], caption: str) -> tuple[str, str]:
     cells = [[format_number(row.get(column)) for column in columns] for row in rows]
     sides = ["right" if all(_is_number(row.get(column)) for row in rows) else "left" for column in columns]
     as_html = _template("table").render(caption=caption, titles=titles, cells=cells, sides=sides)
-    texts = []
-    for side, column in zip(sides, zip(titles, *cells, strict=True), strict=True):
-        width = max(map(len, column))
-        texts.append([text.rjust(width) if side == "right" else text.ljust(width) for text in column])
+    aligned = zip(sides, zip(titles, *cells, strict=True), strict=True)
+    texts = [[getattr(text, f"{side[0]}just")(max(map(len, column))) for text in column] for side, column in aligned]
     return as_html, "\n".join([caption, *("  ".join(line).rstrip() for line in zip(*texts, strict=True))])
 
 
@@ -94,11 +92,9 @@ def render(folder: Path, name: str) -> Path:
 
     notebook, parameters = read_page(folder, name)
     resources = {
-        "title": f"{name} · {folder.name}",
-        "page_header": _header(folder, name),
-        "parameters": parameters,
+        "title": f"{name} · {folder.name}", "page_header": _header(folder, name), "parameters": parameters,
         "code_css": lambda style: HtmlFormatter(style=style).get_style_defs(".highlight"),
-    }
+    }  # fmt: skip
     text = _exporter().from_notebook_node(notebook, resources)[0]
     write_text(page := folder / f"{name}.html", LESSON.sub(lambda link: _lesson(folder, *link.group(1, 2)), text))
     for other in folder.glob("*.ipynb"):
