@@ -201,8 +201,7 @@ def write_images(
     """Decode `count` images into the .npy file `to`; their labels, and where skipped ones are from, or a ValueError."""
     labels, skipped = [], []
     bar = tqdm(total=count, desc="decoding", unit="image", file=sys.stdout, disable=not progress)
-    decoding = decoded(chunks, shape, count // IMAGES_PER_PROCESS)
-    with to.open("wb") as file, bar, closing(decoding) as results:
+    with to.open("wb") as file, bar, closing(decoded(chunks, shape, count // IMAGES_PER_PROCESS)) as results:
         header = partial(np.lib.format.write_array_header_1_0, file)  # as long for any number of images
         header({"descr": "|u1", "fortran_order": False, "shape": (count, *shape)})
         for pixels, chunk_labels, failed in results:

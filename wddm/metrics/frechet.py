@@ -123,9 +123,9 @@ def split(size: int, count: int | None = None, seed: int = 0) -> tuple[np.ndarra
 
 def packet_level(shape: Sequence[int], level: int | None = None) -> int:
     """`level`, or if it is None the smallest from 2 on that divides both sides of images (H, W, C) and leaves up to 192
-    values in a packet, as 32 x 32 in colour have; where there is none, the largest that divides them, at most 6.
+    values in a packet, as 32 x 32 in colour have; where there is none, the largest that divides them, at most 8.
     """
-    dividing = [n for n in range(7) if not np.remainder(shape[:2], 2**n).any()]
+    dividing = [n for n in range(9) if not np.remainder(shape[:2], 2**n).any()]
     fitting = (n for n in dividing[2:] if np.prod(shape) <= 192 * 4**n)
     return next(fitting, dividing[-1]) if level is None else level
 
@@ -143,9 +143,9 @@ def accumulated(batches: Iterable[Tensor], weights: np.ndarray) -> list[Moments]
             origin, shape = x.mean(1, keepdim=True), (len(weights), len(x), x.shape[-1])
             sums, squares = x.new_zeros(shape), x.new_zeros(*shape, shape[-1])
         x, parts = x - origin, torch.as_tensor(weights[:, start : start + x.shape[1]]).to(x)
-        sums += torch.einsum("rn,pnd->rpd", parts, x)
+        sums += (parts @ x).transpose(0, 1)
         for each, part in zip(squares, parts, strict=True):
-            each.baddbmm_((x * part[:, None]).mT, x)  # in place, to save memory
+            each.baddbmm_((x if (part == 1).all() else x * part[:, None]).mT, x)  # in place, to save memory
         start += x.shape[1]
     found = []
     for count, first, second in zip(weights.sum(1).tolist(), sums, squares, strict=True):

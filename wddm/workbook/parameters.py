@@ -154,9 +154,7 @@ class Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
         if event.anchor or getattr(event, "tag", None):
-            _refuse(
-                "got an anchor (&), alias (*) or tag (!), wanted the value itself: write it out, or quote it", event
-            )
+            _refuse("got an anchor (&), alias (*) or tag (!), wanted the value: write it out, or quote it", event)
         node: Any = super().compose_node(parent, index)
         seen = set[str]()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
