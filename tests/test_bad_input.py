@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
 from wddm import data, experiment
 from wddm.cli import main
-from wddm.workbook import open_run
+from wddm.sampling import new_folder
+from wddm.workbook import load_experiments, open_run
 from wddm.workbook.parameters import read_schema
 
 NOTEBOOKS = [path for path in sorted(ROOT.glob("notebooks/**/*.ipynb")) if ".ipynb_checkpoints" not in path.parts]
@@ -78,6 +80,15 @@ def test_every_number_has_bounds_which_its_default_is_within(path: Path) -> None
     schema = read_schema(path)
     assert [name for name, one in schema.items() if numeric(one.type) and name not in experiment.BOUNDS] == []
     experiment.check_bounds({name: one.default for name, one in schema.items()})
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_list_that_is_empty_though_something_has_to_be_in_it(path: Path) -> None:
+    lists = {name: [] for name, one in read_schema(path).items() if "list" in one.type}
+    experiment.check_bounds({name: [] for name in lists if name in experiment.OPTIONAL})
+    for name in lists.keys() - {*experiment.OPTIONAL}:
+        with pytest.raises(ValueError, match=f"^got {name}=\\[\\], wanted some: change {name}$"):
+            experiment.check_bounds({name: []})
 
 
 @pytest.mark.parametrize("end", [0, 1], ids=["below", "above"])
@@ -168,7 +179,12 @@ TOGETHER = [  # parameters of the quickstart that cannot be together, and what t
     ("model_dir=runs/nowhere/pipeline", "model_dir"),
     ("inception_weights=nowhere.pth", "inception_weights"),
     ("model_dir=file", "model_dir=file, which is not there, wanted a folder"),
-    ("inception_weights=params", "inception_weights=params, which is not there, wanted a file"),
+    ("inception_weights=params", "got inception_weights='params' ("),
+    ("inception_weights=file", "got inception_weights='file' ("),
+    ("model_dir=params", "got model_dir=params, which holds no checkpoint, wanted a folder with one"),
+    ("model_dir=" + "x" * 5000, "model_dir=xxx"),
+    ("output_dir=" + "x" * 5000, "which cannot be written (File name too long)"),
+    ("train_metrics=[]", "got train_metrics=[], wanted some"),
     ("labels=[0]", "labels=[0], wanted class_conditional=True"),
     ("labels=[] class_conditional=true", "labels=[], wanted some"),
     ("labels=[10] class_conditional=true", "labels=[10], wanted 0 to 9"),
@@ -418,3 +434,17 @@ def test_a_finished_run_with_its_own_output_folder_may_run_again(root, refused) 
     words = ["run", "params/quickstart.yaml", "-p", "output_dir=pictures", "-p", "schedule=linear"]
     assert "output_dir" not in refused(*words, "-p", "run=mine", "--only", "sample")
     refused(*words, "-p", "run=z", "--only", "sample", lines=2)
+
+
+def test_files_in_the_home_folder_are_found(root, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(root)
+    shutil.copytree(ROOT / "notebooks/models/digits", tmp_path / "model")
+    torch.save(dict.fromkeys(["Conv2d_1a_3x3.conv.weight", "fc.bias"], torch.zeros(1)), tmp_path / "inception.pth")
+    given = ["model_dir=~/model", "inception_weights=~/inception.pth", "output_dir=~/new", "class_conditional=true"]
+    (one,) = load_experiments(root / "params/quickstart.yaml", root, given)
+    experiment.check(one)
+    assert new_folder("~/new") == tmp_path / "new"
+    (tmp_path / "new/0.png").touch()
+    with pytest.raises(ValueError, match=r"output_dir=.*/new, which is not empty"):
+        experiment.check(one)

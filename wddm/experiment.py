@@ -23,7 +23,7 @@ from diffusers import ModelMixin
 from wddm import data
 from wddm.backbones import BACKBONES, IMAGES, build_backbone
 from wddm.conditions import numbered
-from wddm.metrics import frechet, scores
+from wddm.metrics import frechet, inception, scores
 from wddm.objective import build_solver, check_options, check_training, default_solver
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
@@ -51,6 +51,7 @@ BOUNDS: dict[str, tuple[float, float]] = {  # parameter of any notebook: (minimu
         (1, 1000): "sampling_steps detail_steps steps band_steps reference_steps sets", (8, 8192): "widths",
     }.items() for name in names.split()
 }  # fmt: skip
+OPTIONAL = ("attention_levels", "half_lives_kimg", "spacing_solvers", "band_steps")  # lists that may be empty
 CHOICES: dict[str, Iterable[str]] = dict(
     schedule=SCHEDULES, precision=PRECISIONS, backbones=BACKBONES, datasets=IMAGES, train_metrics=scores.DISTANCES
 )
@@ -182,7 +183,7 @@ def check(experiment: Experiment) -> None:
 
 def check_bounds(parameters: Parameters) -> None:
     """ValueError, a line for each, for the parameters that have a value outside `BOUNDS`."""
-    problems = []
+    problems = [f"got {x}=[], wanted some: change {x}" for x in parameters if x not in OPTIONAL and parameters[x] == []]
     for name, (low, high) in BOUNDS.items():
         wrong = [v for v in _listed(parameters.get(name)) if not isinstance(v, str) and not low <= v <= high]
         problems += [f"got {name}={str(value)[:20]}, wanted {low:g} to {high:g}: change {name}" for value in wrong]
@@ -267,7 +268,6 @@ def _check_conditions(experiment: Experiment, given: Parameters) -> None:
         return
     labels, guidance = given["labels"], given["guidance"]
     for wrong, got, remedy in (
-        (labels == [], "labels=[]", "some, or None: change labels"),
         (labels and not given["class_conditional"], f"labels={labels}", "class_conditional=True: or leave labels out"),
         (guidance != 1 and labels is None, f"guidance={guidance} without labels", "both: give labels, or leave it out"),
         (given["detail_steps"] and not given["level"], "detail_steps at level 0", "detail bands: leave it out"),
@@ -277,19 +277,19 @@ def _check_conditions(experiment: Experiment, given: Parameters) -> None:
 
 
 def _check_folders(experiment: Experiment, given: Parameters) -> None:
-    """Files that are not there, but for those of a run that a YAML makes, and an `output_dir` that is not new."""
-    root = experiment.root
-    for name in ("model_dir", "model", "inception_weights"):
-        path, kind = root / str(given.get(name) or "."), "file" if name == "inception_weights" else "folder"
-        on_hub = name == "model_dir" and re.fullmatch(r"\w[\w.-]*/[\w.-]+", given.get(name) or "")
-        run = re.match(r"runs/([^/]+)/", str(given.get(name)))
-        made = run and (root / "params" / f"{run[1]}.yaml").exists()
-        if given.get(name) and not (on_hub or made or (path.is_file() if kind == "file" else path.is_dir())):
-            got = f"got {name}={given[name][:200]}, which is not there"
-            raise ValueError(f"{got}, wanted a {kind}, from {root}: give one that is")
-    output, before = given.get("output_dir"), read_record(root, experiment.run).get("samples", {}).get("parameters", {})
-    taken = output and ((root / output).is_file() or any((root / output).glob("*")))
-    if taken and output != before.get("output_dir"):
+    """A checkpoint that is not there, unless a YAML makes it; weights that are not Inception's; an old `output_dir`."""
+    model, output = (os.path.expanduser(given.get(name) or "") for name in ("model_dir", "output_dir"))
+    root, run = experiment.root, re.match("runs/([^/]+)/", model)
+    there, made = os.path.isdir(root / model), run and (root / "params" / f"{run[1]}.yaml").exists()
+    holds = any(map(os.path.isfile, (root / model / "model_index.json", root / model / "config.json")))
+    if model and not (made or holds or (not there and re.fullmatch(r"\w[\w.-]*/[\w.-]+", model))):  # one on the Hub
+        got = f"got model_dir={model[:200]}, which {'holds no checkpoint' if there else 'is not there'}"
+        raise ValueError(f"{got}, wanted a folder with one, from {root}: give another")
+    if given.get("inception_weights") is not None:
+        inception.find_weights(given["inception_weights"])
+    before = read_record(root, experiment.run).get("samples", {}).get("parameters", {}).get("output_dir")
+    full = os.path.isfile(root / output) or any((root / output).glob("*"))
+    if full and given.get("output_dir") not in (None, before):
         raise ValueError(f"got output_dir={output}, which is not empty, wanted a new folder: give another")
 
 

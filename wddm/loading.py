@@ -68,8 +68,7 @@ def is_path(name: str) -> bool:
 
 def fetched(path: str | Path, options: dict[str, Any]) -> Path:
     """The folder, or the local copy of a Hub repository; ValueError without either. The Hub's options are taken out."""
-    names = {"cache_dir", "revision", "token", "local_files_only"} & options.keys()
-    hub = {name: options.pop(name) for name in names}
+    hub = {name: options.pop(name) for name in {"cache_dir", "revision", "token", "local_files_only"} & options.keys()}
     if (folder := Path(path).expanduser()).is_dir():
         return folder
     if is_path(str(path)):

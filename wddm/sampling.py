@@ -78,7 +78,7 @@ def draw(
     """
     processes = PartialState()
     rank, world_size = processes.process_index, processes.num_processes
-    new_folder(folder)
+    folder = new_folder(folder)
     processes.wait_for_everyone()  # to have looked, before anybody writes
     starts = range(0, count, images_per_call(pipeline, batch_size))[rank::world_size]
     share = {"batch_size": batch_size, "seed": seed, "rank": rank, "world_size": world_size}
@@ -135,12 +135,14 @@ def check_device(name: str) -> None:
         torch.zeros(1, device=name).item()
 
 
-def new_folder(folder: str | Path) -> None:
-    """Make a folder; ValueError if it is there and not empty, or cannot be made."""
+def new_folder(name: str | Path) -> Path:
+    """A folder of this name, made; ValueError if it is there and not empty, or cannot be made."""
+    folder = Path(name).expanduser()
     with refusing(folder, "a new folder", "give another"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    if any(Path(folder).iterdir()):
+        folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
         raise ValueError(f"got {folder}, which is not empty, wanted a new folder: nothing is overwritten, give another")
+    return folder
 
 
 def write_images(folder: str | Path, images: np.ndarray, start: int = 0) -> None:

@@ -94,8 +94,7 @@ class UKANModel(ModelMixin, ConfigMixin):
         if self.bottleneck is not None:
             x = call(self.bottleneck, x, time)
         for block in self.up:
-            residual = isinstance(block, ResidualBlock)
-            x = call(block, torch.cat([x, skips.pop()], dim=1), time) if residual else block(x)
+            x = call(block, torch.cat([x, skips.pop()], dim=1), time) if isinstance(block, ResidualBlock) else block(x)
         x = self.conv_out(F.silu(self.norm_out(x)))
         return UNet2DOutput(sample=x) if return_dict else (x,)
 

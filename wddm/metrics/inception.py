@@ -26,13 +26,14 @@ def find_weights(path: str | Path | None = None) -> Path | None:
     if path is None:
         return found if (found := _source()[1]).is_file() else None
     got, wanted = f"got inception_weights={str(path)!r}", f"wanted torch-fidelity's: {remedy()}"
+    path = Path(path).expanduser()
     try:
         names = torch.load(path, weights_only=True, mmap=True).keys()  # torch-fidelity itself would unpickle anything
     except Exception as error:
         raise ValueError(f"{got} ({' '.join(str(error).split())[:100]}), {wanted}") from None
     if not {"Conv2d_1a_3x3.conv.weight", "fc.bias"} <= set(names):
         raise ValueError(f"{got} of another network, {wanted}")
-    return Path(path)
+    return path
 
 
 def remedy() -> str:

@@ -120,8 +120,7 @@ class Run:
     def table(self, rows: Any, caption: str) -> None:
         """Display a DataFrame, or a list of dicts, as a table with its caption."""
         if hasattr(rows, "to_dict"):
-            counted = type(rows.index).__name__ == "RangeIndex"
-            rows = (rows if counted else rows.reset_index()).to_dict("records")
+            rows = (rows if type(rows.index).__name__ == "RangeIndex" else rows.reset_index()).to_dict("records")
         as_html, as_text = format_table(list(rows), caption)
         _display({"text/html": as_html, "text/plain": as_text})
 

@@ -48,7 +48,7 @@ def run(
     except OSError as error:
         if error.errno is None or isinstance(error, ConnectionError | FileNotFoundError):
             raise
-        place = error.filename or experiments[0].root
+        place = str(error.filename or experiments[0].root)[:200]
         remedy = "make room, or make it writable, and run it again: what is finished stays"
         raise ValueError(f"got {place}, which cannot be written ({error.strerror or error}): {remedy}") from None
 
