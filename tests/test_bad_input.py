@@ -166,6 +166,7 @@ TOGETHER = [  # parameters of the quickstart that cannot be together, and what t
     ("time_sampling=even", "time_sampling"),
     ("scheduler=unipc eta=0 detail_steps=5", "detail_steps"),
     ("spacing=even", "spacing"),
+    ("scheduler=unipc spacing=leading eta=0 sampling_steps=1000", "got 1000 steps of UniPC"),
     ("on_error=ignore", "on_error"),
     ("dataset=digit", "did you mean 'digits'"),
     ("dataset=folder", "give dataset_path"),

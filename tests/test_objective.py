@@ -241,7 +241,7 @@ def test_a_solver_is_told_all_that_it_was_built_with(name: str) -> None:
 def drawn(name: str, spacing: str, steps: int, eta: float) -> torch.Tensor:
     """What a solver makes of noise with the exact denoiser of a Gaussian of standard deviation 0.3."""
     solver, generator = build_solver(name, "v_prediction", spacing=spacing), torch.Generator().manual_seed(1)
-    solver.set_timesteps(steps)
+    set_steps(solver, steps)
     z, step = torch.randn(1, 1, 32, 32, generator=generator) * solver.init_noise_sigma, exact_step(solver)
     known, table = inspect.signature(solver.step).parameters, solver.alphas_cumprod.numpy()
     options = {key: value for key, value in (("eta", eta), ("generator", generator)) if key in known}
@@ -259,6 +259,29 @@ def test_every_solver_in_few_steps_is_finite_and_far_from_saturated(name: str, s
         z = drawn(name, spacing, steps, eta)
         assert z.dtype == torch.float32 and z.isfinite().all(), (steps, eta)
         assert steps < 3 or z.std() < 0.5, (steps, eta)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_steps_are_as_many_as_were_asked_for_and_lead_to_the_same_images(name: str, spacing: str) -> None:
+    solver = build_solver(name, "v_prediction", spacing=spacing)
+    for steps in (*range(1, 130), 201, 497, 835, 998, 999):
+        set_steps(solver, steps)
+        times = solver.timesteps.unique()
+        assert len(times) == solver.num_inference_steps == steps and times.min() >= 0 and times.max() <= 999, steps
+    assert_close(drawn(name, spacing, 61, 0.0).std(), drawn(name, spacing, 62, 0.0).std(), atol=0.003, rtol=0)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_a_multistep_solver_has_no_two_steps_at_one_timestep(spacing: str) -> None:
+    for name in SOLVERS:
+        solver = build_solver(name, spacing=spacing)
+        if name in ("dpmsolver++", "unipc", "deis") and spacing != "trailing":
+            with pytest.raises(ValueError, match=f"got 1000 steps of .* spaced {spacing}, wanted no two on one"):
+                set_steps(solver, 1000)
+        else:
+            set_steps(solver, 1000)
+            assert len(solver.timesteps.unique()) == 1000
 
 
 def test_names_are_taken_in_any_case() -> None:

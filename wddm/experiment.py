@@ -24,7 +24,7 @@ from wddm import data
 from wddm.backbones import BACKBONES, IMAGES, build_backbone
 from wddm.conditions import numbered
 from wddm.metrics import frechet, inception, scores
-from wddm.objective import build_solver, check_options, check_training, default_solver
+from wddm.objective import build_solver, check_options, check_training, default_solver, set_steps
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
 from wddm.steps import PRECISIONS, SCHEDULES, averaged_weights, check_batch, held_out
@@ -210,7 +210,7 @@ def _check_options(experiment: Experiment, given: Parameters) -> None:
     if "scheduler" in given:
         predicts = given.get("prediction_type") or "epsilon"
         solver = given["scheduler"] or default_solver(predicts)
-        build_solver(solver, predicts, spacing=given.get("spacing"))
+        set_steps(build_solver(solver, predicts, spacing=given.get("spacing")), given["sampling_steps"])
         check_options(solver, **share(check_options, given))
 
 

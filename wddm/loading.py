@@ -32,32 +32,20 @@ ARGUMENTS = {  # of a published U-KAN's config: its name for an argument of `UKA
     "num_res_blocks": "layers_per_block", "dropout": "dropout", "sample_size": "sample_size",
 }  # fmt: skip
 NAMES = (  # tensors of a published U-KAN: what is replaced, by what, in this order
-    (r"^head\.", "conv_in."),
-    (r"^tail\.0\.", "norm_out."),
-    (r"^tail\.2\.", "conv_out."),
+    (r"^head\.", "conv_in."), (r"^tail\.0\.", "norm_out."), (r"^tail\.2\.", "conv_out."),
     (r"^time_embedding\.timembedding\.0\.weight", "time_embedding.table"),
     (r"^time_embedding\.timembedding\.1\.", "time_embedding.linear_1."),
     (r"^time_embedding\.timembedding\.3\.", "time_embedding.linear_2."),
-    (r"^(down|up)blocks\.", r"\1."),
-    (r"\.block([12])\.0\.", r".norm\1."),
-    (r"\.block([12])\.[23]\.", r".conv\1."),
-    (r"\.main\.", ".conv."),
-    (r"^(down|up)(.*)\.temb_proj\.1\.", r"\1\2.time_emb_proj."),
-    (r"\.shortcut\.", ".conv_shortcut."),
-    (r"\.temb_proj\.1\.", ".time."),
-    (r"^patch_embed3\.", "bottleneck.embed1."),
-    (r"^patch_embed4\.", "bottleneck.embed2."),
-    (r"^norm3\.", "bottleneck.norm1."),
-    (r"^norm4\.", "bottleneck.norm2."),
-    (r"^dnorm3\.", "bottleneck.norm3."),
-    (r"^kan_block([12])\.0\.", r"bottleneck.kan\1."),
-    (r"^kan_dblock1\.0\.", "bottleneck.kan3."),
+    (r"^(down|up)blocks\.", r"\1."), (r"\.block([12])\.0\.", r".norm\1."), (r"\.block([12])\.[23]\.", r".conv\1."),
+    (r"\.main\.", ".conv."), (r"^(down|up)(.*)\.temb_proj\.1\.", r"\1\2.time_emb_proj."),
+    (r"\.shortcut\.", ".conv_shortcut."), (r"\.temb_proj\.1\.", ".time."),
+    (r"^patch_embed3\.", "bottleneck.embed1."), (r"^patch_embed4\.", "bottleneck.embed2."),
+    (r"^norm3\.", "bottleneck.norm1."), (r"^norm4\.", "bottleneck.norm2."), (r"^dnorm3\.", "bottleneck.norm3."),
+    (r"^kan_block([12])\.0\.", r"bottleneck.kan\1."), (r"^kan_dblock1\.0\.", "bottleneck.kan3."),
     (r"^decoder([12])\.", r"bottleneck.decode\1."),
-    (r"\.kan\.fc1\.", ".spline."),
-    (r"(kan[123])\.norm2\.", r"\1.norm."),
-    (r"(decode[12])\.conv\.0\.", r"\1.norm."),
-    (r"(decode[12])\.conv\.2\.", r"\1.conv."),
-)
+    (r"\.kan\.fc1\.", ".spline."), (r"(kan[123])\.norm2\.", r"\1.norm."),
+    (r"(decode[12])\.conv\.0\.", r"\1.norm."), (r"(decode[12])\.conv\.2\.", r"\1.conv."),
+)  # fmt: skip
 
 
 def is_path(name: str) -> bool:

@@ -202,12 +202,21 @@ def of_target(solver: SchedulerMixin) -> SchedulerMixin:
 
 
 def set_steps(solver: SchedulerMixin, count: int, device: torch.device | str | None = None) -> None:
-    """`solver.set_timesteps`; for a flow: equal steps, of which diffusers' euler and heun make the last one 0.001 long,
-    at timesteps that are not cut to whole numbers, to the end, which its deis does not reach.
+    """`solver.set_timesteps`, without the step at t = -1 that rounding adds to trailing ones, to 61 for example.
+
+    For a flow: equal steps, of which diffusers' euler and heun make the last one 0.001 long, at timesteps that are not
+    cut to whole numbers, to the end, which its deis does not reach.
+    ValueError: a multistep solver would divide by the distance of two steps that fall on one timestep.
     """
     if (kind := type(solver).__name__).startswith("FlowMatch"):  # which lack two names that all others have
         solver.init_noise_sigma, solver.scale_model_input, solver.sigma_min = 1.0, lambda z, t: z, 1 / count
     solver.set_timesteps(count, device=device)
+    if solver.timesteps[-1] < 0:  # as 1000 / (1000 / 61) is more than 61
+        solver.set_timesteps(count * (1 - 1e-12), device=device)
+        solver.num_inference_steps = count
+    if "Multistep" in kind and len(solver.timesteps.unique()) < count:
+        got = f"got {count} steps of {kind} spaced {solver.config.timestep_spacing}"
+        raise ValueError(f"{got}, wanted no two on one timestep: take fewer, or trailing spacing")
     if solver.config.prediction_type == FLOW:
         solver.timesteps = (solver.sigmas[:-1] * TIMESTEPS).to(device)
         if kind.startswith("DEIS"):
