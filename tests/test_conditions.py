@@ -11,6 +11,7 @@ from test_pipeline import GaussianDenoiser, tiny_pipeline
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from wddm.conditions import numbered
 from wddm.objective import FLOW, SINGLE_STEP, SOLVERS, TARGETS, build_solver
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
@@ -218,6 +219,19 @@ def conditional_pipeline(names: list[str] | None = None) -> WaveletPipeline:
     pipeline = WaveletPipeline(backbone, build_solver("ddim"), WaveletCodec(scaling="dyadic"), names)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def test_labels_may_be_asked_for_by_name() -> None:
+    options = {"num_inference_steps": 2, "output_type": "pt"}
+    pipeline = conditional_pipeline(["1", "2", "cat"])
+    wanted = pipeline(2, labels=[1, 2], **options).images
+    for labels in (["2", "cat"], [1, "cat"], ("2", 2)):  # a text is a name, where there is one
+        assert torch.equal(pipeline(2, labels=labels, **options).images, wanted)
+    assert torch.equal(pipeline(labels="2", **options).images, pipeline(labels=1, **options).images)
+    assert torch.equal(pipeline(labels="0", **options).images, pipeline(labels=0, **options).images)
+    assert numbered([1, "1", "cat", "0"], ["1", "2", "cat"]) == [1, 0, 2, 0]
+    with pytest.raises(ValueError, match="got the label 'cta', wanted one of 1, 2, cat: did you mean 'cat'"):
+        pipeline(labels="cta", **options)
 
 
 def test_labels_reach_the_network() -> None:

@@ -533,6 +533,11 @@ def test_the_models_that_ship_are_small_and_draw_pictures_soon(folder: Path) -> 
         (lambda p: tiny_pipeline()(num_inference_steps=1001), "got 1001 steps"),
         (lambda p: tiny_pipeline()(detail_steps=-1), "detail_steps=-1, wanted 1 to 1000"),
         (lambda p: tiny_pipeline()(detail_steps=0), "detail_steps=0, wanted 1 to 1000"),
+        (lambda p: tiny_pipeline()(num_inference_steps=2.5), "got 2.5 steps, .*, wanted 1 to 1000"),
+        (lambda p: tiny_pipeline()(0), "got batch_size=0, wanted 1 or more"),
+        (lambda p: tiny_pipeline()(1.5), "got batch_size=1.5, wanted 1 or more"),
+        (lambda p: tiny_pipeline()(2, [torch.Generator()]), "got batch_size=2, .* one generator or as many"),
+        (lambda p: tiny_pipeline()(1, [torch.Generator()] * 2), "got batch_size=1, .* one generator or as many"),
         (lambda p: tiny_pipeline()(output_type="png"), "wanted one of pil, np, pt"),
         (
             lambda p: WaveletPipeline.from_published(p, level=1, image_size=64),

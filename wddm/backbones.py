@@ -122,8 +122,7 @@ def preset_sizes(backbone: str, dataset: str | None, level: int, side: float = 1
     if widths is None:
         known = ", ".join(sorted({name for name, _ in PRESETS}))
         remedy = f"give widths, e.g. [64, 128], or choose among {known} at the levels that have a {backbone}"
-        got = f"got no widths and no preset for dataset {dataset!r} at level {level}, wanted one of them"
-        raise ValueError(f"{got}: {remedy}")
+        raise ValueError(f"got no preset for dataset {dataset!r} at level {level}, wanted one, or widths: {remedy}")
     return {"block_out_channels": widths} | ({"attention_levels": PRESETS[key].attention} if backbone == "unet" else {})
 
 

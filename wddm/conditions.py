@@ -24,13 +24,13 @@ from wddm.wavelets import WaveletCodec
 
 Answer = Callable[[Tensor, Tensor], Tensor]  # the network's answer to z_t (B, 4^L C, h, w) at t
 Missing = Callable[[Tensor], Tensor]  # what coefficients lack to agree with what is known
-Labels = int | Sequence[int] | Tensor
+Labels = int | str | Sequence[int | str] | Tensor
 PUSH = 0.1  # step of the derivative, in parts of what is missing
 TURNS = 2  # of conjugate gradients, a call of the network each
 
 
 def numbered(labels: Sequence[int | str], names: Sequence[str] | None) -> list[int]:
-    """Class numbers of labels, which are numbers, also as texts, or `names` of classes; ValueError for other names."""
+    """Class numbers of labels: texts are `names` of classes or else numbers; ValueError for other names."""
     known = {name: number for number, name in enumerate(names or [])}
     for label in map(str, labels):
         if not label.isdecimal() and label not in known:
@@ -38,7 +38,7 @@ def numbered(labels: Sequence[int | str], names: Sequence[str] | None) -> list[i
             close = get_close_matches(label, known, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}?" if close else "change labels"
             raise ValueError(f"got the label {label[:100]!r}, wanted {wanted}: {hint}")
-    return [int(label) if label.isdecimal() else known[label] for label in map(str, labels)]
+    return [known[label] if isinstance(label, str) and label in known else int(label) for label in labels]
 
 
 def labelled(backbone: ModelMixin, count: int, labels: Labels | None, weights: Sequence[float]) -> Answer:

@@ -42,9 +42,8 @@ NAMES = (  # tensors of a published U-KAN: what is replaced, by what, in this or
     (r"^patch_embed3\.", "bottleneck.embed1."), (r"^patch_embed4\.", "bottleneck.embed2."),
     (r"^norm3\.", "bottleneck.norm1."), (r"^norm4\.", "bottleneck.norm2."), (r"^dnorm3\.", "bottleneck.norm3."),
     (r"^kan_block([12])\.0\.", r"bottleneck.kan\1."), (r"^kan_dblock1\.0\.", "bottleneck.kan3."),
-    (r"^decoder([12])\.", r"bottleneck.decode\1."),
-    (r"\.kan\.fc1\.", ".spline."), (r"(kan[123])\.norm2\.", r"\1.norm."),
-    (r"(decode[12])\.conv\.0\.", r"\1.norm."), (r"(decode[12])\.conv\.2\.", r"\1.conv."),
+    (r"^decoder([12])\.", r"bottleneck.decode\1."), (r"(decode[12])\.conv\.0\.", r"\1.norm."),
+    (r"(decode[12])\.conv\.2\.", r"\1.conv."), (r"\.kan\.fc1\.", ".spline."), (r"(kan[123])\.norm2\.", r"\1.norm."),
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 from wddm.backbones import load_backbone
 from wddm.bandrate import BandRates, Group
 from wddm.cards import card_of
-from wddm.conditions import Answer, Labels, Missing, correction, held, labelled
+from wddm.conditions import Answer, Labels, Missing, correction, held, labelled, numbered
 from wddm.loading import check_config, fetched, is_path, load_scheduler, load_strictly, read_config
 from wddm.objective import NOISE, SOLVERS, build_solver, check_options, exact_step, of_target, set_steps
 from wddm.wavelets import WaveletCodec, check_choice, check_multiple
@@ -76,7 +76,7 @@ class WaveletPipeline(DiffusionPipeline):
             latents: unit noise (B, 4^L C, h, w) to start from; the generators then only draw what the solver adds.
             callback_on_step_end: called `(pipeline, i, t, {"latents": ..., "denoised": ...})` after each step, where
                 "denoised" estimates the clean coefficients, or is None; sampling goes on with the "latents" it returns.
-            labels: one for all or one per image, for a network that was trained with them; None asks for nothing.
+            labels: one for all or one per image, by number or name, if it was trained with them; None: any image.
             guidance, guidance_details: above 1 the label counts more, in all bands or in the details.
             low_resolution: (B or 1, C, H/2^k, W/2^k) in [0, 1], k <= L, the means that the images are to have.
             known, mask: images (B or 1, C, H, W) in [0, 1], kept where the bool mask (B or 1, 1, H, W) is True.
@@ -85,6 +85,8 @@ class WaveletPipeline(DiffusionPipeline):
         """
         check_choice("output_type", output_type, ("pil", "np", "pt"))
         self._check_solver(num_inference_steps, eta, detail_steps, guidance_details)
+        if batch_size not in range(1, 2**31) or (isinstance(generator, list) and len(generator) != batch_size):
+            raise ValueError(f"got batch_size={batch_size!r}, wanted 1 or more, one generator or as many: change it")
         weights, conditions = (guidance, guidance_details), (low_resolution, known, mask)
         network, missing = self._network(batch_size, labels, weights, conditions)
         generator = image_generators(range(seed, seed + batch_size)) if generator is None else generator
@@ -116,6 +118,9 @@ class WaveletPipeline(DiffusionPipeline):
         level, channels, (weight, details) = self.codec.config.level, self.backbone.config.in_channels, guidance
         coarse = channels // 4**level
         weights = [weight] * coarse + [weight if details is None else details] * (channels - coarse)
+        texts = [labels] if isinstance(labels, str) else labels if isinstance(labels, list | tuple) else []
+        if any(isinstance(label, str) for label in texts):
+            labels = numbered(texts, self.config.get("class_names"))
         answer = labelled(self.backbone, count, labels, weights)
         missing = correction(self.codec, (count, coarse, *(side * 2**level for side in self.map_size)), *known)
         return (held(answer, self.scheduler, missing, self.codec.clip_value) if missing else answer), missing
@@ -123,8 +128,8 @@ class WaveletPipeline(DiffusionPipeline):
     def _check_solver(self, steps: int, eta: float, detail_steps: int | None, guidance_details: float | None) -> None:
         """Raise a ValueError if the solver cannot do what is asked of it."""
         kind, maximum = type(self.scheduler).__name__, self.scheduler.config.num_train_timesteps
-        if not all(1 <= count <= maximum for count in (steps, 1 if detail_steps is None else detail_steps)):
-            raise ValueError(f"got {steps} steps and detail_steps={detail_steps}, wanted 1 to {maximum}: change them")
+        if not all(count in range(1, maximum + 1) for count in (steps, 1 if detail_steps is None else detail_steps)):
+            raise ValueError(f"got {steps!r} steps, detail_steps={detail_steps!r}, wanted 1 to {maximum}: change them")
         name = next((name for name, known in SOLVERS.items() if kind in known), kind)
         check_options(name, eta=eta, detail_steps=detail_steps)
         for name, value in (("detail_steps", detail_steps), ("guidance_details", guidance_details)):
