@@ -234,7 +234,7 @@ def test_a_backbone_is_a_class_and_its_entry(tmp_path, monkeypatch) -> None:
 
     from_pretrained = lambda folder, **options: load_strictly(Plain.from_pretrained, folder, **options)  # noqa: E731
     monkeypatch.setitem(BACKBONES, "plain", Backbone(Plain, {"Plain": from_pretrained}))
-    with pytest.raises(ValueError, match="got no widths and no preset"):
+    with pytest.raises(ValueError, match="got no preset for dataset 'digits' at level 1, wanted one, or widths"):
         build_backbone("plain", dataset="digits")
     model = build_backbone("plain", dataset="digits", widths=[8])
     model.save_pretrained(tmp_path)
