@@ -207,6 +207,25 @@ def test_bad_input_is_refused_with_a_remedy(options: dict, shape: tuple | None, 
         WaveletCodec(**options).encode(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("wavelet", ["haar", "db2"])
+@pytest.mark.parametrize(
+    "x", [torch.zeros(4, 32, 32), torch.zeros(1, 4, 32, 32, dtype=torch.uint8)], ids=["3d", "uint8"]
+)
+def test_one_image_alone_and_bytes_are_no_batch(wavelet: str, x: torch.Tensor) -> None:
+    codec = WaveletCodec(wavelet, scaling="none")
+    for function in (codec.encode, codec.decode):
+        with pytest.raises(ValueError, match=r"got torch\..* 32\), wanted floats \(B, C, H, W\)"):
+            function(x)
+
+
+@pytest.mark.parametrize(
+    "images", [np.zeros((0, 8, 8, 3), np.uint8), np.zeros((4, 8, 8), np.uint8), np.zeros((4, 8, 8, 3), np.float32)]
+)
+def test_statistics_are_of_bytes(images: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"^got .* images \(.*, wanted uint8 \(N, H, W, C\)"):
+        WaveletCodec().fit(images)
+
+
 def test_a_filter_as_long_as_the_side_is_still_right() -> None:
     image = torch.randn(1, 1, 8, 8, dtype=torch.float64)
     got = WaveletCodec("db4", 1, scaling="none").double().encode(image)[0]

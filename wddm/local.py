@@ -151,8 +151,7 @@ def npy(files: list[Path], labels: list[Path], skip: bool) -> Images:
 def tables(files: list[Path], skip: bool, *, beside: Sequence[Path] = ()) -> Images:
     """The column of images in Parquet files as on the Hub, and that of labels; `beside`: files that rows may name.
 
-    Read by pyarrow and not by `datasets`, which copies the files to Arrow ones and maps those into memory: reading
-    100,000 images of 64x64 so peaks at three times the memory.
+    Read by pyarrow: `datasets`, which copies the files to Arrow ones first, peaks at three times the memory.
     """
     import pandas as pd
 

@@ -68,7 +68,7 @@ class WaveletCodec(ModelMixin, ConfigMixin):
     def encode(self, images: Tensor) -> Tensor:
         """Coefficients (B, 4^L C, H/2^L, W/2^L) of images (B, C, H, W) in [-1, 1]; ValueError if they do not fit."""
         self.check_size(*images.shape[-2:])
-        self._check_statistics(images.shape[1])
+        self._check(images, images.shape[1])
         return (self._stack(images, self.config.level) - self.shift) / self.scale
 
     forward = encode  # so that a codec is exported, compiled and hooked as any module
@@ -77,23 +77,24 @@ class WaveletCodec(ModelMixin, ConfigMixin):
         """Images (B, C, H, W) of coefficients (B, 4^L C, h, w): the inverse of `encode`, not clipped."""
         channels, bands = coefficients.shape[1], 4**self.config.level
         check_multiple("channels", channels, bands, "4^level", "decode with the level that encoded")
-        self._check_statistics(channels // bands)
+        self._check(coefficients, channels // bands)
         return self._unstack(coefficients * self.scale + self.shift, self.config.level)
 
     @torch.no_grad()
     def fit(self, images: np.ndarray, batch_size: int = 1024) -> Self:
         """Measure uint8 images (N, H, W, C): the channel statistics of "band" scaling, and `clip_value`."""
+        if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
+            raise ValueError(f"got {images.dtype} images {images.shape}, wanted uint8 (N, H, W, C): give a Dataset's")
         level, (height, width, channels) = self.config.level, images.shape[1:]
         self.check_size(height, width)
-        sums, count, extremes = torch.zeros(2, 4**level * channels, dtype=torch.float64), 0, []
+        sums, extremes = torch.zeros(2, 4**level * channels, dtype=torch.float64), []
         for start in range(0, len(images), batch_size):
             batch = torch.from_numpy(np.array(images[start : start + batch_size])).permute(0, 3, 1, 2)
             z = self._stack((batch.float() / 127.5 - 1).to(self.clip_value), level)
             extremes += [z.amin((0, 2, 3)), z.amax((0, 2, 3))]
             sums += torch.stack([(z.double() ** power).sum((0, 2, 3)) for power in (1, 2)]).cpu()
-            count += z[:, 0].numel()
         if self.config.scaling == "band":
-            mean, square = sums / count
+            mean, square = sums / (len(images) * height * width / 4**level)
             std = (square - mean.square()).clamp_min(1e-8).sqrt()
             self.register_to_config(channels=channels)
             self.shift, self.scale = (value.view(-1, 1, 1).to(self.scale) for value in (mean, std))
@@ -130,7 +131,9 @@ class WaveletCodec(ModelMixin, ConfigMixin):
                 got = f"got {name} {side}, which is {shortest} at level {level}, wanted at least {taps}"
                 raise ValueError(f"{got}: choose a shorter wavelet, a smaller level or larger images")
 
-    def _check_statistics(self, channels: int) -> None:
+    def _check(self, x: Tensor, channels: int) -> None:
+        if x.ndim != 4 or not x.is_floating_point():
+            raise ValueError(f"got {x.dtype} {tuple(x.shape)}, wanted floats (B, C, H, W): convert it, or unsqueeze(0)")
         if self.config.scaling == "band" and self.config.channels != channels:
             fitted = f"statistics for {self.config.channels}" if self.config.channels else "no statistics"
             wanted = 'those of the training images for scaling="band": call codec.fit(images) first'

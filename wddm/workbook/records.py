@@ -7,9 +7,8 @@ runs/<run>/record.json says of everything that a run made what it was made from,
 
 An entry without sha256 was begun and not finished. Whoever takes something checks it: `taken`.
 
-Two commands never work on one run at a time: its lock is `flock` on runs/.locks/<run>, which the processes that a
-command starts inherit, and which the system releases when the last of them dies. So neither a reused pid nor a reboot
-blocks a run, nor do machines that share the folder, where `flock` reaches them all.
+Two commands never work on one run at a time, on machines that share the folder neither: its lock is `flock` on
+runs/.locks/<run>, which the processes that a command starts inherit, and the system releases when the last one dies.
 """
 
 import fcntl
