@@ -303,6 +303,8 @@ def test_the_code_is_that_which_decides_what_is_learned(tmp_path, monkeypatch) -
         ({"schedule": "linear"}, "got schedule='linear', wanted one of constant_with_warmup, cosine"),
         ({"weighting": "mean_snr"}, "got weighting='mean_snr', wanted one of none, min_snr"),
         ({"metric_kimg": 1.0}, "got metric_kimg=1 without measure, wanted one of samples: give both"),
+        ({"batch_size": 0}, r"got batch_size=0, wanted a multiple of 1 \(accumulation\) times 1"),
+        ({"accumulation": 0}, r"got batch_size=16, wanted a multiple of 0 \(accumulation\) times 1"),
         ({"accumulation": 3}, r"got batch_size=16, wanted a multiple of 3 \(accumulation\) times 1"),
         ({"validation_kimg": 1.0, "validation_images": 40}, "got validation_images=40 of 40 images, wanted 1"),
         ({"validation_kimg": 1.0, "validation_images": 0}, "got validation_images=0 of 40 images, wanted 1 or more"),
@@ -322,7 +324,7 @@ def test_the_defaults_are_those_of_the_modern_recipe() -> None:
 
 
 def test_other_images_are_other_settings(tmp_path) -> None:
-    list(make(tmp_path).steps())
+    list(make(str(tmp_path)).steps())  # a folder may be given by its name
     trainer = make(tmp_path)
     list(trainer.steps())
     trainer.images = IMAGES[::-1]

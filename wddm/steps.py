@@ -95,7 +95,7 @@ def resolve_precision(precision: str, cpu: bool = False) -> str:
 
 def check_batch(batch_size: int, accumulation: int = 1, num_processes: int = 1) -> None:
     """ValueError if a batch does not divide among processes and micro-batches."""
-    if batch_size % (accumulation * num_processes):
+    if min(batch_size, accumulation, num_processes) < 1 or batch_size % (accumulation * num_processes):
         wanted = f"a multiple of {accumulation} (accumulation) times {num_processes} (processes)"
         raise ValueError(f"got batch_size={batch_size}, wanted {wanted}: change one of them")
 

@@ -52,7 +52,7 @@ class Trainer:
     model: ModelMixin
     codec: WaveletCodec
     images: np.ndarray  # uint8 (N, H, W, C)
-    folder: Path
+    folder: Path  # or its name
     labels: np.ndarray | None = None  # (N,), for a network with class embeddings, the last of which is "no label"
     class_names: list[str] | None = None  # of the labels, for the pipeline to know
     label_dropout: float = 0.1  # share of labels that the network is not shown
@@ -124,7 +124,7 @@ class Trainer:
         self.step, self.watched = 0, True  # the last step, and whether all that is due at it is done
         self.best: float | None = None  # the lowest loss on the held-out images
         self.unread: list[tuple[Tensor, ...]] = []  # what `optimise` gave in every step since the last `Step`
-        self.notes = steps.advice(self.model, self.learning_rate)
+        self.folder, self.notes = Path(self.folder), steps.advice(self.model, self.learning_rate)
         self.stop = checkpoints.Stop(alone=self.world_size == 1)
         with ExitStack() as held:  # let go if something is refused
             if self.main:
