@@ -47,7 +47,8 @@ def write_page(folder: Path, name: str, notebook: Any, parameters: list[tuple[An
 def bar(folder: Path, name: str) -> str:
     """The run, links to its other pages and to what it left, and what it was made with, as far as that is there."""
     pages = sorted({path.stem for end in ("ipynb", "md") for path in folder.glob(f"*.{end}")} - {name, "README"})
-    files = [each for each in ("params.yaml", "metrics.json", "timings.json") if (folder / each).exists()]
+    files = ["params.yaml"] * (folder / "params.yaml").exists()
+    files += [each for each in ("metrics.json", "timings.json") if read_json(folder / each)]
     links = [f"[{page}]({page}.md)" for page in pages] + [f"[{file}]({file})" for file in files]
     made = read_json(folder / "environment.json")
     commit = [f"commit {made['commit'][:7]}, {made['device']}"] if made.get("commit") else []
