@@ -217,7 +217,7 @@ OF_FLOW = [name for name, (_, of_flow) in SOLVERS.items() if of_flow]
 def test_steps_of_a_flow_are_equal_from_pure_noise_to_none(name: str) -> None:
     solver = build_solver(name, FLOW, spacing="trailing")
     assert solver.config.prediction_type == FLOW
-    for steps in (1, 2, 7, 30):
+    for steps in (1, 2, 7, 30, 999, 1000):
         set_steps(solver, steps)
         visited = solver.sigmas.unique().flip(0)
         assert len(solver.timesteps) == (2 * steps - 1 if name == "heun" else steps)

@@ -214,13 +214,13 @@ def set_steps(solver: SchedulerMixin, count: int, device: torch.device | str | N
     if solver.timesteps[-1] < 0:  # as 1000 / (1000 / 61) is more than 61
         solver.set_timesteps(count * (1 - 1e-12), device=device)
         solver.num_inference_steps = count
-    if "Multistep" in kind and len(solver.timesteps.unique()) < count:
-        got = f"got {count} steps of {kind} spaced {solver.config.timestep_spacing}"
-        raise ValueError(f"{got}, wanted no two on one timestep: take fewer, or trailing spacing")
     if solver.config.prediction_type == FLOW:
         solver.timesteps = (solver.sigmas[:-1] * TIMESTEPS).to(device)
         if kind.startswith("DEIS"):
             solver.sigmas[-1] = 1e-6  # at 0 its formula divides by 0
+    elif "Multistep" in kind and len(solver.timesteps.unique()) < count:
+        got = f"got {count} steps of {kind} spaced {solver.config.timestep_spacing}"
+        raise ValueError(f"{got}, wanted no two on one timestep: take fewer, or trailing spacing")
 
 
 def check_options(name: str, *, eta: float | None = None, detail_steps: int | None = None) -> None:
