@@ -177,6 +177,8 @@ TOGETHER = [  # parameters of the quickstart that cannot be together, and what t
     ("dataset=patches resolution=1024", "resolution"),
     ("model_dir=nowhere", "model_dir=nowhere, which is not there"),
     ("model_dir=./a/b", "model_dir"),
+    ("model_dir=notebooks/modles", "got model_dir=notebooks/modles, which is not there"),
+    ("model_dir=notebooks/models/digit", "got model_dir=notebooks/models/digit, which is not there"),
     ("model_dir=runs/nowhere/pipeline", "model_dir"),
     ("inception_weights=nowhere.pth", "inception_weights"),
     ("model_dir=file", "model_dir=file, which is not there, wanted a folder"),

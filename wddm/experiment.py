@@ -23,6 +23,7 @@ from diffusers import ModelMixin
 from wddm import data
 from wddm.backbones import BACKBONES, IMAGES, build_backbone
 from wddm.conditions import numbered
+from wddm.loading import is_path
 from wddm.metrics import frechet, inception, scores
 from wddm.objective import build_solver, check_options, check_training, default_solver, set_steps
 from wddm.pipeline import WaveletPipeline
@@ -210,7 +211,7 @@ def _check_options(experiment: Experiment, given: Parameters) -> None:
     if "scheduler" in given:
         predicts = given.get("prediction_type") or "epsilon"
         solver = given["scheduler"] or default_solver(predicts)
-        set_steps(build_solver(solver, predicts, spacing=given.get("spacing")), given["sampling_steps"])
+        set_steps(build_solver(solver, predicts, spacing=given.get("spacing")), given.get("sampling_steps", 1))
         check_options(solver, **share(check_options, given))
 
 
@@ -282,7 +283,7 @@ def _check_folders(experiment: Experiment, given: Parameters) -> None:
     root, run = experiment.root, re.match("runs/([^/]+)/", model)
     there, made = os.path.isdir(root / model), run and (root / "params" / f"{run[1]}.yaml").exists()
     holds = any(map(os.path.isfile, (root / model / "model_index.json", root / model / "config.json")))
-    if model and not (made or holds or (not there and re.fullmatch(r"\w[\w.-]*/[\w.-]+", model))):  # one on the Hub
+    if model and not (made or holds or ("/" in model and not is_path(model))):  # a repository on the Hub
         got = f"got model_dir={model[:200]}, which {'holds no checkpoint' if there else 'is not there'}"
         raise ValueError(f"{got}, wanted a folder with one, from {root}: give another")
     if given.get("inception_weights") is not None:

@@ -205,8 +205,7 @@ def set_steps(solver: SchedulerMixin, count: int, device: torch.device | str | N
     """`solver.set_timesteps`, without the step at t = -1 that rounding adds to trailing ones, to 61 for example.
 
     For a flow: equal steps, of which diffusers' euler and heun make the last one 0.001 long, at timesteps that are not
-    cut to whole numbers, to the end, which its deis does not reach.
-    ValueError: a multistep solver would divide by the distance of two steps that fall on one timestep.
+    cut to whole numbers, to the end, which its deis does not reach. ValueError: a multistep solver with two at one t.
     """
     if (kind := type(solver).__name__).startswith("FlowMatch"):  # which lack two names that all others have
         solver.init_noise_sigma, solver.scale_model_input, solver.sigma_min = 1.0, lambda z, t: z, 1 / count
