@@ -85,7 +85,8 @@ class WaveletPipeline(DiffusionPipeline):
         """
         check_choice("output_type", output_type, ("pil", "np", "pt"))
         self._check_solver(num_inference_steps, eta, detail_steps, guidance_details)
-        if batch_size not in range(1, 2**31) or (isinstance(generator, list) and len(generator) != batch_size):
+        whole = isinstance(batch_size, int | np.integer) and batch_size > 0
+        if not whole or (isinstance(generator, list) and len(generator) != batch_size):
             raise ValueError(f"got batch_size={batch_size!r}, wanted 1 or more, one generator or as many: change it")
         weights, conditions = (guidance, guidance_details), (low_resolution, known, mask)
         network, missing = self._network(batch_size, labels, weights, conditions)
