@@ -188,11 +188,16 @@ TOGETHER = [  # parameters of the quickstart that cannot be together, and what t
     ("model_dir=" + "x" * 5000, "model_dir=xxx"),
     ("output_dir=" + "x" * 5000, "which cannot be written (File name too long)"),
     ("train_metrics=[]", "got train_metrics=[], wanted some"),
-    ("labels=[0]", "labels=[0], wanted class_conditional=True"),
+    ("labels=[0] class_conditional=false", "got labels or guidance, wanted class_conditional=True"),
+    ("guidance=2.0 class_conditional=false", "got labels or guidance, wanted class_conditional=True"),
+    ("labels=[0] dataset=stl10 resolution=64", "got labels or guidance, wanted class_conditional=True"),
+    ("labels=[0] dataset=folder dataset_path=pictures", "got labels or guidance, and images without labels"),
+    ("guidance=2 dataset=folder dataset_path=pictures", "got labels or guidance, and images without labels"),
+    ("guidance=2 label_dropout=0", "guidance and label_dropout=0, wanted 0.1"),
     ("labels=[] class_conditional=true", "labels=[], wanted some"),
     ("labels=[10] class_conditional=true", "labels=[10], wanted 0 to 9"),
-    ("labels=[seven] class_conditional=true", "label 'seven', wanted one of 0, 1, 2,"),
-    ("guidance=2.0", "guidance=2.0 without labels"),
+    ("labels=[10]", "labels=[10], wanted 0 to 9"),
+    ("labels=[seven]", "label 'seven', wanted one of 0, 1, 2,"),
     ("level=0 detail_steps=5", "detail_steps at level 0"),
     ("channels=2", "channels=2 for digits, wanted 1 or 3"),
     ("dataset=" + "x" * 5000, "wanted one of digits"),
@@ -209,6 +214,21 @@ TOGETHER = [  # parameters of the quickstart that cannot be together, and what t
 def test_parameters_that_cannot_be_together(refused, given: str, named: str) -> None:
     options = [word for one in ["run=z", *given.split()] for word in ("-p", one)]
     assert named in refused("run", "params/quickstart.yaml", *options)
+
+
+OF_THE_DEFAULT = [
+    "labels=[7]",
+    "guidance=2",
+    "labels=[7] guidance=1.5",
+    f"labels=[cat] model_dir={ROOT}/notebooks/models/cifar10",
+]
+
+
+@pytest.mark.parametrize("given", OF_THE_DEFAULT)
+def test_labels_of_a_network_that_is_told_them_by_default_can_be_asked_for(refused, given: str) -> None:
+    options = [word for one in ["run=z", *given.split()] for word in ("-p", one)]
+    with pytest.raises(pytest.fail.Exception, match="it runs"):
+        refused("run", "params/quickstart.yaml", *options)
 
 
 def test_preparing_alone_does_not_ask_for_what_comes_after(refused, root) -> None:
@@ -231,6 +251,7 @@ def test_training_alone_refuses_the_same(refused, given: str) -> None:
         ("02_train", {"batch_size": 0}), ("02_train", {"train_kimg": 0.0}), ("02_train", {"layers_per_block": -1}),
         ("02_train", {"reconstruction": -1.0}), ("02_train", {"widths": [8, 0]}), ("02_train", {"level": 9}),
         ("02_train", {"flip": 1}), ("02_train", {"learning_rate": float("nan")}), ("02_train", {"dropout": 1.0}),
+        ("02_train", {"label_dropout": 1.0}),
     ],
     ids=str,
 )  # fmt: skip

@@ -18,7 +18,6 @@ import click
 
 from wddm import workbook
 from wddm.files import read_json, write_json
-from wddm.workbook import records
 from wddm.workbook.experiments import Experiment
 
 COUNT, PATH = click.IntRange(min=1), click.Path(path_type=Path)
@@ -79,7 +78,7 @@ def train(params: tuple[Path, ...], overrides: tuple[str, ...], extend: bool) ->
     with contextlib.chdir(root), contextlib.ExitStack() as locks:
         for one in experiments:
             if first:
-                locks.callback(os.close, records.lock(root, one.run))
+                locks.callback(os.close, workbook.records.lock(root, one.run))
             preflight(one)
 
         from wddm import experiment

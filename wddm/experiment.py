@@ -9,7 +9,6 @@ import os
 import re
 import socket
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -20,20 +19,18 @@ import numpy as np
 import torch
 from diffusers import ModelMixin
 
-from wddm import data
+from wddm import data, sampling
 from wddm.backbones import BACKBONES, IMAGES, build_backbone
 from wddm.conditions import numbered
 from wddm.loading import is_path
 from wddm.metrics import frechet, inception, scores
 from wddm.objective import build_solver, check_options, check_training, default_solver, set_steps
 from wddm.pipeline import WaveletPipeline
-from wddm.sampling import sample_images
 from wddm.steps import PRECISIONS, SCHEDULES, averaged_weights, check_batch, held_out
 from wddm.training import Step, Trainer
 from wddm.wavelets import WaveletCodec, check_choice
-from wddm.workbook import Run, progress
+from wddm.workbook import Run, progress, records
 from wddm.workbook.experiments import Experiment
-from wddm.workbook.records import read_record
 
 Parameters = Mapping[str, Any]
 
@@ -43,7 +40,7 @@ BOUNDS: dict[str, tuple[float, float]] = {  # parameter of any notebook: (minimu
         (0, 2**31 - 1): "seed seeds", (2, 4096): "resolution width sides", (1, 1024): "channels num_processes workers",
         (0, 8): "level levels wavelet_level fwd_level train_fwd_level", (0, 16): "attention_levels",
         (8, 1024): "hidden_channels", (1, 16): "layers_per_block", (1, 4096): "attention_head_dim", (1, 64): "answers",
-        (0, 1): "label_dropout eta etas", (0, 0.99): "dropout", (0, 10**6): "reconstruction comparison_seconds labels",
+        (0, 1): "eta etas", (0, 0.99): "dropout label_dropout", (0, 10**6): "reconstruction comparison_seconds labels",
         (0, 10): "weight_decay", (1e-9, 10): "learning_rate", (0.001, 10**7): "train_kimg kimg half_lives_kimg",
         (0, 10**7): "warmup_kimg ema_half_life_kimg averages_kimg checkpoint_kimg validation_kimg preview_kimg "
         "metric_kimg", (0, 100): "guidance guidance_details weights", (0.1, 10**6): "seconds", (5, 1000): "rounds",
@@ -114,7 +111,7 @@ def train(
         parts |= {"data_sha256": prepared.sha256, "class_names": None if labels is None else prepared.class_names}
         trainer = Trainer(**parts, folder=book.folder, **settings)
         if not trainer.main:
-            return deque(trainer.steps(), maxlen=0).clear()  # the main process shows and records
+            return [*trainer.steps()].clear()  # the main process shows and records
         book.begin("pipeline")
         print(*trainer.notes, sep="\n", end="\n" * bool(trainer.notes))
         total = trainer.total_steps * trainer.batch_size
@@ -158,7 +155,7 @@ def by_half_life(
         except ValueError as error:
             print(error)
             continue
-        samples = np.concatenate(list(sample_images(pipeline, metric_images, num_inference_steps=25)))
+        samples = np.concatenate(list(sampling.sample_images(pipeline, metric_images, num_inference_steps=25)))
         rows.append({"half_life_kimg": half_life} | measure(samples))
     return rows
 
@@ -221,11 +218,15 @@ def _check_images(experiment: Experiment, given: Parameters) -> None:
     if name is None or height is None:
         return
     checked, labels = data.check_source(**share(data.check_source, given)), given.get("labels") or []
+    asked = not given.get("model_dir") and (labels or given.get("guidance", 1) != 1)  # of the run's own network
     count, channels = IMAGES_IN.get(name, 10**9), IMAGES.get(name, (0, 3))[1]
-    if given.get("dataset_path") or (labels and name in ("digits", "patches", "emoji")):  # at hand
+    if given.get("dataset_path") or (asked and name in ("digits", "patches", "emoji")):  # at hand
         opened = data.opened(*checked)
-        count, channels = opened.count, data.channels_of(opened, np.arange(min(opened.count, 256)))
-        if (names := opened.class_names) and max(numbered(labels, names), default=0) >= len(names):
+        rows, names = np.arange(min(opened.count, 256)), opened.class_names
+        count, channels = opened.count, data.channels_of(opened, rows)
+        if asked and given.get("class_conditional") is None and min(label for _, label, _ in opened.read(rows)) < 0:
+            raise ValueError("got labels or guidance, and images without labels, wanted none of these: leave them out")
+        if asked and names and max(numbered(labels, names), default=0) >= len(names):
             raise ValueError(f"got labels={labels}, wanted 0 to {len(names) - 1}, the set's: change labels")
     count = min(count, given.get("limit") or count)
     shape = height, given.get("width") or height, given.get("channels") or channels
@@ -267,10 +268,12 @@ def _check_conditions(experiment: Experiment, given: Parameters) -> None:
     """Labels, guidance or detail bands that the run's own network does not have; one from elsewhere is asked later."""
     if given.get("model_dir") or not {"labels", "class_conditional"} <= given.keys():
         return
-    labels, guidance = given["labels"], given["guidance"]
+    labels, guidance, told = (given[name] for name in ("labels", "guidance", "class_conditional"))
+    if told is None:  # if all images have a label, which nobody knows of sets that are still on the Hub
+        told = given.get("dataset_path") or given.get("dataset") not in ("stl10", "celebahq")
     for wrong, got, remedy in (
-        (labels and not given["class_conditional"], f"labels={labels}", "class_conditional=True: or leave labels out"),
-        (guidance != 1 and labels is None, f"guidance={guidance} without labels", "both: give labels, or leave it out"),
+        (not told and (labels or guidance != 1), "labels or guidance", "class_conditional=True: or leave them out"),
+        (guidance != 1 and not given["label_dropout"], "guidance and label_dropout=0", "0.1: or leave guidance out"),
         (given["detail_steps"] and not given["level"], "detail_steps at level 0", "detail bands: leave it out"),
     ):
         if wrong:
@@ -288,7 +291,7 @@ def _check_folders(experiment: Experiment, given: Parameters) -> None:
         raise ValueError(f"{got}, wanted a folder with one, from {root}: give another")
     if given.get("inception_weights") is not None:
         inception.find_weights(given["inception_weights"])
-    before = read_record(root, experiment.run).get("samples", {}).get("parameters", {}).get("output_dir")
+    before = records.read_record(root, experiment.run).get("samples", {}).get("parameters", {}).get("output_dir")
     full = os.path.isfile(root / output) or any((root / output).glob("*"))
     if full and given.get("output_dir") not in (None, before):
         raise ValueError(f"got output_dir={output}, which is not empty, wanted a new folder: give another")

@@ -18,7 +18,6 @@ from numpy.lib.stride_tricks import sliding_window_view
 from wddm import local
 from wddm.decoding import Item
 from wddm.files import Digests, plain, refusing, snapshot
-from wddm.local import Images
 
 CELEBAHQ = "42078a1fb27b6079eaab8cf453efd3d79a8b7bda"  # revision
 PATCHES = 10_000  # crops in `patches`
@@ -33,7 +32,7 @@ EMOJI = {  # Unicode's groups, roughly: where they begin, block by block
 }  # fmt: skip
 FLAGS_AND_TONES = {*range(0x1F1E6, 0x1F200), 0x1F3F3, 0x1F3F4, *range(0x1F3FB, 0x1F400), *range(0xE0000, 0xFFFFF)}
 FONT = "install fonts-noto-color-emoji, or give its NotoColorEmoji.ttf, with bitmaps (CBDT), as dataset_path"
-Open = Callable[[bool], Images]  # from whether Parquet files that are damaged as a whole are left out
+Open = Callable[[bool], local.Images]  # from whether Parquet files that are damaged as a whole are left out
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,13 @@ class Source:
 def digits(size: tuple[int, int], dataset_path: str | None, seed: int, split: str) -> Source:
     """The 1,797 handwritten digits in scikit-learn: 8x8, 17 grey levels, 1 channel, 10 classes; enlarged."""
 
-    def opened(skip: bool) -> Images:
+    def opened(skip: bool) -> local.Images:
         from sklearn.datasets import load_digits
 
         bunch = load_digits()
         pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
         read = partial(map, lambda i: (pixels[i], int(bunch.target[i]), f"digits {i}"))
-        return Images(len(pixels), read, 1, list("0123456789"))
+        return local.Images(len(pixels), read, 1, list("0123456789"))
 
     return _embedded("digits", dataset_path, split, "load_digits", ["data/digits.csv.gz"], opened)
 
@@ -64,7 +63,7 @@ def digits(size: tuple[int, int], dataset_path: str | None, seed: int, split: st
 def patches(size: tuple[int, int], dataset_path: str | None, seed: int, split: str) -> Source:
     """10,000 random full-scale crops of the two photographs (the classes) in scikit-learn, 427x640 pixels."""
 
-    def opened(skip: bool) -> Images:
+    def opened(skip: bool) -> local.Images:
         from sklearn.datasets import load_sample_images
 
         bunch = load_sample_images()
@@ -73,7 +72,7 @@ def patches(size: tuple[int, int], dataset_path: str | None, seed: int, split: s
         top, left = (rng.integers(have - side + 1, size=PATCHES) for have, side in zip((427, 640), size, strict=True))
         crops = [sliding_window_view(image, (*size, 3)) for image in bunch.images]
         read = partial(map, lambda i: (crops[photo[i]][top[i], left[i], 0], int(photo[i]), f"patches {i}"))
-        return Images(PATCHES, read, 3, [Path(name).stem for name in bunch.filenames])
+        return local.Images(PATCHES, read, 3, [Path(name).stem for name in bunch.filenames])
 
     if size[0] > 427 or size[1] > 640:
         raise ValueError(f"got resolution={max(size)}, wanted at most 426 for patches: choose a smaller one")
@@ -90,7 +89,7 @@ def emoji(size: tuple[int, int], dataset_path: str | None, seed: int, split: str
     if not path.is_file():
         raise ValueError(f"got no font Noto Color Emoji, wanted it: {FONT}")
 
-    def opened(skip: bool) -> Images:
+    def opened(skip: bool) -> local.Images:
         from fontTools.ttLib import TTFont
 
         with refusing(path, "a font of colour bitmaps", FONT):
@@ -111,7 +110,7 @@ def emoji(size: tuple[int, int], dataset_path: str | None, seed: int, split: str
             group = EMOJI[max(start for start in EMOJI if start <= max(codes))]
             return bitmaps[glyphs[i]].imageData, groups.index(group), " ".join(f"U+{code:X}" for code in codes)
 
-        return Images(len(glyphs), partial(map, drawn), 3, groups, "these are drawings, few, easily learned by heart")
+        return local.Images(len(glyphs), partial(map, drawn), 3, groups, "few drawings, easily learned by heart")
 
     return _local(path.name, path, [path], opened)
 
@@ -157,7 +156,7 @@ def hub(size: tuple[int, int], dataset_path: str | None, seed: int, split: str, 
         return _local(dataset_path, root, files, partial(local.tables, files), split)
     name, _, commit = repo.partition("@")  # the last one without
 
-    def opened(skip: bool) -> Images:
+    def opened(skip: bool) -> local.Images:
         root = snapshot(name, [f"*{part}*.parquet" for part in split.split("+")], revision=commit or None)
         files = local.of_split(root, sorted(root.rglob("*.parquet")), split)
         return replace(local.tables(files, skip), revision=root.name)

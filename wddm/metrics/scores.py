@@ -20,7 +20,6 @@ import numpy as np
 from wddm.data import Dataset, load
 from wddm.files import sha256, whole
 from wddm.metrics import diagnostics, frechet, inception
-from wddm.metrics.inception import Estimates
 from wddm.metrics.intervals import Estimate, median, share
 from wddm.wavelets import check_choice
 
@@ -137,7 +136,7 @@ def perceptual(samples: np.ndarray, reference: Dataset, options: Options) -> lis
     except ValueError as error:
         return [Score(key, EFFICIENTNET[key], None, None, *counts, f"not computed: {error}")]
 
-    def between(*sides: np.ndarray) -> Estimates:
+    def between(*sides: np.ndarray) -> inception.Estimates:
         return compare(*(pools[1][rows] for rows in sides))
 
     counts = len(pools[0]), len(pools[1])
@@ -152,7 +151,7 @@ def wavelet(samples: np.ndarray, reference: Dataset, options: Options) -> list[S
     kept = _kept(reference, f"{stem}-moments", lambda: vars(frechet.moments(images, level, device=options.device)))
     found = frechet.frechet_wavelet_distance(frechet.Moments(**kept), samples, level, **measured)
 
-    def between(chosen: np.ndarray, others: np.ndarray) -> Estimates:
+    def between(chosen: np.ndarray, others: np.ndarray) -> inception.Estimates:
         return {"fwd": frechet.split_floor(images, level, len(chosen), **measured).distance}
 
     names, counts, said = {"fwd": f"FWD, level {level}"}, (len(samples), len(images)), f"{RESAMPLES} resamples"
@@ -199,7 +198,7 @@ def by_inception(samples: np.ndarray, reference: Dataset, options: Options) -> l
     stem = f"inception-{digest[:16]}"
     real = _kept(reference, stem, lambda: extract(reference.images))
 
-    def between(*sides: np.ndarray) -> Estimates:
+    def between(*sides: np.ndarray) -> inception.Estimates:
         return compare(*({name: values[rows] for name, values in real.items()} for rows in sides))
 
     said, found = f"torch-fidelity, weights {digest[:8]}, {RESAMPLES} resamples", compare(extract(samples), real)
@@ -313,8 +312,8 @@ def _kept(reference: Dataset, name: str, make: Callable[[], dict[str, Any]]) -> 
 
 
 def _scores(
-    names: dict[str, str], stem: str, found: Estimates, between: Callable[..., Estimates], counts: tuple[int, int],
-    said: str, reference: Dataset, options: Options,
+    names: dict[str, str], stem: str, found: inception.Estimates, between: Callable[..., inception.Estimates],
+    counts: tuple[int, int], said: str, reference: Dataset, options: Options,
 ) -> list[Score]:  # fmt: skip
     """What was found, by name, with floors: what is `between` some real images and all others, given by their rows."""
     seed, count, floors = options.seed, min(counts[1] // 2, counts[0]), {}

@@ -15,8 +15,7 @@ import pandas as pd
 
 from wddm.backbones import PASSES, forward_flops, load_backbone
 from wddm.data import Dataset
-from wddm.metrics import scores
-from wddm.metrics.frechet import split_floor
+from wddm.metrics import frechet, scores
 from wddm.steps import read_log
 from wddm.wavelets import check_choice
 
@@ -123,7 +122,7 @@ def packets(root: Path, table: pd.DataFrame, reference: Dataset, level: int, see
     samples = [np.load(root / "runs" / run / "samples.npy", mmap_mode="r") for run in table.run]
     measured = [scores.wavelet(images, reference, scores.Options(level, seed))[0].detail for images in samples]
     count = min(len(reference.images) // 2, *map(len, samples))
-    floor = split_floor(reference.images, level, count=count, seed=seed).per_packet
+    floor = frechet.split_floor(reference.images, level, count=count, seed=seed).per_packet
     means = pd.DataFrame([one.per_packet for one in measured]).groupby(table.variant.to_numpy(), sort=False).mean()
     return pd.concat([means, pd.DataFrame([floor], index=["real images"])])
 
