@@ -57,7 +57,7 @@ class Trainer:
     class_names: list[str] | None = None  # of the labels, for the pipeline to know
     label_dropout: float = 0.1  # share of labels that the network is not shown
     data_sha256: str | None = None  # identifies the images, in place of a checksum of some of them
-    train_kimg: float = 160.0  # length of the training
+    train_kimg: float = 72.0  # length of the training
     batch_size: int = 96  # images per optimiser step, over all processes and micro-batches
     accumulation: int = 1  # micro-batches per optimiser step
     flip: bool = False  # mirror half of the images, at random
@@ -80,7 +80,7 @@ class Trainer:
     checkpoint_kimg: float = 40.0  # thousand images between checkpoints; these here and below: 0 is never
     validation_kimg: float = 0.0  # between losses on held-out images; where it was lowest is checkpoints/best
     validation_images: int = 256  # how many are held out, where there is such a loss
-    preview_kimg: float = 40.0  # between pictures of samples in previews/
+    preview_kimg: float = 20.0  # between pictures of samples in previews/
     metric_kimg: float = 0.0  # between calls of `measure`
     metric_images: int = 512
     on_step: Callable[[int], object] = lambda images_seen: None  # called after every step
