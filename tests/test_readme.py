@@ -24,6 +24,16 @@ def test_links_and_pictures_lead_to_files(page: Path) -> None:
     assert made == [] or "reports" not in str(page)  # not kept
 
 
+def test_what_lies_beside_a_published_page_is_named_by_one() -> None:
+    """Files of an earlier page with other numbers would be taken for this one's."""
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    folders = {page.parent for page in PAGES if page.parent.parent == ROOT / "reports"}
+    files = [file for folder in folders if not (folder / "status.json").exists() for file in folder.rglob("*.*")]
+    every = {"environment.json", "metrics.json", "timings.json", "params.yaml"}
+    assert len(files) > 100
+    assert [file for file in files if file.suffix != ".md" and file.name not in every and file.name not in text] == []
+
+
 def test_every_experiment_and_file_that_it_names_is_there() -> None:
     both = README + (ROOT / "reports/README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"\b((?:params|notebooks)/[\w/.-]+\.(?:yaml|ipynb))", both)) - {"params/mine.yaml"}
