@@ -105,14 +105,23 @@ def test_a_run_leaves_everything_that_is_promised(root, tiny) -> None:
 def test_a_flow_from_noise_to_a_report_and_from_the_command_line(root, tiny) -> None:
     """Over what the quickstart names, as the recipe is given by -p; solver and eta are those that nobody names."""
     options = {"run": "flow", "recipe": "flow", "scheduler": "null", "eta": "null"} | TINY
-    options["half_lives_kimg"] = "[0.01]"  # of which none can be put together
+    options |= {"half_lives_kimg": "[0.01]", "output_dir": "drawn"}  # half-lives of which none can be put together
     done = wddm(root, "run", "params/quickstart.yaml", **options)
     assert done.returncode == 0, done.stdout + done.stderr
     config = json.loads((root / "runs/flow/pipeline/scheduler/scheduler_config.json").read_text())
     assert (config["_class_name"], config["prediction_type"]) == ("FlowMatchEulerDiscreteScheduler", "flow_prediction")
     for name in NAMES:
         is_clean((root / f"reports/flow/{name}.html").read_text())
-    assert "euler, 3 steps" in (root / "reports/flow/03_sample.html").read_text()
+    page = (root / "reports/flow/03_sample.html").read_text()
+    assert "euler, 3 steps" in page and "Top: the estimate of the clean image" in page
+    (root / "drawn/mine.txt").touch()
+    done = wddm(root, "run", "params/quickstart.yaml", "--only", "sample", **options | {"scheduler": "unipc"})
+    assert "which is not empty" in done.stdout and (root / "drawn/00000.png").exists()  # not the run's alone
+    (root / "drawn/mine.txt").unlink()
+    done = wddm(root, "run", "params/quickstart.yaml", "--only", "sample", **options | {"scheduler": "unipc"})
+    assert done.returncode == 0, done.stdout + done.stderr  # its own images there are replaced
+    assert json.loads((root / "drawn/samples.json").read_text())["solver"] == "UniPCMultistepScheduler"
+    assert "Top: the noisy image" in (root / "reports/flow/03_sample.html").read_text()
     for solver in ([], ["--scheduler", "unipc"]):
         words = ["--num-samples", 2, "--sampling-steps", 2, "--output-dir", f"flow{len(solver)}", *solver]
         done = as_process("wddm", "sample", "--model-dir", "runs/flow/pipeline", *words, root=root)

@@ -86,8 +86,7 @@ def build_backbone(
     if not 0 <= (dropout or 0) < 1:
         raise ValueError(f"got dropout {dropout}, wanted 0 or more and less than 1: change it")
     for side in sides(size):
-        why, remedy = f"2^level, level={level}", "choose a smaller level or another resolution"
-        check_multiple("image_size", side, 2**level, why, remedy)
+        check_multiple("image_size", side, 2**level, f"2^level, level={level}", "choose another resolution or level")
     height, width = (side // 2**level for side in sides(size))
     accepted = inspect.signature(BACKBONES[backbone].build).parameters
     given: Options = {"block_out_channels": widths, "attention_levels": attention_levels, "dropout": dropout}

@@ -6,7 +6,7 @@ import resource
 import sys
 import zlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -225,7 +225,7 @@ class PowerAverage(EMAModel):
         return (1 - 1 / optimization_step) ** (self.power + 1)
 
 
-def named(averages: dict[str, EMAModel], model: nn.Module) -> dict[str, Tensor]:
+def named(averages: Mapping[str, EMAModel], model: nn.Module) -> dict[str, Tensor]:
     """The averaged weights themselves, not copies: by the key of their average and the name of the parameter."""
     names = [name for name, _ in model.named_parameters()]
     pairs = [(key, zip(names, one.shadow_params, strict=True)) for key, one in averages.items()]

@@ -115,8 +115,7 @@ class Trainer:
         decay = 0.5 ** (1 / (self.ema_half_life_kimg * 1000 / self.batch_size)) if self.ema_half_life_kimg else 0.0
         self.weights: list[Tensor] = list(self.model.parameters())  # once: small networks feel a walk through them
         self.ema = EMAModel(self.weights, decay=decay, foreach=True)
-        kept = enumerate(POWERS if self.averages_kimg else ())
-        self.powers: dict[str, EMAModel] = {f"{i}.": PowerAverage(self.weights, power=power) for i, power in kept}
+        self.powers = {f"{i}.": PowerAverage(self.weights, power=p) for i, p in enumerate(POWERS) if self.averages_kimg}
         self.noise_scheduler = noise_scheduler(self.prediction_type)
         shape, times = self.codec.shape(*np.roll(self.images.shape[1:], 1).tolist()), self.noise_scheduler.timesteps
         self.drawn = partial(steps.draw_noise, times.flip(0).to(self.device), self.time_sampling, shape)

@@ -25,7 +25,7 @@ from wddm.wavelets import check_choice
 
 RESAMPLES = 20
 SEARCHED = 256  # samples whose nearest real images are looked for
-LARGEST = 10_000  # samples, and real images, that are compared by EfficientNet at most: every second, say, of more
+LARGEST = 10_000  # the first samples, and real images, every second, say, that EfficientNet compares at most
 INCEPTION = {"fid": "FID", "kid": "KID (x 1000)", "inception_score": "Inception score"}  # key of metrics.json -> name
 INCEPTION |= {"precision": "precision", "recall": "recall"}
 EFFICIENTNET = {
@@ -131,7 +131,8 @@ def perceptual(samples: np.ndarray, reference: Dataset, options: Options) -> lis
     key, counts = "kid_efficientnet", (len(samples), len(reference.images))
     compare = partial(inception.by_kernel, subset_size=500, end="_efficientnet")
     try:
-        pools = [pool[:: -(-len(pool) // LARGEST)] for pool in efficientnet(samples, reference, options)]
+        drawn, real = efficientnet(samples, reference, options)
+        pools = drawn[:LARGEST], real[:: -(-len(real) // LARGEST)]  # samples take classes in turn: a stride drops some
         found = compare(*pools)
     except ValueError as error:
         return [Score(key, EFFICIENTNET[key], None, None, *counts, f"not computed: {error}")]
