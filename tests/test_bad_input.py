@@ -44,9 +44,9 @@ def root(tmp_path_factory) -> Path:
 
 
 def written(root: Path) -> dict[str, int]:
-    """Files where results go, but for locks and statistics of a set, with their times."""
+    """Files where results go, but for locks, digests and statistics of a set, with their times."""
     files = (file for name in ("runs", "reports", "data") for file in (root / name).rglob("*") if file.is_file())
-    return {str(file): file.stat().st_mtime_ns for file in files if not re.search(r"lock|\.npz$", str(file))}
+    return {str(file): file.stat().st_mtime_ns for file in files if not re.search(r"lock|digests|\.npz$", str(file))}
 
 
 @pytest.fixture
@@ -191,8 +191,16 @@ TOGETHER = [  # parameters of the quickstart that cannot be together, and what t
     ("labels=[0] class_conditional=false", "got labels or guidance, wanted class_conditional=True"),
     ("guidance=2.0 class_conditional=false", "got labels or guidance, wanted class_conditional=True"),
     ("labels=[0] dataset=stl10 resolution=64", "got labels or guidance, wanted class_conditional=True"),
-    ("labels=[0] dataset=folder dataset_path=pictures", "got labels or guidance, and images without labels"),
-    ("guidance=2 dataset=folder dataset_path=pictures", "got labels or guidance, and images without labels"),
+    (
+        "labels=[0] dataset=folder dataset_path=pictures",
+        "got labels or guidance, wanted a set of labels, ten images to each",
+    ),
+    (
+        "guidance=2 dataset=folder dataset_path=pictures",
+        "got labels or guidance, wanted a set of labels, ten images to each",
+    ),
+    ("labels=[7] limit=60", "got labels or guidance, wanted a set of labels, ten images to each"),
+    ("recipe=flow prediction_type=FLOW_PREDICTION weighting=none eta=1", "eta=1.0 for euler"),
     ("guidance=2 label_dropout=0", "guidance and label_dropout=0, wanted 0.1"),
     ("labels=[] class_conditional=true", "labels=[], wanted some"),
     ("labels=[10] class_conditional=true", "labels=[10], wanted 0 to 9"),
@@ -351,6 +359,8 @@ def test_a_yaml_that_is_none(refused, root, content: bytes) -> None:
 # ------------------------------------------------------------------------------------------------ command line
 
 QUICKSTART = "run params/quickstart.yaml -p run=z"
+RESTORE = f"run params/restoration.yaml -p model_dir={ROOT}/notebooks/models/cifar10 -p dataset=folder"
+RESTORE += " -p dataset_path=pictures -p split=train"
 SAMPLE = "sample --output-dir new --model-dir notebooks/models/digits"
 EVALUATE = "evaluate --reference digits --output new.json"
 COMMANDS = [  # a command, and what its line names
@@ -382,6 +392,9 @@ COMMANDS = [  # a command, and what its line names
     ("train params/nowhere.yaml", "nowhere.yaml"),
     ("train params/quickstart.yaml --epochs 3", "--epochs"),
     ("train params/tutorials.yaml", "01_prepare, 02_train"),
+    ("train params/labels-digits.yaml -p backbone=vit", "backbone='vit'"),  # not that its summary has no 02_train
+    ("run params/benchmarks.yaml -p capacity_dataset=celeba", "capacity_dataset='celeba', wanted one of digits"),
+    (f"{RESTORE} -p held_out_split=tset", "got split='tset'"),
     ("sample", "--model-dir"),
     ("sample --model-dir notebooks/models/digits", "--output-dir"),
     (f"{SAMPLE} --num-samples 0", "got 0 for '--num-samples', wanted 1 or more: see wddm sample --help"),

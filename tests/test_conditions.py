@@ -11,6 +11,7 @@ from test_pipeline import GaussianDenoiser, tiny_pipeline
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from wddm.backbones import build_backbone
 from wddm.conditions import numbered
 from wddm.objective import FLOW, SINGLE_STEP, SOLVERS, TARGETS, build_solver
 from wddm.pipeline import WaveletPipeline
@@ -85,6 +86,21 @@ def test_what_is_known_is_met_by_every_solver_target_family_and_level(solver: st
     images = drawn(pipeline, known=known, mask=mask)
     assert_close(images[mask.expand_as(images)], known[mask.expand_as(known)], atol=1e-3, rtol=0)
     assert images[~mask.expand_as(images)].std() > 0.01
+
+
+def test_what_is_known_is_restored_without_a_label_unless_one_is_given() -> None:
+    """Nobody knows the class of what is known; to draw all in turn would make a seven of a three."""
+    torch.manual_seed(0)
+    network = build_backbone("unet", dataset="digits", widths=(16,), num_class_embeds=4).eval()
+    pipeline = WaveletPipeline(network, build_solver("ddim"), WaveletCodec(scaling="dyadic"))
+    pipeline.set_progress_bar_config(disable=True)
+    known = {"low_resolution": torch.rand(2, 1, 8, 8)}
+    for labels, same in ((None, None), ([1], 1)):
+        (images,) = sample_images(pipeline, 2, known=known, labels=labels, num_inference_steps=2)
+        plain = pipeline(
+            32, labels=same, low_resolution=known["low_resolution"].repeat(16, 1, 1, 1), num_inference_steps=2
+        )
+        assert np.array_equal(images[0, ..., 0], np.asarray(plain.images[0]))
 
 
 def test_a_mask_of_all_returns_the_input_and_of_none_the_plain_sample() -> None:

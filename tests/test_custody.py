@@ -62,7 +62,7 @@ def test_what_was_made_is_taken(book) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda book: (book.folder / "record.json").unlink(), "of an older layout, without a record"),
+        (lambda book: (book.folder / "record.json").unlink(), "got no pipeline of run"),
         (lambda book: shutil.rmtree(book.folder), "got no pipeline of run 'x', wanted it made and recorded: run 02"),
         (lambda book: book.begin("pipeline"), "begun and not finished, wanted it whole: run 02_train"),
         (lambda book: (book.folder / "pipeline/weights").write_text("w"), "which is not what"),
@@ -71,7 +71,7 @@ def test_what_was_made_is_taken(book) -> None:
         (lambda book: (book.root / "data/set/manifest.json").write_text("w"), "got data/set/manifest.json, which is"),
         (lambda book: shutil.rmtree(book.root / "data/set"), "got data/set/manifest.json, which is not what"),
         (lambda book: book.made("data", book.root / "notebooks"), "made before notebooks changed"),
-        (lambda book: (book.folder / "record.json").write_text("{"), "without a record"),
+        (lambda book: (book.folder / "record.json").write_text("{"), "wanted it made and recorded"),
     ],
 )  # fmt: skip
 def test_what_is_stale_is_refused_in_one_line(book, change, message) -> None:

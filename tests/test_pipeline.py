@@ -12,7 +12,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler
+from conftest import ROOT
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -400,6 +401,20 @@ def test_no_module_that_a_checkpoint_names_is_imported(tmp_path, monkeypatch) ->
     options = {"num_inference_steps": 2, "output_type": "np"}
     assert np.array_equal(again(**options).images, pipeline(**options).images)
     assert not [name for name in sys.modules if name.startswith("hostile")]
+
+
+def test_a_scheduler_that_is_given_clips_and_predicts_as_the_network_wants(tmp_path) -> None:
+    """Clipped at 1, where coefficients reach 4, or told another target, it would draw wrong images in silence."""
+    options = {"num_inference_steps": 3, "output_type": "np"}
+    shipped = ROOT / "notebooks/models/digits"
+    stored, given = (WaveletPipeline.from_pretrained(shipped, scheduler=one) for one in (None, build_solver("ddim")))
+    for pipeline in (stored, given):
+        pipeline.set_progress_bar_config(disable=True)
+    assert stored.codec.clip_value > 4 and np.array_equal(stored(**options).images, given(**options).images)
+    wrong = "got prediction_type of scheduler='epsilon', wanted one of sample"
+    for other in (DDIMScheduler(), build_solver("dpmsolver++", "epsilon")):
+        with pytest.raises(ValueError, match=wrong):
+            WaveletPipeline.from_pretrained(shipped, scheduler=other)
 
 
 def test_parts_and_types_that_are_given_are_taken(tmp_path) -> None:

@@ -169,6 +169,11 @@ def test_a_column_of_labels_is_found_by_its_kind(tmp_path, column):
         assert prepared.notes == said and prepared.manifest["unlabelled"] == labels.count(-1)
 
 
+def test_several_labels_to_an_image_are_none(tmp_path):
+    folder = write_table(tmp_path / "in/part-0.parquet", [cell(i) for i in range(3)], label=[[0], [1, 2], []])
+    assert prepare("folder", 4, tmp_path / "out", dataset_path=folder).labels is None
+
+
 def test_labels_beyond_the_names_and_broken_metadata_are_refused_before_decoding(tmp_path):
     write_shard(tmp_path / "beyond/a.parquet", [b""] * 2, [0, 5])
     metadata = {"broken": b"{", "unknown": json.dumps({"info": {"features": {"x": {"_type": "New"}}}}).encode()}
@@ -244,6 +249,20 @@ def test_splits_are_not_classes(tmp_path, pictures):
         prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "tables", split="dev")
     with pytest.raises(ValueError, match="got split='test', which no folder"):
         prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in/test", split="test")
+
+
+def test_a_folder_that_holds_one_folder_is_that_one(tmp_path, pictures):
+    """As archives unpack: classes and splits are still found. A split alone stays one."""
+    for part, rows in (("train", pictures[:4]), ("test", pictures[4:8])):
+        png_folder(tmp_path / "in/photos" / part / "cat", rows[:2])
+        png_folder(tmp_path / "in/photos" / part / "dog", rows[2:])
+        png_folder(tmp_path / "alone" / part / "cat", rows) if part == "test" else None
+    (tmp_path / "in/.DS_Store").touch()
+    prepared = prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in")
+    np.testing.assert_array_equal(prepared.images, pictures[:4])
+    assert prepared.class_names == ["cat", "dog"] and prepared.manifest["split"] == "train"
+    assert prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in/photos").folder == prepared.folder
+    assert len(prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "alone", split="test").images) == 4
 
 
 def test_cifar10_has_its_own_test_split(tmp_path, hub_copy, pictures):
@@ -491,7 +510,11 @@ def test_parquet_without_images_is_refused(tmp_path):
         ({"channels": 0}, "got channels=0, wanted an integer"),
         ({"split": "test"}, "got split=test, wanted none, digits is embedded"),
         ({"dataset": "stl10", "dataset_path": str(Path(__file__).parent)}, "of split 'unlabeled' in .*tests"),
-        ({"dataset": "patches", "resolution": 500}, "got resolution=500, wanted at most 426"),
+        (
+            {"dataset": "cifar10", "dataset_path": __file__},
+            "of split 'train' in .*: unpack it, or set dataset to folder",
+        ),
+        ({"dataset": "patches", "resolution": 500}, "got 500x500 for patches, wanted 426x640 at most"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(tmp_path, settings, message):

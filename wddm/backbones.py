@@ -70,7 +70,7 @@ def build_backbone(
         widths, attention_levels, layers_per_block, dropout: override the preset.
         attention_head_dim: channels of an attention head, or its greatest common divisor with the widths. Published
             models have 8; wider heads train faster, above all on large maps.
-        num_class_embeds: how many class labels the network is told apart, if any.
+        num_class_embeds: how many classes the network is told apart, if any, and one more, for no label.
     """
     backbone = check_choice("backbone", backbone, BACKBONES)
     known_size, known_channels = IMAGES.get(dataset or "", (0, 0))

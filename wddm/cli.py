@@ -71,8 +71,8 @@ def preflight(one: Experiment) -> None:
 def train(params: tuple[Path, ...], overrides: tuple[str, ...], extend: bool) -> None:
     """Prepare and train alone, also under `accelerate launch -m wddm train`."""
     first = os.environ.get("RANK", "0") == "0"  # of the processes that were launched, it does the talking
-    root, experiments = experiments_of(params, overrides)
-    for one in experiments:
+    root, every = experiments_of(params, overrides)
+    for one in (experiments := [one for one in every if not one.is_summary]):
         if missing := {"01_prepare", "02_train"} - {notebook.stem for notebook in one.notebooks}:
             raise ValueError(f"{one.source}: has no {', '.join(sorted(missing))} to take parameters of: add it")
     with contextlib.chdir(root), contextlib.ExitStack() as locks:
@@ -102,7 +102,7 @@ def experiments_of(params: Sequence[Path], overrides: Iterable[str]) -> tuple[Pa
 @click.option("--model-dir", required=True, help="Pipeline folder, published checkpoint folder, or Hub repository.")
 @click.option("--output-dir", required=True, type=PATH, help="New folder for the images.")
 @click.option("--num-samples", type=COUNT, default=16)
-@click.option("--batch-size", type=COUNT, default=64)
+@click.option("--batch-size", type=COUNT, default=64, help="Images drawn at a time on a GPU.")
 @click.option("--scheduler", help="ddpm ddim pndm dpmsolver++ unipc heun euler euler_a deis lms; ddim, euler for flow.")
 @click.option("--sampling-steps", "num_inference_steps", type=COUNT, default=50)
 @click.option("--eta", type=float, default=0.0, help="Randomness of ddim: 0 none, 1 as much as ddpm.")

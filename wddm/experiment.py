@@ -50,8 +50,8 @@ BOUNDS: dict[str, tuple[float, float]] = {  # parameter of any notebook: (minimu
     }.items() for name in names.split()
 }  # fmt: skip
 OPTIONAL = ("attention_levels", "half_lives_kimg", "spacing_solvers", "band_steps")  # lists that may be empty
-CHOICES: dict[str, Iterable[str]] = dict(
-    schedule=SCHEDULES, precision=PRECISIONS, backbones=BACKBONES, datasets=IMAGES, train_metrics=scores.DISTANCES
+CHOICES: dict[str, Iterable[str]] = dict.fromkeys(("datasets", "capacity_dataset"), IMAGES) | dict(
+    schedule=SCHEDULES, precision=PRECISIONS, backbones=BACKBONES, train_metrics=scores.DISTANCES
 )
 IMAGES_IN = {"digits": 1797, "patches": 10_000, "cifar10": 50_000, "stl10": 100_000, "celebahq": 30_000}
 
@@ -224,10 +224,13 @@ def _check_images(experiment: Experiment, given: Parameters) -> None:
         opened = data.opened(*checked)
         rows, names = np.arange(min(opened.count, 256)), opened.class_names
         count, channels = opened.count, data.channels_of(opened, rows)
-        if asked and given.get("class_conditional") is None and min(label for _, label, _ in opened.read(rows)) < 0:
-            raise ValueError("got labels or guidance, and images without labels, wanted none of these: leave them out")
+        few = len(names or ()) > min(count, given.get("limit") or count) / 10  # as `labels_of` has it
+        if asked and given.get("class_conditional") is None and (few or min(x for _, x, _ in opened.read(rows)) < 0):
+            raise ValueError("got labels or guidance, wanted a set of labels, ten images to each: leave them out")
         if asked and names and max(numbered(labels, names), default=0) >= len(names):
             raise ValueError(f"got labels={labels}, wanted 0 to {len(names) - 1}, the set's: change labels")
+        if other := given.get("held_out_split"):
+            data.opened(*data.check_source(**share(data.check_source, dict(given, split=other))))
     count = min(count, given.get("limit") or count)
     shape = height, given.get("width") or height, given.get("channels") or channels
     with torch.device("meta"):

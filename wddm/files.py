@@ -61,7 +61,7 @@ def refusing(got: object, wanted: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        why = " ".join(str(error).split())[:300] or type(error).__name__
+        why = " ".join(str(error).split())[:600] or type(error).__name__
         raise ValueError(f"got {got}, wanted {wanted} ({why}): {remedy}") from error
 
 
@@ -187,5 +187,5 @@ def snapshot(
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     raise ConnectionError(
         f"got nothing from the Hugging Face Hub for {repo} ({reason}), wanted it or its cache: connect to the network, "
-        f"give dataset_path, a copy of it, or bring the cache of `hf download {repo} --repo-type {repo_type}`"
+        f"give a copy (dataset_path, model_dir), or bring the cache of `hf download {repo} --repo-type {repo_type}`"
     )

@@ -75,7 +75,8 @@ def of_split(root: Path, files: list[Path], split: str) -> list[Path]:
             kind = "images" if files and files[0].suffix != ".parquet" else "Parquet files"
             there = ", ".join(sorted({split_of(root, file) or "none" for file in files})) or "none"
             have = f"got {len(found)} {kind} of split {part!r} in {plain(root)}, wanted {total[1] if total else 'some'}"
-            raise ValueError(f"{have} files: give all, or choose a split of {there}")
+            remedy = f"give all, or choose a split of {there}" if files else "unpack it, or set dataset to folder"
+            raise ValueError(f"{have} files: {remedy}")
         chosen += found
     return chosen
 
@@ -198,7 +199,7 @@ def _columns(file: Path, schema: "pa.Schema") -> tuple[str, str | None, list[str
     if not images:
         raise ValueError(f"got columns {schema.names} in {plain(file)}, wanted one of images: write it with `datasets`")
     kinds = {name: str(getattr(kind, "dtype", "")) for name, kind in features.items()}
-    candidates = [name for name in kinds if name == "label" or re.match("u?int|bool|(large_)?string", kinds[name])]
+    candidates = [n for n in kinds if re.match("." if n == "label" else "u?int|bool|(large_)?string", kinds[n])]
     classes = {name: kind.names for name, kind in features.items() if isinstance(kind, ClassLabel)}
     label, note = _label_column(candidates, list(classes))
     return images[0], label, classes.get(label or ""), note

@@ -154,7 +154,7 @@ SINGLE_STEP = ("ddpm", "ddim", "euler", "euler_a", "heun")  # they keep nothing 
 
 def default_solver(prediction_type: str) -> str:
     """The name of the solver that is taken where none is named."""
-    return "euler" if prediction_type == FLOW else "ddim"
+    return "euler" if prediction_type.lower() == FLOW else "ddim"
 
 
 def default_eta(solver: str) -> float:

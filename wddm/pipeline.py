@@ -127,8 +127,11 @@ class WaveletPipeline(DiffusionPipeline):
         return (held(answer, self.scheduler, missing, self.codec.clip_value) if missing else answer), missing
 
     def _check_solver(self, steps: int, eta: float, detail_steps: int | None, guidance_details: float | None) -> None:
-        """Raise a ValueError if the solver cannot do what is asked of it."""
-        kind, maximum = type(self.scheduler).__name__, self.scheduler.config.num_train_timesteps
+        """Raise a ValueError if the solver cannot do what is asked of it; let it clip no coefficients of images."""
+        kind, config, largest = type(self.scheduler).__name__, self.scheduler.config, self.codec.clip_value.item()
+        if config.get("clip_sample") and config.get("clip_sample_range", 1) < largest:  # it would cut images down
+            self.scheduler.register_to_config(clip_sample_range=largest)
+        maximum = config.num_train_timesteps
         if not all(count in range(1, maximum + 1) for count in (steps, 1 if detail_steps is None else detail_steps)):
             raise ValueError(f"got {steps!r} steps, detail_steps={detail_steps!r}, wanted 1 to {maximum}: change them")
         name = next((name for name, known in SOLVERS.items() if kind in known), kind)
@@ -174,9 +177,12 @@ class WaveletPipeline(DiffusionPipeline):
         folder = fetched(path, options)
         names = {"class_names": read_config(cls, folder).get("class_names")}
         check_config(cls, names, folder)
+        stored = load_scheduler(folder / "scheduler")
+        predicts = [of_target(one).config.prediction_type for one in (scheduler or stored, stored)]
+        check_choice("prediction_type of scheduler", predicts[0], predicts[1:])
         pipeline = cls(
             load_backbone(folder / "backbone", **options),
-            scheduler or load_scheduler(folder / "scheduler"),
+            scheduler or stored,
             load_strictly(WaveletCodec.from_pretrained, folder / "codec", **options),
             **names,
         )

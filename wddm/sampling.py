@@ -99,10 +99,11 @@ def sample_images(
 ) -> Iterator[np.ndarray]:  # fmt: skip
     """Draw `count` images batch by batch, uint8 (b, H, W, C), image k seeded `seed + k`; the last batch is shorter.
 
-    Image k has label k of `labels_in_turn`, over and over, and row k of each tensor in `known`: the pipeline's
-    low_resolution, or known and mask. The process `rank` draws every `world_size`-th batch.
+    Image k has label k of `labels_in_turn`, over and over, or else row k of each tensor in `known`: the pipeline's
+    low_resolution, or known and mask, and the `labels` if any. The process `rank` draws every `world_size`-th batch.
     """
-    size, turn = images_per_call(pipeline, batch_size), labels_in_turn(pipeline, labels)
+    size = images_per_call(pipeline, batch_size)
+    turn = labels_in_turn(pipeline, labels) if labels or not known else None
     for start in range(rank * size, count, world_size * size):
         stop = start + size if pipeline.device.type == "cpu" else min(start + size, count)
         generators = image_generators(range(seed + start, seed + stop))

@@ -75,7 +75,7 @@ def patches(size: tuple[int, int], dataset_path: str | None, seed: int, split: s
         return local.Images(PATCHES, read, 3, [Path(name).stem for name in bunch.filenames])
 
     if size[0] > 427 or size[1] > 640:
-        raise ValueError(f"got resolution={max(size)}, wanted at most 426 for patches: choose a smaller one")
+        raise ValueError(f"got {size[0]}x{size[1]} for patches, wanted 426x640 at most: choose a smaller resolution")
     files = ["images/china.jpg", "images/flower.jpg"]
     return _embedded("patches", dataset_path, split, "load_sample_images", files, opened)
 
@@ -120,6 +120,10 @@ def folder(size: tuple[int, int], dataset_path: str | None, seed: int, split: st
     if dataset_path is None:
         raise ValueError('got dataset="folder" alone, wanted a folder of images: give dataset_path')
     root = Path(dataset_path)
+    while root.is_dir() and len(inside := [path for path in root.iterdir() if path.name[0] != "."]) == 1:
+        if not inside[0].is_dir() or inside[0].name.lower() in local.SPLITS:
+            break
+        root = inside[0]  # as archives unpack
     found, left_out = local.listed(root)
     tables, arrays, pictures, labels = (found[kind] for kind in ("table", "array", "image", "labels"))
     every = tables or arrays or pictures
@@ -152,7 +156,7 @@ def hub(size: tuple[int, int], dataset_path: str | None, seed: int, split: str, 
     if dataset_path is not None:
         root = Path(dataset_path)
         files = local.listed(root)[0]["table"]
-        files = files if root.is_file() else local.of_split(root, files, split)
+        files = files if files and root.is_file() else local.of_split(root, files, split)
         return _local(dataset_path, root, files, partial(local.tables, files), split)
     name, _, commit = repo.partition("@")  # the last one without
 

@@ -4,7 +4,6 @@ import json
 import math
 import resource
 import sys
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -87,10 +86,8 @@ def lr_share(schedule: str, step: int, warmup: int, total: int) -> float:
 
 def resolve_precision(precision: str, cpu: bool = False) -> str:
     """accelerate's name of the precision; "auto" is bf16 where a GPU has it, else "no"."""
-    check_choice("precision", precision, PRECISIONS)
-    if precision != "auto":
-        return precision
-    return "bf16" if not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    has_bf16 = not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return {"auto": "bf16" if has_bf16 else "no"}.get(precision, check_choice("precision", precision, PRECISIONS))
 
 
 def check_batch(batch_size: int, accumulation: int = 1, num_processes: int = 1) -> None:
@@ -161,11 +158,6 @@ def seed_device(device: torch.device, seed: int) -> None:
     """`torch.manual_seed` of this device alone: that asks after every kind of device, a third of a millisecond."""
     generator = torch.default_generator if device.type == "cpu" else torch.get_device_module(device)
     generator.manual_seed(seed)
-
-
-def crc(images: np.ndarray) -> int:
-    """A checksum of some of the images, at most 511."""
-    return zlib.crc32(images[:: max(1, len(images) // 256)].tobytes())
 
 
 def check_finite(unread: list[tuple[Tensor, ...]], step: int, learning_rate: float) -> None:

@@ -63,7 +63,7 @@ class WaveletCodec(ModelMixin, ConfigMixin):
         statistics = (4**level * channels, 1, 1) if scaling == "band" and channels else (1, 1, 1)
         self.register_buffer("shift", torch.zeros(statistics))
         self.register_buffer("scale", torch.full(statistics, 2.0**level if scaling == "dyadic" else 1.0))
-        self.register_buffer("clip_value", torch.tensor(1.0))  # the largest |coefficient|, where solvers clip
+        self.register_buffer("clip_value", torch.tensor(2.0**level if scaling == "none" else 1.0))  # the largest |z|
 
     def encode(self, images: Tensor) -> Tensor:
         """Coefficients (B, 4^L C, H/2^L, W/2^L) of images (B, C, H, W) in [-1, 1]; ValueError if they do not fit."""
@@ -185,12 +185,6 @@ class WaveletCodec(ModelMixin, ConfigMixin):
     def _ordered(self, h: Tensor, v: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Details from PyWavelets' order to `band_order`, or back."""
         return (v, h, d) if self.config.band_order == "AVHD" else (h, v, d)
-
-    def _fix_state_dict_keys_on_load(self, state_dict: dict[str, Tensor]) -> None:
-        """Take `clip_value` from codecs that were saved when it was called `limit`."""
-        super()._fix_state_dict_keys_on_load(state_dict)
-        if "limit" in state_dict:
-            state_dict["clip_value"] = state_dict.pop("limit")
 
 
 def check_choice(name: str, got: str, wanted: Iterable[str]) -> str:

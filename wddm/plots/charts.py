@@ -233,7 +233,7 @@ def quality_curves(
     need(names, "no curves", "one or more", "give what was measured")
     colors = dict(zip(names, palette(len(names)), strict=True))
     drawn = [(title, table, x) for title, table in tables.items() for x in axis]
-    with panels(3.4, "ABCDEFGH"[: len(drawn)], "y", "lower center", sharey=True) as (figure, axs):
+    with panels(3.4, "ABCDEFGHIJ"[: len(drawn)], "y", "lower center", sharey=True) as (figure, axs):
         for axes, (title, table, x) in zip(axs, drawn, strict=True):
             if floor is not None and floor > max(0, table[metric].min() / 20):
                 axes.axhline(floor, **FLOOR)

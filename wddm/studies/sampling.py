@@ -42,7 +42,7 @@ def settings(
     return [
         dict(zip(SETTING, (name, count, eta, spacing or "trailing", details), strict=True))
         for name, spacing in itertools.product(schedulers, spacings)
-        for eta, count in itertools.product(etas if name == "ddim" else (0.0,), steps)
+        for eta, count in itertools.product(etas if name.lower() == "ddim" else (0.0,), steps)
         for details in (None if details == count else details for details in detail_steps)
     ]
 

@@ -99,9 +99,7 @@ def taken(root: Path, run: str, name: str, known: Digests) -> dict[str, Any]:
     entry, maker = read_record(root, run).get(name), MAKERS.get(name, name)
     remedy = f"run {maker} of this run again"
     if entry is None:
-        older = (root / "runs" / run / name).exists()
-        got = f"runs/{run}/{name} of an older layout, without a record" if older else f"no {name} of run {run!r}"
-        raise ValueError(f"got {got}, wanted it made and recorded: run {maker} of this run first")
+        raise ValueError(f"got no {name} of run {run!r}, wanted it made and recorded: run {maker} of this run first")
     if "sha256" not in entry:
         raise ValueError(f"got {name} of run {run!r} begun and not finished, wanted it whole: {remedy}, it goes on")
     for source, digest in entry["from"].items():
