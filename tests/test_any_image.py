@@ -79,8 +79,14 @@ def test_images_of_any_kind_become_a_report(root: Path, make, shape: tuple[int, 
     assert bool(said) is (shape[2] == 5)
     for notebook, figures in (("01_prepare", ("data",)), ("03_sample", ("samples", "trajectory")),
                               ("04_evaluate", ("real-and-generated", "neighbours"))):  # fmt: skip
-        page = (report / f"{notebook}.html").read_text()
-        assert page.count(said) >= len(figures) if said else "Shown of" not in page
+        cells = json.loads((report / f"{notebook}.ipynb").read_text())["cells"]
+        shown = [
+            output for cell in cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
+        ]
+        captions = {"".join(one["data"]["text/plain"]): one["metadata"]["image/png"]["alt"] for one in shown}
+        for figure in figures:
+            (caption,) = [text for name, text in captions.items() if name.endswith(f"figures/{figure}.png]")]
+            assert said in caption if said else "Shown of" not in caption
         assert all((report / f"figures/{figure}.png").exists() for figure in figures)
     metrics = json.loads((report / "metrics.json").read_text())
     assert np.isfinite(metrics["fwd"]) and np.isfinite(metrics["fwd_floor"])

@@ -97,7 +97,7 @@ def test_any_size_and_number_of_channels_is_built_saved_and_counted(tmp_path, ba
         assert_close(again(x, 3, class_labels=torch.tensor([0, 1])).sample, first)
         assert first.shape == x.shape and not torch.allclose(first[0], second[0]) and torch.equal(first[1], second[1])
         for network, labels in ((model, None), (build_backbone(backbone, **sizes), torch.tensor([0, 1]))):
-            with pytest.raises(ValueError):
+            with pytest.raises(ValueError, match="class"):
                 network(x, 3, labels)
     assert forward_flops(model) == forward_flops(build_backbone(backbone, **sizes)) > 2 * 20 * 32 * 16 * 32
 

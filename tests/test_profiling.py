@@ -94,9 +94,9 @@ def test_all_are_measured_alone_and_those_that_fit_are_timed() -> None:
     found = compare(makers, batch_size=1, max_seconds=0.2, bounds={"quick": 0.0, "hopeless": 0.5})
     assert list(found) == list(makers)
     assert found["quick"].seconds.shape == (5,) and found["quick"].seconds.min() >= 0.01
-    assert found["quick"].seconds.min() < 0.02  # a step, not a call of twenty
+    assert found["quick"].seconds.min() < 0.1  # a step, not a call of twenty
     assert found["slow"].seconds is None
-    assert found["slow"].reason.startswith("0.3") and found["slow"].reason.endswith(" s a step")
+    assert float(found["slow"].reason.split()[0]) >= 0.3 and found["slow"].reason.endswith(" s a step")
     assert found["hopeless"] == Measurement(reason="over 0.5 s a step")
 
 
