@@ -15,6 +15,7 @@ from bs4 import BeautifulSoup
 from nbconvert import MarkdownExporter
 
 from wddm.files import read_json, write_text
+from wddm.workbook.records import read_status
 from wddm.workbook.report import read_page
 
 LINK = re.compile(r"\[reports/[^]]*/(figures/[^]/]+\.png)\]")  # the text of a figure that `Run.show` kept
@@ -25,6 +26,9 @@ def publish(folder: Path) -> list[Path]:
     names = [path.stem for path in sorted(folder.glob("*.ipynb"))]
     if not names:
         raise ValueError(f"got {folder} without executed notebooks, wanted reports/<run>: run it first")
+    status = read_status(folder)
+    if bad := [name for name in names if status.get(name, {}).get("state", "ok") != "ok"]:
+        raise ValueError(f"got {folder}, where {', '.join(bad)} did not end ok, wanted all to: run it again")
     return [write_page(folder, name, *read_page(folder, name)) for name in names]
 
 

@@ -66,6 +66,9 @@ def test_a_recipe_holds_where_the_experiment_names_nothing(tmp_path) -> None:
     assert published["learning_rate"] == modern["learning_rate"] == 0.5 and published["train_kimg"] == 1
     assert (published["prediction_type"], modern["prediction_type"]) == ("epsilon", "sample")
     assert published["run"] == "x-recipe=published" and published["precision"] == "no"
+    file.write_text("sweep: {prediction_type: [v_prediction, sample]}\n")  # what is swept is in the run's name
+    swept = [one.parameters for one in load_experiments(file, ROOT, ["recipe=published"])]
+    assert [one["prediction_type"] for one in swept] == ["v_prediction", "sample"] and swept[0]["precision"] == "no"
     file.write_text("recipe: publishd\n")
     with pytest.raises(ValueError, match=r"recipe: there is no 'publishd', did you mean 'published'\?"):
         load_experiments(file, ROOT)

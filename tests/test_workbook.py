@@ -493,7 +493,7 @@ def test_what_changed_runs_again(root, launched, change, expected):
 
 def test_the_package_source_counts(root, launched, monkeypatch):
     main(["run", "params/x.yaml"])
-    monkeypatch.setattr(provenance, "_source_hash", lambda: "other")
+    monkeypatch.setattr(provenance, "source_hash", lambda known: "other")
     main(["run", "params/x.yaml"])
     assert launched == ["01_prepare", "02_train"] * 2
 
@@ -513,6 +513,26 @@ def test_options_choose_notebooks(root, launched, options, expected):
         main(["run", "params/x.yaml"])
         launched.clear()
     assert main(["run", "params/x.yaml", *options]) == 0 and launched == expected
+
+
+def test_what_described_a_result_that_one_notebook_replaced_is_due_again(root, launched):
+    """Else its numbers would stand beside parameters that they are not of."""
+    main(["run", "params/x.yaml"])
+    assert main(["run", "params/x.yaml", "--only", "prepare", "-p", "seed=3"]) == 0
+    assert states(root) == ["ok", "pending"]
+    assert json.loads((root / "reports/x/metrics.json").read_text()) == {"m01_prepare": 1}
+    launched.clear()
+    assert main(["run", "params/x.yaml", "-p", "seed=3"]) == 0 and launched == ["02_train"]
+
+
+def test_a_page_that_cannot_be_drawn_is_not_that_of_an_earlier_run(root, launched, monkeypatch):
+    main(["run", "params/x.yaml"])
+    with monkeypatch.context() as patch:
+        patch.setattr("wddm.workbook.runner.render", lambda *_: 1 / 0)
+        assert main(["run", "params/x.yaml", "-p", "seed=3"]) == 0
+    assert not (root / "reports/x/01_prepare.html").exists()
+    launched.clear()
+    assert main(["run", "params/x.yaml", "-p", "seed=3"]) == 0 and launched == ["01_prepare", "02_train"]
 
 
 def test_a_failure_stops_the_run_and_takes_back_old_numbers(root, launched, capsys):

@@ -135,6 +135,7 @@ def advice(model: ModelMixin, learning_rate: float) -> list[str]:
 
 def tune(model: ModelMixin, device: torch.device, gradient_checkpointing: bool = False) -> None:
     """On a GPU, TF32 in matrix products and channels last in the model; activations computed again if asked for."""
+    model.zero_grad()  # of a step that was stopped
     if gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if device.type == "cuda":

@@ -37,7 +37,7 @@ class Experiment:
 
     def values(self, notebook: Path) -> dict[str, Any]:
         """The value of every parameter that one of its notebooks declares."""
-        return {name: self.parameters[name] for name in read_schema(notebook)}
+        return {name: self.parameters.get(name, one.default) for name, one in read_schema(notebook).items()}
 
     def as_yaml(self) -> str:
         """All parameters, as a YAML that `wddm run` accepts."""
@@ -90,7 +90,7 @@ def load_experiments(path: Path, root: Path, overrides: Iterable[str] = ()) -> l
         wanted = values | {key: (str(path), value) for key, value in swept.items()}
         if "recipe" in wanted:
             where, name = wanted.pop("recipe")
-            named = {key: value for key, value in wanted.items() if where != "-p" or value[0] == where}
+            named = {key: x for key, x in wanted.items() if where != "-p" or x[0] == where or key in swept}
             wanted |= _recipe(where, name, root, schema) | named
         known = list(schema | {name: one for name, one in of_summary.items() if name not in swept})
         parameters = _resolve(schema, wanted, known, swept, problems)

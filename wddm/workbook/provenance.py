@@ -10,7 +10,6 @@ prepared set of this run. What a notebook opens without declaring it is noted by
 """
 
 import atexit
-import functools
 import hashlib
 import json
 import os
@@ -39,7 +38,7 @@ def fingerprint(experiment: Experiment, notebook: Path, known: Digests) -> str:
     parts = {
         "code": [cell["source"] for cell in read_notebook(notebook)["cells"] if cell["cell_type"] == "code"],
         "parameters": experiment.values(notebook),
-        "source": _source_hash(),
+        "source": source_hash(known),
         "inputs": hashes(experiment.root, declared_paths(experiment, notebook, "Inputs"), known),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -123,10 +122,9 @@ def environment(root: Path, seed: int | None) -> dict[str, Any]:
     }
 
 
-@functools.cache
-def _source_hash() -> str:
-    source = sorted(Path(__file__).parents[1].rglob("*.py"))
-    return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in source)).hexdigest()
+def source_hash(known: Digests) -> str:
+    """Of the package's source as it is now, which is what a kernel imports."""
+    return known.of_files(package := Path(__file__).parents[1], sorted(package.rglob("*.py")))
 
 
 def _output(*command: str) -> str | None:

@@ -124,7 +124,7 @@ class Task:
         )
 
     def run(self, stop: kernel.Stop) -> int:
-        """Run the chosen notebooks, in order, up to the first that does not end ok."""
+        """Run the chosen notebooks up to the first that does not end ok; what is then out of date is due again."""
         print(f"{self.experiment.source} -> reports/{self.experiment.run}/", flush=True)
         write_text(self.folder / "params.yaml", self.experiment.as_yaml())
         if not self.status and any(self.folder.glob("*.md")):  # published: the numbers are of the run that it shows
@@ -133,14 +133,15 @@ class Task:
         notebooks = self.experiment.notebooks
         ok = [name for name, one in self.status.items() if one.get("state") == "ok"]
         self.set_pending(*(one for one in notebooks if one.stem not in (ok if one in self.chosen else self.status)))
-        for position, notebook in enumerate(self.chosen):
+        for notebook in self.chosen:
             current = self.is_current(notebook)
             label = f"[{notebooks.index(notebook) + 1}/{len(notebooks)}] {notebook.stem}"
             print(label, "unchanged, skipped" if current else "...", flush=True)
-            if not current and (self.launch(notebook, stop) != "ok" or stop.requested):
-                self.set_pending(*(later for later in self.chosen[position + 1 :] if not self.is_current(later)))
-                return 1
-        return 0
+            if failed := not current and (self.launch(notebook, stop) != "ok" or stop.requested):
+                break
+        self.force, later = self.force and failed, notebooks[notebooks.index(notebook) + 1 :]
+        self.set_pending(*(x for x in later if self.status[x.stem].get("state") == "ok" and not self.is_current(x)))
+        return int(failed)
 
     def launch(self, notebook: Path, stop: kernel.Stop) -> str:
         """Execute and render one notebook; returns the state that it ended in."""
@@ -163,6 +164,7 @@ class Task:
         if state == "ok":  # else there may be no time to read what it left
             files = [*provenance.outputs(self.experiment, notebook), *opened]
             entry["files"] = provenance.hashes(self.root, files, self.known)
+        (self.folder / f"{name}.html").unlink(missing_ok=True)  # of another time
         self.update(name, **entry)
         self.known.save()
         try:
