@@ -10,7 +10,7 @@ import inspect
 import itertools
 import json
 import math
-import resource
+import os
 import subprocess
 import sys
 import tempfile
@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.profiling import time_in_turn
+from benchmarks.profiling import anonymous_bytes, time_in_turn
 from wddm.data import batches, load
 from wddm.experiment import build
 from wddm.kan import SplineLinear
@@ -234,7 +234,7 @@ def perform(task: Task, to: Path) -> dict[str, Any]:
     np.save(to / "samples.npy", (drawn.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy())
     return asdict(task) | {
         "images_seen": seen, "training_s": trained - began, "sampling_s": ended - trained,
-        "memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "memory_gib": anonymous_bytes(peak=True) / 2**30,  # getrusage knows the peak of the parent, too
     }  # fmt: skip
 
 
@@ -242,7 +242,8 @@ def apart(task: Task) -> tuple[dict[str, Any], np.ndarray]:
     """`perform` in a process of its own: what it took, and samples uint8 (n, H, W, C)."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.peers", json.dumps(asdict(task)), folder]
-        done = subprocess.run(command, capture_output=True, text=True)
+        alone = os.environ | {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}  # the task is of a CPU
+        done = subprocess.run(command, capture_output=True, text=True, env=alone)
         if done.returncode:
             raise RuntimeError(f"{task.peer} failed: {done.stderr.strip().splitlines()[-1]}")
         return json.loads((Path(folder) / "row.json").read_text()), np.load(Path(folder) / "samples.npy")

@@ -161,7 +161,7 @@ def measure_alone(make: Maker, clock: Callable[[], float] = time.perf_counter) -
 
 
 def _measure_here(make: Maker, clock: Callable[[], float] = time.perf_counter) -> Measurement:
-    before, on_gpu = _anonymous_bytes(), torch.cuda.is_available()
+    before, on_gpu = anonymous_bytes(), torch.cuda.is_available()
     try:
         next(steps := make())
         synchronise()
@@ -173,11 +173,11 @@ def _measure_here(make: Maker, clock: Callable[[], float] = time.perf_counter) -
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
             return Measurement(reason="out of memory")
         raise
-    taken = torch.cuda.max_memory_allocated() if on_gpu else _anonymous_bytes(peak=True) - before
+    taken = (torch.cuda.max_memory_allocated() if on_gpu else 0) or anonymous_bytes(peak=True) - before
     return Measurement(np.array([seconds]), taken / 2**30)
 
 
-def _anonymous_bytes(peak: bool = False) -> int:
+def anonymous_bytes(peak: bool = False) -> int:
     """Resident memory of this process that is no file's (libraries are read as they are used); now or at its peak.
 
     Where there is no /proc, the peak resident memory so far stands for both.

@@ -83,7 +83,7 @@ def training(images: np.ndarray, folder: Path) -> Generator[object]:
     model, codec = network(images.shape[1])
     trainer = Unsaved(
         model=model, codec=codec, images=images, folder=folder, train_kimg=len(images) / 1000, batch_size=16,
-        precision="no", cpu=True,
+        precision="no", cpu=True, preview_kimg=0,
     )  # fmt: skip
     yield
     yield deque(trainer.steps(), maxlen=0)

@@ -67,6 +67,7 @@ def training(
             train_kimg=1e6,
             batch_size=batch_size,
             log_every=steps,
+            preview_kimg=0,
             precision=precision,
             compile=compile,
         )

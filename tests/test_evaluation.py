@@ -69,7 +69,7 @@ def test_what_depends_on_the_reference_is_kept_under_its_hash(digits, monkeypatc
     (first,) = scores.wavelet(samples, digits, Options(2))
     name = digits.manifest["sha256"]["images"][:16]
     assert {path.name for path in (digits.folder / ".statistics").glob("*fwd-level2*")} == {
-        f"{name}-fwd-level2-moments.npz", f"{name}-fwd-level2-floor-100-0-{scores.RESAMPLES}.npz",
+        f"{name}-fwd-level2-moments.npz", f"{name}-fwd-level2-floors-100-0-{scores.RESAMPLES}.npz",
     }  # fmt: skip
     monkeypatch.setattr(frechet, "moments", lambda *a, **k: pytest.fail("measured the reference again"))
     monkeypatch.setattr(frechet, "split_floor", lambda *a, **k: pytest.fail("measured the floor again"))

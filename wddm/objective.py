@@ -277,7 +277,7 @@ def _velocity_step(solver: SchedulerMixin, output: Tensor, t: Tensor, z: Tensor,
     velocity = (signal * solver.scale_model_input(z, t) - output) / noise
     solver.register_to_config(prediction_type="v_prediction")
     try:
-        return solver.step(velocity, t, z, **options)
+        return solver.step(velocity.to(output.dtype), t, z, **options)
     finally:
         solver.register_to_config(prediction_type="sample")
 

@@ -69,7 +69,7 @@ class Trainer:
     schedule: str = "constant_with_warmup"  # a key of SCHEDULES; cosine ends at zero
     warmup_kimg: float = 5.0
     weight_decay: float = 0.01
-    ema_half_life_kimg: float = 10.0  # after which a weight's share in the average has halved; 0: no averaging
+    ema_half_life_kimg: float = 10.0  # after which a weight's share has halved, 8 % of the images seen at most; 0: none
     averages_kimg: float = 0.0  # between averages that are kept, for `steps.averaged_weights` of any half-life
     seed: int = 0
     precision: str = "auto"  # "no", "fp16", "bf16", or "auto": bf16 where a GPU has it, else "no"

@@ -136,14 +136,14 @@ def band_statistics(images: Images, level: int = 3) -> BandStatistics:
     packets = (haar_packets(batch, level) for batch in UnitBatches(images))  # (4^L, B, d)
     per_image = torch.cat([torch.stack([(x**p).mean(2).T for p in (1, 2, 3, 4)], 1) for x in packets]).numpy()
     energy, mean = resampled(per_image[:, 1]), per_image[:, 0].mean(0)
-    bands, std = WaveletCodec("haar", level=level).bands(), np.sqrt(energy.value - mean**2)
+    bands, std = WaveletCodec("haar", level=level).bands(), np.sqrt(np.maximum(energy.value - mean**2, 0))
     return BandStatistics(bands, energy, std, resampled(per_image, _kurtosis))
 
 
 def _kurtosis(moments: np.ndarray) -> np.ndarray:
     m1, m2, m3, m4 = np.moveaxis(moments, -2, 0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / (m2 - m1**2) ** 2 - 3
+    variance = np.where(m2 - m1**2 > 1e-12 * m2, m2 - m1**2, np.nan)  # below, rounding is all that is left
+    return (m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / variance**2 - 3
 
 
 def pixels(images: Images, side: int) -> np.ndarray:

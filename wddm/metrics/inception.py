@@ -68,7 +68,7 @@ def scores(generated: Features, real: Features, *, resamples: int = 20, seed: in
     sides = [fid_features_to_statistics(torch.from_numpy(side["2048"])) for side in (generated, real)]
     fid = fid_statistics_to_metric(*sides, False)["frechet_inception_distance"]
     mean, spread = isc_features_to_metric(torch.from_numpy(generated["logits_unbiased"]), splits=SPLITS).values()
-    half = NORMAL90 * spread / SPLITS**0.5
+    half = 1.833 * spread / (SPLITS - 1) ** 0.5  # Student's t of 9 degrees of freedom
     found = {"fid": fid_interval(fid, generated, real, resamples, seed)}
     found["inception_score"] = Estimate(mean, mean - half, mean + half)
     return found | by_kernel(generated["2048"], real["2048"])

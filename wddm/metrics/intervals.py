@@ -36,11 +36,11 @@ def resampled(
 def distance_estimate(value: Value, drawn: np.ndarray) -> Estimate[Value]:
     """A distance with its percentile interval, from its values `drawn` (R, ...) on R resampled sets, if there are any.
 
-    Their mean is subtracted: duplicates in a resampled set make every distance larger, which is no uncertainty.
+    Their mean is subtracted: duplicates make every distance larger. Weibull's quantiles: numpy's own hold 81 % of 20.
     """
     if not len(drawn):
         return Estimate(value, np.nan * value, np.nan * value)
-    return Estimate(value, *np.maximum(0.0, value + np.quantile(drawn - np.mean(drawn, 0), ENDS, axis=0)))
+    return Estimate(value, *np.maximum(0.0, value + np.quantile(drawn - drawn.mean(0), ENDS, axis=0, method="weibull")))
 
 
 def share(hits: int, count: int) -> Estimate[float]:

@@ -318,7 +318,7 @@ def _scores(
 ) -> list[Score]:  # fmt: skip
     """What was found, by name, with floors: what is `between` some real images and all others, given by their rows."""
     seed, count, floors = options.seed, min(counts[1] // 2, counts[0]), {}
-    said, name = f"{said}, seed {seed}", f"{stem}-floor-{count}-{seed}-{RESAMPLES}"
+    said, name = f"{said}, seed {seed}", f"{stem}-floors-{count}-{seed}-{RESAMPLES}"
     try:
         kept = _kept(reference, name, lambda: between(*frechet.split(counts[1], count, seed)))
         floors = {key: Estimate(*map(float, ends)) for key, ends in kept.items()}
