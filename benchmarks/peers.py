@@ -282,7 +282,8 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     """A row per peer at the chosen learning rate: means over seeds, with the lowest and the highest in brackets."""
 
     def spread(values: pd.Series) -> str:
-        return f"{values.mean():.3g} ({values.min():.3g} to {values.max():.3g})"
+        form = ",.0f" if values.max() >= 1000 else ".3g"
+        return "{:{form}} ({:{form}} to {:{form}})".format(values.mean(), values.min(), values.max(), form=form)
 
     rows, none = [], pd.Series(dtype=float)
     for peer, (function, _) in PEERS.items():
