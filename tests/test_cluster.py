@@ -1,5 +1,6 @@
 """Sweeps by Dask, with real schedulers, workers and clients on this machine. Oracle: the same sweep with `--jobs 1`."""
 
+import asyncio
 import os
 import re
 import shutil
@@ -118,8 +119,12 @@ def test_the_settings_that_come_with_it_are_those_of_their_class(name) -> None:
         assert settings.keys() <= inspect.signature(distributed.SSHCluster).parameters.keys()
     else:
         settings.pop("scale")
-        with dask_jobqueue.SLURMCluster(**settings) as slurm:
-            script = slurm.job_script()
+
+        async def written() -> str:  # in this thread: the one that Dask would start is given ten seconds, no more
+            async with dask_jobqueue.SLURMCluster(**settings, asynchronous=True) as slurm:
+                return slurm.job_script()
+
+        script = asyncio.run(written())
         assert "--nthreads 1" in script and "--resources GPU=1" in script and "#SBATCH --gres=gpu:1" in script
 
 

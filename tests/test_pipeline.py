@@ -417,6 +417,14 @@ def test_a_scheduler_that_is_given_clips_and_predicts_as_the_network_wants(tmp_p
             WaveletPipeline.from_pretrained(shipped, scheduler=other)
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_draws_in_half_precision(solver: str) -> None:
+    pipeline = WaveletPipeline.from_pretrained(ROOT / "notebooks/models/digits", torch_dtype=torch.bfloat16)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = build_solver(solver, "sample")
+    assert pipeline(2, num_inference_steps=3, output_type="pt").images.dtype == torch.bfloat16
+
+
 def test_parts_and_types_that_are_given_are_taken(tmp_path) -> None:
     pipeline, solver = tiny_pipeline(), build_solver("euler", "epsilon")
     pipeline.save_pretrained(tmp_path)

@@ -86,8 +86,8 @@ def lr_share(schedule: str, step: int, warmup: int, total: int) -> float:
 
 def resolve_precision(precision: str, cpu: bool = False) -> str:
     """accelerate's name of the precision; "auto" is bf16 where a GPU has it, else "no"."""
-    has_bf16 = not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return {"auto": "bf16" if has_bf16 else "no"}.get(precision, check_choice("precision", precision, PRECISIONS))
+    best = "bf16" if not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    return best if check_choice("precision", precision, PRECISIONS) == "auto" else precision
 
 
 def check_batch(batch_size: int, accumulation: int = 1, num_processes: int = 1) -> None:
