@@ -312,3 +312,46 @@ def test_processes_need_no_torch_and_end_with_a_killed_parent():
     time.sleep(0.2)
     parent.kill()
     assert parent.communicate(timeout=20) == ("", "")  # returns when the last one that could write has gone
+
+
+WIDE_RGB = np.dstack([WIDE, WIDE.T, WIDE[::-1]])
+JPEG2000 = {"level": 0, "codecformat": "jp2", "reversible": True}
+
+
+def thumbnail() -> bytes:
+    """The first page of a camera's raw file is a smaller version of the second."""
+    file = io.BytesIO()
+    with tifffile.TiffWriter(file) as pages:
+        pages.write(RGB[::2, ::2], subfiletype=1, photometric="rgb")
+        pages.write(RGB, photometric="rgb")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        imagecodecs.jpeg2k_encode(WIDE_RGB, **JPEG2000),  # white would be black
+        imagecodecs.jpeg2k_encode(WIDE_RGB >> 4, bitspersample=12, **JPEG2000),
+        tiff(np.moveaxis(WIDE_RGB, -1, 0).copy(), photometric="rgb", planarconfig="separate"),
+        tiff(np.stack([GREY, 255 - GREY]), photometric="minisblack", planarconfig="separate", extrasamples=[2],
+             compression="lzw"),
+        tiff(GREY, photometric="palette", colormap=np.arange(768, dtype=np.uint16).reshape(3, 256) // 3),
+        tiff(WIDE.astype(np.int32) << 8, byteorder=">", compression="lzw"),
+        thumbnail(),
+    ],
+)  # fmt: skip
+def test_what_pil_decodes_to_wrong_pixels_is_refused(content: bytes) -> None:
+    pixels, labels, failed = decoding.decode([(content, 7, "it")], (8, 8, 3))
+    assert len(pixels) == 0 and labels == [] and failed[0][0] == "it"
+    assert "PIL does not read right: save it as PNG" in failed[0][1]
+
+
+def test_the_same_in_forms_that_pil_reads_is_taken() -> None:
+    colours = np.stack([np.arange(256), np.arange(256)[::-1], np.full(256, 9)])
+    for content, oracle in (
+        (imagecodecs.jpeg2k_encode(RGB, **JPEG2000), RGB),
+        (tiff(np.moveaxis(RGB, -1, 0).copy(), photometric="rgb", planarconfig="separate"), RGB),
+        (tiff(WIDE_RGB, photometric="rgb"), WIDE_RGB >> 8),
+        (tiff(GREY, photometric="palette", colormap=(257 * colours).astype(np.uint16)), colours.T[GREY]),
+    ):
+        np.testing.assert_array_equal(decode_one(content), oracle)

@@ -459,7 +459,7 @@ def test_damaged_and_foreign_parquet_is_refused_by_name_or_skipped(tmp_path, hub
     refused(b"<!DOCTYPE html>" * 20, "wanted a whole Parquet file")
     refused(whole[:200] + bytes(3000) + whole[3200:], "damaged after row 0")
     write_shard(shard, [encoded(noise(1)[0])], column="picture")
-    refused(shard.read_bytes(), "wanted those of")
+    refused(shard.read_bytes(), "wanted columns and classes of")
 
 
 def test_what_stands_behind_damage_in_parquet_is_read(tmp_path, pictures):
@@ -644,3 +644,79 @@ def test_training_and_testing_are_splits_too(tmp_path, pictures):
     png_folder(tmp_path / "in/testing", pictures[2:5])
     assert len(prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in").images) == 2
     assert len(prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in", split="test").images) == 3
+
+
+@pytest.mark.parametrize("beside", ["README.txt", "__MACOSX/photos/._x.png", ".DS_Store", "LICENSE"])
+def test_what_lies_beside_the_only_folder_hides_neither_splits_nor_classes(tmp_path, pictures, beside):
+    """As archives unpack: else the test images would be trained on, without labels."""
+    for part, rows in (("train", pictures[:4]), ("test", pictures[4:8])):
+        png_folder(tmp_path / "in/photos" / part / "cat", rows[:2])
+        png_folder(tmp_path / "in/photos" / part / "dog", rows[2:])
+    (tmp_path / "in" / beside).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "in" / beside).write_bytes(b"no image")
+    prepared = prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in")
+    np.testing.assert_array_equal(prepared.images, pictures[:4])
+    assert prepared.class_names == ["cat", "dog"] and prepared.labels.tolist() == [0, 0, 1, 1]
+    (tmp_path / "classes").mkdir()
+    (tmp_path / "in/photos/train").rename(tmp_path / "classes/birds")
+    (tmp_path / "classes/LICENSE").touch()
+    prepared = prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "classes")
+    assert prepared.class_names == ["cat", "dog"] and prepared.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_splits_with_a_year_are_splits(tmp_path, pictures):
+    """COCO's are called train2017 and val2017."""
+    png_folder(tmp_path / "in/train2017", pictures[:2])
+    png_folder(tmp_path / "in/val2017", pictures[2:5])
+    prepared = prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in", split="train + training")
+    np.testing.assert_array_equal(prepared.images, pictures[:2])
+    assert prepared.labels is None
+    assert len(prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in", split="validation").images) == 3
+
+
+def test_the_labels_of_an_array_are_those_beside_it(tmp_path, pictures):
+    for part, label in (("test", 1), ("train", 2)):
+        (tmp_path / "in" / part).mkdir(parents=True)
+        np.save(tmp_path / "in" / part / "images.npy", pictures[:4] // label)
+        np.save(tmp_path / "in" / part / "labels.npy", np.full(4, label))
+    for part, label in (("test", 1), ("train", 2)):
+        prepared = prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in", split=part)
+        np.testing.assert_array_equal(prepared.images, pictures[:4] // label)
+        assert prepared.labels.tolist() == [label] * 4
+
+
+def test_shards_whose_classes_stand_in_another_order_are_refused(tmp_path, pictures):
+    for name, names in (("a", ("cat", "dog")), ("b", ("dog", "cat"))):
+        write_shard(tmp_path / f"in/{name}.parquet", [encoded(x) for x in pictures[:2]], [0, 1], names=names)
+    with pytest.raises(ValueError, match=r"b\.parquet, wanted columns and classes of .*a\.parquet: separate them"):
+        prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in")
+
+
+def test_of_columns_of_images_that_called_image_is_taken_and_an_index_is_no_label(tmp_path, pictures):
+    import pandas as pd
+    import pyarrow as pa
+
+    cells = [[{"bytes": encoded(one), "path": None} for one in part] for part in (pictures[:4], pictures[4:8])]
+    table = pd.DataFrame({"mask": cells[1], "image": cells[0], "kind": ["b", "a", "b", "a"]}, index=[5, 7, 8, 9])
+    (tmp_path / "in").mkdir()
+    pa.parquet.write_table(pa.Table.from_pandas(table), tmp_path / "in/x.parquet")
+    prepared = prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in")
+    np.testing.assert_array_equal(prepared.images, pictures[:4])
+    assert prepared.labels.tolist() == [1, 0, 1, 0] and prepared.class_names == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("table", "names"),
+    [
+        ("file_name\ncat/000.png\n", ["cat", "dog"]),  # says nothing of labels: the folders do
+        ("file_name,score\ncat/000.png,0.5\ndog/000.png,1.5\n", ["cat", "dog"]),  # a number is no class
+        ("file_name,kind\ncat/000.png,x,\ncat/001.png,y,\ndog/000.png,y,\ndog/001.png,x,\n", ["x", "y"]),
+    ],
+)
+def test_a_table_of_no_labels_leaves_those_of_folders(tmp_path, pictures, table, names):
+    for i, folder in enumerate(("cat", "dog")):
+        png_folder(tmp_path / "in" / folder, pictures[2 * i : 2 * i + 2])
+    (tmp_path / "in/metadata.csv").write_text(table)
+    prepared = prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in")
+    assert prepared.class_names == names
+    assert prepared.labels.tolist() == ([0, 0, 1, 1] if names == ["cat", "dog"] else [0, 1, 1, 0])

@@ -44,7 +44,7 @@ TiffImagePlugin.OPEN_INFO |= {  # TIFFs that PIL decodes but does not list, most
     (b"MM", 0, (1,), 1, (16,), ()): ("I;16B", "I;16B"),
     (b"II", 0, (1,), 1, (12,), ()): ("I;16", "I;12"),
 }
-BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+SUBFILE, BITS, PHOTOMETRIC, PLANES, COLOURS, SAMPLE_FORMAT = 254, 258, 262, 284, 320, 339  # tags of TIFF
 
 Item = tuple[bytes | Path | np.ndarray | str | None, int, str]  # image or why there is none, label or -1, where from
 Shape = tuple[int, int, int]  # height, width, channels
@@ -125,6 +125,7 @@ def is_grey(image: Any) -> bool:
 def _of_file(image: bytes | Path) -> Image.Image:
     """L, RGB or CMYK of a file: 8 bits, in sRGB, on white and upright."""
     picture: Any = opened(image)
+    _check(image, picture)
     raw = picture.tile[0].args if picture.tile else None  # how the pixels stand in the file
     ImageOps.exif_transpose(picture, in_place=True)
     profile = picture.info.get("icc_profile")
@@ -141,6 +142,24 @@ def _of_file(image: bytes | Path) -> Image.Image:
     if opaque:
         picture = Image.composite(picture, Image.new(picture.mode, picture.size, "white"), opaque)
     return picture
+
+
+def _check(image: bytes | Path, picture: Any) -> None:
+    """ValueError for what PIL decodes to wrong pixels, without a word."""
+    tags: Any = getattr(picture, "tag_v2", {})
+    raw = picture.tile and picture.tile[0][0] == "raw"
+    if picture.format == "JPEG2000" and picture.mode in ("RGB", "RGBA"):
+        content = image if isinstance(image, bytes) else image.read_bytes()
+        wrong = content[content.index(b"\xff\x4f\xff\x51") + 42] & 127 > 7  # where white turns black
+    else:
+        wrong = (
+            (tags.get(PLANES) == 2 and (picture.mode == "LA" or (raw and max(tags[BITS]) > 8)))
+            or tags.get(SUBFILE, 0) & 1 == 1  # a thumbnail, as in a camera's raw file
+            or max(tags.get(COLOURS, (256,))) < 256
+            or (picture.mode == "I" and not raw and tags.prefix == b"MM")
+        )  # fmt: skip
+    if wrong:
+        raise ValueError("colours, planes or pages that PIL does not read right: save it as PNG")
 
 
 def _opaque(image: bytes | Path, picture: Image.Image, raw: Any) -> Image.Image | None:

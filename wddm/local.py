@@ -62,14 +62,19 @@ def split_of(root: Path, file: Path) -> str | None:
     path = file.relative_to(root)
     whole = KINDS.get(file.suffix.lower()) in ("table", "array")
     words = re.split("[/_.-]", path.as_posix())[::-1] if whole else path.parts[:-1][:1]
-    return next((SPLITS[word.lower()] for word in words if word.lower() in SPLITS), None)
+    return next(filter(None, map(split_called, words)), None)
+
+
+def split_called(word: str) -> str | None:
+    """The split of which a folder, or a part of a file's name, says that it is: train, Training, val2017."""
+    return SPLITS.get(word.lower().rstrip("0123456789"))
 
 
 def of_split(root: Path, files: list[Path], split: str) -> list[Path]:
     """Those of "train+validation", in this order; ValueError if there are none, or fewer than "-of-00004" says."""
     chosen = []
-    for part in split.split("+"):
-        found = [file for file in files if split_of(root, file) == SPLITS.get(part, part)]
+    for part in dict.fromkeys(split_called(word) or word for word in split.replace(" ", "").split("+")):
+        found = [file for file in files if split_of(root, file) == part]
         total = re.search(r"-of-0*(\d+)", found[0].name) if found else None
         if not found or (total and len(found) != int(total[1])):
             kind = "images" if files and files[0].suffix != ".parquet" else "Parquet files"
@@ -86,9 +91,10 @@ def pictures(root: Path, files: list[Path], tables: list[Path], in_splits: bool,
     tops = [(*file.relative_to(root).parts[in_splits:-1], "")[0] for file in files]
     folders = sorted({*tops} - {""})
     labels, names, note, left_out = _of_csv(tables, files) if tables else (np.full(len(files), -1), None, "", [])
-    if not tables and len(folders) > 1 and "" in tops:
+    labelled = note or (labels >= 0).any()
+    if not labelled and len(folders) > 1 and "" in tops:
         note = f"no labels: {tops.count('')} images are in none of the folders {', '.join(folders)[:80]}"
-    elif not tables and len(folders) > 1:
+    elif not labelled and len(folders) > 1:
         labels, names = np.array([folders.index(top) for top in tops]), folders
     read = partial(map, lambda i: (files[i], int(labels[i]), plain(files[i])))
     return Images(len(files), read, None, names, note, left_out)
@@ -101,10 +107,10 @@ def _of_csv(tables: list[Path], files: list[Path]) -> tuple[np.ndarray, list[str
     frames = []
     for table in tables:
         with refusing(plain(table), "columns file_name and label", REMEDY):
-            frame = pd.read_csv(table, keep_default_na=False, na_values=[""])
+            frame = pd.read_csv(table, index_col=False, keep_default_na=False, na_values=[""])
             frames.append(frame.set_index(pd.Index([table.parent / name for name in frame.pop("file_name")])))
-    known = pd.concat(frames)
-    column, note = _label_column(list(known.columns), [])
+    known = pd.concat(frames).convert_dtypes()
+    column, note = _label_column([n for n in known if n == "label" or known[n].dtype.kind != "f"], [])
     left_out = sorted(f"{plain(path)} (in metadata.csv, but not there)" for path in {*known.index} - {*files})
     known = known[~known.index.duplicated(keep="last")].reindex(files)
     return *(numbers(known[column], column) if column else (np.full(len(files), -1), None, note)), left_out
@@ -162,8 +168,11 @@ def tables(files: list[Path], skip: bool, *, beside: Sequence[Path] = ()) -> Ima
             parquet = _parquet(file)
             columns = columns or _columns(file, parquet.schema_arrow)
             image, label, classes, note = columns
-            if not {image, label} - {None} <= {*(have := parquet.schema_arrow.names)}:
-                raise ValueError(f"got {have} in {plain(file)}, wanted those of {plain(files[0])}: separate them")
+            named = _columns(file, parquet.schema_arrow)[2] if label else None
+            if not {image, label} - {None} <= {*(have := parquet.schema_arrow.names)} or named not in (None, classes):
+                raise ValueError(
+                    f"got {have} in {plain(file)}, wanted columns and classes of {plain(files[0])}: separate them"
+                )
             with refusing(plain(file), f"a whole column {label}", REMEDY):
                 parts += [parquet.read([label])[label].to_pandas()] if label else []
             counts[file] = parquet.metadata.num_rows
@@ -196,9 +205,11 @@ def _columns(file: Path, schema: "pa.Schema") -> tuple[str, str | None, list[str
     with refusing(plain(file), "metadata that `datasets` reads", REMEDY):
         features = Features.from_arrow_schema(schema)
     images = [one.name for one in schema if "bytes" in getattr(one.type, "names", ())]
+    images.sort(key=lambda name: name not in ("image", "img"))  # rather than a mask
     if not images:
         raise ValueError(f"got columns {schema.names} in {plain(file)}, wanted one of images: write it with `datasets`")
     kinds = {name: str(getattr(kind, "dtype", "")) for name, kind in features.items()}
+    kinds.pop("__index_level_0__", None)  # of pandas
     candidates = [n for n in kinds if re.match("." if n == "label" else "u?int|bool|(large_)?string", kinds[n])]
     classes = {name: kind.names for name, kind in features.items() if isinstance(kind, ClassLabel)}
     label, note = _label_column(candidates, list(classes))
