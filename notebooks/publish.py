@@ -54,7 +54,7 @@ def bar(folder: Path, name: str) -> str:
     files = ["params.yaml"] * (folder / "params.yaml").exists()
     files += [each for each in ("metrics.json", "timings.json") if read_json(folder / each)]
     links = [f"[{page}]({page}.md)" for page in pages] + [f"[{file}]({file})" for file in files]
-    made = read_json(folder / "environment.json")
+    made = read_json(folder / "environment.json") | read_status(folder).get(name, {})
     commit = [f"commit {made['commit'][:7]}, {made['device']}"] if made.get("commit") else []
     return " · ".join(["[All results](../README.md)", f"run `{folder.name}`", *links, *commit])
 
@@ -80,9 +80,8 @@ def as_markdown(output: Any, folder: Path, name: str) -> str:
     if pixels := output.data.get("image/png"):
         kept = LINK.fullmatch(text)
         place = kept[1] if kept else f"figures/{name}.png"
-        if not (folder / place).exists():
-            (folder / place).parent.mkdir(exist_ok=True)
-            (folder / place).write_bytes(base64.b64decode(pixels))
+        (folder / place).parent.mkdir(exist_ok=True)
+        (folder / place).write_bytes(base64.b64decode(pixels))
         return f"![{Path(place).stem.replace('-', ' ')}]({place})"  # its caption follows
     page = BeautifulSoup(output.data.get("text/html", ""), "html.parser")
     if page.table:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -256,6 +257,12 @@ def test_runs_that_ended_are_collected_and_the_others_named(tmp_path) -> None:
         {"variant": "level 2", "runs": 2, "level": 2},
         {"variant": "level 1", "runs": 2, "level": 1},
     ]
+    finished_run(tmp_path, "a-level=1-seed=2", parameters="level: 1\nseed: 2\ntrain_kimg: 9\n", fwd=1)
+    with pytest.raises(ValueError, match="got runs of 'level 1' that differ in more than their seeds"):
+        sweeps.differences(collect(tmp_path, ["a-*"])[0])
+    finished_run(tmp_path, "a-level=1-seed=2", parameters="level: 1\nseed: 2\ndataset_path: /b\n", fwd=1)
+    assert sweeps.differences(collect(tmp_path, ["a-*"])[0]).runs.tolist() == [3, 2]
+    shutil.rmtree(tmp_path / "reports/a-level=1-seed=2")
     finished_run(tmp_path, "b-level=1")
     found, _ = collect(tmp_path, ["*"])
     assert {run.variant for run in found} == {"a, level 1", "a, level 2", "b, level 1"}

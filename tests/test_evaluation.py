@@ -69,7 +69,7 @@ def test_what_depends_on_the_reference_is_kept_under_its_hash(digits, monkeypatc
     (first,) = scores.wavelet(samples, digits, Options(2))
     name = digits.manifest["sha256"]["images"][:16]
     assert {path.name for path in (digits.folder / ".statistics").glob("*fwd-level2*")} == {
-        f"{name}-fwd-level2-moments.npz", f"{name}-fwd-level2-floors-100-0-{scores.RESAMPLES}.npz",
+        f"{name}-fwd-level2-moments-{scores.CODE}.npz", f"{name}-fwd-level2-floors-100-0-{scores.CODE}.npz",
     }  # fmt: skip
     monkeypatch.setattr(frechet, "moments", lambda *a, **k: pytest.fail("measured the reference again"))
     monkeypatch.setattr(frechet, "split_floor", lambda *a, **k: pytest.fail("measured the floor again"))
@@ -78,6 +78,9 @@ def test_what_depends_on_the_reference_is_kept_under_its_hash(digits, monkeypatc
     other = data.Dataset(digits.images, None, None, {"sha256": {"images": "f" * 64}}, digits.folder)
     with pytest.raises(pytest.fail.Exception, match="reference again"):
         scores.wavelet(samples, other, Options(2))
+    monkeypatch.setattr(scores, "CODE", "other")  # an edited metric beside a floor of before would be no comparison
+    with pytest.raises(pytest.fail.Exception, match="reference again"):
+        scores.wavelet(samples, digits, Options(2))
 
 
 def test_the_share_of_samples_of_which_a_classifier_is_sure(digits) -> None:

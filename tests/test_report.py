@@ -176,7 +176,9 @@ def test_a_published_page_has_figures_tables_and_links_as_markdown(root, monkeyp
     assert all((folder / place).is_file() for place in re.findall(r"\]\((\w+[./][^)]*)\)", text))
     assert second.read_text() == "# U\n\n" + bar.replace("02_more", "01_work") + "\n\n"
     before = [page.read_text() for page in (first, second)]
+    (folder / "figures/two-points.png").write_bytes(b"of another execution")
     assert [page.read_text() for page in PUBLISH["publish"](folder)] == before  # the same again: no diffs
+    assert (folder / "figures/two-points.png").read_bytes() == base64.b64decode(pixels["image/png"])
     with pytest.raises(ValueError, match="wanted reports/<run>: run it first"):
         PUBLISH["publish"](root / "reports")
 
@@ -262,7 +264,7 @@ def test_no_script_runs_in_a_page(root, tmp_path, monkeypatch):
         ("status.json", '{"01_work": {"state": "ok", "started": 5, "error": {"a": 1}}}', False),
         ("status.json", '{"01_work": {"state": "ok", "seconds": "long"}}', True),
         ("metrics.json", '{"fwd": [1], "fid": NaN, "kid": Infinity, "n": {"a": null}}', False),
-        ("environment.json", '{"commit": 5}', True),
+        ("status.json", '{"01_work": {"state": "ok", "commit": 5}}', True),
         ("params.yaml", "a: &a [1]\nb: *a", False),
         ("status.json", "[1]", False),
         ("status.json", '{"01_work": {"seconds": 1}}', True),

@@ -58,7 +58,7 @@ def make(folder, dropout: float = 0.1, kind: str = "unet", **settings) -> Traine
         "weighting": "none",
     }
     defaults |= {"flip": True, "cpu": True, "ema_half_life_kimg": 0.02}
-    return Trainer(model=network, codec=codec, images=IMAGES, folder=folder, **(defaults | settings))
+    return Trainer(**{"model": network, "codec": codec, "images": IMAGES, "folder": folder, **defaults, **settings})
 
 
 def mean(samples: np.ndarray) -> dict[str, float]:
@@ -211,14 +211,57 @@ def test_a_finished_run_of_other_code_is_not_taken_for_one_of_this(tmp_path, mon
     assert make(tmp_path / "finished").notes == ["resumed at step 4 of 4"]
     monkeypatch.setattr("wddm.checkpoints.code", lambda: 1)
     assert "the code; starting anew" in make(tmp_path / "finished").notes[0]
-    assert make(tmp_path / "unfinished").notes == ["resumed at step 1 of 4, with code that has changed"]
+    changed = ["resumed at step 1 of 4", "the code changed at step 1"]
+    assert make(tmp_path / "unfinished").notes == changed
+    list(make(tmp_path / "unfinished").steps())
+    assert make(tmp_path / "unfinished").notes == ["resumed at step 4 of 4", changed[1]]  # for good
+    assert json.loads((tmp_path / "unfinished/pipeline/training.json").read_text())["history"] == changed[1:]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"train_kimg": 0}, "got train_kimg=0, wanted more than 0"),
+        ({"learning_rate": -1e-3}, "got learning_rate=-0.001, wanted more than 0"),
+        ({"log_every": 0}, "got log_every=0, wanted more than 0"),
+        ({"metric_images": 0}, "got metric_images=0, wanted more than 0"),
+        ({"train_kimg": float("nan")}, "got train_kimg=nan, wanted more than 0"),
+        ({"ema_half_life_kimg": -1}, "got ema_half_life_kimg=-1, wanted 0 or more"),
+        ({"validation_kimg": -1.0}, "got validation_kimg=-1.0, wanted 0 or more"),
+        ({"weight_decay": -0.1}, "got weight_decay=-0.1, wanted 0 or more"),
+        ({"seed": -1}, "got seed=-1, wanted 0 or more"),
+        ({"label_dropout": 1.0}, "got label_dropout=1.0, wanted 0 or more, below 1"),
+        ({"label_dropout": float("nan")}, "got label_dropout=nan, wanted 0 or more, below 1"),
+        ({"images": torch.zeros(40, 8, 8, 1)}, "got images of Tensor of torch.float32, wanted uint8"),
+        ({"images": np.zeros((40, 8, 8, 1))}, "got images of ndarray of float64, wanted uint8"),
+        ({"images": np.zeros((40, 16, 16, 1), np.uint8)}, r"got a network for \(4, 4, 4\), wanted \(4, 8, 8\)"),
+        ({"images": np.zeros((40, 8, 8, 3), np.uint8)}, r"got a network for \(4, 4, 4\), wanted \(12, 4, 4\)"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_training(tmp_path, setting, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **setting)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_numpy_gives_is_taken_and_a_home_folder_is_one(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    measure = lambda samples: {"mean": np.float32(samples.mean())}  # noqa: E731
+    numbers = {"batch_size": np.int64(16), "train_kimg": np.float32(0.032), "seed": np.int64(1)}
+    list(make("~/run", measure=measure, metric_kimg=0.016, metric_images=4, **numbers).steps())
+    assert (tmp_path / "run/pipeline").is_dir() and read_log(tmp_path / "run")[-1]["mean"] > 0
+
+
+def test_a_training_that_ends_within_its_warm_up_is_noted(tmp_path) -> None:
+    (note,) = make(tmp_path, warmup_kimg=5).notes
+    assert note == "the training ends within its warm-up: take a smaller warmup_kimg"
 
 
 def test_a_pipeline_says_what_it_was_trained_on(tmp_path) -> None:
     trainer = make(tmp_path, data_sha256="5eed")
     list(trainer.steps())
     origin = json.loads((tmp_path / "pipeline/training.json").read_text())
-    assert origin == {"settings": trainer.settings(), "images_seen": 64, "data_sha256": "5eed"}
+    assert origin == {"settings": trainer.settings(), "images_seen": 64, "data_sha256": "5eed", "history": []}
     assert origin["settings"]["images"] == [40, 8, 8, 1, "5eed"] and origin["settings"]["learning_rate"] == 1e-3
     assert origin["settings"] == checkpoints.load_latest(tmp_path / "checkpoints", [])[1]["settings"]
     with pytest.raises(ValueError, match=r"images \[40, 8, 8, 1, '5eed'\] -> \[40, 8, 8, 1, '0dd'\]"):

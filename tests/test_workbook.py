@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import as_process
+from conftest import ROOT, as_process
 from jupyter_client.connect import ConnectionFileMixin
 
 from wddm import cli, workbook
@@ -436,10 +436,7 @@ def launched(root, monkeypatch) -> list[str]:
         place.mkdir(parents=True, exist_ok=True)
         if source.stem == "01_prepare":
             (place / "data.txt").write_text(str(parameters["seed"]))
-        write_json(
-            target.parent / "metrics.json",
-            records.read_json(target.parent / "metrics.json") | {f"m{source.stem}": 1},
-        )
+        workbook.Run(parameters["run"], root, place, target.parent, source.stem).record(**{f"m{source.stem}": 1})
         return ("failed", "ValueError: no") if (root / f"fail-{source.stem}").exists() else ("ok", None)
 
     def render(folder, name):
@@ -525,6 +522,40 @@ def test_what_described_a_result_that_one_notebook_replaced_is_due_again(root, l
     assert main(["run", "params/x.yaml", "-p", "seed=3"]) == 0 and launched == ["02_train"]
 
 
+def test_what_the_record_says_is_not_what_it_was_is_due_again_whoever_made_it(root, launched):
+    """The samples are still there, so that what they are scored by sees no change; but their network is another."""
+    main(["run", "params/x.yaml"])
+    made = {"by": "", "parameters": {}, "from": {}, "path": "params/x.yaml", "sha256": None}
+    write_json(root / "runs/x/record.json", {"data": made, "pipeline": {**made, "from": {"data": "another"}}})
+    (root / "params/y.yaml").write_text("run: x\nnotebooks: [01_prepare]\nseed: 5\n")  # another YAML of the same run
+    launched.clear()
+    assert main(["run", "params/y.yaml"]) == 0 and launched == ["01_prepare"]
+    assert states(root) == ["ok", "pending"]
+    assert json.loads((root / "reports/x/metrics.json").read_text()) == {"m01_prepare": 1}
+
+
+def test_pages_say_the_states_that_they_are_in_now(root, monkeypatch):
+    folder = root / "reports/x"
+    monkeypatch.setattr(cli, "preflight", lambda experiment: None)
+    (root / "input.txt").touch()
+    assert main(["run", "params/x.yaml"]) == 0
+    page = (folder / "02_train.html").read_text()
+    assert main(["run", "params/x.yaml", "--only", "prepare", "-p", "seed=3"]) == 0
+    after = (folder / "02_train.html").read_text()
+    bars = [re.search("<header>.*</header>", text, re.DOTALL)[0] for text in (page, after)]
+    assert "pending" not in bars[0] and "pending" in bars[1] and page.replace(*bars) == after
+
+
+def test_a_kernel_imports_the_package_that_the_fingerprint_is_of(root, capsys, monkeypatch):
+    """In a clone, whose folder a kernel starts in, the package that is installed may be another."""
+    monkeypatch.setattr(cli, "preflight", lambda experiment: None)
+    (root / "wddm").mkdir()
+    (root / "wddm/__init__.py").write_text("raise ImportError('not that of the command')")
+    write_notebook(root / "notebooks/01_prepare.ipynb", FIRST, "import wddm; print('from', wddm.__file__)")
+    assert main(["run", "params/x.yaml", "--only", "prepare"]) == 0
+    assert f"from {ROOT / 'wddm/__init__.py'}" in capsys.readouterr().out
+
+
 def test_a_page_that_cannot_be_drawn_is_not_that_of_an_earlier_run(root, launched, monkeypatch):
     main(["run", "params/x.yaml"])
     with monkeypatch.context() as patch:
@@ -558,6 +589,46 @@ def test_numbers_of_a_published_page_are_not_taken_for_those_of_a_run(root, laun
     (root / "reports/x/04_evaluate.md").touch()
     assert main(["run", "params/x.yaml"]) == 0
     assert json.loads(metrics.read_text()) == {"m01_prepare": 1, "m02_train": 1}
+
+
+def test_numbers_of_jupyterlab_go_when_what_they_are_of_does(root, launched):
+    """The lab writes no status: its numbers are known by the notebook that recorded them."""
+
+    def in_lab(notebook: str, **numbers: float) -> None:
+        (root / "runs/x").mkdir(parents=True, exist_ok=True)
+        workbook.Run("x", root, root / "runs/x", root / "reports/x", notebook).record(**numbers)
+
+    def left(*options: str) -> dict[str, float]:
+        assert main(["run", "params/x.yaml", *options]) == 0
+        return json.loads((root / "reports/x/metrics.json").read_text())
+
+    in_lab("01_prepare", images=7)
+    in_lab("02_train", fid=9)
+    assert left("--only", "train") == {"images": 7, "m02_train": 1}  # what came before is what it was
+    assert left() == {"m01_prepare": 1, "m02_train": 1}
+    in_lab("02_train", fid=9, m02_train=2)
+    assert left("--only", "prepare", "-p", "seed=3") == {"m01_prepare": 1}
+
+
+def test_every_notebook_keeps_where_it_ran(root, launched, monkeypatch):
+    """A training on a GPU, evaluated on a laptop after an update, is not of the laptop."""
+    made = {"commit": "1" * 40, "device": "H200", "seed": 0}
+    monkeypatch.setattr(provenance, "environment", lambda *_: made)
+    main(["run", "params/x.yaml"])
+    made = {"commit": "2" * 40, "device": "cpu", "seed": 0}
+    assert main(["run", "params/x.yaml", "-p", "level=4"]) == 0 and launched[2:] == ["02_train"]
+    status = records.read_status(root / "reports/x")
+    assert [(one["commit"][0], one["device"]) for one in status.values()] == [("1", "H200"), ("2", "cpu")]
+    assert "<code>1111111, 2222222</code>" in (root / "reports/index.html").read_text()
+
+
+def test_from_leaves_out_experiments_that_do_not_have_it(root, launched):
+    """The notebooks of two YAMLs are two lists: what comes later in the one says nothing of the other."""
+    write_notebook(root / "notebooks/analysis/compare.ipynb", SUMMARY, "3 + 3")
+    (root / "params/y.yaml").write_text("notebooks: [01_prepare, analysis/compare]\n")
+    both = ["run", "params/y.yaml", "params/x.yaml"]
+    assert main([*both, "--from", "compare"]) == 0 and launched == ["compare"]
+    assert main([*both, "--from", "train"]) == 0 and launched == ["compare", "02_train"]
 
 
 def test_one_failing_run_does_not_stop_the_others(root, launched):

@@ -68,7 +68,8 @@ def recorded(report: Path) -> tuple[dict[str, Any], ...]:
     data = known(parameters, "dataset", "resolution") | known(manifest, "source", "revision", "split", "count")
     public = [name for name in parameters if not name.endswith(("_path", "_dir"))]  # those are of one machine
     versions = known(environment.get("versions", {}), "wddm", "torch", "diffusers")
-    return known(parameters, *public), metrics, data, known(environment, "commit", "device") | versions
+    trained = environment | read_json(report / "status.json").get("02_train", {})
+    return known(parameters, *public), metrics, data, known(trained, "commit", "device") | versions
 
 
 def known(values: dict[str, Any], *names: str) -> dict[str, Any]:

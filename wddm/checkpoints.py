@@ -5,7 +5,6 @@
 Nothing pickled is written or read. The last two are kept, and best/, where the held-out loss was lowest.
 """
 
-import hashlib
 import itertools
 import json
 import shutil
@@ -22,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from wddm.files import sha256, written_aside
+from wddm.files import code_of, sha256, written_aside
 
 KEEP = 2
 LAYOUT = 3  # of what a checkpoint holds, told among the settings: those of another layout are refused
@@ -96,10 +95,11 @@ def take_up(
             place = f"{run.name}/{aside.name}"
             notes.append(f"changed since the earlier run: {changed}; starting anew, that run is in {place}")
         return None
+    history = state.setdefault("history", [])
+    history += [f"the code changed at step {state['step']}"] * (not same_code)
+    history += [f"extended from {before['train_kimg']:g} to {settings['train_kimg']:g} kimg"] * longer
     total = -(-settings["train_kimg"] * 1000 // settings["batch_size"])
-    notes.append(f"resumed at step {state['step']} of {total:.0f}{', with code that has changed' * (not same_code)}")
-    if longer:
-        notes.append(f"extended from {before['train_kimg']:g} to {settings['train_kimg']:g} kimg")
+    notes += [f"resumed at step {state['step']} of {total:.0f}", *history]
     return found
 
 
@@ -121,8 +121,7 @@ def difference(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 def code() -> str:
     """A checksum of the source that decides what is learned: the package without its folders and `ELSEWHERE`."""
-    modules = (path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem not in ELSEWHERE)
-    return hashlib.sha256(b"".join(path.read_bytes() for path in modules)).hexdigest()
+    return code_of(Path(__file__).parent, ELSEWHERE)
 
 
 def reserved(folder: Path) -> AcquireReturnProxy:

@@ -80,7 +80,7 @@ def prepare(
         dataset, resolution, dataset_path=dataset_path, seed=seed, limit=limit, on_error=on_error, width=width,
         channels=channels, split=split,
     )  # fmt: skip
-    root = Path(root)
+    root = Path(root).expanduser()
     digests = Digests(root / ".digests.json")  # a large file that did not change is not read again
     settings["content"] = source.content(digests)
     digests.save()
@@ -106,7 +106,7 @@ def prepare(
 
 def load(folder: str | Path, verify: bool = False) -> Dataset:
     """Open a prepared folder; FileNotFoundError: none; ValueError: damaged, by the sha256 too with `verify`."""
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not (folder / "manifest.json").is_file():
         raise FileNotFoundError(f"got {folder}, wanted a prepared data set: run {NOTEBOOK} first")
     with refusing(f"{folder}, which is damaged", "it whole", f"run {NOTEBOOK} again"):

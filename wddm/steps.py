@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from wddm.files import read_rows, whole
 from wddm.objective import TIME_SAMPLINGS
 from wddm.pipeline import visible
-from wddm.wavelets import check_choice
+from wddm.wavelets import WaveletCodec, check_choice, sides
 
 # name -> share of the learning rate, of the share of the steps after the warm-up that are done, 0 to 1
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -35,6 +35,7 @@ LABELS = 2**31  # last number of the seeds that drop labels
 AVERAGES = "checkpoints/averages"
 POWERS = 16.97, 6.94  # of two averages with spreads of 0.05 and 0.10 of the training so far
 PRECISIONS = ("auto", "no", "fp16", "bf16")
+ABOVE_0 = ("train_kimg", "learning_rate", "log_every", "metric_images")
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,25 @@ def resolve_precision(precision: str, cpu: bool = False) -> str:
     return best if check_choice("precision", precision, PRECISIONS) == "auto" else precision
 
 
+def checked(model: ModelMixin, codec: WaveletCodec, images: np.ndarray, **settings: Any) -> list[str]:
+    """`advice` on a Trainer's settings; ValueError for numbers that cannot be, and parts that are of other sizes."""
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4:
+        got = f"got images of {type(images).__name__} of {getattr(images, 'dtype', None)}"
+        raise ValueError(f"{got}, wanted uint8 (N, H, W, C): give a Dataset's .images")
+    wanted = codec.shape(*np.roll(images.shape[1:], 1).tolist())
+    if (size := (model.config.in_channels, *sides(model.config.sample_size))) != wanted:
+        raise ValueError(f"got a network for {size}, wanted {wanted}, as the coefficients are: build it for these")
+    for name, value in settings.items():
+        least, most = (0 if name in ABOVE_0 else -1e-12), (1 if name == "label_dropout" else 1e12)
+        if isinstance(value, int | float | np.number) and not least < value < most:
+            kind = "more than 0" if name in ABOVE_0 else "0 or more" if most > 1 else "0 or more, below 1"
+            raise ValueError(f"got {name}={value}, wanted {kind}: change it")
+    if settings["metric_kimg"] and settings["measure"] is None:
+        got = f"got metric_kimg={settings['metric_kimg']:g} without measure"
+        raise ValueError(f"{got}, wanted one of samples: give both")
+    return advice(model, settings["learning_rate"], settings["warmup_kimg"] / settings["train_kimg"])
+
+
 def check_batch(batch_size: int, accumulation: int = 1, num_processes: int = 1) -> None:
     """ValueError if a batch does not divide among processes and micro-batches."""
     if min(batch_size, accumulation, num_processes) < 1 or batch_size % (accumulation * num_processes):
@@ -109,8 +129,9 @@ def class_numbers(labels: np.ndarray | None, no_label: int, count: int) -> np.nd
     """Labels (N,) as int64, negative ones as `no_label`; ValueError if they are not what the network was built for."""
     if labels is None and no_label < 0:
         return None
-    if labels is None or len(labels) != count or labels.max() >= no_label or (labels < 0).all():
-        got = "none" if labels is None else f"{len(labels)} up to {labels.max()}"
+    whole = labels is not None and np.ndim(labels) == 1 and (labels := np.asarray(labels)).dtype.kind in "iu"
+    if labels is None or not whole or len(labels) != count or labels.max() >= no_label or (labels < 0).all():
+        got = "none" if labels is None else f"{len(labels)} up to {np.max(labels)}"
         wanted = f"wanted {count} below {no_label}" if no_label > 0 else "wanted none for this network"
         raise ValueError(f"got labels ({got}), {wanted}: build_backbone(num_class_embeds=classes + 1) takes as many")
     return np.where(labels < 0, no_label, labels).astype(np.int64)
@@ -126,11 +147,14 @@ def conditioned(network: nn.Module, *labels: Tensor) -> Any:
     return partial(network, class_labels=labels[0]) if labels else network
 
 
-def advice(model: ModelMixin, learning_rate: float) -> list[str]:
-    """A line if networks as wide as this one were seen to stop learning at such a rate, or none."""
+def advice(model: ModelMixin, learning_rate: float, warmup: float = 0.0) -> list[str]:
+    """A line if networks as wide as this one were seen to stop learning at such a rate, or if all, by the share given
+    of the training, is warm-up.
+    """
     widest = max(model.config.get("block_out_channels") or [0])
     much = f"learning_rate {learning_rate:g} is much for {widest} channels"
-    return [f"{much}: if the loss stops falling, take {0.128 / widest:.1g}"] if learning_rate * widest > 0.3 else []
+    notes = [f"{much}: if the loss stops falling, take {0.128 / widest:.1g}"] if learning_rate * widest > 0.3 else []
+    return notes + ["the training ends within its warm-up: take a smaller warmup_kimg"] * bool(warmup >= 1)
 
 
 def tune(model: ModelMixin, device: torch.device, gradient_checkpointing: bool = False) -> None:

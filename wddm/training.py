@@ -91,8 +91,7 @@ class Trainer:
     def __post_init__(self) -> None:
         check_choice("schedule", self.schedule, SCHEDULES)
         check_training(self.prediction_type, self.weighting, self.time_sampling)
-        if self.metric_kimg and self.measure is None:
-            raise ValueError(f"got metric_kimg={self.metric_kimg:g} without measure, wanted one of samples: give both")
+        self.notes, self.history = steps.checked(**vars(self)), list[str]()  # of changed code, and of extensions
         self.held_out = steps.held_out(self.validation_images if self.validation_kimg else None, len(self.images))
         self.trained = np.delete(np.arange(len(self.images)), self.held_out)  # rows of `images`
         self.no_label = (self.model.config.get("num_class_embeds") or 0) - 1
@@ -123,7 +122,7 @@ class Trainer:
         self.step, self.watched = 0, True  # the last step, and whether all that is due at it is done
         self.best: float | None = None  # the lowest loss on the held-out images
         self.unread: list[tuple[Tensor, ...]] = []  # what `optimise` gave in every step since the last `Step`
-        self.folder, self.notes = Path(self.folder), steps.advice(self.model, self.learning_rate)
+        self.folder = Path(self.folder).expanduser()
         self.stop = checkpoints.Stop(alone=self.world_size == 1)
         with ExitStack() as held:  # let go if something is refused
             if self.main:
@@ -166,7 +165,8 @@ class Trainer:
                 if self.main:
                     with self.averaged() as pipeline, written_aside(self.folder / "pipeline") as aside:
                         pipeline.save_pretrained(aside)
-                        own = dict(settings=self.settings(), images_seen=self.images_seen, data_sha256=self.data_sha256)
+                        own = {name: getattr(self, name) for name in ("images_seen", "data_sha256", "history")}
+                        own["settings"] = self.settings()
                         (aside / "training.json").write_text(json.dumps(own, indent=1))
                 self.accelerator.end_training()
             except (GeneratorExit, KeyboardInterrupt) as error:
@@ -276,7 +276,7 @@ class Trainer:
         if measuring and self.main and self.measure:
             samples = self.samples(self.metric_images)
             with self.stop.cuttable():
-                distances = self.measure(samples)
+                distances = {name: float(value) for name, value in self.measure(samples).items()}
         means = (torch.stack(values).mean(0) for values in zip(*self.unread, strict=True))
         loss, errors, grad_norm = (self.accelerator.reduce(mean, "mean") for mean in means)
         by_band = dict(zip(self.codec.bands(), errors.view(-1, self.images.shape[-1]).mean(1).tolist(), strict=True))
@@ -303,13 +303,13 @@ class Trainer:
             "averages": steps.named(self.powers, self.model),
             "optimizer": steps.moments(self.optimizer),
             "unread": {str(i): torch.stack(values) for i, values in enumerate(zip(*self.unread, strict=True))},
-        }, {"best": self.best, "watched": self.watched, "settings": self.settings()}
+        }, {"best": self.best, "watched": self.watched, "history": self.history, "settings": self.settings()}
 
     def load_state_dict(self, tensors: checkpoints.Tensors, state: dict[str, Any]) -> None:
         """Put what `state_dict` gave back in its place, and `state["step"]`, which a checkpoint adds."""
         for one in (self.ema, *self.powers.values()):
             one.optimization_step = self.step = state["step"]
-        self.best, self.watched = state["best"], state["watched"]
+        self.best, self.watched, self.history = state["best"], state["watched"], state["history"]
         self.model.load_state_dict(tensors["weights"])
         steps.put_back(steps.named({"": self.ema}, self.model), tensors["ema"])
         steps.put_back(steps.named(self.powers, self.model), tensors.get("averages", {}))
@@ -327,4 +327,4 @@ class Trainer:
             "layout": checkpoints.LAYOUT,
             "labels": None if self.classes is None else [self.label_dropout, zlib.crc32(self.classes.tobytes())],
         }
-        return json.loads(json.dumps(described))
+        return json.loads(json.dumps(described, default=lambda number: number.item()))

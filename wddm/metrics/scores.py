@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from wddm.data import Dataset, load
-from wddm.files import sha256, whole
+from wddm.files import code_of, sha256, whole
 from wddm.metrics import diagnostics, frechet, inception
 from wddm.metrics.intervals import Estimate, median, share
 from wddm.wavelets import check_choice
 
+CODE = code_of(Path(__file__).parent)[:8]  # what another one has computed of a reference is not taken
 RESAMPLES = 20
 SEARCHED = 256  # samples whose nearest real images are looked for
 LARGEST = 10_000  # the first samples, and real images, every second, say, that EfficientNet compares at most
@@ -149,7 +150,9 @@ def wavelet(samples: np.ndarray, reference: Dataset, options: Options) -> list[S
     """FWD; `detail` is the `frechet.Frechet` with all packets."""
     level, images = frechet.packet_level(samples.shape[1:], options.level), reference.images
     stem, measured = f"fwd-level{level}", dict[str, Any](resamples=RESAMPLES, seed=options.seed, device=options.device)
-    kept = _kept(reference, f"{stem}-moments", lambda: vars(frechet.moments(images, level, device=options.device)))
+    kept = _kept(
+        reference, f"{stem}-moments-{CODE}", lambda: vars(frechet.moments(images, level, device=options.device))
+    )
     found = frechet.frechet_wavelet_distance(frechet.Moments(**kept), samples, level, **measured)
 
     def between(chosen: np.ndarray, others: np.ndarray) -> inception.Estimates:
@@ -258,7 +261,7 @@ def efficientnet(samples: np.ndarray, reference: Dataset, options: Options) -> t
     def extract(images: np.ndarray) -> inception.Features:
         return inception.features(images, perceptual.build(options.device), options.progress, perceptual.BATCH)
 
-    real = _kept(reference, f"efficientnet-{perceptual.WEIGHTS[:8]}", lambda: extract(reference.images))
+    real = _kept(reference, f"efficientnet-{sha256(Path(perceptual.__file__))[:8]}", lambda: extract(reference.images))
     if options.memo.get("samples") is not samples:
         options.memo.update(samples=samples, **extract(samples))
     return options.memo[perceptual.LAYER], real[perceptual.LAYER]
@@ -318,7 +321,7 @@ def _scores(
 ) -> list[Score]:  # fmt: skip
     """What was found, by name, with floors: what is `between` some real images and all others, given by their rows."""
     seed, count, floors = options.seed, min(counts[1] // 2, counts[0]), {}
-    said, name = f"{said}, seed {seed}", f"{stem}-floors-{count}-{seed}-{RESAMPLES}"
+    said, name = f"{said}, seed {seed}", f"{stem}-floors-{count}-{seed}-{CODE}"
     try:
         kept = _kept(reference, name, lambda: between(*frechet.split(counts[1], count, seed)))
         floors = {key: Estimate(*map(float, ends)) for key, ends in kept.items()}

@@ -147,7 +147,8 @@ class Run:
             if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
                 raise ValueError(f"{key}: got {value!r}, wanted a finite number, or None where there is none")
             numbers[key] = value
-        path = self.report / f"{kind}.json"
+        path, owners = self.report / f"{kind}.json", self.folder / "numbers.json"
+        write_json(owners, read_json(owners) | {f"{kind}/{key}": self.notebook for key in numbers})
         write_json(path, read_json(path) | numbers)
 
 

@@ -30,7 +30,7 @@ from wddm.workbook.records import prepared_set
 PACKAGES = (
     "torch", "diffusers", "accelerate", "pytorch-wavelets", "torch-fidelity", "datasets", "numpy", "scipy", "papermill",
 )  # fmt: skip
-SHARED = ("metrics.json", "timings.json")  # several notebooks of a run write into them
+SHARED = ("metrics.json", "timings.json", "figures")  # several notebooks of a run write into them
 
 
 def fingerprint(experiment: Experiment, notebook: Path, known: Digests) -> str:
@@ -45,7 +45,7 @@ def fingerprint(experiment: Experiment, notebook: Path, known: Digests) -> str:
 
 
 def outputs(experiment: Experiment, notebook: Path) -> list[Path]:
-    """What a notebook alone writes: itself as executed, and what it declares but for the numbers of the run."""
+    """What a notebook alone writes: itself as executed, and what it declares but for the run's numbers and figures."""
     executed = experiment.root / "reports" / experiment.run / f"{notebook.stem}.ipynb"
     return [executed, *(path for path in declared_paths(experiment, notebook, "Outputs") if path.name not in SHARED)]
 

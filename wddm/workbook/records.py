@@ -89,9 +89,9 @@ def read_record(root: Path, run: str) -> dict[str, dict[str, Any]]:
 
 
 def prepared_set(root: Path, run: str) -> dict[str, str | None]:
-    """{"data": the folder of the prepared set that a run has made, if it has}, relative to the root."""
+    """{"data": the folder of the prepared set that a run has made, or one that is not there}, relative to the root."""
     path = read_record(root, run).get("data", {}).get("path")
-    return {"data": path and str(Path(path).parent)}
+    return {"data": str(Path(path or "data/none/manifest.json").parent)}
 
 
 def taken(root: Path, run: str, name: str, known: Digests) -> dict[str, Any]:

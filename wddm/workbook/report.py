@@ -87,7 +87,7 @@ def fill(prose: str, values: dict[str, Any]) -> str:
 
 
 def render(folder: Path, name: str) -> Path:
-    """reports/<run>/<name>.ipynb -> .html, and new headers for the run's other pages."""
+    """reports/<run>/<name>.ipynb -> .html, to which the run's other pages then link."""
     from pygments.formatters import HtmlFormatter
 
     notebook, parameters = read_page(folder, name)
@@ -97,11 +97,16 @@ def render(folder: Path, name: str) -> Path:
     }  # fmt: skip
     text = _exporter().from_notebook_node(notebook, resources)[0]
     write_text(page := folder / f"{name}.html", LESSON.sub(lambda link: _lesson(folder, *link.group(1, 2)), text))
-    for other in folder.glob("*.ipynb"):
-        if (path := other.with_suffix(".html")) != page and path.exists():
-            before, _, after = path.read_text(encoding="utf-8").partition("<header>")
-            write_text(path, before + _header(folder, path.stem) + after.partition("</header>")[2])
+    renew_headers(folder)
     return page
+
+
+def renew_headers(folder: Path) -> None:
+    """Let every page of a run say what states its notebooks are in."""
+    for page in folder.glob("*.html"):
+        if page.with_suffix(".ipynb").exists():
+            before, _, after = page.read_text(encoding="utf-8").partition("<header>")
+            write_text(page, before + _header(folder, page.stem) + after.partition("</header>")[2])
 
 
 def _lesson(folder: Path, path: str, name: str) -> str:
@@ -193,6 +198,7 @@ def _row(folder: Path, defaults: dict[str, dict[str, Any]]) -> dict[str, Any]:
         parameters = read_yaml(folder / "params.yaml")
     own = ChainMap(*(defaults.get(name, {}) for name in sorted(status or pages)), *defaults.values())
     entries, states = status.values(), {entry["state"] for entry in status.values()}
+    made = [entry for entry in entries if entry["state"] != "pending"] or [read_json(folder / "environment.json")]
     figures = sorted(folder.glob("figures/*.png"), key=lambda path: (path.stem != "samples", path.name))
     changed = {key for key in parameters if parameters[key] != own.get(key, ...)} - {"run", "notebooks"}
     return {
@@ -205,5 +211,5 @@ def _row(folder: Path, defaults: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "thumbnail": figures[0].relative_to(folder.parent).as_posix() if figures else None,
         "metrics": read_json(folder / "metrics.json"),
         "changed": {key: value for key, value in parameters.items() if key in changed},
-        "commit": (read_json(folder / "environment.json").get("commit") or "")[:7],
+        "commit": ", ".join(dict.fromkeys(entry["commit"][:7] for entry in made if entry.get("commit"))),
     }

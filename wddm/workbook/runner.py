@@ -1,7 +1,8 @@
 """Runs experiments: which notebooks, in which order, whether they have to, and what became of them.
 
 status.json of reports/<run>/ is written before and after each launch, here and nowhere else:
-{"02_train": {"state", "seconds", "error", "started", "pid", "fingerprint", "recorded", "files"}, ...},
+{"02_train": {"state", "seconds", "error", "started", "pid", "commit", "device", "fingerprint", "recorded", "files"},
+...},
 where state is pending, running, ok, failed or killed.
 """
 
@@ -17,12 +18,15 @@ from typing import Any
 from wddm.files import read_json, write_json, write_text
 from wddm.workbook import cluster, kernel, provenance
 from wddm.workbook.experiments import Experiment
-from wddm.workbook.records import digests, lock, read_record, read_status
-from wddm.workbook.report import format_seconds, render, write_index
+from wddm.workbook.records import MAKERS, digests, lock, read_record, read_status, taken
+from wddm.workbook.report import format_seconds, render, renew_headers, write_index
 
 Preflight = Callable[[Experiment], None] | None
 RECORDS = ("metrics", "timings")  # the .json files that notebooks write into
-WATCH = "__import__('wddm.workbook.provenance', fromlist=['watch']).watch({!r}, {!r}, {!r})"
+PENDING = {"state": "pending", "seconds": None, "error": None}
+PACKAGE = str(Path(__file__).parents[2])  # the code that the fingerprint is of, wherever a kernel starts
+WATCH = f"__import__('sys').path.insert(0, {PACKAGE!r}); "
+WATCH += "__import__('wddm.workbook.provenance', fromlist=['watch']).watch({!r}, {!r}, {!r})"
 
 
 def run(
@@ -38,9 +42,9 @@ def run(
     names = [experiment.run for experiment in experiments]
     if twins := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"run: two experiments are called {twins[0]!r}; give each its own name")
-    chosen = _choose([notebook for one in experiments for notebook in one.notebooks], only, start)
+    chosen = _choose(experiments, only, start)
     options = [f"--{key}={value}" for key, value in (("only", only), ("from", start)) if value] + ["--force"] * force
-    tasks = [Task(one, chosen, options) for one in experiments if set(one.notebooks) & set(chosen)]
+    tasks = [Task(one, notebooks, options) for one, notebooks in zip(experiments, chosen, strict=True) if notebooks]
     if not tasks:
         raise ValueError(f"got --only {only} and --from {start}, which leave no notebook to run: give one of them")
     try:
@@ -81,8 +85,8 @@ class Task:
     def __init__(self, experiment: Experiment, chosen: list[Path], options: list[str]) -> None:
         self.experiment, self.options, self.force = experiment, options, "--force" in options
         self.root, self.folder = experiment.root, experiment.root / "reports" / experiment.run
-        self.chosen = [notebook for notebook in experiment.notebooks if notebook in chosen]
-        self.status, self.known, self.lock = read_status(self.folder), digests(self.root), -1
+        self.chosen, self.lock = chosen, -1
+        self.status, self.known = read_status(self.folder), digests(self.root)
 
     def problems(self, preflight: Preflight) -> list[str]:
         """Why it cannot run: what earlier notebooks made is of other parameters, or `preflight` refuses it."""
@@ -132,6 +136,10 @@ class Task:
                 write_json(self.folder / f"{kind}.json", {})
         notebooks = self.experiment.notebooks
         ok = [name for name, one in self.status.items() if one.get("state") == "ok"]
+        earlier = notebooks[
+            : notebooks.index(self.chosen[0])
+        ]  # whose numbers may be of JupyterLab, and `stale` was asked
+        self.status |= {one.stem: PENDING for one in earlier if one.stem not in self.status}
         self.set_pending(*(one for one in notebooks if one.stem not in (ok if one in self.chosen else self.status)))
         for notebook in self.chosen:
             current = self.is_current(notebook)
@@ -141,7 +149,18 @@ class Task:
                 break
         self.force, later = self.force and failed, notebooks[notebooks.index(notebook) + 1 :]
         self.set_pending(*(x for x in later if self.status[x.stem].get("state") == "ok" and not self.is_current(x)))
+        self.set_pending(*self.broken())
         return int(failed)
+
+    def broken(self) -> Iterator[Path]:
+        """Notebooks, of another YAML too, that ended ok with what the record says is not any more what it was."""
+        run = self.experiment.run
+        for name in read_record(self.root, run).keys() & MAKERS.keys():
+            try:
+                taken(self.root, run, name, self.known)
+            except ValueError:
+                if self.status.get(MAKERS[name], {}).get("state") == "ok":
+                    yield Path(MAKERS[name])
 
     def launch(self, notebook: Path, stop: kernel.Stop) -> str:
         """Execute and render one notebook; returns the state that it ended in."""
@@ -149,18 +168,17 @@ class Task:
         environment = provenance.environment(self.root, self.experiment.parameters.get("seed"))
         write_json(self.folder / "environment.json", environment)
         self.set_pending(notebook)
-        before = self.recorded()
         started = datetime.now().astimezone().isoformat(timespec="seconds")
-        made_of = provenance.fingerprint(self.experiment, notebook, self.known)
-        self.update(name, state="running", pid=os.getpid(), started=started, fingerprint=made_of)
+        made = {key: environment[key] for key in ("commit", "device")}
+        made["fingerprint"] = provenance.fingerprint(self.experiment, notebook, self.known)
+        self.update(name, state="running", pid=os.getpid(), started=started, **made)
         log = self.root / "runs" / run / f".{name}.opened"
         log.parent.mkdir(parents=True, exist_ok=True)
         source, target = notebook.relative_to(self.root), Path("reports", run, f"{name}.ipynb")
         first = WATCH.format(str(log), str(self.root), run)
         state, error = kernel.execute(source, target, self.experiment.values(notebook), stop, first, (self.lock,))
-        seconds, opened, after = round(time.monotonic() - began, 2), provenance.opened(log), self.recorded()
-        new = {kind: {key: after[kind][key] for key in after[kind].keys() - before[kind]} for kind in RECORDS}
-        entry: dict[str, Any] = {"state": state, "error": error, "seconds": seconds, "recorded": new}
+        seconds, opened = round(time.monotonic() - began, 2), provenance.opened(log)
+        entry: dict[str, Any] = {"state": state, "error": error, "seconds": seconds, "recorded": self.recorded(name)}
         if state == "ok":  # else there may be no time to read what it left
             files = [*provenance.outputs(self.experiment, notebook), *opened]
             entry["files"] = provenance.hashes(self.root, files, self.known)
@@ -178,29 +196,39 @@ class Task:
     def update(self, name: str, **entry: Any) -> None:
         self.status[name] = self.status.get(name, {}) | entry
         write_json(self.folder / "status.json", self.status)
+        renew_headers(self.folder)
         write_index(self.root)
 
     def set_pending(self, *notebooks: Path) -> None:
         """Notebooks that have yet to run: numbers that they recorded for other parameters are removed."""
         for notebook in notebooks:
-            for kind, keys in self.status.get(notebook.stem, {}).get("recorded", {}).items():
-                numbers = self.recorded()[kind]
-                write_json(self.folder / f"{kind}.json", {key: numbers[key] for key in numbers if key not in keys})
-            self.status[notebook.stem] = {"state": "pending", "seconds": None, "error": None}
+            for kind, own in self.recorded(notebook.stem).items():
+                left = {key: value for key, value in self.recorded()[kind].items() if key not in own}
+                write_json(self.folder / f"{kind}.json", left)
+            self.status[notebook.stem] = PENDING
         write_json(self.folder / "status.json", self.status)
+        renew_headers(self.folder)
 
-    def recorded(self) -> dict[str, dict[str, Any]]:
-        """The numbers in metrics.json and timings.json."""
-        return {kind: read_json(self.folder / f"{kind}.json") for kind in RECORDS}
+    def recorded(self, by: str | None = None) -> dict[str, dict[str, Any]]:
+        """The numbers in metrics.json and timings.json, of all notebooks or of one, here or in JupyterLab."""
+        of = read_json(self.root / "runs" / self.experiment.run / "numbers.json")
+        found = {kind: read_json(self.folder / f"{kind}.json") for kind in RECORDS}
+        return {k: {key: n[key] for key in n if by in (None, of.get(f"{k}/{key}"))} for k, n in found.items()}
 
 
-def _choose(notebooks: list[Path], only: str | None, start: str | None) -> list[Path]:
-    """Those that --only and --from leave, given as 02_train or train, in order."""
-    left = list(dict.fromkeys(notebooks))  # a summary's come last
+def _choose(experiments: list[Experiment], only: str | None, start: str | None) -> list[list[Path]]:
+    """Of each the notebooks that --only and --from leave, given as 02_train or train; a summary comes after all."""
+
+    def named(notebook: Path, name: str) -> bool:
+        return name in (notebook.stem, re.sub(r"^\d+_", "", notebook.stem))
+
+    there = list(dict.fromkeys(notebook for one in experiments for notebook in one.notebooks))
     for name in filter(None, (start, only)):
-        found = [one for one in dict.fromkeys(notebooks) if name in (one.stem, re.sub(r"^\d+_", "", one.stem))]
-        if not found:
-            names = ", ".join(dict.fromkeys(notebook.stem for notebook in notebooks))
-            raise ValueError(f"there is no notebook {name!r} in this run; known: {names}")
-        left = [one for one in left if one in found] if name is only else left[left.index(found[0]) :]
+        if not any(named(notebook, name) for notebook in there):
+            raise ValueError(f"there is no notebook {name!r} in this run; known: {', '.join(x.stem for x in there)}")
+    left = []
+    for one in experiments:
+        absent = 0 if not start or one.is_summary else len(one.notebooks)
+        first = next((i for i, notebook in enumerate(one.notebooks) if start and named(notebook, start)), absent)
+        left.append([notebook for notebook in one.notebooks[first:] if not only or named(notebook, only)])
     return left
