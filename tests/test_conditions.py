@@ -274,7 +274,7 @@ FAULTS = [
     ({"labels": [0, 1, 2]}, "wanted 0 to 2, one or 2 of them"),
     ({"labels": -1}, "got labels -1"),
     ({"labels": [0.5, 1.0]}, "got labels"),
-    ({"guidance": 2.0}, "got guidance 2.0, wanted labels"),
+    ({"guidance": 2.0}, "got guidance 2, of details 2, wanted labels"),
     ({"labels": 0, "guidance": float("nan")}, "got guidance nan"),
     ({"labels": 0, "guidance_details": -1.0}, "wanted labels and a number from 0 on"),
     ({"known": torch.rand(2, 1, 16, 16)}, "got a part of known and mask"),

@@ -60,7 +60,7 @@ def test_scores_are_those_of_torch_fidelitys_command_line(weights, reference, tm
         assert found[key].value == pytest.approx(theirs[name], rel=1e-6), key
         assert found[key].estimate.low <= found[key].value <= found[key].estimate.high
         assert (found[key].count, found[key].count_real) == (20, 30)
-    spread = 1.6449 * theirs["kernel_inception_distance_std"]
+    spread = 1.6449 * theirs["kernel_inception_distance_std"] * 1.01**0.5  # of subsets of half, and of the mean of 100
     assert found["kid"].estimate.high - found["kid"].value == pytest.approx(spread, rel=1e-6)
     assert found["fid"].floor.value < found["fid"].value
     chosen, others = split(30, 15)

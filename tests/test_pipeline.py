@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -411,18 +411,38 @@ def test_a_scheduler_that_is_given_clips_and_predicts_as_the_network_wants(tmp_p
     for pipeline in (stored, given):
         pipeline.set_progress_bar_config(disable=True)
     assert stored.codec.clip_value > 4 and np.array_equal(stored(**options).images, given(**options).images)
-    wrong = "got prediction_type of scheduler='epsilon', wanted one of sample"
-    for other in (DDIMScheduler(), build_solver("dpmsolver++", "epsilon")):
-        with pytest.raises(ValueError, match=wrong):
+    config = stored.scheduler.config
+    for kind in (DDIMScheduler, DPMSolverMultistepScheduler):
+        WaveletPipeline.from_pretrained(shipped, scheduler=kind.from_config(config))
+    noise = {"prediction_type": "sample", "beta_schedule": "squaredcos_cap_v2"}
+    for other in (
+        DDIMScheduler(), build_solver("dpmsolver++", "epsilon"), build_solver("euler", "flow_prediction"),
+        DDIMScheduler(prediction_type="sample"), DDIMScheduler(**noise, num_train_timesteps=500),
+    ):  # fmt: skip
+        with pytest.raises(
+            ValueError, match=r"got a scheduler of .*, wanted .*'sample', .*'squaredcos_cap_v2', .*1000"
+        ):
             WaveletPipeline.from_pretrained(shipped, scheduler=other)
 
 
+@pytest.mark.parametrize("option", ["backbone", "codec", "class_names", "torch_dtpye", "use_safetensors"])
+def test_options_of_loading_that_nothing_takes_are_refused(option: str) -> None:
+    with pytest.raises(ValueError, match=f"got '{option}', wanted options that loading has"):
+        WaveletPipeline.from_pretrained(ROOT / "notebooks/models/digits", **{option: None})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_every_solver_draws_in_half_precision(solver: str) -> None:
-    pipeline = WaveletPipeline.from_pretrained(ROOT / "notebooks/models/digits", torch_dtype=torch.bfloat16)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = build_solver(solver, "sample")
-    assert pipeline(2, num_inference_steps=3, output_type="pt").images.dtype == torch.bfloat16
+def test_every_solver_draws_the_same_in_half_precision(solver: str, dtype: torch.dtype) -> None:
+    """The network alone is in half precision: solvers that start at noise levels of 20,000 would overflow."""
+    images = []
+    for kind in (torch.float32, dtype):
+        pipeline = WaveletPipeline.from_pretrained(ROOT / "notebooks/models/digits", torch_dtype=kind)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.scheduler = build_solver(solver, "sample")
+        images.append(pipeline(4, num_inference_steps=5, output_type="pt").images)
+        assert images[-1].dtype == kind
+    assert (images[0] - images[1].float()).abs().mean() < 0.02
 
 
 def test_parts_and_types_that_are_given_are_taken(tmp_path) -> None:

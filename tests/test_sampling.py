@@ -238,7 +238,7 @@ def test_the_kind_of_network_is_expected_by_its_name_in_any_case(ours, chaotic) 
         (["--scheduler", "lms", "--detail-steps", "9"], "detail_steps for lms"),
         (["--labels", "7"], "got labels for a network that was trained without"),
         (["--labels", "seven"], "the label 'seven', wanted a number, as the names of the classes are not known"),
-        (["--guidance", "2"], "got guidance 2.0, wanted labels"),
+        (["--guidance", "2"], "got guidance 2, of details 2, wanted labels"),
         (["--device", "bogus"], "got device 'bogus', wanted cpu"),
         (["--device", "cuda:77"], "got device 'cuda:77', wanted cpu"),
         (["--device", "meta"], "got device 'meta', wanted cpu"),

@@ -47,23 +47,28 @@ def labelled(backbone: ModelMixin, count: int, labels: Labels | None, weights: S
     """
     last, guided = (getattr(backbone.config, "num_class_embeds", None) or 0) - 1, any(w != 1 for w in weights)
     if not all(0 <= w < float("inf") for w in weights) or (guided and labels is None):
-        raise ValueError(f"got guidance {max(weights)}, wanted labels and a number from 0 on: leave guidance out")
+        got = f"got guidance {weights[0]:g}, of details {weights[-1]:g}"
+        raise ValueError(f"{got}, wanted labels and a number from 0 on: leave guidance out")
     if last < 0 and labels is not None:
         raise ValueError("got labels for a network that was trained without, wanted none: leave labels out")
+
+    def call(z: Tensor, t: Tensor, **labels: Tensor) -> Tensor:
+        return backbone(z.to(backbone.dtype), t, **labels).sample.to(z.dtype)
+
     if last < 0:
-        return lambda z, t: backbone(z, t).sample
+        return call
     given = torch.as_tensor(last if labels is None else labels)
     outside = labels is not None and ((given < 0) | (given >= last)).any()
-    if outside or given.is_floating_point() or given.shape not in ((), (1,), (count,)):
+    if outside or given.is_floating_point() or given.dtype == torch.bool or given.shape not in ((), (1,), (count,)):
         raise ValueError(f"got labels {given.tolist()}, wanted 0 to {last - 1}, one or {count} of them: change them")
     w = torch.tensor(weights).view(-1, 1, 1)
 
     def answer(z: Tensor, t: Tensor) -> Tensor:
         asked = given.long().expand(count).to(z.device)
-        c = backbone(z, t, class_labels=asked).sample
+        c = call(z, t, class_labels=asked)
         if not guided:
             return c
-        u = backbone(z, t, class_labels=torch.full_like(asked, last)).sample
+        u = call(z, t, class_labels=torch.full_like(asked, last))
         return u + w.to(u) * (c - u)
 
     return answer
@@ -85,7 +90,9 @@ def correction(
     images = torch.as_tensor(low_resolution if known is None else known)
     sizes = [(n, channels, height // 2**k, width // 2**k) for k in range(level + 1) for n in (1, count)]
     if images.shape not in sizes or not images.is_floating_point() or not ((images >= 0) & (images <= 1)).all():
-        raise ValueError(f"got images {tuple(images.shape)}, wanted floats in [0, 1] of {sizes[-1]}: change them")
+        raise ValueError(
+            f"got images {tuple(images.shape)} of {images.dtype}, wanted floats in [0, 1] of {sizes[-1]}: change them"
+        )
     where = torch.ones(1, 1, height, width, dtype=torch.bool) if mask is None else torch.as_tensor(mask)
     if where.dtype != torch.bool or where.shape not in [(n, 1, height, width) for n in (1, count)]:
         raise ValueError(f"got a mask {tuple(where.shape)} of {where.dtype}, wanted bool (1, 1, {height}, {width})")
@@ -105,12 +112,12 @@ def held(answer: Answer, scheduler: SchedulerMixin, missing: Missing, clip: Tens
 
     def agreeing(z: Tensor, t: Tensor) -> Tensor:
         (p, q), output = estimate_factors(scheduler, t), answer(z, t)
-        estimate = p * z.float() + q * output.float()  # p reaches 20,000, too much for half precision
+        estimate = p * z + q * output
         v = way = missing(estimate.clamp(-clip, clip))
         moved = estimate
         for _ in range(TURNS):
-            pushed = z + PUSH * way.to(z.dtype)
-            along = (p * pushed.float() + q * answer(pushed, t).float() - estimate) / PUSH  # J way, as J is symmetric
+            pushed = z + PUSH * way
+            along = (p * pushed + q * answer(pushed, t) - estimate) / PUSH  # J way, as J is symmetric
             size = (v * v).sum((1, 2, 3), keepdim=True)
             best = size / (way * along).sum((1, 2, 3), keepdim=True)
             moved = moved + best.nan_to_num(0, 0, 0).clamp_min(0) * along
@@ -119,6 +126,6 @@ def held(answer: Answer, scheduler: SchedulerMixin, missing: Missing, clip: Tens
         clipped = moved.clamp(-clip, clip)
         change = missing(clipped)
         any_known = (change != 0).flatten(1).any(1).view(-1, 1, 1, 1)  # not with an empty mask
-        return output + ((clipped - estimate + change).where(any_known, 0) / q).to(output.dtype)
+        return output + ((clipped - estimate + change).where(any_known, 0) / q)
 
     return agreeing

@@ -272,12 +272,15 @@ def _check_conditions(experiment: Experiment, given: Parameters) -> None:
     if given.get("model_dir") or not {"labels", "class_conditional"} <= given.keys():
         return
     labels, guidance, told = (given[name] for name in ("labels", "guidance", "class_conditional"))
+    kind, level = given["model_type"] or given["backbone"], given["wavelet_level"]
     if told is None:  # if all images have a label, which nobody knows of sets that are still on the Hub
         told = given.get("dataset_path") or given.get("dataset") not in ("stl10", "celebahq")
     for wrong, got, remedy in (
         (not told and (labels or guidance != 1), "labels or guidance", "class_conditional=True: or leave them out"),
         (guidance != 1 and not given["label_dropout"], "guidance and label_dropout=0", "0.1: or leave guidance out"),
         (given["detail_steps"] and not given["level"], "detail_steps at level 0", "detail bands: leave it out"),
+        (kind.lower() != given["backbone"].lower(), f"model_type={kind}", f"{given['backbone']}: leave model_type out"),
+        (level not in (None, given["level"]), f"wavelet_level={level}", f"{given['level']}: leave wavelet_level out"),
     ):
         if wrong:
             raise ValueError(f"got {got}, wanted {remedy}")

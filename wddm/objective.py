@@ -201,6 +201,13 @@ def of_target(solver: SchedulerMixin) -> SchedulerMixin:
     return solver
 
 
+def trained_by(solver: SchedulerMixin) -> dict[str, Any]:
+    """What a network was trained by, which solvers must be told alike: target, schedule of the noise, its length."""
+    config = solver.config
+    schedule = None if config.prediction_type == FLOW else config.get("beta_schedule")
+    return {"prediction_type": config.prediction_type, "beta_schedule": schedule, "steps": config.num_train_timesteps}
+
+
 def set_steps(solver: SchedulerMixin, count: int, device: torch.device | str | None = None) -> None:
     """`solver.set_timesteps`, without the step at t = -1 that rounding adds to trailing ones, to 61 for example.
 

@@ -24,7 +24,7 @@ from wddm.bandrate import BandRates, Group
 from wddm.cards import card_of
 from wddm.conditions import Answer, Labels, Missing, correction, held, labelled, numbered
 from wddm.loading import check_config, fetched, is_path, load_scheduler, load_strictly, read_config
-from wddm.objective import NOISE, SOLVERS, build_solver, check_options, exact_step, of_target, set_steps
+from wddm.objective import NOISE, SOLVERS, build_solver, check_options, exact_step, of_target, set_steps, trained_by
 from wddm.wavelets import WaveletCodec, check_choice, check_multiple
 
 Callback = Callable[..., dict[str, Tensor] | None]  # (pipeline, i, t, {"latents": ..., "denoised": ...})
@@ -40,7 +40,7 @@ class WaveletPipeline(DiffusionPipeline):
     ) -> None:  # fmt: skip
         super().__init__()
         self.register_modules(backbone=backbone, scheduler=of_target(scheduler), codec=codec)
-        self.register_to_config(class_names=class_names)
+        self.register_to_config(class_names=class_names and [*map(str, class_names)])
         config, sides = backbone.config, self.map_size
         whole = len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)
         if not whole or config.in_channels != config.out_channels:
@@ -96,7 +96,7 @@ class WaveletPipeline(DiffusionPipeline):
         scheduler = self.scheduler if detail_steps is None else self._band_rates(detail_steps, generator)
         taken = inspect.signature(self.scheduler.step).parameters
         options = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in taken}
-        z, step = (z * scheduler.init_noise_sigma).to(z.dtype), exact_step(scheduler)
+        z, step = z * scheduler.init_noise_sigma, exact_step(scheduler)
         for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
             done = step(network(scheduler.scale_model_input(z, t), t), t, z, **options)
             z = done.prev_sample
@@ -119,7 +119,7 @@ class WaveletPipeline(DiffusionPipeline):
         level, channels, (weight, details) = self.codec.config.level, self.backbone.config.in_channels, guidance
         coarse = channels // 4**level
         weights = [weight] * coarse + [weight if details is None else details] * (channels - coarse)
-        texts = [labels] if isinstance(labels, str) else labels if isinstance(labels, list | tuple) else []
+        texts = [labels] if isinstance(labels, str) else labels if isinstance(labels, list | tuple | np.ndarray) else []
         if any(isinstance(label, str) for label in texts):
             labels = numbered(texts, self.config.get("class_names"))
         answer = labelled(self.backbone, count, labels, weights)
@@ -141,13 +141,14 @@ class WaveletPipeline(DiffusionPipeline):
                 raise ValueError(f"got {name} at level 0, which has no detail bands: leave {name} out")
 
     def _noise(self, latents: Tensor | None, batch_size: int, generator: Generator | list[Generator]) -> Tensor:
-        """Unit noise (B, 4^L C, h, w): the latents given, or drawn."""
+        """Unit noise (B, 4^L C, h, w): the latents given, or drawn; in single precision, which solvers need."""
         shape = (batch_size, self.backbone.config.in_channels, *self.map_size)
+        dtype = torch.promote_types(self.backbone.dtype, torch.float32)
         if latents is None:
-            return randn_tensor(shape, generator=generator, device=self.device, dtype=self.backbone.dtype)
+            return randn_tensor(shape, generator=generator, device=self.device, dtype=dtype)
         if latents.shape != shape:
             raise ValueError(f"got latents {tuple(latents.shape)}, wanted {shape}: give noise of that shape")
-        return latents.to(self.device, self.backbone.dtype)
+        return latents.to(self.device, dtype)
 
     def _band_rates(self, detail_steps: int, generator: Generator | list[Generator]) -> BandRates:
         """The coarse band, the first, by this pipeline's solver, the details by another of `detail_steps` steps."""
@@ -160,7 +161,7 @@ class WaveletPipeline(DiffusionPipeline):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1] of coefficients (B, 4^L C, h, w); ValueError if they are not finite."""
-        images = self.codec.decode(latents) / 2 + 0.5
+        images = self.codec.decode(latents.to(self.codec.dtype)) / 2 + 0.5
         if images.isfinite().all():
             return images.clamp(0, 1)
         solver = f"{type(self.scheduler).__name__} in {self.scheduler.num_inference_steps} steps"
@@ -178,14 +179,12 @@ class WaveletPipeline(DiffusionPipeline):
         names = {"class_names": read_config(cls, folder).get("class_names")}
         check_config(cls, names, folder)
         stored = load_scheduler(folder / "scheduler")
-        predicts = [of_target(one).config.prediction_type for one in (scheduler or stored, stored)]
-        check_choice("prediction_type of scheduler", predicts[0], predicts[1:])
-        pipeline = cls(
-            load_backbone(folder / "backbone", **options),
-            scheduler or stored,
-            load_strictly(WaveletCodec.from_pretrained, folder / "codec", **options),
-            **names,
-        )
+        given, wanted = (trained_by(of_target(one)) for one in (scheduler or stored, stored))
+        if given != wanted:
+            raise ValueError(f"got a scheduler of {given}, wanted {wanted}, as was trained: take one of build_solver's")
+        backbone = load_backbone(folder / "backbone", **options)
+        codec = load_strictly(WaveletCodec.from_pretrained, folder / "codec", **options)
+        pipeline = cls(backbone, scheduler or stored, codec, **names)
         pipeline.register_to_config(_name_or_path=str(folder))
         return pipeline
 

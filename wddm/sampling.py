@@ -171,7 +171,8 @@ def read_images(path: Path) -> np.ndarray:
     """uint8 (N, H, W, C) of a samples.npy, or of a folder that holds one or PNGs as `wddm sample` writes them."""
     array = path / "samples.npy" if path.is_dir() else path
     is_array = array.suffix == ".npy" and array.is_file()
-    files = [array] if is_array else sorted({*path.glob("*.png")} - {path / "grid.png"})  # an overview by `wddm sample`
+    pictures = {*path.glob("*.png")} - {path / "grid.png"}  # an overview by `wddm sample`
+    files = [array] if is_array else sorted(pictures, key=lambda file: (len(file.name), file))  # 99999, 100000
     if not files:
         raise ValueError(f"got {path}, wanted a folder of PNGs, or samples.npy: give what wddm sample wrote")
     found: list[np.ndarray] = []

@@ -78,8 +78,8 @@ def by_kernel(generated: np.ndarray, real: np.ndarray, subset_size: int = 1000, 
     """KID, precision and recall of features (N, d) and (M, d), 10 or more of each; keys with an `end`.
 
     KID is the mean over 100 random subsets of `subset_size` images, at most half of the smaller set, so that their
-    spread tells the error of the whole (the jackknife of Shao & Wu 1989). Precision and recall, of `generated` and
-    `real` images in the other set's balls of 3 neighbours: binomial (Wilson), with the balls held fixed.
+    spread tells the error of the whole (the jackknife of Shao & Wu 1989) and of their mean. Precision and recall, of
+    `generated` and `real` images in the other set's balls of 3 neighbours: binomial (Wilson), with these held fixed.
     """
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
@@ -88,7 +88,7 @@ def by_kernel(generated: np.ndarray, real: np.ndarray, subset_size: int = 1000, 
         raise ValueError(f"got {len(generated)} images and {len(real)} real ones, wanted 10 or more of each: give more")
     pools, size = [torch.from_numpy(side) for side in (generated, real)], min(subset_size, smaller // 2)
     mean, spread = kid_features_to_metric(*pools, kid_subset_size=size, verbose=False).values()
-    half = NORMAL90 * spread * (size / (smaller - size)) ** 0.5
+    half = NORMAL90 * spread * (size / (smaller - size) + 1 / 100) ** 0.5  # as if the smaller set had all the variance
     found = prc_features_to_metric(*pools, save_cpu_ram=True, prc_batch_size=2000, verbose=False)
     estimates = {f"kid{end}": Estimate(mean, mean - half, mean + half)}
     for key, pool in zip(("precision", "recall"), pools, strict=True):
