@@ -121,10 +121,6 @@ def folder(size: tuple[int, int], dataset_path: str | None, seed: int, split: st
     if dataset_path is None:
         raise ValueError('got dataset="folder" alone, wanted a folder of images: give dataset_path')
     root = Path(dataset_path)
-    while os.access(root, os.R_OK) and root.is_dir() and len(inside := [*root.glob("[!.]*")]) == 1:
-        if not inside[0].is_dir() or local.split_called(inside[0].name):
-            break
-        root = inside[0]  # as archives unpack
     found, left_out = local.listed(root)
     tables, arrays, pictures, labels = (found[kind] for kind in ("table", "array", "image", "labels"))
     every = tables or arrays or pictures
@@ -133,9 +129,9 @@ def folder(size: tuple[int, int], dataset_path: str | None, seed: int, split: st
         remedy = "separate them" if pictures else "give a folder that has some, archives unpacked"
         left = f", left out {left_out[:3]}" * bool(left_out)
         raise ValueError(f"got {got}{left}, wanted one of the three: {remedy}")
-    whole, shared = root, Path(os.path.commonpath([file.parent for file in every])) if root.is_dir() else root
-    for part in itertools.takewhile(lambda part: not local.split_called(part), shared.relative_to(root).parts):
-        root /= part  # beside which there is a README
+    shared = os.path.commonpath([file.parent for file in itertools.chain(*found.values())]) if root.is_dir() else root
+    for part in itertools.takewhile(lambda part: not local.split_called(part), Path(shared).relative_to(root).parts):
+        root /= part  # as archives unpack, beside a README
     splits = {local.split_of(root, file) for file in every} - {None}
     if not splits and split != "train":
         raise ValueError(f"got split={split!r}, which no folder or table in {plain(root)} is called: leave it out")
@@ -144,16 +140,15 @@ def folder(size: tuple[int, int], dataset_path: str | None, seed: int, split: st
     if tables:
         opened = partial(local.tables, files, beside=beside)
     elif arrays:
-        opened = partial(
-            local.npy, files, used := [file for file in labels if file == files[0].with_name("labels.npy")]
-        )
+        used = [file for file in labels if file == files[0].with_name("labels.npy")]
+        opened = partial(local.npy, files, used)
     else:
         used = [file for file in labels if file.suffix != ".npy"]
         opened = partial(local.pictures, root, files, used, bool(splits))
     left_out += [f"{others} files of other splits than {split}"] * bool(others)
     left_out += [f"{plain(file)}: no labels of these" for file in labels if file not in used]
     left_out += [f"{len(beside)} files beside Parquet ones, but for those that rows name"] * bool(beside)
-    return _local(dataset_path, whole, [*files, *labels, *beside], opened, split if splits else "all", left_out)
+    return _local(dataset_path, root, [*files, *labels, *beside], opened, split if splits else "all", left_out)
 
 
 def hub(size: tuple[int, int], dataset_path: str | None, seed: int, split: str, *, repo: str, own: str) -> Source:

@@ -5,7 +5,6 @@ a second one, or a while, kills the kernel. Either way the notebook is saved as 
 """
 
 import contextlib
-import hashlib
 import logging
 import os
 import signal
@@ -76,7 +75,7 @@ def execute(
 
     for name in ("papermill", "traitlets"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    papermill_engines.register("wddm", _engine(target, stop, first, held))
+    papermill_engines.register("wddm", _engine(stop, first, held))
     options = {"engine_name": "wddm", "kernel_name": "python3", "language": "python", "progress_bar": False}
     try:
         with warnings.catch_warnings():
@@ -93,25 +92,19 @@ def execute(
     return STOPPED if stop.requested else ("ok", None)
 
 
-def _engine(target: Path, stop: Stop, first: str, held: tuple[int, ...]) -> type:
+def _engine(stop: Stop, first: str, held: tuple[int, ...]) -> type:
     """A papermill engine whose kernel is this interpreter, and whose client heeds `stop`."""
     from jupyter_client import AsyncKernelManager
-    from jupyter_client.connect import jupyter_runtime_dir
     from jupyter_client.kernelspec import KernelSpecManager
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine
-
-    # named by the target, so that what a killed command has left is replaced
-    digest = hashlib.sha256(os.fsencode(target.absolute())).hexdigest()
-    connection = Path(jupyter_runtime_dir(), f"kernel-{digest[:32]}.json")
-    connection.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     class Client(PapermillNotebookClient):
         cell_runs = False  # an idle kernel ignores an interrupt
 
         def create_kernel_manager(self) -> AsyncKernelManager:
             specs = KernelSpecManager(kernel_dirs=[])  # none to search: what remains is sys.executable's
-            self.km = AsyncKernelManager(kernel_spec_manager=specs, connection_file=str(connection))
+            self.km = AsyncKernelManager(kernel_spec_manager=specs)
             return self.km
 
         def execute(self) -> Any:
