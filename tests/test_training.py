@@ -218,6 +218,19 @@ def test_a_finished_run_of_other_code_is_not_taken_for_one_of_this(tmp_path, mon
     assert json.loads((tmp_path / "unfinished/pipeline/training.json").read_text())["history"] == changed[1:]
 
 
+def test_a_log_holds_distances_of_one_kind(tmp_path) -> None:
+    """Those of before would be shown as what is asked for now."""
+    watched = {"metric_kimg": 0.032, "metric_images": 4, "measure": mean}
+    steps = make(tmp_path, **watched, measured="level 3").steps()
+    next(steps), steps.close()
+    with pytest.raises(ValueError, match="measured level 3 -> level 2"):
+        make(tmp_path, **watched, measured="level 2")
+    assert make(tmp_path).step == 1  # without any
+    list(make(tmp_path, **watched, measured="level 3").steps())
+    assert "measured level 3 -> level 2" in make(tmp_path, **watched, measured="level 2", restart=True).notes[0]
+    assert read_log(tmp_path) == [] and read_log(tmp_path / "nowhere") == []
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

@@ -82,6 +82,8 @@ def take_up(
     state, before = found[1], found[1]["settings"]
     finished = state["step"] * before["batch_size"] >= before["train_kimg"] * 1000
     longer = extend and before["train_kimg"] < settings["train_kimg"]
+    if not (before.get("measured") and settings["measured"]):  # no distances, or none yet
+        before["measured"] = settings["measured"]
     changed = difference(before | ({"train_kimg": settings["train_kimg"]} if longer else {}), settings)
     if changed and not (finished and restart):
         remedy = "set them back, give the run another name, or, for more train_kimg alone, --extend it"

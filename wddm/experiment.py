@@ -106,6 +106,8 @@ def train(
             warnings.filterwarnings("ignore", "OMP_NUM_THREADS")
         if settings.get("metric_kimg"):
             settings["measure"] = distances_to(prepared, **share(distances_to, book.parameters))
+            kind = {key: book.parameters[key] for key in ("train_metrics", "train_fwd_level", "metric_images")}
+            settings["measured"] = str(kind)
         labels = labels_of(prepared, **share(labels_of, book.parameters))
         parts: dict[str, Any] = {"model": network, "codec": codec, "images": prepared.images, "labels": labels}
         parts |= {"data_sha256": prepared.sha256, "class_names": None if labels is None else prepared.class_names}

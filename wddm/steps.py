@@ -99,6 +99,7 @@ def checked(model: ModelMixin, codec: WaveletCodec, images: np.ndarray, **settin
     wanted = codec.shape(*np.roll(images.shape[1:], 1).tolist())
     if (size := (model.config.in_channels, *sides(model.config.sample_size))) != wanted:
         raise ValueError(f"got a network for {size}, wanted {wanted}, as the coefficients are: build it for these")
+    check_choice("schedule", settings["schedule"], SCHEDULES)
     for name, value in settings.items():
         least, most = (0 if name in ABOVE_0 else -1e-12), (1 if name == "label_dropout" else 1e12)
         if isinstance(value, int | float | np.number) and not least < value < most:

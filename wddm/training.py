@@ -29,8 +29,8 @@ from wddm.files import append_row, written_aside
 from wddm.objective import build_solver, check_training, default_solver, diffusion_loss, noise_scheduler
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
-from wddm.steps import POWERS, SCHEDULES, PowerAverage, Step
-from wddm.wavelets import WaveletCodec, check_choice
+from wddm.steps import POWERS, PowerAverage, Step
+from wddm.wavelets import WaveletCodec
 
 # what no weight depends on, or settings describe in another way: may change from one start of a run to the next
 FREE = {
@@ -85,11 +85,11 @@ class Trainer:
     metric_images: int = 512
     on_step: Callable[[int], object] = lambda images_seen: None  # called after every step
     measure: Callable[[np.ndarray], dict[str, float]] | None = None  # of `metric_images` samples, uint8 (N, H, W, C)
+    measured: str = ""  # by what: a log holds distances of one kind
     extend: bool = False  # go on with a run of the same settings but for a smaller train_kimg
     restart: bool = False  # set the checkpoints of a finished run of other settings aside, and begin anew
 
     def __post_init__(self) -> None:
-        check_choice("schedule", self.schedule, SCHEDULES)
         check_training(self.prediction_type, self.weighting, self.time_sampling)
         self.notes, self.history = steps.checked(**vars(self)), list[str]()  # of changed code, and of extensions
         self.held_out = steps.held_out(self.validation_images if self.validation_kimg else None, len(self.images))
@@ -215,7 +215,7 @@ class Trainer:
 
     @property
     def images_seen(self) -> int:
-        return self.step * self.batch_size
+        return int(self.step * self.batch_size)
 
     def draw_noise(self) -> tuple[Tensor, ...]:
         """Noise (b, 4^L C, h, w) and timesteps (b,) of this process's share, cut from those of the whole batch."""
