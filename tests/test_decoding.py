@@ -349,6 +349,8 @@ def test_what_pil_decodes_to_wrong_pixels_is_refused(content: bytes) -> None:
 def test_the_same_in_forms_that_pil_reads_is_taken() -> None:
     colours = np.stack([np.arange(256), np.arange(256)[::-1], np.full(256, 9)])
     for content, oracle in (
+        (b"P5 8 8 4095\n" + (WIDE >> 4).astype(">u2").tobytes(), np.repeat((WIDE >> 8)[..., None], 3, -1)),
+        (tiff(RGB, photometric="rgb", subfiletype=1), RGB),
         (imagecodecs.jpeg2k_encode(RGB, **JPEG2000), RGB),
         (tiff(np.moveaxis(RGB, -1, 0).copy(), photometric="rgb", planarconfig="separate"), RGB),
         (tiff(WIDE_RGB, photometric="rgb"), WIDE_RGB >> 8),

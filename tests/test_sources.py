@@ -668,9 +668,12 @@ def test_splits_with_a_year_are_splits(tmp_path, pictures):
     """COCO's are called train2017 and val2017."""
     png_folder(tmp_path / "in/train2017", pictures[:2])
     png_folder(tmp_path / "in/val2017", pictures[2:5])
-    prepared = prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in", split="train + training")
-    np.testing.assert_array_equal(prepared.images, pictures[:2])
-    assert prepared.labels is None
+    same = [
+        prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in", split=split)
+        for split in ("train", "Training", "train + training")
+    ]
+    np.testing.assert_array_equal(same[0].images, pictures[:2])
+    assert same[0].labels is None and len({prepared.folder for prepared in same}) == 1
     assert len(prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in", split="validation").images) == 3
 
 
@@ -683,6 +686,21 @@ def test_the_labels_of_an_array_are_those_beside_it(tmp_path, pictures):
         prepared = prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in", split=part)
         np.testing.assert_array_equal(prepared.images, pictures[:4] // label)
         assert prepared.labels.tolist() == [label] * 4
+
+
+@pytest.mark.parametrize(
+    "place", [("images/x.npy", "labels/labels.npy"), ("data/x.npy", "labels.npy"), ("x.npy", "Labels.npy")]
+)
+def test_the_only_labels_are_those_of_the_array(tmp_path, pictures, place):
+    folders = []
+    for root in ("a", "b/c"):
+        for name, content in zip(place, (pictures[:4], np.array([0, 1, 0, 1])), strict=True):
+            (tmp_path / root / name).parent.mkdir(parents=True, exist_ok=True)
+            np.save(tmp_path / root / name, content)
+        prepared = prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / root)
+        assert prepared.labels.tolist() == [0, 1, 0, 1]
+        folders.append(prepared.folder)
+    assert folders[0] == folders[1]
 
 
 def test_shards_whose_classes_stand_in_another_order_are_refused(tmp_path, pictures):

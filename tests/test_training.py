@@ -237,14 +237,14 @@ def test_a_log_holds_distances_of_one_kind(tmp_path) -> None:
         ({"train_kimg": 0}, "got train_kimg=0, wanted more than 0"),
         ({"learning_rate": -1e-3}, "got learning_rate=-0.001, wanted more than 0"),
         ({"log_every": 0}, "got log_every=0, wanted more than 0"),
-        ({"metric_images": 0}, "got metric_images=0, wanted more than 0"),
+        ({"metric_images": 0, "metric_kimg": 1, "measure": mean}, "got metric_images=0, wanted more than 0"),
         ({"train_kimg": float("nan")}, "got train_kimg=nan, wanted more than 0"),
         ({"ema_half_life_kimg": -1}, "got ema_half_life_kimg=-1, wanted 0 or more"),
         ({"validation_kimg": -1.0}, "got validation_kimg=-1.0, wanted 0 or more"),
         ({"weight_decay": -0.1}, "got weight_decay=-0.1, wanted 0 or more"),
         ({"seed": -1}, "got seed=-1, wanted 0 or more"),
-        ({"label_dropout": 1.0}, "got label_dropout=1.0, wanted 0 or more, below 1"),
-        ({"label_dropout": float("nan")}, "got label_dropout=nan, wanted 0 or more, below 1"),
+        ({"label_dropout": 1.0, "labels": [0] * 40}, "got label_dropout=1.0, wanted 0 or more, below 1"),
+        ({"label_dropout": float("nan")}, "got label_dropout=nan, wanted 0 or more"),
         ({"images": torch.zeros(40, 8, 8, 1)}, "got images of Tensor of torch.float32, wanted uint8"),
         ({"images": np.zeros((40, 8, 8, 1))}, "got images of ndarray of float64, wanted uint8"),
         ({"images": np.zeros((40, 16, 16, 1), np.uint8)}, r"got a network for \(4, 4, 4\), wanted \(4, 8, 8\)"),
@@ -260,7 +260,7 @@ def test_what_cannot_be_is_refused_before_training(tmp_path, setting, message) -
 def test_what_numpy_gives_is_taken_and_a_home_folder_is_one(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     measure = lambda samples: {"mean": np.float32(samples.mean())}  # noqa: E731
-    numbers = {"batch_size": np.int64(16), "train_kimg": np.float32(0.032), "seed": np.int64(1)}
+    numbers = {"batch_size": np.int64(16), "train_kimg": np.float32(0.032), "seed": np.int64(10**15)}
     list(make("~/run", measure=measure, metric_kimg=0.016, metric_images=4, **numbers).steps())
     assert (tmp_path / "run/pipeline").is_dir() and read_log(tmp_path / "run")[-1]["mean"] > 0
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -532,6 +533,50 @@ def test_what_the_record_says_is_not_what_it_was_is_due_again_whoever_made_it(ro
     assert main(["run", "params/y.yaml"]) == 0 and launched == ["01_prepare"]
     assert states(root) == ["ok", "pending"]
     assert json.loads((root / "reports/x/metrics.json").read_text()) == {"m01_prepare": 1}
+
+
+def test_what_is_not_there_just_now_takes_no_numbers(root, launched):
+    """A disk that is not mounted is no other result."""
+    main(["run", "params/x.yaml"])
+    entry = {"by": "", "parameters": {}, "from": {}, "path": "data/set/manifest.json", "sha256": "5eed"}
+    write_json(root / "runs/x/record.json", {"data": entry, "pipeline": {**entry, "from": {"data": "5eed"}}})
+    (root / "params/y.yaml").write_text("run: x\nnotebooks: [01_prepare]\n")
+    numbers = (root / "reports/x/metrics.json").read_text()
+    assert main(["run", "params/y.yaml", "--force"]) == 0 and states(root) == ["ok", "ok"]
+    assert (root / "reports/x/metrics.json").read_text() == numbers
+
+
+def test_two_notebooks_may_record_one_key(root, launched):
+    """It is of the last; and the first is not made again for it."""
+    main(["run", "params/x.yaml"])
+    for notebook, value in (("01_prepare", 1), ("02_train", 2)):
+        book = workbook.Run("x", root, root / "runs/x", root / "reports/x", notebook)
+        book.record(n=value)
+        status = records.read_status(root / "reports/x")
+        status[notebook]["recorded"]["metrics"]["n"] = value
+        write_json(root / "reports/x/status.json", status)
+    assert main(["run", "params/x.yaml"]) == 0 and launched == ["01_prepare", "02_train"]
+
+
+def test_numbers_of_a_run_without_its_folder_go_as_well(root, launched):
+    main(["run", "params/x.yaml"])
+    shutil.rmtree(root / "runs/x")
+    (root / "fail-02_train").touch()
+    assert main(["run", "params/x.yaml", "-p", "seed=3"]) == 1
+    assert json.loads((root / "reports/x/metrics.json").read_text()) == {"m01_prepare": 1, "m02_train": 1}
+    (root / "fail-01_prepare").touch()
+    shutil.rmtree(root / "runs/x")
+    assert main(["run", "params/x.yaml", "-p", "seed=4"]) == 1
+    assert json.loads((root / "reports/x/metrics.json").read_text()) == {"m01_prepare": 1}
+
+
+def test_a_page_of_another_hand_stops_nothing(root, launched):
+    main(["run", "params/x.yaml"])
+    for name, content in (("notes", "caf\xe9".encode("latin-1")), ("mine", b"<p>no header</p>")):
+        (root / f"reports/x/{name}.ipynb").write_text("{}")
+        (root / f"reports/x/{name}.html").write_bytes(content)
+    assert main(["run", "params/x.yaml", "-p", "seed=3"]) == 0
+    assert (root / "reports/x/mine.html").read_bytes() == b"<p>no header</p>"
 
 
 def test_pages_say_the_states_that_they_are_in_now(root, monkeypatch):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from wddm.decoding import RULE, ahead, is_grey, write_images
 from wddm.files import Digests, refusing, sha256, written_aside
-from wddm.local import Images
+from wddm.local import Images, split_called
 from wddm.sources import SOURCES, Source
 
 NOTEBOOK = "notebooks/01_prepare.ipynb"
@@ -147,6 +147,7 @@ def check_source(
     if path is not None and not os.path.exists(path):  # nor does ""
         raise ValueError(f"got dataset_path={path[:200] or repr(path)}, which does not exist: give a folder of files")
     size = resolution, width or resolution
+    split = "+".join(dict.fromkeys(split_called(word) or word for word in split.replace(" ", "").split("+")))
     source = SOURCES[dataset](size, path, seed, split)
     options = {"dataset": dataset, "resolution": resolution, "width": None if size[1] == resolution else width}
     options |= {"channels": channels, "seed": seed if limit is not None or dataset == "patches" else None}

@@ -146,18 +146,18 @@ def _of_file(image: bytes | Path) -> Image.Image:
 
 def _check(image: bytes | Path, picture: Any) -> None:
     """ValueError for what PIL decodes to wrong pixels, without a word."""
-    tags: Any = getattr(picture, "tag_v2", {})
-    raw = picture.tile and picture.tile[0][0] == "raw"
+    wrong = False
     if picture.format == "JPEG2000" and picture.mode in ("RGB", "RGBA"):
         content = image if isinstance(image, bytes) else image.read_bytes()
         wrong = content[content.index(b"\xff\x4f\xff\x51") + 42] & 127 > 7  # where white turns black
-    else:
+    elif picture.format == "TIFF":
+        tags, raw = picture.tag_v2, picture.tile[0][0] == "raw"
         wrong = (
-            (tags.get(PLANES) == 2 and (picture.mode == "LA" or (raw and max(tags[BITS]) > 8)))
-            or tags.get(SUBFILE, 0) & 1 == 1  # a thumbnail, as in a camera's raw file
-            or max(tags.get(COLOURS, (256,))) < 256
+            (tags.get(PLANES) == 2 and (picture.mode == "LA" or (raw and max(tags.get(BITS, (1,))) > 8)))
+            or (tags.get(SUBFILE, 0) & 1 == 1 and picture.n_frames > 1)  # a thumbnail, as in a camera's raw file
+            or (picture.mode == "P" and 0 < max(tags.get(COLOURS, (256,))) < 256)
             or (picture.mode == "I" and not raw and tags.prefix == b"MM")
-        )  # fmt: skip
+        )
     if wrong:
         raise ValueError("colours, planes or pages that PIL does not read right: save it as PNG")
 

@@ -67,13 +67,13 @@ def split_of(root: Path, file: Path) -> str | None:
 
 def split_called(word: str) -> str | None:
     """The split of which a folder, or a part of a file's name, says that it is: train, Training, val2017."""
-    return SPLITS.get(word.lower().rstrip("0123456789"))
+    return SPLITS.get(re.sub("(19|20)[0-9]{2}$", "", word.lower()))
 
 
 def of_split(root: Path, files: list[Path], split: str) -> list[Path]:
     """Those of "train+validation", in this order; ValueError if there are none, or fewer than "-of-00004" says."""
     chosen = []
-    for part in dict.fromkeys(split_called(word) or word for word in split.replace(" ", "").split("+")):
+    for part in split.split("+"):
         found = [file for file in files if split_of(root, file) == part]
         total = re.search(r"-of-0*(\d+)", found[0].name) if found else None
         if not found or (total and len(found) != int(total[1])):

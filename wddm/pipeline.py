@@ -40,7 +40,7 @@ class WaveletPipeline(DiffusionPipeline):
     ) -> None:  # fmt: skip
         super().__init__()
         self.register_modules(backbone=backbone, scheduler=of_target(scheduler), codec=codec)
-        self.register_to_config(class_names=class_names and [*map(str, class_names)])
+        self.register_to_config(class_names=None if class_names is None else [*map(str, class_names)])
         config, sides = backbone.config, self.map_size
         whole = len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)
         if not whole or config.in_channels != config.out_channels:
@@ -119,7 +119,7 @@ class WaveletPipeline(DiffusionPipeline):
         level, channels, (weight, details) = self.codec.config.level, self.backbone.config.in_channels, guidance
         coarse = channels // 4**level
         weights = [weight] * coarse + [weight if details is None else details] * (channels - coarse)
-        texts = [labels] if isinstance(labels, str) else labels if isinstance(labels, list | tuple | np.ndarray) else []
+        texts = [] if labels is None or isinstance(labels, Tensor) else np.array(labels, object).ravel().tolist()
         if any(isinstance(label, str) for label in texts):
             labels = numbered(texts, self.config.get("class_names"))
         answer = labelled(self.backbone, count, labels, weights)

@@ -140,13 +140,15 @@ def folder(size: tuple[int, int], dataset_path: str | None, seed: int, split: st
     if tables:
         opened = partial(local.tables, files, beside=beside)
     elif arrays:
-        used = [file for file in labels if file == files[0].with_name("labels.npy")]
+        of_split = {None, local.split_of(root, files[0])}
+        own = [file for file in labels if file.suffix.lower() == ".npy" and local.split_of(root, file) in of_split]
+        used = [file for file in own if file.parent == files[0].parent] or own[: len(own) == 1]
         opened = partial(local.npy, files, used)
     else:
         used = [file for file in labels if file.suffix != ".npy"]
         opened = partial(local.pictures, root, files, used, bool(splits))
     left_out += [f"{others} files of other splits than {split}"] * bool(others)
-    left_out += [f"{plain(file)}: no labels of these" for file in labels if file not in used]
+    left_out += [f"{plain(file.relative_to(root))}: no labels of these" for file in labels if file not in used]
     left_out += [f"{len(beside)} files beside Parquet ones, but for those that rows name"] * bool(beside)
     return _local(dataset_path, root, [*files, *labels, *beside], opened, split if splits else "all", left_out)
 

@@ -35,7 +35,7 @@ LABELS = 2**31  # last number of the seeds that drop labels
 AVERAGES = "checkpoints/averages"
 POWERS = 16.97, 6.94  # of two averages with spreads of 0.05 and 0.10 of the training so far
 PRECISIONS = ("auto", "no", "fp16", "bf16")
-ABOVE_0 = ("train_kimg", "learning_rate", "log_every", "metric_images")
+ABOVE_0 = ("train_kimg", "learning_rate", "log_every")
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,10 @@ def checked(model: ModelMixin, codec: WaveletCodec, images: np.ndarray, **settin
         raise ValueError(f"got a network for {size}, wanted {wanted}, as the coefficients are: build it for these")
     check_choice("schedule", settings["schedule"], SCHEDULES)
     for name, value in settings.items():
-        least, most = (0 if name in ABOVE_0 else -1e-12), (1 if name == "label_dropout" else 1e12)
-        if isinstance(value, int | float | np.number) and not least < value < most:
-            kind = "more than 0" if name in ABOVE_0 else "0 or more" if most > 1 else "0 or more, below 1"
+        above = name in ABOVE_0 or (name == "metric_images" and settings["metric_kimg"])
+        most = 1 if name == "label_dropout" and settings["labels"] is not None else math.inf
+        if isinstance(value, int | float | np.number) and not (0 if above else -1e-12) < value < most:
+            kind = "more than 0" if above else "0 or more" if most > 1 else "0 or more, below 1"
             raise ValueError(f"got {name}={value}, wanted {kind}: change it")
     if settings["metric_kimg"] and settings["measure"] is None:
         got = f"got metric_kimg={settings['metric_kimg']:g} without measure"
@@ -130,7 +131,7 @@ def class_numbers(labels: np.ndarray | None, no_label: int, count: int) -> np.nd
     """Labels (N,) as int64, negative ones as `no_label`; ValueError if they are not what the network was built for."""
     if labels is None and no_label < 0:
         return None
-    whole = labels is not None and np.ndim(labels) == 1 and (labels := np.asarray(labels)).dtype.kind in "iu"
+    whole = labels is not None and np.ndim(labels) == 1 and (labels := np.asarray(labels)).dtype.kind in "iub"
     if labels is None or not whole or len(labels) != count or labels.max() >= no_label or (labels < 0).all():
         got = "none" if labels is None else f"{len(labels)} up to {np.max(labels)}"
         wanted = f"wanted {count} below {no_label}" if no_label > 0 else "wanted none for this network"

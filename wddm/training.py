@@ -276,7 +276,7 @@ class Trainer:
         if measuring and self.main and self.measure:
             samples = self.samples(self.metric_images)
             with self.stop.cuttable():
-                distances = {name: float(value) for name, value in self.measure(samples).items()}
+                distances = {key: float(x) for key, x in self.measure(samples).items() if x is not None}
         means = (torch.stack(values).mean(0) for values in zip(*self.unread, strict=True))
         loss, errors, grad_norm = (self.accelerator.reduce(mean, "mean") for mean in means)
         by_band = dict(zip(self.codec.bands(), errors.view(-1, self.images.shape[-1]).mean(1).tolist(), strict=True))

@@ -61,6 +61,7 @@ def declared_paths(experiment: Experiment, notebook: Path, kind: str) -> list[Pa
     first = next((cell["source"] for cell in cells if cell["cell_type"] == "markdown"), "")
     line = re.search(rf"\*\*{kind}:\*\*(.*?)(?=\n\n|\*\*|\Z)", first, re.DOTALL)
     known = prepared_set(experiment.root, experiment.run) | experiment.parameters
+    known["data"] = known["data"] or "data/none"  # so that a set which nobody knows is missing
     paths: list[Path] = []
     for template in re.findall(r"`([^`]+)`", line[1] if line else ""):
         if unknown := set(re.findall(r"{(\w+)}", template)) - known.keys():

@@ -103,10 +103,12 @@ def render(folder: Path, name: str) -> Path:
 
 def renew_headers(folder: Path) -> None:
     """Let every page of a run say what states its notebooks are in."""
-    for page in folder.glob("*.html"):
-        if page.with_suffix(".ipynb").exists():
-            before, _, after = page.read_text(encoding="utf-8").partition("<header>")
-            write_text(page, before + _header(folder, page.stem) + after.partition("</header>")[2])
+    for page in (path.with_suffix(".html") for path in folder.glob("*.ipynb")):
+        with suppress(OSError, ValueError):  # none, or not of ours
+            before, _, rest = page.read_text(encoding="utf-8").partition("<header>")
+            _, end, after = rest.partition("</header>")
+            if end:
+                write_text(page, before + _header(folder, page.stem) + after)
 
 
 def _lesson(folder: Path, path: str, name: str) -> str:
@@ -198,7 +200,7 @@ def _row(folder: Path, defaults: dict[str, dict[str, Any]]) -> dict[str, Any]:
         parameters = read_yaml(folder / "params.yaml")
     own = ChainMap(*(defaults.get(name, {}) for name in sorted(status or pages)), *defaults.values())
     entries, states = status.values(), {entry["state"] for entry in status.values()}
-    made = [entry for entry in entries if entry["state"] != "pending"] or [read_json(folder / "environment.json")]
+    made = [entry for entry in entries if entry.get("commit")] or [read_json(folder / "environment.json")]
     figures = sorted(folder.glob("figures/*.png"), key=lambda path: (path.stem != "samples", path.name))
     changed = {key for key in parameters if parameters[key] != own.get(key, ...)} - {"run", "notebooks"}
     return {

@@ -18,7 +18,7 @@ from typing import Any
 from wddm.files import read_json, write_json, write_text
 from wddm.workbook import cluster, kernel, provenance
 from wddm.workbook.experiments import Experiment
-from wddm.workbook.records import MAKERS, digests, lock, read_record, read_status, taken
+from wddm.workbook.records import MAKERS, digests, lock, read_record, read_status
 from wddm.workbook.report import format_seconds, render, renew_headers, write_index
 
 Preflight = Callable[[Experiment], None] | None
@@ -115,14 +115,15 @@ class Task:
 
     def is_current(self, notebook: Path) -> bool:
         """Whether the notebook last ended ok, and what it depends on and what it made are as they were then."""
-        entry, name, numbers = self.status.get(notebook.stem, {}), notebook.stem, self.recorded()
+        entry, name, numbers, of = self.status.get(notebook.stem, {}), notebook.stem, self.recorded(), self.owners()
+        own = ((kind, *one) for kind, found in entry.get("recorded", {}).items() for one in found.items())
         made = provenance.hashes(self.root, provenance.outputs(self.experiment, notebook), self.known)
         return (
             not self.force
             and entry.get("state") == "ok"
             and (self.folder / f"{name}.html").exists()
             and entry.get("fingerprint") == provenance.fingerprint(self.experiment, notebook, self.known)
-            and all(own.items() <= numbers[kind].items() for kind, own in entry["recorded"].items())
+            and all(numbers[kind].get(key) == x or of.get(f"{kind}/{key}", name) != name for kind, key, x in own)
             and made.items() <= entry["files"].items()
             and all(self.known.of(self.root / path) == digest for path, digest in entry["files"].items())
         )
@@ -153,13 +154,13 @@ class Task:
         return int(failed)
 
     def broken(self) -> Iterator[Path]:
-        """Notebooks, of another YAML too, that ended ok with what the record says is not any more what it was."""
-        run = self.experiment.run
-        for name in read_record(self.root, run).keys() & MAKERS.keys():
-            try:
-                taken(self.root, run, name, self.known)
-            except ValueError:
-                if self.status.get(MAKERS[name], {}).get("state") == "ok":
+        """Notebooks, of another YAML too, whose results the record says were made of what has been replaced since."""
+        record, gone = read_record(self.root, self.experiment.run), set[str]()
+        for name in filter(record.__contains__, MAKERS):  # in their order
+            made_of = record[name]["from"].items()
+            if any(source in gone or record.get(source, {}).get("sha256") != digest for source, digest in made_of):
+                gone.add(name)
+                if self.status.get(MAKERS[name], {}).get("state") in ("ok", "pending"):
                     yield Path(MAKERS[name])
 
     def launch(self, notebook: Path, stop: kernel.Stop) -> str:
@@ -211,9 +212,18 @@ class Task:
 
     def recorded(self, by: str | None = None) -> dict[str, dict[str, Any]]:
         """The numbers in metrics.json and timings.json, of all notebooks or of one, here or in JupyterLab."""
-        of = read_json(self.root / "runs" / self.experiment.run / "numbers.json")
+        before, of = self.status.get(by or "", {}).get("recorded", {}), self.owners()
         found = {kind: read_json(self.folder / f"{kind}.json") for kind in RECORDS}
-        return {k: {key: n[key] for key in n if by in (None, of.get(f"{k}/{key}"))} for k, n in found.items()}
+        if by is None:
+            return found
+        whose = lambda kind, key: of.get(f"{kind}/{key}", by if key in before.get(kind, ()) else None)  # noqa: E731
+        return {
+            kind: {key: numbers[key] for key in numbers if whose(kind, key) == by} for kind, numbers in found.items()
+        }
+
+    def owners(self) -> dict[str, str]:
+        """Which notebook has recorded a number, by "metrics/fwd"."""
+        return read_json(self.root / "runs" / self.experiment.run / "numbers.json")
 
 
 def _choose(experiments: list[Experiment], only: str | None, start: str | None) -> list[list[Path]]:
