@@ -1,5 +1,6 @@
 """The chain of custody: what a report says is what was done, whoever else had hands in runs/ and data/ meanwhile."""
 
+import hashlib
 import inspect
 import json
 import os
@@ -19,7 +20,7 @@ from test_workbook import SECOND, wait_for, write_notebook
 from wddm.backbones import build_backbone
 from wddm.cli import main
 from wddm.experiment import by_half_life, distances_to, labels_of
-from wddm.files import Digests, whole, written_aside
+from wddm.files import digest, sha256, whole, written_aside
 from wddm.training import Trainer
 from wddm.wavelets import WaveletCodec
 from wddm.workbook import open_run, records
@@ -83,15 +84,27 @@ def test_what_is_stale_is_refused_in_one_line(book, change, message) -> None:
 
 def test_content_is_what_counts(tmp_path) -> None:
     """Not name, size and time: another picture with all three of the first is noticed."""
-    file, known = tmp_path / "a", Digests(tmp_path / "known.json")
+    file = tmp_path / "a"
     file.write_text("one")
     old = time.time() - 60
     os.utime(file, (old, old))
-    before = known.of(file)
-    known.save()
+    before = digest(file)
     file.write_text("two")
     os.utime(file, (old, old))
-    assert Digests(tmp_path / "known.json").of(file) != before and known.of(file) != before
+    assert digest(file) != before
+
+
+@pytest.mark.parametrize(("age", "times"), [(0, 2), (60, 1)])
+def test_a_file_is_read_again_if_it_was_just_written_or_has_changed(tmp_path, monkeypatch, age, times) -> None:
+    """Until its times are settled, they may not tell the next change from the last one."""
+    file, now, read, reads = tmp_path / "a", time.time, hashlib.file_digest, []
+    monkeypatch.setattr(time, "time", lambda: now() + age)
+    monkeypatch.setattr(hashlib, "file_digest", lambda *what: reads.append(1) or read(*what))
+    file.write_text("one")
+    assert sha256(file) == sha256(file) == hashlib.sha256(b"one").hexdigest() and len(reads) == times
+    time.sleep(0.05)  # the clock of a file system ticks
+    file.write_text("two")
+    assert sha256(file) == hashlib.sha256(b"two").hexdigest()
 
 
 def test_links_to_a_bigger_disk_stay_links(tmp_path) -> None:

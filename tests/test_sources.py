@@ -221,11 +221,10 @@ def test_metadata_csv_labels_the_images(tmp_path, pictures):
 def test_a_change_in_a_linked_folder_is_a_change_of_the_whole(tmp_path, pictures):
     folder, elsewhere = png_folder(tmp_path / "in", pictures[:1]), png_folder(tmp_path / "elsewhere", pictures[2:4])
     (folder / "more").symlink_to(elsewhere)
-    known = files.Digests(tmp_path / "known.json")
-    before, sets = known.of(folder), [prepare("folder", 16, tmp_path / "out", dataset_path=folder)]
+    before, sets = files.digest(folder), [prepare("folder", 16, tmp_path / "out", dataset_path=folder)]
     Image.fromarray(pictures[5]).save(elsewhere / "001.png")
     sets.append(prepare("folder", 16, tmp_path / "out", dataset_path=folder))
-    assert known.of(folder) != before and sets[0].folder != sets[1].folder
+    assert files.digest(folder) != before and sets[0].folder != sets[1].folder
     np.testing.assert_array_equal(sets[1].images, pictures[[0, 2, 5]])
 
 
@@ -612,7 +611,7 @@ def test_a_download_goes_on_where_it_was_cut_off_and_is_kept(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = "from wddm.sources import SOURCES; s = SOURCES['stl10']((64, 64), None, 0, 'train'); "
-    code += "images = s.open(False); print(f'@{images.count} {images.revision} {s.content(None)}')"
+    code += "images = s.open(False); print(f'@{images.count} {images.revision} {s.content()}')"
     variables = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache")}
     for _ in range(2):  # the second time without the server
         options = {"env": {**os.environ, **variables}, "stdout": subprocess.PIPE, "text": True, "timeout": 60}

@@ -22,7 +22,7 @@ from conftest import ROOT, as_process
 
 from wddm import cli, workbook
 from wddm.cli import main
-from wddm.files import Digests, write_json
+from wddm.files import digest, write_json
 from wddm.workbook import cluster, kernel, provenance, records, runner
 from wddm.workbook.experiments import load_experiments
 from wddm.workbook.parameters import parse_parameters, read_yaml
@@ -491,7 +491,7 @@ def test_what_changed_runs_again(root, launched, change, expected):
 
 def test_the_package_source_counts(root, launched, monkeypatch):
     main(["run", "params/x.yaml"])
-    monkeypatch.setattr(provenance, "source_hash", lambda known: "other")
+    monkeypatch.setattr(provenance, "source_hash", lambda: "other")
     main(["run", "params/x.yaml"])
     assert launched == ["01_prepare", "02_train"] * 2
 
@@ -859,12 +859,11 @@ def test_inputs_that_are_none_are_left_out_and_others_must_be_parameters(root):
 def test_every_file_of_an_input_folder_counts(tmp_path):
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "a/b/c").write_text("1")
-    known = Digests(tmp_path / "known.json")
-    before = known.of(tmp_path / "a")
+    before = digest(tmp_path / "a")
     (tmp_path / "a/b/c").write_text("2")
-    after = known.of(tmp_path / "a")
+    after = digest(tmp_path / "a")
     (tmp_path / "a/b/c").rename(tmp_path / "a/b/d")
-    renamed, absent = (known.of(tmp_path / name) for name in ("a", "none"))
+    renamed, absent = (digest(tmp_path / name) for name in ("a", "none"))
     assert len({before, after, renamed, absent}) == 4
 
 

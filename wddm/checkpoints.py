@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from wddm.files import code_of, sha256, written_aside
+from wddm.files import digest_of, sha256, written_aside
 
 KEEP = 2
 LAYOUT = 3  # of what a checkpoint holds, told among the settings: those of another layout are refused
@@ -123,7 +123,8 @@ def difference(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 def code() -> str:
     """A checksum of the source that decides what is learned: the package without its folders and `ELSEWHERE`."""
-    return code_of(Path(__file__).parent, ELSEWHERE)
+    folder = Path(__file__).parent
+    return digest_of(folder, (path for path in sorted(folder.glob("*.py")) if path.stem not in ELSEWHERE))
 
 
 def reserved(folder: Path) -> AcquireReturnProxy:

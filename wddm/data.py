@@ -24,7 +24,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from wddm.decoding import RULE, ahead, is_grey, write_images
-from wddm.files import Digests, refusing, sha256, written_aside
+from wddm.files import refusing, sha256, written_aside
 from wddm.local import Images, split_called
 from wddm.sources import SOURCES, Source
 
@@ -81,9 +81,7 @@ def prepare(
         channels=channels, split=split,
     )  # fmt: skip
     root = Path(root).expanduser()
-    digests = Digests(root / ".digests.json")  # a large file that did not change is not read again
-    settings["content"] = source.content(digests)
-    digests.save()
+    settings["content"] = source.content()
     key = hashlib.sha256(json.dumps([RULE, settings]).encode()).hexdigest()[:10]
     size = f"{resolution}x{settings['width']}" if settings["width"] else f"{resolution}"
     folder = root / f"{dataset}-{size}-{key}"

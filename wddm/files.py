@@ -6,9 +6,9 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,49 +16,30 @@ SETTLED = 2.0  # seconds after a change until a file's times tell the next chang
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal."""
+    """Of a file's content, in hexadecimal; a process reads it once while size, times and inode stay the same."""
+    now = path.stat()
+    settled = time.time() - max(now.st_mtime, now.st_ctime) > SETTLED
+    read = _sha256 if settled else _sha256.__wrapped__  # the latter remembers nothing
+    return read(path.absolute(), (now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino))
+
+
+@cache
+def _sha256(path: Path, state: tuple[int, ...]) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def code_of(folder: Path, but: Container[str] = ()) -> str:
-    """A checksum of the modules in a folder, but for some."""
-    modules = (path for path in sorted(folder.glob("*.py")) if path.stem not in but)
-    return hashlib.sha256(b"".join(path.read_bytes() for path in modules)).hexdigest()
+def digest(path: Path) -> str:
+    """Of a file, or of all readable files below a folder with their names; "absent" where there is nothing."""
+    if path.is_dir():
+        return digest_of(path, [file for file, trouble in walk(path) if not trouble])
+    return sha256(path) if path.exists() else "absent"
 
 
-class Digests:
-    """sha256 of files by content, remembered in a JSON file for as long as size, times and inode stay the same."""
-
-    def __init__(self, memory: Path) -> None:
-        self.memory, self._known, self._changed = memory, read_json(memory), False
-
-    def of(self, path: Path) -> str:
-        """Of a file, or of all readable files below a folder with their names; "absent" where there is nothing."""
-        if path.is_dir():
-            return self.of_files(path, [file for file, trouble in walk(path) if not trouble])
-        return self._of_file(path) if path.exists() else "absent"
-
-    def of_files(self, root: Path, files: Iterable[Path]) -> str:
-        """Of these files below a folder, with their names."""
-        lines = (f"{self._of_file(file)} {file.relative_to(root)}\n" for file in files)
-        return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
-
-    def save(self) -> None:
-        """Keep what was found, where that is allowed."""
-        if self._changed:
-            with suppress(OSError):
-                write_text(self.memory, json.dumps(self._known))
-
-    def _of_file(self, path: Path) -> str:
-        now, name = path.stat(), str(path.absolute())
-        state = [now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino]
-        *before, digest = self._known.get(name, [None])
-        if before != state:
-            digest = sha256(path)
-            if time.time() - max(now.st_mtime, now.st_ctime) > SETTLED:
-                self._known[name], self._changed = [*state, digest], True
-        return digest
+def digest_of(root: Path, files: Iterable[Path]) -> str:
+    """Of these files below a folder, with their names."""
+    lines = (f"{sha256(file)} {file.relative_to(root)}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 @contextmanager

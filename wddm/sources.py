@@ -18,7 +18,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from wddm import local
 from wddm.decoding import Item
-from wddm.files import Digests, plain, refusing, snapshot
+from wddm.files import digest_of, plain, refusing, snapshot
 
 CELEBAHQ = "42078a1fb27b6079eaab8cf453efd3d79a8b7bda"  # revision
 PATCHES = 10_000  # crops in `patches`
@@ -41,7 +41,7 @@ class Source:
     """A set that can be opened. `content` is the same text for the same images, and another one for any others."""
 
     name: str
-    content: Callable[[Digests], str]
+    content: Callable[[], str]
     open: Open
     split: str = "all"
     left_out: Sequence[str] = ()  # what is in the folder and not taken, and why
@@ -168,7 +168,7 @@ def hub(size: tuple[int, int], dataset_path: str | None, seed: int, split: str, 
         files = local.of_split(root, sorted(root.rglob("*.parquet")), split)
         return replace(local.tables(files, skip), revision=root.name)
 
-    return Source(name, lambda _: f"{name}@{commit or snapshot(name, []).name}", opened, split)
+    return Source(name, lambda: f"{name}@{commit or snapshot(name, []).name}", opened, split)
 
 
 SOURCES: dict[str, Callable[[tuple[int, int], str | None, int, str], Source]] = {
@@ -187,7 +187,7 @@ def _local(
 ) -> Source:
     """A set of files below `root`, which is the same one when the folder was moved or copied."""
     told = f", left out: {left_out}" * bool(left_out)
-    return Source(plain(name), lambda digests: digests.of_files(root, files) + told, opened, split, left_out)
+    return Source(plain(name), lambda: digest_of(root, files) + told, opened, split, left_out)
 
 
 def _embedded(dataset: str, path: str | None, split: str, loader: str, files: list[str], opened: Open) -> Source:

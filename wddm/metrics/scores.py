@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from wddm.data import Dataset, load
-from wddm.files import code_of, sha256, whole
+from wddm.files import digest_of, sha256, whole
 from wddm.metrics import diagnostics, frechet, inception
 from wddm.metrics.intervals import Estimate, median, share
 from wddm.wavelets import check_choice
 
-CODE = code_of(Path(__file__).parent)[:8]  # what another one has computed of a reference is not taken
+CODE = digest_of(Path(__file__).parent, sorted(Path(__file__).parent.glob("*.py")))[:8]  # keeps none of another's
 RESAMPLES = 20
 SEARCHED = 256  # samples whose nearest real images are looked for
 LARGEST = 10_000  # the first samples, and real images, every second, say, that EfficientNet compares at most

@@ -26,7 +26,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from wddm.files import read_json, write_json, write_text
+from wddm.files import digest, read_json, write_json, write_text
 from wddm.workbook import records
 from wddm.workbook.experiments import check_run_name, load_experiments
 from wddm.workbook.parameters import read_schema
@@ -65,9 +65,7 @@ class Run:
 
         ValueError: it is not there, not finished, not what was left there, or made from what has changed since.
         """
-        known = records.digests(self.root)
-        entry = records.taken(self.root, self.name, name, known)
-        known.save()
+        entry = records.taken(self.root, self.name, name)
         self.sources[name] = entry["sha256"]
         return self.root / entry["path"]
 
@@ -82,10 +80,8 @@ class Run:
 
     def made(self, name: str, path: Path, *, shared: bool = False, **facts: Any) -> None:
         """Record what this notebook has made, by content (but where others write it too: `shared`), and from what."""
-        known = records.digests(self.root)
         place = path.relative_to(self.root) if path.is_relative_to(self.root) else path
-        self.begin(name, path=str(place), sha256=None if shared else known.of(path), **facts)
-        known.save()
+        self.begin(name, path=str(place), sha256=None if shared else digest(path), **facts)
 
     def show(self, figure: Any, name: str, caption: str, alive: dict[str, Any] | None = None) -> None:
         """Save a matplotlib figure as figures/<name>.png of the report and display it, its caption beneath.

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from wddm.files import Digests
+from wddm.files import digest, digest_of
 from wddm.workbook.experiments import Experiment
 from wddm.workbook.parameters import expand, read_notebook
 from wddm.workbook.records import prepared_set
@@ -33,13 +33,13 @@ PACKAGES = (
 SHARED = ("metrics.json", "timings.json", "figures")  # several notebooks of a run write into them
 
 
-def fingerprint(experiment: Experiment, notebook: Path, known: Digests) -> str:
+def fingerprint(experiment: Experiment, notebook: Path) -> str:
     """sha256 of the notebook's code, its parameters, the package's source and the inputs that it declares."""
     parts = {
         "code": [cell["source"] for cell in read_notebook(notebook)["cells"] if cell["cell_type"] == "code"],
         "parameters": experiment.values(notebook),
-        "source": source_hash(known),
-        "inputs": hashes(experiment.root, declared_paths(experiment, notebook, "Inputs"), known),
+        "source": source_hash(),
+        "inputs": hashes(experiment.root, declared_paths(experiment, notebook, "Inputs")),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -50,9 +50,9 @@ def outputs(experiment: Experiment, notebook: Path) -> list[Path]:
     return [executed, *(path for path in declared_paths(experiment, notebook, "Outputs") if path.name not in SHARED)]
 
 
-def hashes(root: Path, paths: list[Path], known: Digests) -> dict[str, str]:
+def hashes(root: Path, paths: list[Path]) -> dict[str, str]:
     """path, relative to the root if below it -> hash of its content."""
-    return {str(path.relative_to(root) if path.is_relative_to(root) else path): known.of(path) for path in paths}
+    return {str(path.relative_to(root) if path.is_relative_to(root) else path): digest(path) for path in paths}
 
 
 def declared_paths(experiment: Experiment, notebook: Path, kind: str) -> list[Path]:
@@ -123,9 +123,9 @@ def environment(root: Path, seed: int | None) -> dict[str, Any]:
     }
 
 
-def source_hash(known: Digests) -> str:
+def source_hash() -> str:
     """Of the package's source as it is now, which is what a kernel imports."""
-    return known.of_files(package := Path(__file__).parents[1], sorted(package.rglob("*.py")))
+    return digest_of(package := Path(__file__).parents[1], sorted(package.rglob("*.py")))
 
 
 def _output(*command: str) -> str | None:

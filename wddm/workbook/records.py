@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wddm.files import Digests, read_json
+from wddm.files import digest, read_json
 from wddm.workbook.parameters import read_yaml
 
 MAKERS = {"data": "01_prepare", "pipeline": "02_train", "samples": "03_sample", "metrics": "04_evaluate"}
@@ -77,11 +77,6 @@ def _is_alive(holder: str) -> bool:
     return machine in ("", socket.gethostname())  # of another one nobody knows
 
 
-def digests(root: Path) -> Digests:
-    """What is known of the content of files below a workbook."""
-    return Digests(root / "data" / ".digests.json")
-
-
 def read_record(root: Path, run: str) -> dict[str, dict[str, Any]]:
     """What a run has made so far."""
     entries, needed = read_json(root / "runs" / run / "record.json"), {"by", "parameters", "from"}
@@ -94,7 +89,7 @@ def prepared_set(root: Path, run: str) -> dict[str, str | None]:
     return {"data": path and str(Path(path).parent)}
 
 
-def taken(root: Path, run: str, name: str, known: Digests) -> dict[str, Any]:
+def taken(root: Path, run: str, name: str) -> dict[str, Any]:
     """What a run made, if it is finished, unchanged, and made from what the run holds now; else ValueError."""
     entry, maker = read_record(root, run).get(name), MAKERS.get(name, name)
     remedy = f"run {maker} of this run again"
@@ -102,10 +97,10 @@ def taken(root: Path, run: str, name: str, known: Digests) -> dict[str, Any]:
         raise ValueError(f"got no {name} of run {run!r}, wanted it made and recorded: run {maker} of this run first")
     if "sha256" not in entry:
         raise ValueError(f"got {name} of run {run!r} begun and not finished, wanted it whole: {remedy}, it goes on")
-    for source, digest in entry["from"].items():
-        if (now := taken(root, run, source, known))["sha256"] != digest:
+    for source, before in entry["from"].items():
+        if (now := taken(root, run, source))["sha256"] != before:
             raise ValueError(f"got {entry['path']}, made before {now['path']} changed, wanted one made of it: {remedy}")
-    if entry["sha256"] not in (None, known.of(root / entry["path"])):
+    if entry["sha256"] not in (None, digest(root / entry["path"])):
         raise ValueError(f"got {entry['path']}, which is not what {entry['by']} left there, wanted that: {remedy}")
     return entry
 
@@ -131,15 +126,14 @@ def collect(root: Path, runs: list[str]) -> tuple[list[Finished], list[str]]:
     found = {path.name: path for paths in matches.values() for path in paths}
     if not found:
         raise ValueError(f"got no finished runs like {', '.join(runs)} in reports/, wanted some: run the sweep first")
-    several, known, rows = len({_variant(name)[0] for name in found if "=" in name}) > 1, digests(root), []
+    several, rows = len({_variant(name)[0] for name in found if "=" in name}) > 1, []
     for name, folder in found.items():
         if "metrics" in read_record(root, name):
-            taken(root, name, "metrics", known)
+            taken(root, name, "metrics")
         base, chosen = _variant(name)
         variant = ", ".join([base] * (several or not chosen) + chosen)
         numbers = (read_json(folder / f"{kind}.json") for kind in ("metrics", "timings"))
         rows.append(Finished(name, variant, read_yaml(folder / "params.yaml"), *numbers))
-    known.save()
     first: dict[str, Finished] = {}
     for row in rows:
         like = first.setdefault(row.variant, row)
@@ -153,7 +147,7 @@ def collect(root: Path, runs: list[str]) -> tuple[list[Finished], list[str]]:
 
 def run_data_folder(root: Path, run: str) -> Path:
     """The prepared set that a run used; ValueError if it is not there any more, or changed."""
-    return (root / taken(root, run, "data", digests(root))["path"]).parent
+    return (root / taken(root, run, "data")["path"]).parent
 
 
 def _is_finished(folder: Path) -> bool:

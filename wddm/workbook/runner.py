@@ -15,10 +15,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from wddm.files import read_json, write_json, write_text
+from wddm.files import digest, read_json, write_json, write_text
 from wddm.workbook import cluster, kernel, provenance
 from wddm.workbook.experiments import Experiment
-from wddm.workbook.records import MAKERS, digests, lock, read_record, read_status
+from wddm.workbook.records import MAKERS, lock, read_record, read_status
 from wddm.workbook.report import format_seconds, render, renew_headers, write_index
 
 Preflight = Callable[[Experiment], None] | None
@@ -86,7 +86,7 @@ class Task:
         self.experiment, self.options, self.force = experiment, options, "--force" in options
         self.root, self.folder = experiment.root, experiment.root / "reports" / experiment.run
         self.chosen, self.lock = chosen, -1
-        self.status, self.known = read_status(self.folder), digests(self.root)
+        self.status = read_status(self.folder)
 
     def problems(self, preflight: Preflight) -> list[str]:
         """Why it cannot run: what earlier notebooks made is of other parameters, or `preflight` refuses it."""
@@ -96,7 +96,6 @@ class Task:
                 preflight(self.experiment.until(self.chosen[-1]))
             except ValueError as error:
                 found = [f"{self.experiment.source}: {line}" for line in str(error).splitlines()]
-        self.known.save()
         return found
 
     def stale(self) -> Iterator[str]:
@@ -117,15 +116,15 @@ class Task:
         """Whether the notebook last ended ok, and what it depends on and what it made are as they were then."""
         entry, name, numbers, of = self.status.get(notebook.stem, {}), notebook.stem, self.recorded(), self.owners()
         own = ((kind, *one) for kind, found in entry.get("recorded", {}).items() for one in found.items())
-        made = provenance.hashes(self.root, provenance.outputs(self.experiment, notebook), self.known)
+        made = provenance.hashes(self.root, provenance.outputs(self.experiment, notebook))
         return (
             not self.force
             and entry.get("state") == "ok"
             and (self.folder / f"{name}.html").exists()
-            and entry.get("fingerprint") == provenance.fingerprint(self.experiment, notebook, self.known)
+            and entry.get("fingerprint") == provenance.fingerprint(self.experiment, notebook)
             and all(numbers[kind].get(key) == x or of.get(f"{kind}/{key}", name) != name for kind, key, x in own)
             and made.items() <= entry["files"].items()
-            and all(self.known.of(self.root / path) == digest for path, digest in entry["files"].items())
+            and all(digest(self.root / path) == before for path, before in entry["files"].items())
         )
 
     def run(self, stop: kernel.Stop) -> int:
@@ -158,7 +157,7 @@ class Task:
         record, gone = read_record(self.root, self.experiment.run), set[str]()
         for name in filter(record.__contains__, MAKERS):  # in their order
             made_of = record[name]["from"].items()
-            if any(source in gone or record.get(source, {}).get("sha256") != digest for source, digest in made_of):
+            if any(source in gone or record.get(source, {}).get("sha256") != then for source, then in made_of):
                 gone.add(name)
                 if self.status.get(MAKERS[name], {}).get("state") in ("ok", "pending"):
                     yield Path(MAKERS[name])
@@ -171,7 +170,7 @@ class Task:
         self.set_pending(notebook)
         started = datetime.now().astimezone().isoformat(timespec="seconds")
         made = {key: environment[key] for key in ("commit", "device")}
-        made["fingerprint"] = provenance.fingerprint(self.experiment, notebook, self.known)
+        made["fingerprint"] = provenance.fingerprint(self.experiment, notebook)
         self.update(name, state="running", pid=os.getpid(), started=started, **made)
         log = self.root / "runs" / run / f".{name}.opened"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -182,10 +181,9 @@ class Task:
         entry: dict[str, Any] = {"state": state, "error": error, "seconds": seconds, "recorded": self.recorded(name)}
         if state == "ok":  # else there may be no time to read what it left
             files = [*provenance.outputs(self.experiment, notebook), *opened]
-            entry["files"] = provenance.hashes(self.root, files, self.known)
+            entry["files"] = provenance.hashes(self.root, files)
         (self.folder / f"{name}.html").unlink(missing_ok=True)  # of another time
         self.update(name, **entry)
-        self.known.save()
         try:
             page = str(render(self.folder, name).relative_to(self.root))
         except Exception as problem:  # hours of training outlive a page that cannot be drawn
