@@ -546,6 +546,12 @@ def test_what_is_not_there_just_now_takes_no_numbers(root, launched):
     assert (root / "reports/x/metrics.json").read_text() == numbers
 
 
+def test_numbers_that_nobody_has_recorded_yet_are_no_file(root, launched, monkeypatch):
+    monkeypatch.setattr(kernel, "execute", lambda *_: ("failed", "ValueError: no"))
+    assert main(["run", "params/x.yaml"]) == 1
+    assert not list((root / "reports/x").glob("[mt]*.json"))
+
+
 def test_two_notebooks_may_record_one_key(root, launched):
     """It is of the last; and the first is not made again for it."""
     main(["run", "params/x.yaml"])

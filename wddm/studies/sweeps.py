@@ -4,6 +4,7 @@ A run has a name, a variant (runs of one variant differ in their seeds alone), a
 name. `everything` makes a table of them, a row per run, which most other functions read.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -21,12 +22,15 @@ from wddm.wavelets import check_choice
 
 
 def differences(runs: Sequence[Any]) -> pd.DataFrame:
-    """How many runs a variant has, and those parameters that are not the same in all variants."""
+    """How many runs a variant has, and those parameters that are not the same in all runs, all values that it has."""
     names = pd.Series([run.variant for run in runs], name="variant")
     table = pd.DataFrame([run.parameters for run in runs], dtype=object).drop(columns=["run", "seed"], errors="ignore")
     table = table.where(table.notna(), None)  # a parameter that a run does not know is as one that is not set
     first = table[~names.duplicated()].set_axis(names.unique(), axis=0)
-    differing = first.loc[:, first.map(repr).nunique() > 1]
+    for key, name in itertools.product(table, first.index):
+        if len(values := dict.fromkeys(table[key][(names == name).to_numpy()].map(str))) > 1:
+            first.loc[name, key] = " / ".join(values)
+    differing = first.loc[:, table.map(repr).nunique() > 1]
     differing = differing.map(lambda value: ", ".join(map(str, value)) if isinstance(value, list) else value)
     return names.value_counts(sort=False).rename("runs").to_frame().join(differing).reset_index()
 

@@ -119,8 +119,7 @@ class Finished:
 def collect(root: Path, runs: list[str]) -> tuple[list[Finished], list[str]]:
     """The finished runs of reports/, given by names or patterns with `*`, in that order; and names of none.
 
-    ValueError: there are no finished ones; what one of them made is not what its numbers were computed from; or runs
-    of one variant differ in more than their seeds and places.
+    ValueError: there are no finished ones; or what one of them made is not what its numbers were computed from.
     """
     matches = {pattern: list(filter(_is_finished, sorted((root / "reports").glob(pattern)))) for pattern in runs}
     found = {path.name: path for paths in matches.values() for path in paths}
@@ -134,14 +133,6 @@ def collect(root: Path, runs: list[str]) -> tuple[list[Finished], list[str]]:
         variant = ", ".join([base] * (several or not chosen) + chosen)
         numbers = (read_json(folder / f"{kind}.json") for kind in ("metrics", "timings"))
         rows.append(Finished(name, variant, read_yaml(folder / "params.yaml"), *numbers))
-    first: dict[str, Finished] = {}
-    for row in rows:
-        like = first.setdefault(row.variant, row)
-        for key in sorted(row.parameters.keys() & like.parameters.keys() - {"run", "seed"}):
-            values = row.parameters[key], like.parameters[key]
-            if values[0] != values[1] and not key.endswith(("_dir", "_path", "_batch_size")):
-                got = f"got {key}={values[0]} of {row.name} and {values[1]} of {like.name}"
-                raise ValueError(f"{got}, wanted runs that differ in their seeds alone: run both again")
     return rows, [pattern for pattern, paths in matches.items() if not paths]
 
 

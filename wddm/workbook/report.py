@@ -105,10 +105,10 @@ def renew_headers(folder: Path) -> None:
     """Let every page of a run say what states its notebooks are in."""
     for page in (path.with_suffix(".html") for path in folder.glob("*.ipynb")):
         with suppress(OSError, ValueError):  # none, or not of ours
-            before, _, rest = page.read_text(encoding="utf-8").partition("<header>")
+            before, _, rest = (text := page.read_text(encoding="utf-8")).partition("<header>")
             _, end, after = rest.partition("</header>")
-            if end:
-                write_text(page, before + _header(folder, page.stem) + after)
+            if end and (new := before + _header(folder, page.stem) + after) != text:
+                write_text(page, new)
 
 
 def _lesson(folder: Path, path: str, name: str) -> str:

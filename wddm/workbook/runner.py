@@ -203,7 +203,8 @@ class Task:
         for notebook in notebooks:
             for kind, own in self.recorded(notebook.stem).items():
                 left = {key: value for key, value in self.recorded()[kind].items() if key not in own}
-                write_json(self.folder / f"{kind}.json", left)
+                if own:
+                    write_json(self.folder / f"{kind}.json", left)
             self.status[notebook.stem] = PENDING
         write_json(self.folder / "status.json", self.status)
         renew_headers(self.folder)
