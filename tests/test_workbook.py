@@ -655,7 +655,10 @@ def test_numbers_of_jupyterlab_go_when_what_they_are_of_does(root, launched):
 
     in_lab("01_prepare", images=7)
     in_lab("02_train", fid=9)
-    assert left("--only", "train") == {"images": 7, "m02_train": 1}  # what came before is what it was
+    assert left("--only", "prepare") == {"m01_prepare": 1, "fid": 9}  # nothing says that it is of something else
+    (root / "reports/x/status.json").unlink()
+    in_lab("01_prepare", images=7)
+    assert left("--only", "train") == {"images": 7, "m01_prepare": 1, "m02_train": 1}  # what came before is what it was
     assert left() == {"m01_prepare": 1, "m02_train": 1}
     in_lab("02_train", fid=9, m02_train=2)
     assert left("--only", "prepare", "-p", "seed=3") == {"m01_prepare": 1}

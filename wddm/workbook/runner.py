@@ -136,11 +136,8 @@ class Task:
                 write_json(self.folder / f"{kind}.json", {})
         notebooks = self.experiment.notebooks
         ok = [name for name, one in self.status.items() if one.get("state") == "ok"]
-        earlier = notebooks[
-            : notebooks.index(self.chosen[0])
-        ]  # whose numbers may be of JupyterLab, and `stale` was asked
-        self.status |= {one.stem: PENDING for one in earlier if one.stem not in self.status}
-        self.set_pending(*(one for one in notebooks if one.stem not in (ok if one in self.chosen else self.status)))
+        self.status = {one.stem: PENDING for one in notebooks} | self.status  # what JupyterLab has recorded stays
+        self.set_pending(*(one for one in self.chosen if one.stem not in ok))
         for notebook in self.chosen:
             current = self.is_current(notebook)
             label = f"[{notebooks.index(notebook) + 1}/{len(notebooks)}] {notebook.stem}"
