@@ -10,8 +10,6 @@ import fcntl
 import importlib
 import itertools
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,8 +30,7 @@ from wddm.workbook.report import PROGRESS_LINE
 CLUSTERS = {"local": "distributed.LocalCluster", "ssh": "distributed.SSHCluster", "slurm": "dask_jobqueue.SLURMCluster"}
 LOCAL = {"kind": "local", "threads_per_worker": 1, "preload": "import os; os.setpgrp()"}  # Ctrl-C is the client's alone
 SET_BY_DASK = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_")  # in workers
-EVERY = 60.0  # seconds between two states of a progress bar in a file
-BEGINS = re.compile(r"\[\d+/\d+\] \S+ \.\.\.$")  # what is said of a notebook that is launched
+EVERY = 60.0  # seconds between two states of a progress bar that are shown
 LOST = "the scheduler is gone: start one, and the same command goes on"
 PATIENCE = 120.0  # seconds; NFS takes 90, if not told otherwise, to release the locks of a machine that is gone
 
@@ -46,15 +43,9 @@ class Member(NamedTuple):
     lock: int  # a descriptor: of the lock of the run; or, of the client of a cluster, of the lock `.<run>`
 
 
-def start(
-    member: Member, stop: Stop, environment: Mapping[str, str], show: Callable[[str], object],
-    redraw: Callable[[str], object] | None = None,
-) -> int:  # fmt: skip
-    """Run a member as a process; its exit code. `show` and log.txt get its lines, of a progress bar one a minute.
-
-    `redraw`, if there is one, gets all states of that, with the notebook, and `show` none.
-    """
-    root, run, due, notebook = member.experiment.root, member.experiment.run, 0.0, ""
+def start(member: Member, stop: Stop, environment: Mapping[str, str], show: Callable[[str], object]) -> int:
+    """Run a member as a process; its exit code. `show` and log.txt get its lines, of a progress bar one a minute."""
+    root, run, due = member.experiment.root, member.experiment.run, 0.0
     write_text(file := root / "reports" / run / "params.yaml", member.experiment.as_yaml())
     command = [sys.executable, "-m", "wddm", "run", str(file.relative_to(root)), f"--held={member.lock}"]
     process = subprocess.Popen(
@@ -65,14 +56,12 @@ def start(
     stop.listeners.add(lambda kill: process.send_signal(signal.SIGINT))  # it knows itself what a second one means
     with process, file.with_name("log.txt").open("a") as log:
         for line in filter(None, map(str.rstrip, process.stdout or ())):
-            moves, notebook = PROGRESS_LINE.match(line), line if BEGINS.match(line) else notebook
-            if redraw:
-                redraw(f"{run} | {notebook} {re.sub('[|].*[|]', '', line) if moves else ''}")
-            if not moves or time.monotonic() > due:
-                due = time.monotonic() + EVERY if moves else due
-                print(line, file=log, flush=True)
-                if not (moves and redraw):
-                    show(f"{run} | {line}")
+            if PROGRESS_LINE.match(line):
+                if time.monotonic() < due:
+                    continue
+                due = time.monotonic() + EVERY
+            print(line, file=log, flush=True)
+            show(f"{run} | {line}")
     return process.returncode if process.returncode >= 0 else 1
 
 
@@ -87,20 +76,12 @@ def run_beside(members: list[Member], jobs: int, stop: Stop) -> list[int]:
 
 def run_on_gpu(member: Member, stop: Stop, free: "SimpleQueue[str | None]") -> int:
     """Run a member that sees one GPU of those that are free, but all where it trains in several processes."""
-    from tqdm import tqdm
-
-    def show(line: str) -> None:
-        with tqdm.external_write_mode():
-            print(line, flush=True)
-
     if stop.requested:
         return 130
     gpu, several = free.get(), member.experiment.parameters.get("num_processes", 1) > 1
     only = {} if gpu is None or several else {"CUDA_VISIBLE_DEVICES": gpu}
-    look = f"{{desc:.{shutil.get_terminal_size().columns - 1}}}"
-    try:  # a terminal has a line of its own for every member that runs, below what they print
-        with tqdm(bar_format=look, file=sys.stdout, disable=None, leave=False) as bar:
-            return start(member, stop, os.environ | only, show, None if bar.disable else bar.set_description_str)
+    try:
+        return start(member, stop, os.environ | only, lambda line: print(f"{line}\n", end="", flush=True))
     finally:
         free.put(gpu)
 
