@@ -22,8 +22,10 @@ from diffusers import ModelMixin
 from wddm import data, sampling
 from wddm.backbones import BACKBONES, IMAGES, build_backbone
 from wddm.conditions import numbered
+from wddm.files import refusing
 from wddm.loading import is_path
 from wddm.metrics import frechet, inception, scores
+from wddm.metrics.diagnostics import UnitBatches
 from wddm.objective import build_solver, check_options, check_training, default_solver, set_steps
 from wddm.pipeline import WaveletPipeline
 from wddm.steps import PRECISIONS, SCHEDULES, averaged_weights, check_batch, held_out
@@ -253,20 +255,11 @@ def _check_images(experiment: Experiment, given: Parameters) -> None:
 
 
 def _check_packets(level: str, samples: str, given: Parameters, shape: tuple[int, int, int], count: int) -> None:
-    """ValueError if the Frechet wavelet distance at given[level] wants more samples, images or memory."""
-    (height, width, channels), depth, drawn = shape, frechet.packet_level(shape, given[level]), given[samples]
-    factor, got = 2**depth, f"got {level}={depth} for images of {height}x{width}x{channels}"
-    if height % factor or width % factor:
-        raise ValueError(f"{got}, wanted sides that {factor} divides: choose a smaller {level}")
-    values = max(2, height * width * channels // factor**2)
-    needed, there = 8 * (factor * values) ** 2 >> 30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
-    for enough, wanted, remedy in (
-        (drawn >= values, f"{samples} of {values} (values in a packet) or more, not {drawn}", f"raise {samples}"),
-        (count >= values, f"a set of {values} (values in a packet) or more, not {count}", "take more images (limit)"),
-        (needed <= there, f"covariances of at most {there} GiB, not {needed}", "take a smaller resolution"),
-    ):
-        if not enough:
-            raise ValueError(f"{got}, wanted {wanted}: {remedy}, or choose a larger {level}")
+    """ValueError if the Frechet wavelet distance at given[level] wants other sides, more samples or a larger set."""
+    depth, size = frechet.packet_level(shape, given[level]), "x".join(map(str, shape))
+    for images, remedy in ((given[samples], f"raise {samples}"), (count, "take more images (limit)")):
+        with refusing(f"{level}={depth} for images of {size}", "enough of them", f"{remedy}, or change {level}"):
+            frechet.check(UnitBatches(np.broadcast_to(np.uint8(0), (images, *shape))), depth)
 
 
 def _check_conditions(experiment: Experiment, given: Parameters) -> None:
