@@ -100,8 +100,6 @@ def _engine(stop: Stop, first: str, held: tuple[int, ...]) -> type:
     from papermill.engines import NBClientEngine
 
     class Client(PapermillNotebookClient):
-        cell_runs = False  # an idle kernel ignores an interrupt
-
         def create_kernel_manager(self) -> AsyncKernelManager:
             specs = KernelSpecManager(kernel_dirs=[])  # none to search: what remains is sys.executable's
             self.km = AsyncKernelManager(kernel_spec_manager=specs)
@@ -116,23 +114,15 @@ def _engine(stop: Stop, first: str, held: tuple[int, ...]) -> type:
 
         def hear(self, kill: bool) -> None:
             group = self.km and getattr(self.km.provisioner, "pgid", None)
-            if group and (kill or self.cell_runs):
+            if group:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(group, signal.SIGKILL if kill else signal.SIGINT)
+                    os.killpg(group, signal.SIGKILL if kill else signal.SIGINT)  # which an idle kernel ignores
 
         def execute_cell(self, cell: Any, cell_index: int) -> Any:
             self.km.cleanup_connection_file()  # the kernel has read it, and nothing is left should all be killed
             if stop.requested:
                 raise KeyboardInterrupt
-            self.cell_runs = False
             return super().execute_cell(cell, cell_index)
-
-        def process_message(self, message: Any, cell: Any, cell_index: int) -> Any:
-            if message["msg_type"] == "execute_input":
-                self.cell_runs = True
-                if stop.requested:  # while the cell was on its way
-                    self.hear(False)
-            return super().process_message(message, cell, cell_index)
 
     class Engine(NBClientEngine):
         @classmethod
