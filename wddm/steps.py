@@ -5,7 +5,7 @@ import math
 import resource
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import ModelMixin
-from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid, numpy_to_pil
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
-from torch.optim import Optimizer
 
 from wddm.files import read_rows, whole
 from wddm.objective import TIME_SAMPLINGS
@@ -210,18 +208,18 @@ def draw_noise(
     return torch.cat(noise).to(timesteps.device), timesteps[places.to(timesteps.device)]
 
 
-def moments(optimizer: Optimizer) -> dict[str, Tensor]:
-    """What an optimiser keeps of every parameter, as `<number of the parameter>.<name>`."""
-    kept = optimizer.state_dict()["state"].items()
-    return {f"{i}.{name}": value for i, values in kept for name, value in values.items()}
+def flattened(parts: Iterable[tuple[int, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    """Tensors of numbered parts, by `<number>.<name>`."""
+    return {f"{number}.{name}": tensor for number, part in parts for name, tensor in part.items()}
 
 
-def load_moments(optimizer: Optimizer, flat: dict[str, Tensor]) -> None:
-    """Put back what `moments` gave."""
-    kept: dict[int, dict[str, Tensor]] = defaultdict(dict)
-    for key, value in flat.items():
-        kept[int(key.split(".")[0])][key.split(".")[1]] = value
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": kept})
+def unflattened(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """The parts of which `flattened` made these."""
+    parts: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        number, name = key.split(".", 1)
+        parts[int(number)][name] = tensor
+    return parts
 
 
 def write_preview(samples: np.ndarray, file: Path) -> None:
@@ -231,32 +229,14 @@ def write_preview(samples: np.ndarray, file: Path) -> None:
 
 
 @torch.no_grad()
-def average(ema: EMAModel, weights: list[Tensor]) -> None:
-    """`ema.step(weights)`, up to rounding, in one pass over the weights: small networks feel the three of that."""
-    ema.optimization_step += 1
-    torch._foreach_lerp_(ema.shadow_params, weights, 1 - ema.get_decay(ema.optimization_step))
-
-
-class PowerAverage(EMAModel):
-    """An average in which the weights of step s count as s^power (Karras et al. 2024, arXiv 2312.02696, eq. 4)."""
-
-    def get_decay(self, optimization_step: int) -> float:
-        return (1 - 1 / optimization_step) ** (self.power + 1)
-
-
-def named(averages: Mapping[str, EMAModel], model: nn.Module) -> dict[str, Tensor]:
-    """The averaged weights themselves, not copies: by the key of their average and the name of the parameter."""
-    names = [name for name, _ in model.named_parameters()]
-    pairs = [(key, zip(names, one.shadow_params, strict=True)) for key, one in averages.items()]
-    return {key + name: shadow for key, shadows in pairs for name, shadow in shadows}
-
-
-def put_back(averages: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
-    """Set what `named` gave to what a checkpoint kept of it; ValueError if it kept none."""
-    if averages and not kept:
-        raise ValueError("got averages_kimg for a run that began without, wanted 0: set it back, or name another run")
-    for key, tensor in averages.items():
-        tensor.copy_(kept[key])
+def average(averages: Sequence[Mapping[str, Tensor]], weights: list[Tensor], step: int, decay: float) -> None:
+    """Update averages, by name, with the weights after step + 1 steps: the first by diffusers' rule, which climbs to
+    `decay`; one for each of `POWERS`, where weights of step s count as s^power (Karras et al. 2024, arXiv 2312.02696).
+    """
+    decays = [min(decay, (1 + step) / (10 + step)) if step else 0.0]
+    decays += [(1 - 1 / (step + 1)) ** (power + 1) for power in POWERS]
+    for kept, share in zip(averages, decays, strict=False):
+        torch._foreach_lerp_([*kept.values()], weights, 1 - share)
 
 
 def keep_averages(run: Path, images_seen: int, averages: dict[str, Tensor]) -> None:
@@ -285,7 +265,7 @@ def averaged_weights(run: Path, half_life_kimg: float) -> dict[str, Tensor]:
         raise ValueError(f"{got}, wanted 10 %: take one nearer to {ends[-1, 0] / 16e3:.2g}, or a smaller averages_kimg")
     found: dict[str, Tensor] = {}
     for file, pair in zip(files, parts.reshape(-1, len(POWERS)), strict=True):
-        for name, tensor in load_file(file).items():
-            number, key = name.split(".", 1)
-            found[key] = found.get(key, 0) + pair[int(number)] * tensor.double()
+        for number, weights in unflattened(load_file(file)).items():
+            for name, tensor in weights.items():
+                found[name] = found.get(name, 0) + pair[number] * tensor.double()
     return {key: tensor.float() for key, tensor in found.items()}

@@ -8,8 +8,9 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator
+from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import ModelMixin
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from wddm import checkpoints, steps
@@ -29,7 +29,7 @@ from wddm.files import append_row, written_aside
 from wddm.objective import build_solver, check_training, default_solver, diffusion_loss, noise_scheduler
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
-from wddm.steps import POWERS, PowerAverage, Step
+from wddm.steps import POWERS, Step
 from wddm.wavelets import WaveletCodec
 
 # what no weight depends on, or settings describe in another way: may change from one start of a run to the next
@@ -111,10 +111,11 @@ class Trainer:
         ours = torch.optim.AdamW(self.parameters, weight_decay=self.weight_decay, fused=True)
         self.network, theirs = self.accelerator.prepare(torch.compile(self.model) if self.compile else self.model, ours)
         self.optimizer = ours if self.accelerator.scaler is None else theirs  # fp16 alone needs accelerate's
-        decay = 0.5 ** (1 / (self.ema_half_life_kimg * 1000 / self.batch_size)) if self.ema_half_life_kimg else 0.0
+        self.decay = 0.5 ** (1 / (self.ema_half_life_kimg * 1000 / self.batch_size)) if self.ema_half_life_kimg else 0.0
         self.weights: list[Tensor] = list(self.model.parameters())  # once: small networks feel a walk through them
-        self.ema = EMAModel(self.weights, decay=decay, foreach=True)
-        self.powers = {f"{i}.": PowerAverage(self.weights, power=p) for i, p in enumerate(POWERS) if self.averages_kimg}
+        self.average = deepcopy(self.model).eval().requires_grad_(False)  # a network of the averaged weights
+        copies = (deepcopy(self.average) for _ in POWERS if self.averages_kimg)
+        self.averages = [dict(one.named_parameters()) for one in (self.average, *copies)]
         self.noise_scheduler = noise_scheduler(self.prediction_type)
         shape, times = self.codec.shape(*np.roll(self.images.shape[1:], 1).tolist()), self.noise_scheduler.timesteps
         self.drawn = partial(steps.draw_noise, times.flip(0).to(self.device), self.time_sampling, shape)
@@ -163,8 +164,8 @@ class Trainer:
                         yield row
                         clock = self.step, time.perf_counter()  # what the caller did is no training
                 if self.main:
-                    with self.averaged() as pipeline, written_aside(self.folder / "pipeline") as aside:
-                        pipeline.save_pretrained(aside)
+                    with self.stop.cuttable(), written_aside(self.folder / "pipeline") as aside:
+                        self.averaged().save_pretrained(aside)
                         own = {name: getattr(self, name) for name in ("images_seen", "data_sha256", "history")}
                         own["settings"] = self.settings()
                         (aside / "training.json").write_text(json.dumps(own, indent=1))
@@ -202,8 +203,7 @@ class Trainer:
             norm = norm.nan_to_num(0, 0, 0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for one in (self.ema, *self.powers.values()):
-            steps.average(one, self.weights)
+        steps.average(self.averages, self.weights, self.step, self.decay)
         total, per_channel, _ = (torch.stack(values).mean(0).detach() for values in zip(*losses, strict=True))
         return total, per_channel, norm
 
@@ -222,30 +222,22 @@ class Trainer:
         generator = torch.Generator(self.device).manual_seed(steps.derived_seed(self.seed, self.step))
         return tuple(x.chunk(self.world_size)[self.rank] for x in self.drawn([generator], self.batch_size))
 
-    @contextmanager
-    def averaged(self) -> Iterator[WaveletPipeline]:
-        """The pipeline of the averaged weights, in eval mode, with its default solver, for the length of a `with`."""
+    def averaged(self) -> WaveletPipeline:
+        """The pipeline of the averaged weights, with its default solver."""
         solver = build_solver(default_solver(self.prediction_type), self.prediction_type, codec=self.codec)
-        self.ema.store(self.weights)
-        try:
-            self.ema.copy_to(self.weights)
-            with self.stop.cuttable():
-                yield WaveletPipeline(self.model.eval(), solver, self.codec, self.class_names)
-        finally:
-            self.ema.restore(self.weights)
-            self.model.train()
+        return WaveletPipeline(self.average, solver, self.codec, self.class_names)
 
     @torch.no_grad()
     def validate(self) -> float:
         """Mean loss of the averaged weights on the held-out images, with the same noise each time; checkpoints/best."""
         total = 0.0
-        with self.averaged() as pipeline:
+        with self.stop.cuttable():
             for start in range(0, len(self.held_out), self.batch_size):
                 rows = self.held_out[start : start + self.batch_size]
                 images = to_batch(self.images[rows], np.zeros(len(rows), bool), self.device)
                 classes = [] if self.classes is None else [torch.from_numpy(self.classes[rows]).to(self.device)]
                 generators = [torch.Generator().manual_seed(start + k) for k in range(len(rows))]
-                network, drawn = steps.conditioned(pipeline.backbone, *classes), self.drawn(generators, 1)
+                network, drawn = steps.conditioned(self.average, *classes), self.drawn(generators, 1)
                 loss = self.loss(network, self.codec, self.noise_scheduler, images, *drawn)
                 total += loss.total.item() * len(rows) / len(self.held_out)
         if self.best is None or total < self.best:
@@ -255,8 +247,9 @@ class Trainer:
 
     def samples(self, count: int) -> np.ndarray:
         """uint8 (count, H, W, C) of the averaged weights by its solver in 25 steps, every class in turn, same seeds."""
-        with self.averaged() as pipeline:
-            pipeline.set_progress_bar_config(disable=True)
+        pipeline = self.averaged()
+        pipeline.set_progress_bar_config(disable=True)
+        with self.stop.cuttable():
             return np.concatenate(list(sample_images(pipeline, count, num_inference_steps=25)))
 
     def _watch(self, clock: tuple[int, float]) -> Step | None:
@@ -269,7 +262,7 @@ class Trainer:
         if previewing and self.main:
             steps.write_preview(self.samples(32), self.folder / "previews" / f"{self.images_seen:09d}.png")
         if self._due(self.averages_kimg) and self.main:
-            steps.keep_averages(self.folder, self.images_seen, steps.named(self.powers, self.model))
+            steps.keep_averages(self.folder, self.images_seen, steps.flattened(enumerate(self.averages[1:])))
         if not logs:
             return None
         validation_loss, distances = self.validate() if validating and self.main else None, dict[str, float]()
@@ -299,21 +292,24 @@ class Trainer:
         """What `load_state_dict` puts back: tensors, and the rest, which JSON can hold."""
         return {
             "weights": self.model.state_dict(),
-            "ema": steps.named({"": self.ema}, self.model),
-            "averages": steps.named(self.powers, self.model),
-            "optimizer": steps.moments(self.optimizer),
+            "ema": self.averages[0],
+            "averages": steps.flattened(enumerate(self.averages[1:])),
+            "optimizer": steps.flattened(self.optimizer.state_dict()["state"].items()),
             "unread": {str(i): torch.stack(values) for i, values in enumerate(zip(*self.unread, strict=True))},
         }, {"best": self.best, "watched": self.watched, "history": self.history, "settings": self.settings()}
 
     def load_state_dict(self, tensors: checkpoints.Tensors, state: dict[str, Any]) -> None:
         """Put what `state_dict` gave back in its place, and `state["step"]`, which a checkpoint adds."""
-        for one in (self.ema, *self.powers.values()):
-            one.optimization_step = self.step = state["step"]
-        self.best, self.watched, self.history = state["best"], state["watched"], state["history"]
+        self.step, self.best, self.watched, self.history = (state[x] for x in ("step", "best", "watched", "history"))
         self.model.load_state_dict(tensors["weights"])
-        steps.put_back(steps.named({"": self.ema}, self.model), tensors["ema"])
-        steps.put_back(steps.named(self.powers, self.model), tensors.get("averages", {}))
-        steps.load_moments(self.optimizer, tensors["optimizer"])
+        kept = [tensors["ema"], *steps.unflattened(tensors.get("averages", {})).values()]
+        if len(kept) < len(self.averages):
+            raise ValueError("got averages_kimg for a run that began without, wanted 0: set it back, or name a new run")
+        for average, was in zip(self.averages, kept, strict=False):
+            for name, tensor in average.items():
+                tensor.copy_(was[name])
+        moments = steps.unflattened(tensors["optimizer"])
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
         columns = [tensors["unread"][str(i)].to(self.device) for i in range(len(tensors["unread"]))]
         self.unread = list(zip(*columns, strict=True))
 
