@@ -5,7 +5,7 @@ import math
 import resource
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,11 +24,7 @@ from wddm.objective import TIME_SAMPLINGS
 from wddm.pipeline import visible
 from wddm.wavelets import WaveletCodec, check_choice, sides
 
-# name -> share of the learning rate, of the share of the steps after the warm-up that are done, 0 to 1
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant_with_warmup": lambda done: 1.0,
-    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
-}
+SCHEDULES = ("constant_with_warmup", "cosine")  # of those that diffusers has
 LABELS = 2**31  # last number of the seeds that drop labels
 AVERAGES = "checkpoints/averages"
 POWERS = 16.97, 6.94  # of two averages with spreads of 0.05 and 0.10 of the training so far
@@ -76,11 +72,6 @@ def forget_after(folder: Path, step: int, images_seen: int) -> None:
     for picture in (folder / "previews").glob("*.png"):
         if int(picture.stem) > images_seen:
             picture.unlink()
-
-
-def lr_share(schedule: str, step: int, warmup: int, total: int) -> float:
-    """Share of the learning rate after `step` steps of `total`, of which `warmup` are the warm-up."""
-    return step / warmup if step < warmup else SCHEDULES[schedule]((step - warmup) / max(1, total - warmup))
 
 
 def resolve_precision(precision: str, cpu: bool = False) -> str:

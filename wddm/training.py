@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import ModelMixin
+from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from wddm import checkpoints, steps
@@ -109,6 +110,9 @@ class Trainer:
         self.codec.to(self.device)
         self.parameters = [p for p in self.model.train().parameters() if p.requires_grad]
         ours = torch.optim.AdamW(self.parameters, weight_decay=self.weight_decay, fused=True)
+        warmup = {"num_warmup_steps": math.ceil(self.warmup_kimg * 1000 / self.batch_size)}
+        lambdas = get_scheduler(self.schedule, ours, **warmup, num_training_steps=self.total_steps).lr_lambdas
+        (self.share,) = lambdas  # of the learning rate, by the steps that are done
         self.network, theirs = self.accelerator.prepare(torch.compile(self.model) if self.compile else self.model, ours)
         self.optimizer = ours if self.accelerator.scaler is None else theirs  # fp16 alone needs accelerate's
         self.decay = 0.5 ** (1 / (self.ema_half_life_kimg * 1000 / self.batch_size)) if self.ema_half_life_kimg else 0.0
@@ -210,8 +214,7 @@ class Trainer:
     @property
     def lr(self) -> float:
         """Learning rate of the next step."""
-        warmup = math.ceil(self.warmup_kimg * 1000 / self.batch_size)
-        return self.learning_rate * steps.lr_share(self.schedule, self.step, warmup, self.total_steps)
+        return self.learning_rate * self.share(self.step)
 
     @property
     def images_seen(self) -> int:
