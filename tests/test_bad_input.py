@@ -208,7 +208,7 @@ TOGETHER = [  # parameters of the quickstart that cannot be together, and what t
     ("labels=[] class_conditional=true", "labels=[], wanted some"),
     ("labels=[10] class_conditional=true", "labels=[10], wanted 0 to 9"),
     ("labels=[10]", "labels=[10], wanted 0 to 9"),
-    ("labels=[seven]", "label 'seven', wanted one of 0, 1, 2,"),
+    ("labels=[seven]", "labels='seven', wanted one of 0, 1, 2,"),
     ("level=0 detail_steps=5", "detail_steps at level 0"),
     ("channels=2", "channels=2 for digits, wanted 1 or 3"),
     ("dataset=" + "x" * 5000, "wanted one of digits"),

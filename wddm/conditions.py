@@ -12,15 +12,15 @@ of conjugate gradients come, a call of the network each. Projection alone leaves
 """
 
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 
+import numpy as np
 import torch
 from diffusers import ModelMixin, SchedulerMixin
 from torch import Tensor
 from torch.nn import functional as F
 
 from wddm.objective import estimate_factors
-from wddm.wavelets import WaveletCodec
+from wddm.wavelets import WaveletCodec, check_choice
 
 Answer = Callable[[Tensor, Tensor], Tensor]  # the network's answer to z_t (B, 4^L C, h, w) at t
 Missing = Callable[[Tensor], Tensor]  # what coefficients lack to agree with what is known
@@ -29,21 +29,19 @@ PUSH = 0.1  # step of the derivative, in parts of what is missing
 TURNS = 2  # of conjugate gradients, a call of the network each
 
 
-def numbered(labels: Sequence[int | str], names: Sequence[str] | None) -> list[int]:
-    """Class numbers of labels: texts are `names` of classes or else numbers; ValueError for other names."""
+def numbered(labels: Labels, names: Sequence[str] | None) -> list[int]:
+    """Class numbers of labels: texts are `names` of classes or else numbers; ValueError for what is neither."""
     known = {name: number for number, name in enumerate(names or [])}
-    for label in map(str, labels):
-        if not label.isdecimal() and label not in known:
-            wanted = f"one of {', '.join(known)}" if known else "a number, as the names of the classes are not known"
-            close = get_close_matches(label, known, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else "change labels"
-            raise ValueError(f"got the label {label[:100]!r}, wanted {wanted}: {hint}")
-    return [known[label] if isinstance(label, str) and label in known else int(label) for label in labels]
+    given = np.array(labels.tolist() if isinstance(labels, Tensor) else labels, object).ravel().tolist()
+    for label in map(str, given):
+        if not label.isdecimal():
+            check_choice("labels", label[:100], known or ["0, 1, 2, ... (the classes have no names)"])
+    return [known[label] if isinstance(label, str) and label in known else int(label) for label in given]
 
 
-def labelled(backbone: ModelMixin, count: int, labels: Labels | None, weights: Sequence[float]) -> Answer:
-    """The network's answers for the labels of `count` images, by default its last, "no label", guided by the weight w
-    of each channel. ValueError: labels that it does not have, weights below 0.
+def labelled(backbone: ModelMixin, count: int, labels: list[int] | None, weights: Sequence[float]) -> Answer:
+    """The network's answers for one label or those of `count` images, by default its last, "no label", guided by the
+    weight w of each channel. ValueError: labels that it does not have, weights below 0.
     """
     last, guided = (getattr(backbone.config, "num_class_embeds", None) or 0) - 1, any(w != 1 for w in weights)
     if not all(0 <= w < float("inf") for w in weights) or (guided and labels is None):
@@ -51,20 +49,18 @@ def labelled(backbone: ModelMixin, count: int, labels: Labels | None, weights: S
         raise ValueError(f"{got}, wanted labels and a number from 0 on: leave guidance out")
     if last < 0 and labels is not None:
         raise ValueError("got labels for a network that was trained without, wanted none: leave labels out")
+    if labels is not None and (len(labels) not in (1, count) or max(labels) >= last):
+        raise ValueError(f"got labels {labels}, wanted 0 to {last - 1}, one or {count} of them: change them")
 
     def call(z: Tensor, t: Tensor, **labels: Tensor) -> Tensor:
         return backbone(z.to(backbone.dtype), t, **labels).sample.to(z.dtype)
 
     if last < 0:
         return call
-    given = torch.as_tensor(last if labels is None else labels)
-    outside = labels is not None and ((given < 0) | (given >= last)).any()
-    if outside or given.is_floating_point() or given.dtype == torch.bool or given.shape not in ((), (1,), (count,)):
-        raise ValueError(f"got labels {given.tolist()}, wanted 0 to {last - 1}, one or {count} of them: change them")
-    w = torch.tensor(weights).view(-1, 1, 1)
+    given, w = torch.tensor(labels or [last]), torch.tensor(weights).view(-1, 1, 1)
 
     def answer(z: Tensor, t: Tensor) -> Tensor:
-        asked = given.long().expand(count).to(z.device)
+        asked = given.expand(count).to(z.device)
         c = call(z, t, class_labels=asked)
         if not guided:
             return c

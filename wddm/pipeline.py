@@ -119,10 +119,8 @@ class WaveletPipeline(DiffusionPipeline):
         level, channels, (weight, details) = self.codec.config.level, self.backbone.config.in_channels, guidance
         coarse = channels // 4**level
         weights = [weight] * coarse + [weight if details is None else details] * (channels - coarse)
-        texts = [] if labels is None or isinstance(labels, Tensor) else np.array(labels, object).ravel().tolist()
-        if any(isinstance(label, str) for label in texts):
-            labels = numbered(texts, self.config.get("class_names"))
-        answer = labelled(self.backbone, count, labels, weights)
+        numbers = None if labels is None else numbered(labels, self.config.get("class_names"))
+        answer = labelled(self.backbone, count, numbers, weights)
         missing = correction(self.codec, (count, coarse, *(side * 2**level for side in self.map_size)), *known)
         return (held(answer, self.scheduler, missing, self.codec.clip_value) if missing else answer), missing
 
