@@ -190,7 +190,7 @@ def test_published_coefficients(published) -> None:
         ({"scaling": "band"}, (1, 3, 8, 8), "no statistics"),
         ({"wavelet": "daubechies"}, None, "wanted an orthogonal or biorthogonal"),
         ({"wavelet": "mexh"}, None, "wanted an orthogonal or biorthogonal"),
-        ({"wavelet": "dmey"}, None, "got wavelet='dmey', wanted one that reconstructs perfectly"),
+        ({"wavelet": "dmey"}, None, "got wavelet='dmey', wanted an .* one that reconstructs perfectly"),
         ({"transform": "packets"}, None, "wanted one of packet, pyramid"),
         ({"level": -1}, None, "wanted 0 or more"),
         ({"scaling": "Band"}, None, "got scaling='Band', wanted one of band"),

@@ -208,12 +208,8 @@ def check_multiple(name: str, got: int, factor: int, reason: str, remedy: str) -
 
 
 def filter_length(wavelet: str) -> int:
-    """Length of a family's longest filter; ValueError if it is unknown, continuous or not exactly invertible (dmey)."""
-    if wavelet not in pywt.wavelist(kind="discrete"):
-        raise ValueError(f"got wavelet={wavelet!r}, wanted an orthogonal or biorthogonal one: choose haar, db2, sym4")
-    low, high, low_inverse, high_inverse = pywt.Wavelet(wavelet).filter_bank
-    response = np.convolve(low, low_inverse) + np.convolve(high, high_inverse)  # ideally 0, ..., 0, 2, 0, ..., 0
-    response[len(response) // 2] -= 2
-    if np.abs(response).max() > 1e-6:
-        raise ValueError(f"got wavelet={wavelet!r}, wanted one that reconstructs perfectly: choose haar, db2, sym4")
-    return max(len(low), len(high), len(low_inverse), len(high_inverse))
+    """Length of a family's filters; ValueError if it is unknown, continuous or not exactly invertible (dmey)."""
+    if wavelet not in pywt.wavelist(kind="discrete") or wavelet == "dmey":  # whose images come back 2e-2 off
+        wanted = "wanted an orthogonal or biorthogonal one that reconstructs perfectly"
+        raise ValueError(f"got wavelet={wavelet!r}, {wanted}: choose haar, db2, sym4")
+    return int(pywt.Wavelet(wavelet).dec_len)
