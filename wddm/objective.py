@@ -40,11 +40,10 @@ TIME_SAMPLINGS: dict[str, Callable[[int, Generator], Tensor]] = {  # places in t
 
 
 class Loss(NamedTuple):
-    """`total` is what is minimised, a scalar; the parts are detached: per_channel (4^L C,), reconstruction scalar."""
+    """`total` is what is minimised, a scalar; per_channel (4^L C,) the squared error alone, detached."""
 
     total: Tensor
     per_channel: Tensor
-    reconstruction: Tensor
 
 
 def noise_scheduler(prediction_type: str = "sample") -> SchedulerMixin:
@@ -126,18 +125,15 @@ def diffusion_loss(
     `reconstruction` weights a second term: the smooth L1 distance between the decoded clean estimate and the image,
     times signal(t)^2, because at large t the division by signal(t) makes any error of the noise large.
     """
-    if not reconstruction >= 0:
-        raise ValueError(f"got reconstruction={reconstruction}, wanted 0 or more: it weights a second term of the loss")
     z = codec.encode(images)
     output = model(noisy := noised(scheduler, z, noise, t), t).sample
     squared_error = (output - target(scheduler, z, noise, t)).square()
     total = (loss_weights(scheduler, t, weighting) * squared_error).mean()
-    distance = total.new_zeros(())
     if reconstruction:
         decoded = codec.decode(clean_estimate(scheduler, noisy, output, t))
-        distance = (factors(scheduler, t)[0] ** 2 * F.smooth_l1_loss(decoded, images, reduction="none")).mean()
-        total = total + reconstruction * distance
-    return Loss(total, squared_error.detach().mean((0, 2, 3)), distance.detach())
+        distance = F.smooth_l1_loss(decoded, images, reduction="none")
+        total = total + reconstruction * (factors(scheduler, t)[0] ** 2 * distance).mean()
+    return Loss(total, squared_error.detach().mean((0, 2, 3)))
 
 
 SOLVERS = {  # name: class of diffusers, and the one for flow_prediction if there is one

@@ -208,7 +208,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         steps.average(self.averages, self.weights, self.step, self.decay)
-        total, per_channel, _ = (torch.stack(values).mean(0).detach() for values in zip(*losses, strict=True))
+        total, per_channel = (torch.stack(values).mean(0).detach() for values in zip(*losses, strict=True))
         return total, per_channel, norm
 
     @property
