@@ -150,6 +150,16 @@ def test_an_average_of_any_half_life_is_put_together_afterwards(tmp_path) -> Non
         averaged_weights(tmp_path, 0.001)
 
 
+def test_averages_of_a_network_with_channels_last_are_kept(tmp_path) -> None:
+    """As `tune` lays them out on a GPU; safetensors takes contiguous tensors alone."""
+    trainer = make(tmp_path, averages_kimg=0.032)
+    for tensors in (dict(trainer.model.named_parameters()), *trainer.averages):
+        for tensor in tensors.values():
+            tensor.data = tensor.data.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor.data
+    list(trainer.steps())
+    assert len(load_file(tmp_path / "checkpoints/averages/000000064.safetensors")) == 2 * len(trainer.averages[0])
+
+
 def test_averages_that_nothing_kept_are_refused(tmp_path) -> None:
     next(steps := make(tmp_path).steps()), steps.close()
     with pytest.raises(ValueError, match=r"without kept averages, wanted some: train it with averages_kimg"):
