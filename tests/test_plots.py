@@ -45,7 +45,6 @@ CURVE = pd.DataFrame({"steps": [5, 10, 20], "fwd": [0.4, 0.2, 0.1]})
 CURVE = CURVE.assign(fwd_low=0.8 * CURVE.fwd, fwd_high=1.3 * CURVE.fwd, seconds=CURVE.steps / 50)
 BOTH = pd.concat([CURVE.assign(spacing=spacing) for spacing in ("leading", "trailing")])
 SEEDS = pd.DataFrame({"variant": ["published"] * 2 + ["modern"] * 2, "fwd": [0.9, 1.0, 0.02, 0.03]})
-SHARES = (["cat", "dog", "ship"], [50, 30, 20], [0.3, 0.3, 0.4])
 KID = "KID, EfficientNet-Lite0 on ImageNet, not Inception (x 1000), to the real images"
 FIGURES = {
     "image_grid": lambda: plots.image_grid(RGB, 4, [f"t{k}" for k in range(10)]),
@@ -56,14 +55,7 @@ FIGURES = {
     "trajectory": lambda: plots.trajectory(STATES, list("AHVD"), TIMES, RGB[:3]),
     "band_trajectory": lambda: plots.band_trajectory(TIMES, STD),
     "spectra": lambda: plots.spectra([0.1, 0.2, 0.5], estimate([9, 4, 1]), estimate([9, 5, 3])),
-    "band_energy": lambda: plots.band_energy("AHVD", estimate(ENERGY), estimate(ENERGY * 2)),
-    "band_kurtosis": lambda: plots.band_kurtosis("AHVD", *KURTOSIS),
-    "score_chart": lambda: plots.score_chart(
-        {
-            "FWD, level 2": (Estimate(0.3, 0.2, 0.5), Estimate(0.1, 0.08, 0.13)),
-            "FID": (Estimate(9, 8, 10), Estimate(1, 0.5, 2)),
-        }
-    ),
+    "beside": lambda: plots.beside("AHVD", *KURTOSIS, "excess kurtosis", "x"),
     "nearest_distances": lambda: plots.nearest_distances([[1, 2], [2, 3]], [[0, 0], [1, 4], [2, 2]]),
     "packet_map": lambda: plots.packet_map(estimate(np.arange(1, 17)), 2),
     "neighbours": lambda: plots.neighbours(RGB[:2], RGB[2:6].reshape(2, 2, 8, 8, 3), [[1, 2], [3, 4]]),
@@ -78,7 +70,6 @@ FIGURES = {
         floor=0.08,
         reference=("ddpm", Estimate(0.15, 0.1, 0.2)),
     ),
-    "class_counts": lambda: plots.class_counts(*SHARES),
     "confidence": lambda: plots.confidence([0.5, 0.9, 1], [0.1, 0.2, 0.8, 0.9], 0.6),
     "lines": lambda: plots.lines({"a": ([1, 2], [3, 4]), "b": ([1, 3], [1, 9])}, "steps", "error", "xy", ["b"]),
     "speedup_against_flops": lambda: figures.speedup_against_flops(
@@ -430,39 +421,25 @@ def test_spectra_show_power_and_ratio():
     assert "cycles/pixel" in ratio.get_xlabel()
 
 
-def test_band_energy_shows_heights_and_ratios():
-    figure = plots.band_energy("AHVD", estimate(ENERGY), estimate(ENERGY * [1, 2, 0.5, 1.23]))
-    heights = [line.get_ydata() for line in figure.axes[0].lines]
-    np.testing.assert_allclose(heights, [ENERGY, ENERGY * [1, 2, 0.5, 1.23]])
-    assert texts(figure) == ["×1.00", "×2.00", "×0.50", "×1.23"]
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == list("AHVD")
-
-
 def test_intervals_are_drawn_where_they_are():
     real, generated = estimate(ENERGY, ENERGY / 2, ENERGY * 2), estimate(ENERGY * 2, ENERGY, ENERGY * 3)
-    figure = plots.band_energy("AHVD", real, generated)
-    bars = np.concatenate([lines.get_segments() for lines in figure.axes[0].collections])
-    np.testing.assert_allclose(bars[:4, :, 1].T, [ENERGY / 2, ENERGY * 2])
-    np.testing.assert_allclose(bars[4:, :, 1].T, [ENERGY, ENERGY * 3])
+    (axes,) = plots.beside("AHVD", real, generated, "energy (mean square)", "x").axes
+    bars = np.concatenate([lines.get_segments() for lines in axes.collections])
+    np.testing.assert_allclose(bars[:4, :, 0].T, [ENERGY / 2, ENERGY * 2])
+    np.testing.assert_allclose(bars[4:, :, 0].T, [ENERGY, ENERGY * 3])
+    np.testing.assert_allclose([line.get_xdata() for line in axes.lines], [ENERGY, ENERGY * 2])
+    assert [label.get_text() for label in axes.get_yticklabels()] == list("AHVD")
+    assert axes.yaxis_inverted() and axes.get_xscale() == "log"
     # the ratio spans each interval at its worst: low over the real high, high over the real low
     real, generated = estimate([9, 4], [8, 3], [10, 5]), estimate([9, 3], [7, 2], [11, 6])
     power, ratio = plots.spectra([0.1, 0.5], real, generated).axes
     for axes, area, low, high in ((power, 0, 3, 10), (power, 1, 2, 11), (ratio, 0, 2 / 5, 6 / 3)):
         heights = axes.collections[area].get_paths()[0].vertices[:, 1]
         assert (heights.min(), heights.max()) == (low, high)
-    axes = FIGURES["band_kurtosis"]().axes[0]
-    np.testing.assert_array_equal(np.array(axes.collections[1].get_segments())[:, :, 1].T, KURTOSIS[1][1:])
-    np.testing.assert_array_equal(axes.lines[0].get_ydata(), [0, 2, 9, 40])
-    assert axes.get_ylim()[1] > 70  # some room above 60 on a logarithmic scale
-
-
-def test_scores_are_multiples_of_what_real_images_score():
-    axes = FIGURES["score_chart"]().axes[0]
-    floors, spans, values = (axes.lines[k:6:3] for k in range(3))
-    np.testing.assert_allclose([line.get_xdata() for line in floors], [[0.8, 1.3], [0.5, 2]])
-    np.testing.assert_allclose([line.get_xdata() for line in spans], [[2, 5], [8, 10]])
-    np.testing.assert_allclose([line.get_xdata()[0] for line in values], [3, 9])
-    assert texts(axes.figure) == ["0.3", "9"] and axes.get_xlim()[0] > 0
+    axes = FIGURES["beside"]().axes[0]
+    np.testing.assert_array_equal(np.array(axes.collections[1].get_segments())[:, :, 0].T, KURTOSIS[1][1:])
+    np.testing.assert_array_equal(axes.lines[0].get_xdata(), [0, 2, 9, 40])
+    assert axes.get_xscale() == "linear" and axes.get_xlim()[0] < -2 and axes.get_xlim()[1] > 60
 
 
 def test_curves_points_and_fronts_are_where_they_were_measured():
@@ -632,16 +609,6 @@ def test_neighbours_are_under_their_samples_with_distances():
     assert drawn.shape[1] / 2 < x and 2 * step + tile < y < 2 * step + tile + 24
 
 
-def test_class_counts_against_chance():
-    axes = plots.class_counts(*SHARES).axes[0]
-    assert [patch.get_width() for patch in axes.patches] == [50, 30, 20]
-    expected = axes.lines[0].get_xdata()
-    np.testing.assert_allclose(expected, [30, 30, 40])
-    (bars,) = axes.collections[0].get_segments()[:1]
-    np.testing.assert_allclose(bars[:, 0], 30 + np.array([-1.645, 1.645]) * np.sqrt(100 * 0.3 * 0.7))
-    assert axes.yaxis_inverted() and [label.get_text() for label in axes.get_yticklabels()] == SHARES[0]
-
-
 def test_confidence_is_the_distribution_and_counts_below_the_threshold():
     axes = plots.confidence([0.5, 0.9, 1], [0.1, 0.2, 0.8, 0.9], 0.6).axes[0]
     real, generated, threshold = axes.lines
@@ -676,17 +643,13 @@ def test_confidence_is_the_distribution_and_counts_below_the_threshold():
         lambda: plots.training_curves([]),
         lambda: plots.training_curves([{"loss": 1}]),
         lambda: plots.spectra([0.1, 0.2], estimate([1, 2]), estimate([1, 2, 3])),
-        lambda: plots.band_energy("AHV", estimate(ENERGY), estimate(ENERGY)),
         lambda: plots.band_histograms({"A": STATES}),
         lambda: plots.channel_histograms(STATES),
         lambda: plots.packet_map(estimate(np.ones(15)), 2),
         lambda: plots.packet_map(estimate(np.ones(16)), 1),
-        lambda: plots.band_kurtosis("AHV", *KURTOSIS),
-        lambda: plots.score_chart({}),
         lambda: plots.nearest_distances([1, 2], [[1, 2]]),
         lambda: plots.quality_curves({}, "fwd", "FWD", {"steps": "steps"}, by="solver"),
         lambda: plots.quality_curves({"": CURVE[:0]}, "fwd", "FWD", {"steps": "steps"}, by="steps"),
-        lambda: plots.class_counts(["a", "b"], [1, 2, 3], [0.5, 0.5]),
         lambda: plots.confidence([[0.5]], [0.5], 0.5),
         lambda: plots.confidence([0.5], [], 0.5),
     ],

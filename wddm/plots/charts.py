@@ -21,9 +21,8 @@ from wddm.plots import style
 from wddm.plots.style import ACCENT, DASHED, GENERATED, REAL, SIDES, Texts, need, palette, panels, shaped, wrapped
 
 __all__ = [
-    "band_energy", "band_histograms", "band_kurtosis", "band_trajectory", "channel_histograms", "class_counts",
-    "confidence", "lines", "nearest_distances", "packet_map", "quality_curves",
-    "score_chart", "spectra", "training_curves", "variants",
+    "band_histograms", "band_trajectory", "beside", "channel_histograms", "confidence", "lines", "nearest_distances",
+    "packet_map", "quality_curves", "spectra", "training_curves", "variants",
 ]  # fmt: skip
 
 Estimates = Estimate[np.ndarray]
@@ -120,38 +119,16 @@ def spectra(frequency: ArrayLike, real: Estimates, generated: Estimates) -> Figu
     return figure
 
 
-def _by_band(axes: Axes, labels: Texts, real: Estimates, generated: Estimates, quantity: str) -> None:
-    """Draw a dot with its interval for real and generated images at a tick per band, turned where there are many."""
-    at = np.arange(len(labels))
-    for (name, color), estimates, shift in zip(SIDES, (real, generated), (-0.12, 0.12), strict=True):
-        values = shaped(name, estimates.value, at.shape, "pass one per band")
-        axes.plot(at + shift, values, "o", color=color, label=name)
-        axes.vlines(at + shift, estimates.low, estimates.high, color=color, linewidth=2, alpha=0.5)
-    axes.margins(y=0.12)
-    axes.set(xlabel="band", xlim=(-0.6, len(labels) - 0.4), ylabel=quantity)
-    axes.set_xticks(at, labels, rotation=90 * (len(labels) > 16))
-    axes.grid(axis="x", visible=False)
-
-
-def band_energy(labels: Texts, real: Estimates, generated: Estimates) -> Figure:
-    """Energy (bands,) of real beside generated images, generated / real over them."""
-    with panels(2.6, log="y", legend="upper right") as (figure, (axes,)):
-        _by_band(axes, labels, real, generated, "energy (mean square)")
-        turned, tops = len(labels) > 16, np.nanmax([*real, *generated], 0)
-        place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "rotation": 90 * turned, "size": 6.5}
-        for x, (top, ratio) in enumerate(zip(tops, generated.value / real.value, strict=True)):
-            axes.annotate(f"×{ratio:.2f}", (x, top), (0, 4), **place)
-        axes.margins(y=0.3 if turned else 0.15)
-    return figure
-
-
-def band_kurtosis(labels: Texts, real: Estimates, generated: Estimates) -> Figure:
-    """Excess kurtosis (bands,), linear to 1 and logarithmic beyond; 0 is a Gaussian."""
-    with panels(2.4, legend="upper right") as (figure, (axes,)):
-        axes.set_yscale("symlog", linthresh=1)
-        _by_band(axes, labels, real, generated, "excess kurtosis")
-        axes.axhline(0, color="0.15", linewidth=0.6)
-        axes.yaxis.set_major_formatter("{x:g}")
+def beside(labels: Texts, real: Estimates, generated: Estimates, quantity: str, log: str = "") -> Figure:
+    """A row for each of K labels (bands, classes, distances): (K,) of real and of generated images, with intervals."""
+    rows = np.arange(len(labels))
+    with panels(0.7 + 0.25 * len(labels), log=log, legend="upper right") as (figure, (axes,)):
+        for (name, color), (values, low, high), shift in zip(SIDES, (real, generated), (-0.12, 0.12), strict=True):
+            axes.plot(values, rows + shift, "o", color=color, label=name)
+            axes.hlines(rows + shift, low, high, color=color, linewidth=2, alpha=0.5)
+        axes.set_yticks(rows, wrapped(labels))
+        axes.set(ylim=(len(labels) - 0.4, -0.6), xlabel=quantity)
+        axes.grid(axis="y", visible=False)
     return figure
 
 
@@ -180,25 +157,6 @@ def packet_map(distances: Estimates, level: int) -> Figure:
         axes.set_xticks(at, names)
         axes.set_yticks(at, names, rotation=0)
         axes.set(xlabel="horizontal frequency (cycles/pixel)", ylabel="vertical frequency (cycles/pixel)")
-    return figure
-
-
-def score_chart(scores: Mapping[str, tuple[Estimate[float], Estimate[float]]]) -> Figure:
-    """Distances by name, each with its floor, as multiples of that."""
-    need(scores, "no scores", "some", "give those that were computed")
-    with panels(0.9 + 0.32 * len(scores), log="x") as (figure, (axes,)):
-        for row, (score, floor) in enumerate(scores.values()):
-            for (_, *ends), color, width in ((floor, REAL, 16), (score, GENERATED, 5)):
-                span = np.divide(ends, floor.value)
-                axes.plot(span, [row, row], color=color, linewidth=width, alpha=0.35, solid_capstyle="butt")
-            at = score.value / floor.value, row
-            axes.plot(*at, "o", color=GENERATED)
-            axes.annotate(f"{score.value:.3g}", at, (0, 6), textcoords="offset points", ha="center", size=7)
-        axes.axvline(1, color=REAL)
-        axes.margins(x=0.08)
-        axes.set_yticks(range(len(scores)), wrapped(scores))
-        axes.set(ylim=(len(scores) - 0.4, -0.7), xlabel="distance to the real images, as a multiple of the floor (1)")
-        axes.grid(axis="y", visible=False)
     return figure
 
 
@@ -253,20 +211,6 @@ def quality_curves(
             if table[x].dtype.kind == "i":  # steps, levels: a tick at every one
                 axes.set_xticks(table[x].unique())
         axs[0].set(ylabel=wrapped([quantity])[0])
-    return figure
-
-
-def class_counts(names: Texts, counts_generated: ArrayLike, share_real: ArrayLike) -> Figure:
-    """Predicted classes (K,) of generated images, and what the real share (K,) and chance would give."""
-    counts = shaped("counts", counts_generated, (len(names),), "pass one per name")
-    share = shaped("shares", share_real, (len(names),), "pass one per name") / np.sum(share_real)
-    expected, spread = share * counts.sum(), 1.645 * np.sqrt(share * (1 - share) * counts.sum())
-    with panels(0.7 + 0.2 * len(names), legend="upper right") as (figure, (axes,)):
-        axes.barh(names, counts, color=GENERATED, alpha=0.6, label="generated")
-        axes.errorbar(expected, names, xerr=spread, fmt="|k", elinewidth=0.8, label="expected, 90 %")
-        axes.invert_yaxis()
-        axes.grid(axis="y", visible=False)
-        axes.set(xlabel="images")
     return figure
 
 
