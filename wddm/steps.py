@@ -16,7 +16,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.utils import make_image_grid, numpy_to_pil
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
 from wddm.files import read_rows, whole
@@ -128,6 +128,11 @@ def class_numbers(labels: np.ndarray | None, no_label: int, count: int) -> np.nd
     return np.where(labels < 0, no_label, labels).astype(np.int64)
 
 
+def dropped(share: float, key: tuple[int, int], *shape: int) -> Tensor:
+    """Which labels of a batch, bool of this shape, are not shown to the network: a share of them, by (seed, step)."""
+    return torch.from_numpy(np.random.default_rng((*key, LABELS)).random(shape) < share)
+
+
 def conditioned(network: nn.Module, *labels: Tensor) -> Any:
     """The network, told labels (B,) if there are any."""
     return partial(network, class_labels=labels[0]) if labels else network
@@ -223,6 +228,12 @@ def average(averages: Sequence[Mapping[str, Tensor]], weights: list[Tensor], ste
     decays += [(1 - 1 / (step + 1)) ** (power + 1) for power in POWERS]
     for kept, share in zip(averages, decays, strict=False):
         torch._foreach_lerp_([*kept.values()], weights, 1 - share)
+
+
+def keep_averages(run: Path, images_seen: int, averages: Sequence[Mapping[str, Tensor]]) -> None:
+    """Write them beside the checkpoints of a run, for `averaged_weights`."""
+    with whole(run / AVERAGES / f"{images_seen:09d}.safetensors") as aside:
+        save_file({name: tensor.contiguous() for name, tensor in flattened(enumerate(averages)).items()}, aside)
 
 
 def averaged_weights(run: Path, half_life_kimg: float) -> dict[str, Tensor]:

@@ -22,12 +22,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
-from safetensors.torch import save_file
 from torch import Tensor
 
 from wddm import checkpoints, steps
 from wddm.data import batches, to_batch
-from wddm.files import append_row, whole, written_aside
+from wddm.files import append_row, written_aside
 from wddm.objective import build_solver, check_training, default_solver, diffusion_loss, noise_scheduler
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
@@ -192,9 +191,8 @@ class Trainer:
         """
         losses, parts = [], [images, *self.draw_noise()]
         if labels is not None:
-            drawn = np.random.default_rng((self.seed, self.step, steps.LABELS)).random((self.world_size, len(labels)))
-            hidden = torch.from_numpy(drawn[self.rank] < self.label_dropout).to(self.device)
-            parts.append(labels.masked_fill(hidden, self.no_label))
+            dropped = steps.dropped(self.label_dropout, (self.seed, self.step), self.world_size, len(labels))[self.rank]
+            parts.append(labels.masked_fill(dropped.to(self.device), self.no_label))
         steps.seed_device(self.device, steps.derived_seed(self.seed, self.step, 1 + self.rank))  # dropout
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
@@ -267,9 +265,7 @@ class Trainer:
         if previewing and self.main:
             steps.write_preview(self.samples(32), self.folder / "previews" / f"{self.images_seen:09d}.png")
         if self._due(self.averages_kimg) and self.main:
-            kept = steps.flattened(enumerate(self.averages[1:]))
-            with whole(self.folder / steps.AVERAGES / f"{self.images_seen:09d}.safetensors") as aside:
-                save_file({name: tensor.contiguous() for name, tensor in kept.items()}, aside)
+            steps.keep_averages(self.folder, self.images_seen, self.averages[1:])
         if not logs:
             return None
         validation_loss, distances = self.validate() if validating and self.main else None, dict[str, float]()
