@@ -172,7 +172,7 @@ def test_a_parameter_that_nothing_takes_is_an_error_that_names_it(root, capsys, 
 
 
 def test_two_starts_of_one_run_are_one(tmp_path) -> None:
-    write_notebook(tmp_path / "notebooks/01_a.ipynb", SECOND, "import time; time.sleep(4)")
+    write_notebook(tmp_path / "notebooks/01_a.ipynb", SECOND, "import time; time.sleep(1)")
     (tmp_path / "params").mkdir()
     (tmp_path / "params/x.yaml").write_text("")
     command = [sys.executable, "-m", "wddm", "run", "params/x.yaml", "--force"]

@@ -24,6 +24,7 @@ from wddm.files import digest, read_json
 from wddm.workbook.parameters import read_yaml
 
 MAKERS = {"data": "01_prepare", "pipeline": "02_train", "samples": "03_sample", "metrics": "04_evaluate"}
+PATIENCE = 1.0, 20.0  # seconds to wait for a lock; and where its command is dead, for what that has started to end
 
 
 def read_status(folder: Path) -> dict[str, dict[str, Any]]:
@@ -36,23 +37,21 @@ def read_status(folder: Path) -> dict[str, dict[str, Any]]:
     return status
 
 
-def lock(root: Path, run: str, patience: float = 3.0) -> int:
+def lock(root: Path, run: str, patience: float = 0.0) -> int:
     """The lock of a run as a file descriptor: to close it, or to die, releases it. ValueError: others keep it."""
     path = root / "runs" / ".locks" / run
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, until = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), time.monotonic() + patience
+    descriptor, began = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), time.monotonic()
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
-            if time.monotonic() > until:
-                os.close(descriptor)
-                holder, remedy = (
-                    path.read_text() or "unknown",
-                    "wait for it to end, or choose another name with -p run=",
-                )
-                raise ValueError(f"run {run!r} is under way (process {holder}): {remedy}...") from None
+            holder = path.read_text()
+        if time.monotonic() - began > max(patience, PATIENCE[not _is_alive(holder)]):
+            os.close(descriptor)
+            remedy = "wait for it to end, or choose another name with -p run=..."
+            raise ValueError(f"run {run!r} is under way (process {holder or 'unknown'}): {remedy}")
         time.sleep(0.05)
     os.truncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
@@ -67,6 +66,15 @@ def is_locked(root: Path, run: str) -> bool:
     except OSError as error:
         return isinstance(error, BlockingIOError)
     return False
+
+
+def _is_alive(holder: str) -> bool:
+    pid, _, machine = holder.partition(" on ")
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, OSError) as error:
+        return isinstance(error, PermissionError)  # someone else's
+    return machine in ("", socket.gethostname())  # of another one nobody knows
 
 
 def read_record(root: Path, run: str) -> dict[str, dict[str, Any]]:
