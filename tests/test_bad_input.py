@@ -277,8 +277,13 @@ def test_a_notebook_run_by_hand_refuses_too(root, monkeypatch, notebook: str, gi
 
 # -------------------------------------------------------------------------------------------------------- YAML
 
+BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "\n".join(
+    f"{n}: &{n} [{', '.join([f'*{before}'] * 9)}]" for before, n in zip("abcdefgh", "bcdefghi", strict=True)
+)
 YAML = {
     "a key twice": "level: 1\nlevel: 2",
+    "alias bomb": BOMB,
+    "alias": "widths: &a [8]\nattention_levels: *a",
     "octal": "seed: 010",
     "sexagesimal": "seed: 1:30",
     "sexagesimal float": "train_kimg: 1:30",
@@ -291,6 +296,7 @@ YAML = {
     "a mapping of recipes": "recipe: {a: b}",
     "a recipe that is none": "recipe: modren",
     "a number of a recipe": "recipe: 3",
+    "unquoted no": "precision: no",
     "unquoted yes": "on_error: yes",
     "a date": "dataset: 2024-01-01",
     "a list": "- level\n- 1",
@@ -379,7 +385,7 @@ COMMANDS = [  # a command, and what its line names
     (f"{QUICKSTART} -p levle=2", "did you mean 'level'"),
     (f"{QUICKSTART} -p level=[2", "level"),
     (f"{QUICKSTART} -p seed=010", "seed"),
-    (f"{QUICKSTART} -p precision=yes", "precision"),
+    (f"{QUICKSTART} -p precision=no", "precision"),
     (f"{QUICKSTART} -p recipe=[a]", "recipe"),
     (f"{QUICKSTART} -p run={'a' * 300}", "run"),
     (f"{QUICKSTART} -p run=..", "run"),

@@ -8,8 +8,8 @@ The cell tagged `parameters` of a notebook is its schema, one line per parameter
 Types are str, int, float, bool, `int | str`, list[T] and `T | None`. A comment explains, it decides nothing: which
 values are allowed is up to the code that takes them.
 
-Their values come from YAML 1.2. PyYAML reads 1.1, which takes 010 for 8, 1:30 for 90, no for False and 2024-01-01 for a
-date, and keeps the last of two equal keys: here all these are text, and a key is given once.
+Their values come from YAML, read strictly: YAML 1.1 takes 010 for 8, 1:30 for 90 and 2024-01-01 for a date, keeps the
+last of two equal keys, and lets a few lines stand for gigabytes. All that is refused.
 """
 
 import ast
@@ -23,12 +23,11 @@ from typing import Any
 
 import yaml
 
+EXAMPLES: dict[str, Any] = {"str": "name", "int": 1, "float": 0.1, "bool": True, "int | str": 1}
 TYPE = re.compile(r"(?P<list>list\[)?(?P<item>int \| str|str|int|float|bool)(?(list)\])(?P<none> \| None)?")
 EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")  # which papermill's YAML reads as a string
-SCALARS = {  # what is not text, by the tag that YAML gives it
-    "null": r"(~|null|Null|NULL|)\Z", "bool": r"(true|True|TRUE|false|False|FALSE)\Z",
-    "int": r"[-+]?(0|[1-9][0-9]{0,18})\Z", "float": r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?\Z",
-}  # fmt: skip
+DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9]{0,18}|[0-9]*\.[0-9]*([eE][-+][0-9]+)?|\.(?i:inf|nan))")
+MOST_BYTES = 100_000  # bytes of a file
 
 
 @dataclass(frozen=True)
@@ -48,14 +47,25 @@ class Parameter:
         if value is None and kind["none"]:
             return None
         items = value if kind["list"] else [value]
-        if isinstance(items, list | tuple):
-            if kind["item"] == "float":
-                items = [float(x) if type(x) is int or EXPONENT.fullmatch(str(x)) else x for x in items]
-            kinds, endless = kind["item"].split(" | "), (math.inf, -math.inf)
-            if all(type(x).__name__ in kinds and x not in endless and x == x for x in items):
-                return list(items) if kind["list"] else items[0]
-        example = f", e.g. {self.name}: {json.dumps(self.default)}" if self.default is not None else ""
-        raise ValueError(f"{self.name}: got {value!r:.100} ({type(value).__name__}), wanted {self.type}{example}")
+        if not isinstance(items, list | tuple):
+            raise self._refusal(value, kind)
+        if kind["item"] == "float":
+            items = [float(item) if type(item) is int or EXPONENT.fullmatch(str(item)) else item for item in items]
+        for item in items:
+            if type(item).__name__ not in kind["item"].split(" | ") or item in (math.inf, -math.inf) or item != item:
+                raise self._refusal(value, kind)
+        return list(items) if kind["list"] else items[0]
+
+    def _refusal(self, value: Any, kind: re.Match[str]) -> ValueError:
+        example = EXAMPLES[kind["item"]] if self.default is None else self.default
+        example = [example] if kind["list"] and self.default is None else example
+        shown = example if isinstance(example, str) else json.dumps(example)
+        got = f"{self.name}: got {value!r:.100} ({type(value).__name__})"
+        message = f"{got}, wanted {self.type}, e.g. {self.name}: {shown}"
+        if kind["item"] == "str" and isinstance(value, bool | int | float):
+            text = ("no", "yes")[value] if isinstance(value, bool) else value
+            message += f'; if it is a text, quote it: "{text}"'
+        return ValueError(message)
 
 
 def tagged(notebook: Any, tag: str) -> Any:
@@ -139,40 +149,53 @@ def merge_schemas(notebooks: tuple[Path, ...]) -> dict[str, Parameter]:
 
 
 class Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars of YAML 1.2 and without keys given twice."""
+    """SafeLoader without anchors, aliases, tags, keys given twice and numbers that can be misread."""
 
-    yaml_implicit_resolvers = {}  # noqa: RUF012
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()
+        if event.anchor or getattr(event, "tag", None):
+            _refuse("got an anchor (&), alias (*) or tag (!), wanted the value: write it out, or quote it", event)
+        node: Any = super().compose_node(parent, index)
+        seen = set[str]()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key.value == "<<":
+                _refuse("got a merge key (<<), wanted its keys: write them out", key)
+            if str(key.value) in seen:
+                _refuse(f"got {key.value!r:.60} twice, wanted it once: remove one of them", key)
+            seen.add(str(key.value))
+        if node.tag.endswith((":int", ":float", ":timestamp")) and not DECIMAL.fullmatch(node.value):
+            wanted = "wanted plain decimal digits, 19 at most, if it is a number: else quote it"
+            _refuse(f"got {node.value:.60}, {wanted}", node)
+        return node
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [key.value for key, _ in node.value]
-        for key, _ in reversed(node.value):
-            if keys.count(key.value) > 1:
-                problem = f"got {key.value!r:.60} twice, wanted it once: remove one of them"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-        return super().construct_mapping(node, deep)
 
-
-for tag, pattern in SCALARS.items():
-    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), None)
+def _refuse(problem: str, place: Any) -> None:
+    raise yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
 
 
 def parse(text: str, where: str) -> Any:
     """The value that a text holds; ValueError, one line that begins with `where`."""
     try:
         return yaml.load(text, Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        problem = " ".join(str(error).split())
-        raise ValueError(f"{where}: is not valid YAML ({problem}), wanted one `key: value` per line") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        problem += "" if "wanted" in problem else ", wanted one `key: value` per line"
+        raise ValueError(f"{where}: is not valid YAML ({f'line {mark.line + 1}: ' if mark else ''}{problem})") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file of parameters; ValueError, one line, for anything else."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:  # that may have no end
+            content = file.read(MOST_BYTES + 1)
+        text = content[:MOST_BYTES].decode()
     except (OSError, UnicodeDecodeError) as error:
         problem = getattr(error, "strerror", None) or "it is no UTF-8 text"
         wanted = "wanted a YAML of parameters: give another"
         raise ValueError(f"{path}: got a file that cannot be read ({problem}), {wanted}") from None
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{path}: got more than {MOST_BYTES:,} bytes, wanted one `key: value` per line: shorten it")
     values = {} if (values := parse(text, str(path))) is None else values
     if not isinstance(values, dict):
         raise ValueError(f"{path}: got a {type(values).__name__}, wanted one `key: value` per line")
