@@ -51,12 +51,20 @@ FIGURES = {
     "compare_grids": lambda: plots.compare_grids(GREY, GREY[::-1]),
     "training_curves": lambda: plots.training_curves(ROWS),
     "coefficient_bands": lambda: plots.coefficient_bands(STATES[0], list("AHVD")),
-    "band_histograms": lambda: plots.band_histograms({"A": STATES[:, 0].ravel(), "H": STATES[:, 1].ravel()}),
+    "histograms": lambda: plots.histograms(
+        {"A": STATES[:, 0], "H": STATES[:, 1]}, "coefficient", np.linspace(-4, 4, 81), "y"
+    ),
     "trajectory": lambda: plots.trajectory(STATES, list("AHVD"), TIMES, RGB[:3]),
     "band_trajectory": lambda: plots.band_trajectory(TIMES, STD),
     "spectra": lambda: plots.spectra([0.1, 0.2, 0.5], estimate([9, 4, 1]), estimate([9, 5, 3])),
     "beside": lambda: plots.beside("AHVD", *KURTOSIS, "excess kurtosis", "x"),
-    "nearest_distances": lambda: plots.nearest_distances([[1, 2], [2, 3]], [[0, 0], [1, 4], [2, 2]]),
+    "distributions": lambda: plots.distributions(
+        {
+            "root-mean-square distance to the nearest image": ([1, 2], [0, 1, 2]),
+            "over the distance to the second nearest": ([0.5, 0.67], [0, 0.25, 1]),
+        },
+        1 / 3,
+    ),
     "packet_map": lambda: plots.packet_map(estimate(np.arange(1, 17)), 2),
     "neighbours": lambda: plots.neighbours(RGB[:2], RGB[2:6].reshape(2, 2, 8, 8, 3), [[1, 2], [3, 4]]),
     "stacked": lambda: plots.stacked({"10 images": RGB[0], "20 images": RGB[1]}),
@@ -70,7 +78,6 @@ FIGURES = {
         floor=0.08,
         reference=("ddpm", Estimate(0.15, 0.1, 0.2)),
     ),
-    "confidence": lambda: plots.confidence([0.5, 0.9, 1], [0.1, 0.2, 0.8, 0.9], 0.6),
     "lines": lambda: plots.lines({"a": ([1, 2], [3, 4]), "b": ([1, 3], [1, 9])}, "steps", "error", "xy", ["b"]),
     "speedup_against_flops": lambda: figures.speedup_against_flops(
         [
@@ -93,7 +100,6 @@ FIGURES = {
             ]
         )
     ),
-    "channel_histograms": lambda: plots.channel_histograms(RGB),
 }
 NAMES = [f"level {k}, train_kimg 104, backbone unet, prediction_type v_prediction, widths [128, 256]" for k in range(4)]
 LONG = pd.concat([CURVE.assign(variant=name) for name in NAMES])
@@ -111,7 +117,9 @@ WIDE = {
             ]
         )
     ),
-    "channel_histograms": lambda: plots.channel_histograms(FIVE),
+    "histograms": lambda: plots.histograms(
+        {f"Channel {k + 1}": FIVE[..., k] for k in range(5)}, "pixel value", np.arange(0, 257, 4)
+    ),
     "one step": lambda: plots.training_curves(ROWS[:1]),
     "long training": lambda: plots.training_curves([row | {"images_seen": 10**6 * row["step"]} for row in ROWS]),
     "short training": lambda: plots.training_curves(ROWS[:2]),
@@ -315,8 +323,6 @@ def test_of_many_channels_the_first_are_shown_and_captions_say_so():
     assert [plots.shown_channels(channels) for channels in (1, 3)] == ["", ""]
     assert plots.shown_channels(5) == " Shown of 5 channels: channels 1 to 3 as RGB."
     assert plots.shown_channels(2) == " Shown of 2 channels: channel 1 as grey."
-    titles = [axes.get_title() for axes in plots.channel_histograms(FIVE).axes]
-    assert titles == [f"Channel {k}" for k in range(1, 6)]
 
 
 def test_ticks_of_training_curves_stand_apart_at_any_length():
@@ -509,48 +515,37 @@ def test_variants_have_a_dot_and_an_interval_per_seed():
     np.testing.assert_allclose([segment[0, 1] for segment in segments], axes.lines[0].get_ydata())
 
 
-def test_nearest_distances_are_cumulative_and_copies_have_ratio_zero():
-    distance, ratio = FIGURES["nearest_distances"]().axes
+def test_distributions_are_cumulative() -> None:
+    distance, ratio = FIGURES["distributions"]().axes
+    assert [line.get_label() for line in distance.lines] == ["real", "generated"]
     np.testing.assert_allclose(distance.lines[1].get_xydata()[1:], [[0, 1 / 3], [1, 2 / 3], [2, 1]])
     np.testing.assert_allclose(ratio.lines[1].get_xydata()[1:], [[0, 1 / 3], [0.25, 2 / 3], [1, 1]])
+    assert set(ratio.lines[2].get_xdata()) == {1 / 3} and len(distance.lines) == 2
 
 
 def test_cumulative_curves_stand_in_a_band_of_their_size():
     values = np.linspace(0.1, 0.9, 200)
-    pairs = np.stack([values, np.ones(200)], 1)
-    distance, ratio = plots.nearest_distances(pairs, pairs[:50]).axes
-    (sure,) = plots.confidence(values, values[:50], 0.5).axes
-    for axes in (distance, ratio, sure):
-        for line, band, count in zip(axes.lines[:2], axes.collections, (200, 50), strict=True):
-            corners = band.get_paths()[0].vertices
-            reach = np.sqrt(np.log(20) / 2 / count)  # 0.087 and 0.173
-            np.testing.assert_allclose(corners[:, 1].min(), line.get_ydata()[1] - reach)
-            np.testing.assert_allclose(corners[:, 1].max(), 1 + reach)
+    (axes,) = plots.distributions({"probability": (values, values[:50])}, 0.5).axes
+    for line, band, count in zip(axes.lines[:2], axes.collections, (200, 50), strict=True):
+        corners = band.get_paths()[0].vertices
+        reach = np.sqrt(np.log(20) / 2 / count)  # 0.087 and 0.173
+        np.testing.assert_allclose(corners[:, 1].min(), line.get_ydata()[1] - reach)
+        np.testing.assert_allclose(corners[:, 1].max(), 1 + reach)
 
 
-def test_band_histograms_are_densities_with_their_spread():
-    values = {"A": RNG.normal(size=5000), "H": 0.1 * RNG.normal(size=5000)}
-    figure = plots.band_histograms(values)
-    for patch, (name, band) in zip(figure.axes[0].patches, values.items(), strict=True):
-        density, edges, _ = patch.get_data()
-        np.testing.assert_allclose((density * np.diff(edges)).sum(), 1)
-        assert (edges[0], edges[-1]) == (band.min(), band.max())
-        assert patch.get_label() == f"{name}, std {band.std():#.2g}"
-    assert figure.axes[0].get_yscale() == "log"
-
-
-def test_channel_histograms_count_each_channel():
+def test_histograms_count_each_set_of_values():
     images = np.zeros((2, 4, 4, 3), np.uint8)
     images[..., 1], images[0, ..., 2] = 255, 130
-    figure = plots.channel_histograms(images)
-    assert [axes.get_title() for axes in figure.axes] == ["Red", "Green", "Blue"]
+    names = ("Red", "Green", "Blue")
+    values = {name: images[..., k] for k, name in enumerate(names)}
+    figure = plots.histograms(values, "pixel value", np.arange(0, 257, 4))
+    assert tuple(axes.get_title() for axes in figure.axes) == names
     wanted = [{0: 100}, {252: 100}, {0: 50, 128: 50}]
     for axes, bins in zip(figure.axes, wanted, strict=True):
         for patch in axes.patches:
             share, edges, _ = patch.get_data()
             assert {int(edge): value for edge, value in zip(edges, share, strict=False) if value} == bins
-    single = plots.channel_histograms(GREY)
-    assert len(single.axes) == 1 and not single.legends
+    assert FIGURES["histograms"]().axes[0].get_yscale() == "log"
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])
@@ -609,16 +604,6 @@ def test_neighbours_are_under_their_samples_with_distances():
     assert drawn.shape[1] / 2 < x and 2 * step + tile < y < 2 * step + tile + 24
 
 
-def test_confidence_is_the_distribution_and_counts_below_the_threshold():
-    axes = plots.confidence([0.5, 0.9, 1], [0.1, 0.2, 0.8, 0.9], 0.6).axes[0]
-    real, generated, threshold = axes.lines
-    np.testing.assert_allclose(real.get_xdata()[1:], [0.5, 0.9, 1])
-    np.testing.assert_allclose(generated.get_ydata()[1:], [0.25, 0.5, 0.75, 1])
-    assert real.get_label() == "real, 33.3% below 0.6"
-    assert generated.get_label() == "generated, 50.0% below 0.6"
-    assert set(threshold.get_xdata()) == {0.6}
-
-
 @pytest.mark.parametrize(
     "draw",
     [
@@ -643,15 +628,10 @@ def test_confidence_is_the_distribution_and_counts_below_the_threshold():
         lambda: plots.training_curves([]),
         lambda: plots.training_curves([{"loss": 1}]),
         lambda: plots.spectra([0.1, 0.2], estimate([1, 2]), estimate([1, 2, 3])),
-        lambda: plots.band_histograms({"A": STATES}),
-        lambda: plots.channel_histograms(STATES),
         lambda: plots.packet_map(estimate(np.ones(15)), 2),
         lambda: plots.packet_map(estimate(np.ones(16)), 1),
-        lambda: plots.nearest_distances([1, 2], [[1, 2]]),
         lambda: plots.quality_curves({}, "fwd", "FWD", {"steps": "steps"}, by="solver"),
         lambda: plots.quality_curves({"": CURVE[:0]}, "fwd", "FWD", {"steps": "steps"}, by="steps"),
-        lambda: plots.confidence([[0.5]], [0.5], 0.5),
-        lambda: plots.confidence([0.5], [], 0.5),
     ],
 )
 def test_wrong_shapes_are_refused_in_one_line(draw):

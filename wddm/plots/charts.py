@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -21,8 +20,8 @@ from wddm.plots import style
 from wddm.plots.style import ACCENT, DASHED, GENERATED, REAL, SIDES, Texts, need, palette, panels, shaped, wrapped
 
 __all__ = [
-    "band_histograms", "band_trajectory", "beside", "channel_histograms", "confidence", "lines", "nearest_distances",
-    "packet_map", "quality_curves", "spectra", "training_curves", "variants",
+    "band_trajectory", "beside", "distributions", "histograms", "lines", "packet_map", "quality_curves", "spectra",
+    "training_curves", "variants",
 ]  # fmt: skip
 
 Estimates = Estimate[np.ndarray]
@@ -79,27 +78,14 @@ def training_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
     return figure
 
 
-def band_histograms(values_by_band: Mapping[str, ArrayLike]) -> Figure:
-    """Density of any number of coefficients of each band, logarithmic, standard deviations in the legend."""
-    with panels(2.6, log="y", legend="right center") as (figure, (axes,)):
-        for (name, values), color in zip(values_by_band.items(), palette(len(values_by_band)), strict=True):
-            values = shaped(name, values, ("n",), "ravel the band").astype(float)  # 80 bins of any two values
-            axes.stairs(*np.histogram(values, 80, density=True), color=color, label=f"{name}, std {values.std():#.2g}")
-        axes.set(xlabel="coefficient", ylabel="density")
-    return figure
-
-
-def channel_histograms(images: ArrayLike) -> Figure:
-    """Pixel values of images uint8 (N, H, W, C), a panel per channel, of the first six at most."""
-    style.as_rgb(images := np.asarray(images))  # which refuses what are no images
-    channels = images.shape[-1]
-    titles = {1: [""], 3: ["Red", "Green", "Blue"]}.get(channels, [f"Channel {k}" for k in range(1, 7)])[:channels]
-    with panels(2.0, "ABCDEF"[:channels], sharey=True) as (figure, axs):
-        for channel, (axes, title) in enumerate(zip(axs, titles, strict=True)):
-            counts, edges = np.histogram(images[..., channel], 64, (0, 256))
-            axes.stairs(100 * counts / counts.sum(), edges, color="0.78", fill=True)
-            axes.set(title=title, xlabel="pixel value", xticks=(0, 128, 255))
-        axs[0].set(ylabel="pixels (%)")
+def histograms(values: Mapping[str, ArrayLike], quantity: str, edges: ArrayLike, log: str = "") -> Figure:
+    """The shares of values, any number by name, that lie between `edges`: a panel each, on the same axes."""
+    with panels(2.0, "ABCDEFGH"[: len(values)], log, sharex=True, sharey=True) as (figure, axs):
+        for axes, (name, each) in zip(axs, values.items(), strict=True):
+            counts, _ = np.histogram(each, edges)
+            axes.stairs(100 * counts / np.size(each), edges, color="0.78", fill=True)
+            axes.set(title=name, xlabel=quantity)
+        axs[0].set(ylabel="share (%)")
     return figure
 
 
@@ -214,36 +200,18 @@ def quality_curves(
     return figure
 
 
-def _shares(axes: Axes, values: np.ndarray, color: str, name: str) -> None:
-    """The share of values (N,) below, over the values, and the band in which 90 % of whole curves lie."""
-    line, reach = axes.ecdf(values, color=color, label=name), band(values)
-    x, y = np.asarray(line.get_xydata())[1:].T  # the first is -inf
-    axes.fill_between(x, y - reach, y + reach, step="post", color=color, **AREA)
+def distributions(quantities: Mapping[str, tuple[ArrayLike, ArrayLike]], threshold: float) -> Figure:
+    """The share of real (N,) and of generated images (M,) below a value, by the name of that: a panel each.
 
-
-def confidence(real: ArrayLike, generated: ArrayLike, threshold: float) -> Figure:
-    """Distribution of a classifier's top-class probability, real (N,) and generated (M,), and a threshold."""
-    with panels(2.6, legend="upper right") as (figure, (axes,)):
-        for (name, color), sample in zip(SIDES, (real, generated), strict=True):
-            values = shaped(name, sample, ("N",), "pass a probability per image")
-            _shares(axes, values, color, f"{name}, {np.mean(values < threshold):.1%} below {threshold:g}")
-        axes.axvline(threshold, color=ACCENT, **DASHED)
-        axes.set(xlabel="top-class probability", ylabel="share of images below", xlim=(0, 1), ylim=(0, 1))
-    return figure
-
-
-def nearest_distances(real: ArrayLike, generated: ArrayLike) -> Figure:
-    """Share of images below a distance to the nearest training image, and below its ratio to the second nearest, of
-    both distances (n, 2) of each. Dashed: a third, up to which it is a copy.
+    Shaded: the band in which 90 % of whole curves lie. Dashed, in the last panel: a threshold.
     """
-    with panels(2.4, "AB", sharey=True) as (figure, (distance, ratio)):
-        for (name, color), sample in zip(SIDES, (real, generated), strict=True):
-            nearest, second = shaped(name, sample, ("n", 2), "pass the two nearest").T
-            _shares(distance, nearest, color, name)
-            _shares(ratio, np.divide(nearest, second, where=second > 0, out=np.zeros(len(nearest))), color, name)
-        ratio.axvline(1 / 3, color=ACCENT, **DASHED)
-        distance.set(xlabel="distance to the nearest training image\n(root mean square, pixels 0 to 1)")
-        distance.set(ylabel="share of images below", xlim=(0, None), ylim=(0, 1))
-        ratio.set(xlabel="distance to the nearest / to the second nearest", xlim=(0, 1))
-        distance.legend(loc="upper left")
+    with panels(2.6, "ABCD"[: len(quantities)], legend="upper right", sharey=True) as (figure, axs):
+        for axes, (name, both) in zip(axs, quantities.items(), strict=True):
+            for (side, color), values in zip(SIDES, both, strict=True):
+                line, reach = axes.ecdf(values, color=color, label=side), band(np.asarray(values))
+                x, y = np.asarray(line.get_xydata())[1:].T  # the first is -inf
+                axes.fill_between(x, y - reach, y + reach, step="post", color=color, **AREA)
+            axes.set(xlabel=wrapped([name], 40)[0], ylim=(0, 1))
+        axs[0].set(ylabel="share of images below")
+        axs[-1].axvline(threshold, color=ACCENT, **DASHED)
     return figure
