@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from wddm.metrics.intervals import Estimate, band
 from wddm.plots import style
-from wddm.plots.style import ACCENT, DASHED, GENERATED, REAL, SIDES, Texts, need, palette, panels, shaped, wrapped
+from wddm.plots.style import ACCENT, DASHED, GENERATED, REAL, SIDES, Texts, palette, panels, wrapped
 
 __all__ = [
     "band_trajectory", "beside", "distributions", "histograms", "lines", "packet_map", "quality_curves", "spectra",
@@ -40,7 +40,6 @@ def lines(
     with panels(2.6, log=log, legend="right center") as (figure, (axes,)):
         for name, (x, y) in series.items():
             dashes, width = "--" if name in dashed else "-", 0.8 if name in parts else None
-            y = shaped(name, y, np.shape(x), "pass a y for every x")
             axes.plot(x, y, dashes, label=name, color=colors[name], linewidth=width)
         axes.set(xlabel=xlabel, ylabel=ylabel)
     return figure
@@ -58,8 +57,7 @@ def training_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
     import pandas as pd
 
     frame, names = pd.DataFrame(rows), ["images_seen", "loss", "lr", "grad_norm"]
-    need(set(names) <= set(frame), f"{len(frame)} rows of {list(frame)}", names, "pass a dict per step")
-    seen = frame.images_seen / 1000
+    seen = frame["images_seen"] / 1000
     smooth = frame[names].rolling(max(1, len(frame) // 50), min_periods=1, center=True).mean()
     titles = {"loss": "Loss", "lr": "Learning rate", "grad_norm": "Gradient norm"}
     with panels(2.8, "AB;AC", width_ratios=(3, 2), sharex=True) as (figure, axs):
@@ -93,7 +91,6 @@ def spectra(frequency: ArrayLike, real: Estimates, generated: Estimates) -> Figu
     """Radial power spectra (F,) over spatial frequency (F,) in cycles/pixel, and their ratio underneath."""
     with panels(3.4, "A;B", log="xy", height_ratios=(2, 1), sharex=True) as (figure, (power, ratio)):
         for (name, color), (value, low, high) in zip(SIDES, (real, generated), strict=True):
-            value = shaped(name, value, np.shape(frequency), "use the same frequencies")
             power.plot(frequency, value, color=color, label=name)
             power.fill_between(frequency, low, high, color=color, **AREA)
         ratio.plot(frequency, generated.value / real.value, color=GENERATED)
@@ -123,7 +120,7 @@ def packet_map(distances: Estimates, level: int) -> Figure:
     import pywt  # here, as seaborn takes a second
     import seaborn as sns
 
-    values, side = shaped("distances", distances.value, (4**level,), f"match level {level}"), 2**level
+    values, side = np.reshape(distances.value, 4**level), 2**level
     nodes = pywt.WaveletPacket2D(np.zeros((side, side)), "haar", maxlevel=level).get_level(level, "freq")
     # a path has a letter per split, the first split first; a packet's number, a base-4 digit per split, the last first
     digits = str.maketrans("ahvd", "0123")
@@ -174,7 +171,6 @@ def quality_curves(
     `axis`: the columns that they are drawn over, in turn, with their labels. `reference`: name, value, low and high.
     """
     names = list(dict.fromkeys(name for table in tables.values() for name in table.get(by, ())))
-    need(names, "no curves", "one or more", "give what was measured")
     colors = dict(zip(names, palette(len(names)), strict=True))
     drawn = [(title, table, x) for title, table in tables.items() for x in axis]
     with panels(3.4, "ABCDEFGHIJ"[: len(drawn)], "y", "lower center", sharey=True) as (figure, axs):

@@ -71,20 +71,6 @@ def panels(
             axes.tick_params(which="both", labelsize=STYLE["xtick.labelsize"])
 
 
-def need(condition: object, got: object, wanted: object, remedy: str) -> None:
-    """ValueError, in one line, unless the condition holds."""
-    if not condition:
-        raise ValueError(f"got {got}, wanted {wanted}: {remedy}")
-
-
-def shaped(name: str, values: ArrayLike, shape: tuple[int | str, ...], remedy: str) -> np.ndarray:
-    """Values as an array of this shape, in which a letter stands for any length but 0. ValueError for another."""
-    array, wanted = np.asarray(values), ", ".join(map(str, shape))
-    same = [n > 0 if isinstance(length, str) else n == length for n, length in zip(array.shape, shape, strict=False)]
-    need(array.ndim == len(shape) and all(same), f"{name} {array.shape}", f"({wanted})", remedy)
-    return array
-
-
 def wrapped(names: Iterable[str], width: int = 36, lines: int | None = None) -> list[str]:
     """Names in lines of this many letters, so many at most."""
     return ["\n".join(textwrap.wrap(name, width, max_lines=lines, placeholder=" …")) for name in names]
@@ -128,8 +114,8 @@ def logarithmic(axes: Axes, names: str) -> None:
 def as_rgb(images: ArrayLike) -> np.ndarray:
     """Images uint8 (N, H, W, C) as RGB (N, H, W, 3): the first three channels as colours, or the first as grey."""
     images = np.asarray(images)
-    fits = images.dtype == np.uint8 and images.ndim == 4 and images.size
-    need(fits, f"{images.dtype} images {images.shape}", "uint8 (N, H, W, C)", "convert, channels last")
+    if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
+        raise ValueError(f"got {images.dtype} images {images.shape}, wanted uint8 (N, H, W, C): convert them")
     return np.broadcast_to(images[..., : 3 if images.shape[-1] >= 3 else 1], (*images.shape[:3], 3))
 
 
@@ -154,8 +140,9 @@ def image_grid(
 ) -> Figure:
     """Images (N, H, W, C) in a tight grid, row by row; titles (N) over or below them, `sides` at the left of rows."""
     images, columns = as_rgb(images), max(1, min(columns, len(images)))
-    need(len(titles) in (0, len(images)), f"{len(titles)} titles", len(images), "pass one per image")
     fitting, largest = round(WIDTH * DPI / columns / (images.shape[2] + 1)), max(6, 220 // images.shape[2])
+    if len(titles) not in (0, len(images)):
+        raise ValueError(f"got {len(titles)} titles, wanted {len(images)}: pass one per image")
     scale = max(1, min(fitting, largest))
     images = images.repeat(scale, 1).repeat(scale, 2)  # from here on lengths are in pixels of the figure
     (height, width), line = images.shape[1:3], 24 * any(titles)
@@ -181,8 +168,7 @@ def image_grid(
 
 def compare_grids(real: ArrayLike, generated: ArrayLike, columns: int = 8) -> Figure:
     """Two grids of equally many images (N, H, W, C) side by side, titled Real and Generated."""
-    generated = shaped("generated images", generated, np.shape(real), "pass equally many")
-    columns = max(1, min(columns, len(generated)))
+    columns = max(1, min(columns, len(np.asarray(real))))
     return image_grid([compose(real, columns), compose(generated, columns)], 2, ("Real", "Generated"), gap=24)
 
 
@@ -193,21 +179,17 @@ def stacked(pictures: Mapping[str, ArrayLike]) -> Figure:
 
 def neighbours(samples: ArrayLike, nearest: ArrayLike, distances: ArrayLike) -> Figure:
     """Samples (N, H, W, C) over their nearest training images (N, k, H, W, C), distances (N, k) beneath."""
-    samples = np.asarray(samples)
-    nearest = shaped("nearest", nearest, (len(samples), "k", *samples.shape[1:]), "index real")
-    distances = shaped("distances", distances, nearest.shape[:2], "pass one per neighbour")
-    images = np.concatenate([samples, *nearest.swapaxes(0, 1)])
-    titles = [""] * len(samples) + [f"{distance:#.3g}".rstrip(".") for distance in distances.T.flat]
-    sides = ["sample", "nearest", *(f"nearest {rank}" for rank in range(2, nearest.shape[1] + 1))]
-    return image_grid(images, len(samples), titles, sides, below=True)
+    rows = np.concatenate([np.asarray(samples)[:, None], nearest], axis=1).swapaxes(0, 1)  # (1 + k, N, H, W, C)
+    count = rows.shape[1]
+    titles = [""] * count + [f"{distance:#.3g}".rstrip(".") for distance in np.transpose(distances).flat]
+    sides = ["sample", "nearest", *(f"nearest {rank}" for rank in range(2, len(rows)))]
+    return image_grid(rows.reshape(-1, *rows.shape[2:]), count, titles, sides, below=True)
 
 
 def _tiles(coefficients: np.ndarray, labels: Texts) -> tuple[np.ndarray, np.ndarray]:
     """Bands (S, bands, C, h, w) of coefficients (S, bands * C, h, w), and pictures of them, (S * bands, h, w, 3)."""
-    shape, count = coefficients.shape, len(labels)
-    fits = len(shape) == 4 and count and shape[1] % count == 0
-    need(fits, f"coefficients {shape[1:]}", f"({count} x channels, h, w)", "pass a label per band")
-    bands, tiles = coefficients.reshape(shape[0], count, -1, *shape[2:]), []
+    steps, _, height, width = coefficients.shape
+    bands, tiles = coefficients.reshape(steps, len(labels), -1, height, width), []
     for band in bands.reshape(-1, *bands.shape[2:]):
         band = band[: 3 if len(band) >= 3 else 1]
         scaled = np.clip(band / (np.percentile(np.abs(band), 99.5) or 1) / 2 + 0.5, 0, 1)  # zero is in the middle
@@ -224,10 +206,9 @@ def coefficient_bands(coefficients: ArrayLike, labels: Texts) -> Figure:
 
 def trajectory(states: ArrayLike, labels: Texts, times: Sequence[float], images: ArrayLike) -> Figure:
     """Denoising by band: states (S, bands * C, h, w), a column per time (S,), under the decoded images (S, H, W, C)."""
-    states, images = shaped("states", states, (len(times), "C", "h", "w"), "pass a state per time"), as_rgb(images)
-    tiles = _tiles(states, labels)[1].reshape(len(times), len(labels), *states.shape[2:], 3)
-    tiles = np.concatenate(tiles.swapaxes(0, 1))
-    tiles = tiles.repeat(images.shape[1] // states.shape[2], 1).repeat(images.shape[2] // states.shape[3], 2)
-    images = shaped("images", images, (len(times), *tiles.shape[1:]), "decode the states")
-    titles = [f"t = {t:.4g}" for t in times] + [""] * len(tiles)
-    return image_grid(np.concatenate([images, tiles]), len(times), titles, ["image", *labels])
+    states, images = np.asarray(states), as_rgb(images)
+    tiles = _tiles(states, labels)[1].reshape(len(times), len(labels), *states.shape[2:], 3).swapaxes(0, 1)
+    tiles = tiles.repeat(images.shape[1] // states.shape[2], 2).repeat(images.shape[2] // states.shape[3], 3)
+    rows = np.concatenate([images[None], tiles])  # (1 + bands, S, H, W, 3)
+    titles = [f"t = {t:.4g}" for t in times] + [""] * (len(tiles) * len(times))
+    return image_grid(rows.reshape(-1, *rows.shape[2:]), len(times), titles, ["image", *labels])
