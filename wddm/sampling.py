@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,16 +25,6 @@ from wddm.files import refusing
 from wddm.loading import fetched
 from wddm.objective import build_solver, default_solver
 from wddm.pipeline import WaveletPipeline, image_generators, visible
-
-
-class Solving(TypedDict, total=False):
-    """How the solver runs: arguments of a `WaveletPipeline`'s call, and of the functions that draw by it."""
-
-    num_inference_steps: int
-    eta: float
-    detail_steps: int | None
-    guidance: float
-    guidance_details: float | None
 
 
 def open_pipeline(
@@ -70,7 +60,7 @@ def open_pipeline(
 
 def draw(
     pipeline: WaveletPipeline, folder: Path, count: int, *, batch_size: int = 64, seed: int = 0,
-    labels: Sequence[int | str] | None = None, **solving: Unpack[Solving],
+    labels: Sequence[int | str] | None = None, **solving: Any,
 ) -> None:  # fmt: skip
     """Write images 00000.png ..., grid.png and samples.json into a new folder, as `write_summary` and `new_folder` say.
 
@@ -95,12 +85,13 @@ def draw(
 
 def sample_images(
     pipeline: WaveletPipeline, count: int, *, batch_size: int = 64, seed: int = 0, rank: int = 0, world_size: int = 1,
-    labels: Sequence[int | str] | None = None, known: Mapping[str, Tensor] | None = None, **solving: Unpack[Solving],
+    labels: Sequence[int | str] | None = None, known: Mapping[str, Tensor] | None = None, **solving: Any,
 ) -> Iterator[np.ndarray]:  # fmt: skip
     """Draw `count` images batch by batch, uint8 (b, H, W, C), image k seeded `seed + k`; the last batch is shorter.
 
     Image k has label k of `labels_in_turn`, over and over, or else row k of each tensor in `known`: the pipeline's
     low_resolution, or known and mask, and the `labels` if any. The process `rank` draws every `world_size`-th batch.
+    `solving`: arguments of the pipeline's call, which refuses others.
     """
     size = images_per_call(pipeline, batch_size)
     turn = labels_in_turn(pipeline, labels) if labels or not known else None
