@@ -803,16 +803,16 @@ def test_preflight_sees_what_is_going_to_run(root, launched):
 
 def test_where_nothing_can_be_written_one_line_says_so(root, launched, capsys, monkeypatch):
     (root / "reports").write_text("in the way")
-    assert main(["run", "params/x.yaml"]) == 1 and launched == []
+    assert main(["run", "params/x.yaml"]) == 2 and launched == []
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"{root}/reports" in error and "make room" in error
+    assert error.count("\n") == 1 and f"got {root}/reports" in error and "cannot be written" in error
     (root / "reports").unlink()
     assert main(["run", "params/x.yaml"]) == 0
     full = OSError(errno.ENOSPC, "No space left on device", "reports/x/01_prepare.ipynb")
     monkeypatch.setattr(kernel, "execute", lambda *job: (_ for _ in ()).throw(full))
-    assert main(["run", "params/x.yaml", "--force"]) == 1
+    assert main(["run", "params/x.yaml", "--force"]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "No space left on device: 'reports/x/01_prepare.ipynb': " in error
+    assert error.count("\n") == 1 and "01_prepare.ipynb, which cannot be written (No space left on device): " in error
     assert records.read_status(root / "reports/x")["01_prepare"]["state"] == "killed"
 
 

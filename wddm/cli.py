@@ -5,6 +5,7 @@ Exit codes: 0 ok, 1 a notebook or training failed, 2 bad arguments or parameters
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -20,7 +21,6 @@ from wddm.files import read_json, write_json
 from wddm.workbook.experiments import Experiment
 
 COUNT, PATH = click.IntRange(min=1), click.Path(path_type=Path)
-FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 
 
 def takes_parameters(command: Callable) -> Callable:
@@ -151,7 +151,7 @@ def sample(
 @click.option("--resolution", type=COUNT, help="Which one, where a set is prepared in several.")
 @click.option("--fwd-level", type=COUNT, help="Level of the packets of FWD; by default, by the images' size.")
 @click.option("--inception-weights", type=PATH, metavar="FILE", help="torch-fidelity's file.")
-@click.option("--output", type=FILE, default=Path("metrics.json"), help="Where the numbers go.")
+@click.option("--output", type=PATH, default=Path("metrics.json"), help="Where the numbers go.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of resampling, for intervals and floors.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...; a GPU if there is one, else cpu.")
 def evaluate(
@@ -166,7 +166,11 @@ def evaluate(
     from wddm.workbook.report import format_table
 
     check_device(device or "cpu")  # what cannot be used is told before anything is computed
-    output.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    if output.is_dir() or not os.access(output.parent, os.W_OK | os.X_OK):
+        wanted = "that can be written" if output.parent.is_dir() else "in a folder"
+        raise ValueError(f"got --output {output}, wanted a file {wanted}: change it")
     root = Path()
     with contextlib.suppress(ValueError):
         root = workbook.find_root()
@@ -205,6 +209,18 @@ def init(folder: Path) -> None:
     print(f"{folder} is a workbook: cd {folder} && wddm run params/quickstart.yaml")
 
 
+FOUND = re.compile(r"Invalid value for ('.*?'): (.+) is not (?:a valid (.+)|in the range (?:(.+)<=x<=(.+)|x>=(.+)))\.")
+
+
+def remedied(error: click.ClickException) -> str:
+    """click's message as got, wanted and what to do."""
+    text = error.format_message()
+    if m := FOUND.fullmatch(text):
+        text = f"got {m[2]} for {m[1]}, wanted {m[3] or (f'{m[6]} or more' if m[6] else f'{m[4]} to {m[5]}')}"
+    command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "wddm"
+    return f"{' '.join(text.split()).rstrip('.')}: see {command} --help"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; its exit code."""
     if "OMP_WAIT_POLICY" not in os.environ:  # threads that wait spin, and stall what else runs; until torch is imported
@@ -218,14 +234,10 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # nobody reads what we print (wddm run ... | head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except click.ClickException as error:
-        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "wddm"
-        print(f"wddm: {' '.join(error.format_message().split())} See {command} --help", file=sys.stderr)
-        return 2
-    except (ValueError, FloatingPointError, OSError) as error:
-        remedy = ": give another place, or make room" if isinstance(error, OSError) and error.errno else ""
-        print(*(f"wddm: {line}" for line in f"{error}{remedy}".splitlines()), sep="\n", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+    except (click.ClickException, ValueError, FloatingPointError, OSError) as error:
+        message = remedied(error) if isinstance(error, click.ClickException) else str(error)
+        print(*(f"wddm: {line}" for line in message.splitlines()), sep="\n", file=sys.stderr)
+        return 2 if isinstance(error, click.ClickException | ValueError) else 1
     except (KeyboardInterrupt, click.Abort) as error:
         print(f"wddm: {str(error.__cause__ or error) or 'stopped'}", file=sys.stderr)  # click wraps the one we raise
         return 130

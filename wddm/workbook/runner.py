@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from wddm.files import digest, read_json, write_json, write_text
-from wddm.workbook import kernel, provenance
-from wddm.workbook.cluster import Member, run_beside, run_by_dask
+from wddm.workbook import cluster, kernel, provenance
 from wddm.workbook.experiments import Experiment
 from wddm.workbook.records import MAKERS, lock, read_record, read_status
 from wddm.workbook.report import format_seconds, render, renew_headers, write_index
@@ -48,20 +47,31 @@ def run(
     tasks = [Task(one, notebooks, options) for one, notebooks in zip(experiments, chosen, strict=True) if notebooks]
     if not tasks:
         raise ValueError(f"got --only {only} and --from {start}, which leave no notebook to run: give one of them")
+    try:
+        return _run(tasks, jobs, cluster, preflight, held)
+    except OSError as error:
+        if error.errno is None or isinstance(error, ConnectionError | FileNotFoundError):
+            raise
+        place = str(error.filename or experiments[0].root)[:200]
+        remedy = "make room, or make it writable, and run it again: what is finished stays"
+        raise ValueError(f"got {place}, which cannot be written ({error.strerror or error}): {remedy}") from None
+
+
+def _run(tasks: list["Task"], jobs: int, where: str | None, preflight: Preflight, held: int | None) -> int:
     members, summaries = ([task for task in tasks if task.experiment.is_summary is kind] for kind in (False, True))
     with contextlib.ExitStack() as locks, contextlib.chdir(tasks[0].root):  # where relative paths in parameters start
         for task in tasks:
-            task.lock = held or lock(task.root, "." * bool(cluster and task in members) + task.experiment.run)
+            task.lock = held or lock(task.root, "." * bool(where and task in members) + task.experiment.run)
             locks.callback(os.close, task.lock)
         if problems := dict.fromkeys(line for task in tasks for line in task.problems(preflight)):
             raise ValueError("\n".join(problems))
         write_index(tasks[0].root)
         stop = locks.enter_context(kernel.stop_on_signals())
-        processes = [Member(task.experiment, task.options, task.lock) for task in members]
-        if cluster and members:
-            codes = run_by_dask(processes, cluster, jobs, stop)
+        processes = [cluster.Member(task.experiment, task.options, task.lock) for task in members]
+        if where and members:
+            codes = cluster.run_by_dask(processes, where, jobs, stop)
         elif jobs > 1 and len(members) > 1:
-            codes = run_beside(processes, jobs, stop)
+            codes = cluster.run_beside(processes, jobs, stop)
         else:
             codes = [task.run(stop) for task in members if not stop.requested]
         codes += [task.run(stop) for task in summaries if not stop.requested]
