@@ -82,12 +82,12 @@ def ours(task: Task, level: int, labelled: bool = False) -> Generator[Any]:
         steps = trainer.steps()
         until(task, lambda: next(steps))
         yield trainer.images_seen
-        with trainer.averaged() as pipeline:
-            pipeline.set_progress_bar_config(disable=True)
-            for start in itertools.count(step=BATCH):
-                asked = [k % len(prepared.class_names or ()) for k in range(start, start + BATCH)] if labelled else None
-                options = {"num_inference_steps": CALLS, "seed": task.seed + start, "output_type": "pt"}
-                yield pipeline(BATCH, labels=asked, **options).images
+        pipeline = trainer.averaged()
+        pipeline.set_progress_bar_config(disable=True)
+        for start in itertools.count(step=BATCH):
+            asked = [k % len(prepared.class_names or ()) for k in range(start, start + BATCH)] if labelled else None
+            options = {"num_inference_steps": CALLS, "seed": task.seed + start, "output_type": "pt"}
+            yield pipeline(BATCH, labels=asked, **options).images
 
 
 def denoising_diffusion(task: Task) -> Generator[Any]:
