@@ -15,11 +15,13 @@ TEMPLATE = Path(__file__).with_name("card.md.j2")
 
 def card_of(pipeline: DiffusionPipeline, name: str, report: str | Path | None) -> str:
     """The card by `report`, or by that of the run that the pipeline was loaded from; or else the one it came with."""
-    folder = Path(pipeline.config.get("_name_or_path") or "nowhere").resolve()  # runs/<run>/pipeline, or elsewhere
-    beside, card = folder / "../../../reports" / folder.parent.name, folder / "README.md"
-    report = report or (beside if (beside / "params.yaml").exists() else None)
-    if report is None and card.exists():
-        return card.read_text(encoding="utf-8")
+    folder = Path(pipeline.config.get("_name_or_path") or "nowhere")
+    run = folder.resolve().parent
+    beside = run.parents[1] / "reports" / run.name if run.parent.name == "runs" else run
+    if report is None and (beside / "params.yaml").is_file():
+        report = beside
+    if report is None and (folder / "README.md").is_file():
+        return (folder / "README.md").read_text(encoding="utf-8")
     return model_card(pipeline, name, Path(report) if report else None)
 
 
