@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # workers and their kernels share the cores; threads on top only wait
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # and where two are asked for, they sleep while they wait
 
 import local_data
 import numpy as np
