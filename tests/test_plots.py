@@ -617,6 +617,7 @@ def test_what_are_no_images_is_refused_in_one_line(images):
         lambda: plots.compare_grids(RGB, RGB[:5]),
         lambda: plots.neighbours(RGB[:2], RGB[:2], [1, 2]),
         lambda: plots.neighbours(RGB[:2], RGB[None, :2], [[1, 2]]),
+        lambda: plots.neighbours(RGB[:2], RGB[:6].reshape(2, 3, 8, 8, 3), [[1, 2], [3, 4], [5, 6]]),
         lambda: plots.coefficient_bands(STATES, list("AHVD")),
         lambda: plots.coefficient_bands(STATES[0], list("AHVDX")),
         lambda: plots.coefficient_bands(STATES[0, :11], list("AHVD")),

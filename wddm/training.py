@@ -67,7 +67,7 @@ class Trainer:
     weighting: str = "min_snr"
     reconstruction: float = 0.0
     learning_rate: float = 2e-3  # of AdamW, after the warm-up
-    schedule: str = "constant_with_warmup"  # a key of SCHEDULES; cosine ends at zero
+    schedule: str = "constant_with_warmup"  # one of SCHEDULES; cosine ends at zero
     warmup_kimg: float = 5.0
     weight_decay: float = 0.01
     ema_half_life_kimg: float = 10.0  # after which a weight's share has halved, 8 % of the images seen at most; 0: none

@@ -179,6 +179,8 @@ def stacked(pictures: Mapping[str, ArrayLike]) -> Figure:
 
 def neighbours(samples: ArrayLike, nearest: ArrayLike, distances: ArrayLike) -> Figure:
     """Samples (N, H, W, C) over their nearest training images (N, k, H, W, C), distances (N, k) beneath."""
+    if (shape := np.shape(nearest)[:2]) != np.shape(distances):
+        raise ValueError(f"got distances {np.shape(distances)}, wanted {shape}: pass one per neighbour")
     rows = np.concatenate([np.asarray(samples)[:, None], nearest], axis=1).swapaxes(0, 1)  # (1 + k, N, H, W, C)
     count = rows.shape[1]
     titles = [""] * count + [f"{distance:#.3g}".rstrip(".") for distance in np.transpose(distances).flat]
