@@ -130,7 +130,6 @@ def test_fwd_is_the_reference_between_cats_and_airplanes():
         result = frechet_wavelet_distance(cats, airplanes, level=level)
         assert result.value == pytest.approx(expected, rel=1e-6)
         assert result.per_packet.shape == (4**level,) and result.per_packet.mean() == result.value
-        assert (result.count_real, result.count_generated) == (1000, 1000)
     assert frechet_wavelet_distance(as_float(cats), airplanes).value == pytest.approx(1.28209434, rel=1e-5)
 
 
@@ -175,14 +174,14 @@ def test_fwd_streams_and_takes_either_layout(monkeypatch, photographs):
 def test_fwd_refuses_too_few_images_and_other_ranges(photographs):
     with pytest.raises(ValueError, match=r"got 191 images for packets of 192 values, wanted 192.*num_samples.*deeper"):
         frechet_wavelet_distance(photographs, photographs[:191], level=2)
-    assert frechet_wavelet_distance(photographs, photographs[:192], level=2).count_generated == 192
+    assert frechet_wavelet_distance(photographs, photographs[:192], level=2).value > 0
     for bad in (as_float(photographs) * 2 - 1, as_float(photographs) * 255, as_float(photographs) / 0):
         with pytest.raises(ValueError, match=r"wanted floats in \[0, 1\]"):
             frechet_wavelet_distance(photographs, bad)
     for bad in (photographs[0], photographs.transpose(0, 3, 1, 2), as_float(photographs).permute(0, 2, 3, 1)):
         with pytest.raises(ValueError, match=r"uint8 \(N, H, W, C\) or float"):
             frechet_wavelet_distance(bad, photographs)
-    with pytest.raises(ValueError, match="packets, wanted 64"):
+    with pytest.raises(ValueError, match="compare vectors of equal size"):
         frechet_wavelet_distance(frechet.moments(photographs, 2), photographs, level=3)
 
 
@@ -205,10 +204,9 @@ def test_level_without_being_told(shape, level):
 def test_floor_is_the_distance_of_some_to_all_others(photographs):
     floor = frechet.split_floor(photographs, 3, seed=1)
     assert floor.value == frechet.split_floor(photographs, 3, seed=1).value
-    assert (floor.count_real, floor.count_generated) == (300, 300)
     assert floor.value != frechet.split_floor(photographs, 3, seed=2).value
     fewer = frechet.split_floor(photographs, 3, seed=1, count=100)
-    assert (fewer.count_real, fewer.count_generated) == (500, 100) and 0 < floor.value < fewer.value
+    assert 0 < floor.value < fewer.value
     chosen, others = frechet.split(600, 100, 1)
     expected = frechet_wavelet_distance(photographs[others], photographs[chosen]).value
     assert fewer.value == pytest.approx(expected, rel=1e-9)
