@@ -48,14 +48,12 @@ SEEDS = pd.DataFrame({"variant": ["published"] * 2 + ["modern"] * 2, "fwd": [0.9
 KID = "KID, EfficientNet-Lite0 on ImageNet, not Inception (x 1000), to the real images"
 FIGURES = {
     "image_grid": lambda: plots.image_grid(RGB, 4, [f"t{k}" for k in range(10)]),
-    "compare_grids": lambda: plots.compare_grids(GREY, GREY[::-1]),
     "training_curves": lambda: plots.training_curves(ROWS),
     "coefficient_bands": lambda: plots.coefficient_bands(STATES[0], list("AHVD")),
     "histograms": lambda: plots.histograms(
         {"A": STATES[:, 0], "H": STATES[:, 1]}, "coefficient", np.linspace(-4, 4, 81), "y"
     ),
     "trajectory": lambda: plots.trajectory(STATES, list("AHVD"), TIMES, RGB[:3]),
-    "band_trajectory": lambda: plots.band_trajectory(TIMES, STD),
     "spectra": lambda: plots.spectra([0.1, 0.2, 0.5], estimate([9, 4, 1]), estimate([9, 5, 3])),
     "beside": lambda: plots.beside("AHVD", *KURTOSIS, "excess kurtosis", "x"),
     "distributions": lambda: plots.distributions(
@@ -254,8 +252,9 @@ def test_image_grid_titles_are_over_their_images():
         assert k // 4 * height / 3 - 20 < y < k // 4 * height / 3 + 30
 
 
-def test_compare_grids_has_real_left_and_generated_right():
-    figure = plots.compare_grids(np.zeros_like(RGB[:9]), np.full_like(RGB[:9], 200), columns=3)
+def test_grids_beside_each_other_are_titled():
+    grids = [plots.compose(images, 3) for images in (np.zeros_like(RGB[:9]), np.full_like(RGB[:9], 200))]
+    figure = plots.image_grid(grids, 2, ["Real", "Generated"], gap=24)
     drawn = canvas(figure)
     half = drawn.shape[1] // 2
     assert set(np.unique(drawn[:, :half])) == {0, 255} and set(np.unique(drawn[:, half:])) == {200, 255}
@@ -402,7 +401,7 @@ def test_trajectory_has_a_row_per_band_and_a_column_per_time():
 
 
 def test_lines_over_time_are_the_input():
-    axes = plots.band_trajectory(TIMES, STD).axes[0]
+    axes = plots.lines({name: (TIMES, y) for name, y in STD.items()}, "t", "std", "y", backwards=True).axes[0]
     for line, (name, values) in zip(axes.lines[: len(STD)], STD.items(), strict=True):
         assert line.get_label() == name
         np.testing.assert_array_equal(line.get_xdata(), TIMES)
@@ -413,7 +412,7 @@ def test_lines_over_time_are_the_input():
 
 @pytest.mark.parametrize("count", [10, 13, 16, 48])
 def test_every_band_has_its_colour(count):
-    axes = plots.band_trajectory(TIMES, {f"b{k}": STD["A"] for k in range(count)}).axes[0]
+    axes = plots.lines({f"b{k}": (TIMES, STD["A"]) for k in range(count)}, "t", "std", "y").axes[0]
     assert len({to_rgba(line.get_color()) for line in axes.lines[:count]}) == count
 
 
@@ -614,7 +613,7 @@ def test_what_are_no_images_is_refused_in_one_line(images):
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: plots.compare_grids(RGB, RGB[:5]),
+        lambda: plots.image_grid([RGB[0], RGB[0, :5]]),
         lambda: plots.neighbours(RGB[:2], RGB[:2], [1, 2]),
         lambda: plots.neighbours(RGB[:2], RGB[None, :2], [[1, 2]]),
         lambda: plots.neighbours(RGB[:2], RGB[:6].reshape(2, 3, 8, 8, 3), [[1, 2], [3, 4], [5, 6]]),
@@ -624,8 +623,8 @@ def test_what_are_no_images_is_refused_in_one_line(images):
         lambda: plots.trajectory(STATES, list("AHVD"), TIMES[:2], RGB[:3]),
         lambda: plots.trajectory(STATES, list("AHVDX"), TIMES, RGB[:3]),
         lambda: plots.trajectory(STATES, list("AHVD"), TIMES, RGB[:3, :6]),
-        lambda: plots.band_trajectory(TIMES, {"A": [1, 2]}),
-        lambda: plots.band_trajectory(TIMES, {"A": STATES}),
+        lambda: plots.lines({"A": (TIMES, [1, 2])}, "t", "std"),
+        lambda: plots.lines({"A": (TIMES, STATES)}, "t", "std"),
         lambda: plots.training_curves([]),
         lambda: plots.training_curves([{"loss": 1}]),
         lambda: plots.spectra([0.1, 0.2], estimate([1, 2]), estimate([1, 2, 3])),

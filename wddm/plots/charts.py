@@ -20,7 +20,7 @@ from wddm.plots import style
 from wddm.plots.style import ACCENT, DASHED, GENERATED, REAL, SIDES, Texts, palette, panels, wrapped
 
 __all__ = [
-    "band_trajectory", "beside", "distributions", "histograms", "lines", "packet_map", "quality_curves", "spectra",
+    "beside", "distributions", "histograms", "lines", "packet_map", "quality_curves", "spectra",
     "training_curves", "variants",
 ]  # fmt: skip
 
@@ -31,9 +31,13 @@ AREA: dict[str, Any] = {"alpha": 0.2, "linewidth": 0}
 
 
 def lines(
-    series: Mapping[str, Curve], xlabel: str, ylabel: str, log: str = "", dashed: Texts = (), parts: Texts = ()
-) -> Figure:
-    """Curves by name, each (x, y); `log`: "x", "y", "xy"; `dashed`: references; `parts`: what adds up to another."""
+    series: Mapping[str, Curve], xlabel: str, ylabel: str, log: str = "", dashed: Texts = (), parts: Texts = (),
+    backwards: bool = False,
+) -> Figure:  # fmt: skip
+    """Curves by name, each (x, y); `log`: "x", "y", "xy"; `dashed`: references; `parts`: what adds up to another.
+
+    `backwards`: largest x at the left, as noise comes before images.
+    """
     plain, shades = [name for name in series if name not in (*dashed, *parts)], np.linspace(0.35, 0.9, len(parts))
     colors = dict(zip(plain, palette(len(plain)), strict=True)) | dict.fromkeys(dashed, REAL)
     colors |= dict(zip(parts, colormaps["YlGn"](shades), strict=True))
@@ -42,13 +46,7 @@ def lines(
             dashes, width = "--" if name in dashed else "-", 0.8 if name in parts else None
             axes.plot(x, y, dashes, label=name, color=colors[name], linewidth=width)
         axes.set(xlabel=xlabel, ylabel=ylabel)
-    return figure
-
-
-def band_trajectory(times: ArrayLike, by_band: Mapping[str, ArrayLike], quantity: str = "standard deviation") -> Figure:
-    """A quantity (S,) of each band at the `times` (S,) of a denoising, noise at the left."""
-    figure = lines({name: (times, y) for name, y in by_band.items()}, "diffusion time t (steps)", quantity, "y")
-    figure.axes[0].invert_xaxis()
+        axes.xaxis.set_inverted(backwards)
     return figure
 
 

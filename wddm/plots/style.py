@@ -20,7 +20,7 @@ from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
 __all__ = [
-    "coefficient_bands", "compare_grids", "compose", "image_grid", "neighbours", "shown_channels", "stacked",
+    "coefficient_bands", "compose", "image_grid", "neighbours", "shown_channels", "stacked",
     "trajectory",
 ]  # fmt: skip
 
@@ -164,12 +164,6 @@ def image_grid(
         for row, text in enumerate(sides):
             axes.text(-8, row * (height + space) + height / 2, text, size=7, ha="right", va="center")
     return figure
-
-
-def compare_grids(real: ArrayLike, generated: ArrayLike, columns: int = 8) -> Figure:
-    """Two grids of equally many images (N, H, W, C) side by side, titled Real and Generated."""
-    columns = max(1, min(columns, len(np.asarray(real))))
-    return image_grid([compose(real, columns), compose(generated, columns)], 2, ("Real", "Generated"), gap=24)
 
 
 def stacked(pictures: Mapping[str, ArrayLike]) -> Figure:
