@@ -302,8 +302,6 @@ def test_what_cannot_be_compared_is_told_in_one_line() -> None:
     ):
         with pytest.raises(ValueError, match=f"got metric='{metric}', {wanted} {near}"):
             sweeps.everything(runs, metric)
-    with pytest.raises(ValueError, match="got a-0, b-0, which trained nothing, wanted runs of 02_train"):
-        sweeps.by_codec(runs)
 
 
 def test_curves_are_means_over_equal_parts_of_log_images() -> None:
@@ -350,20 +348,6 @@ def test_a_variant_has_reached_another_once_all_its_seeds_are_as_near() -> None:
     assert sweeps.reaching(curves, "fwd", "slow", "seconds")[1]["seconds"] == 200
     with pytest.raises(ValueError, match="got reference='other', wanted one of slow, fast, never"):
         sweeps.reaching(curves, "fwd", "other")
-
-
-@pytest.mark.parametrize(
-    ("level", "wavelet", "transform", "scaling", "name"),
-    [
-        (0, "db2", "pyramid", "band", "pixels"),
-        (0, "haar", "packet", "dyadic", "pixels, dyadic"),
-        (1, "haar", "pyramid", "band", "level 1"),
-        (2, "db2", "pyramid", "dyadic", "level 2, db2, pyramid, dyadic"),
-    ],
-)
-def test_a_codec_is_named_as_far_as_it_matters(level, wavelet, transform, scaling, name) -> None:
-    parameters = {"level": level, "wavelet": wavelet, "transform": transform, "scaling": scaling}
-    assert sweeps.codec_name(**parameters, seed=0) == name
 
 
 def test_runs_of_different_sets_are_not_compared() -> None:
@@ -482,15 +466,15 @@ def compared(root, prepared) -> Path:
 def test_wavelet_depth_says_what_was_spent_and_where_it_falls_short(compared) -> None:
     report = compared / "reports/side"
     rows = {row["run"]: row for row in saved(report, "depth")}
-    assert len(rows) == 3 and {row["variant"] for row in rows.values()} == {"pixels", "level 1"}
+    assert len(rows) == 3 and {row["variant"] for row in rows.values()} == {"level 0", "level 1"}
     for name, row in rows.items():
         metrics = json.loads((compared / "reports" / name / "metrics.json").read_text())
         assert row["fwd"] == metrics["fwd"] and row["train_flops"] == 3 * row["forward_flops"] * row["train_images"]
     pixels, wavelets = (rows[f"depth-level={level}-seed=0"] for level in (0, 1))
     assert pixels["forward_flops"] / wavelets["forward_flops"] == pytest.approx(4, rel=0.1)
     packets = {row.pop("variant"): list(row.values()) for row in saved(report, "packets")}
-    assert set(packets) == {"pixels", "level 1", "real images"} and {len(each) for each in packets.values()} == {16}
-    assert np.mean(packets["pixels"]) == pytest.approx(pixels["fwd"])  # the FWD is their mean
+    assert set(packets) == {"level 0", "level 1", "real images"} and {len(each) for each in packets.values()} == {16}
+    assert np.mean(packets["level 0"]) == pytest.approx(pixels["fwd"])  # the FWD is their mean
     assert json.loads((report / "metrics.json").read_text())["fwd_best"] > 0
     assert {"depth", "packets", "samples"} <= {path.stem for path in (report / "figures").glob("*.png")}
     assert is_clean(report / "wavelet_depth.html")

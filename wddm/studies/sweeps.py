@@ -6,7 +6,6 @@ name. `everything` makes a table of them, a row per run, which most other functi
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -129,18 +128,3 @@ def packets(root: Path, table: pd.DataFrame, reference: Dataset, level: int, see
     floor = frechet.split_floor(reference.images, level, count=count, seed=seed).per_packet
     means = pd.DataFrame([one.per_packet for one in measured]).groupby(table.variant.to_numpy(), sort=False).mean()
     return pd.concat([means, pd.DataFrame([floor], index=["real images"])])
-
-
-def by_codec(runs: Sequence[Any]) -> list[Any]:
-    """The runs by level, their variants named after the codec."""
-    if foreign := [run.name for run in runs if "level" not in run.parameters]:
-        raise ValueError(f"got {', '.join(foreign)}, which trained nothing, wanted runs of 02_train: leave them out")
-    named = [replace(run, variant=codec_name(**run.parameters)) for run in runs]
-    return sorted(named, key=lambda run: run.parameters["level"])
-
-
-def codec_name(level: int, wavelet: str, transform: str, scaling: str, **_: Any) -> str:
-    """level 2, db2, pyramid, dyadic: as far as it is not haar, packet and band, and matters at this level."""
-    chosen = [(wavelet, "haar", 1), (transform, "packet", 2), (scaling, "band", 0)]
-    names = [value for value, default, lowest in chosen if value != default and level >= lowest]
-    return ", ".join([f"level {level}" if level else "pixels", *names])
