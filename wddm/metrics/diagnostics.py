@@ -63,10 +63,13 @@ class UnitBatches:
     device: Device = "cpu"
 
     def __post_init__(self) -> None:
-        if isinstance(self.images, list):
-            if (modes := {getattr(image, "mode", None) for image in self.images}) not in ({"L"}, {"RGB"}):
-                raise ValueError(f"got a list of {modes}, wanted PIL images, all L or all RGB: convert them")
-            self.images = np.stack([np.atleast_3d(np.asarray(image)) for image in self.images])
+        if not isinstance(self.images, list):
+            return
+        kinds = {(getattr(image, "mode", type(image).__name__), getattr(image, "size", None)) for image in self.images}
+        if len(kinds) != 1 or not {mode for mode, _ in kinds} <= {"L", "RGB"}:
+            got = ", ".join(f"{mode} {size}" for mode, size in list(kinds)[:3]) or "no images"
+            raise ValueError(f"got a list of {got}, wanted PIL images of one size, all L or all RGB: convert them")
+        self.images = np.stack([np.atleast_3d(np.asarray(image)) for image in self.images])
 
     @property
     def count(self) -> int:
