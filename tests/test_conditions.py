@@ -126,21 +126,21 @@ def test_what_is_known_is_known_at_other_band_rates(solver: str) -> None:
 
 @pytest.mark.parametrize(("solver", "target"), [("ddim", "epsilon"), ("euler", FLOW)])
 def test_what_is_not_known_follows_from_what_is(solver: str, target: str) -> None:
-    """Of a Gaussian of two colours, ten times as strong as each other, whose details follow their averages by 0.8."""
-    variances = torch.tensor([0.04, 0.0004])
-    covariance = torch.diag(variances.repeat(4))  # A of both colours, H, V, D
-    covariance[:2, 2:4] = covariance[2:4, :2] = torch.diag(0.8 * variances)
+    """Of a Gaussian of five colours, each of another strength, whose details follow their averages by 0.8."""
+    variances = torch.tensor([0.04, 0.01, 0.003, 0.001, 0.0004])
+    covariance = torch.diag(variances.repeat(4))  # A of all colours, H, V, D
+    covariance[:5, 5:10] = covariance[5:10, :5] = torch.diag(0.8 * variances)
     pipeline = tiny_pipeline()
     pipeline.codec = WaveletCodec(scaling="none")
     pipeline.codec.clip_value.fill_(20.0)
     pipeline.backbone = GaussianDenoiser(0.0, covariance, target)
     pipeline.scheduler = build_solver(solver, target, codec=pipeline.codec)
-    coarse = variances.sqrt().view(2, 1, 1) * torch.randn(64, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    coarse = variances.sqrt().view(5, 1, 1) * torch.randn(64, 5, 8, 8, generator=torch.Generator().manual_seed(0))
     low = (coarse / 4 + 0.5).clamp(0, 1)  # of Haar, the coarse band is twice the mean of pixels in [-1, 1]
     options = {"num_inference_steps": 100, "eta": float(solver == "ddim"), "output_type": "pt", "low_resolution": low}
     z = pipeline.codec.encode(pipeline(64, **options).images * 2 - 1)
-    a, h = z[:, :2].transpose(0, 1).flatten(1), z[:, 2:4].transpose(0, 1).flatten(1)
-    assert_close((a * h).sum(1) / (a * a).sum(1), torch.full((2,), 0.8), atol=0.08, rtol=0)
+    a, h = z[:, :5].transpose(0, 1).flatten(1), z[:, 5:10].transpose(0, 1).flatten(1)
+    assert_close((a * h).sum(1) / (a * a).sum(1), torch.full((5,), 0.8), atol=0.08, rtol=0)
 
 
 class Mixture(torch.nn.Module):

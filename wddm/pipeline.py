@@ -79,7 +79,8 @@ class WaveletPipeline(DiffusionPipeline):
             labels: one for all or one per image, by number or name, if it was trained with them; None: any image.
             guidance, guidance_details: above 1 the label counts more, in all bands or in the details.
             low_resolution: (B or 1, C, H/2^k, W/2^k) in [0, 1], k <= L, the means that the images are to have.
-            known, mask: images (B or 1, C, H, W) in [0, 1], kept where the bool mask (B or 1, 1, H, W) is True.
+            known, mask: images (B or 1, C, H, W) in [0, 1], kept where the bool mask (B or 1, 1, H, W) is True. What is
+                known takes eight calls of the network a step; 8 steps with eta=0.7 are enough (see conditions.py).
 
         ValueError: what the solver or the checkpoint cannot do, or coefficients or images that are not finite.
         """
