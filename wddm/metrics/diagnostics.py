@@ -4,7 +4,7 @@ Images are uint8 (N, H, W, C), a memory map for instance, float (N, C, H, W) in 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -97,6 +97,16 @@ class UnitBatches:
                 raise ValueError(f"got {batch.dtype} images from {ends}, wanted floats in [0, 1]: rescale them")
 
 
+def of_each(images: Images, function: Callable[[Tensor], Tensor]) -> np.ndarray:
+    """What a function of batches (B, C, H, W) finds of each image (N, ...); one array, as parts scatter the memory."""
+    batches, start, found = UnitBatches(images), 0, np.empty(0)
+    for batch in batches:
+        part = function(batch).numpy()
+        found = found if start else np.empty((batches.count, *part.shape[1:]), part.dtype)
+        found[start : (start := start + len(part))] = part
+    return found
+
+
 def haar_packets(batch: Tensor, level: int, part: slice = slice(None)) -> Tensor:
     """Some of the 4^L Haar packets (P, B, C H W / 4^L) of float64 images (B, C, H, W), in `WaveletCodec`'s order."""
     codec, size = WaveletCodec("haar", level, scaling="none").to(batch), max(1, CACHED // batch[0].numel())
@@ -107,21 +117,27 @@ def haar_packets(batch: Tensor, level: int, part: slice = slice(None)) -> Tensor
 def radial_power_spectrum(images: Images) -> Spectrum:
     """Power to 1/2 cycle/pixel, over rings, colours and images less their means; v for white noise of variance v."""
     height, width = next(iter(UnitBatches(images, batch_size=1))).shape[-2:]
-    side, found = min(height, width), []
+    side = min(height, width)
     y, x = (torch.fft.fftfreq(n, dtype=torch.float64) for n in (height, width))
     ring = (torch.hypot(y[:, None], x) * side).round().long().flatten()  # (H W,)
     rings = torch.arange(1, side // 2 + 1)
-    for batch in UnitBatches(images):
+
+    def powers(batch: Tensor) -> Tensor:  # (B, F)
         power = torch.fft.fft2(batch - batch.mean((-2, -1), keepdim=True), norm="ortho").abs().square().mean(1)
         sums = power.new_zeros(len(batch), int(ring.max()) + 1).index_add_(1, ring, power.flatten(1))
-        found.append((sums / torch.bincount(ring))[:, rings])
-    return Spectrum((rings / side).double().numpy(), resampled(torch.cat(found).numpy()))
+        return (sums / torch.bincount(ring))[:, rings]
+
+    return Spectrum((rings / side).double().numpy(), resampled(of_each(images, powers)))
 
 
 def band_statistics(images: Images, level: int = 3) -> BandStatistics:
     """Energy, spread and tails of the Haar packets; those of details in photographs are heavy-tailed."""
-    packets = (haar_packets(batch, level) for batch in UnitBatches(images))  # (4^L, B, d)
-    per_image = torch.cat([torch.stack([(x**p).mean(2).T for p in (1, 2, 3, 4)], 1) for x in packets]).numpy()
+
+    def moments(batch: Tensor) -> Tensor:  # (B, 4, 4^L)
+        packets = haar_packets(batch, level)
+        return torch.stack([(packets**p).mean(2).T for p in (1, 2, 3, 4)], 1)
+
+    per_image = of_each(images, moments)
     energy, mean = resampled(per_image[:, 1]), per_image[:, 0].mean(0)
     bands, std = WaveletCodec("haar", level=level).bands(), np.sqrt(np.maximum(energy.value - mean**2, 0))
     return BandStatistics(bands, energy, std, resampled(per_image, _kurtosis))
@@ -135,9 +151,12 @@ def _kurtosis(moments: np.ndarray) -> np.ndarray:
 
 def pixels(images: Images, side: int) -> np.ndarray:
     """Images as vectors (N, d) of grey levels, float32; larger ones averaged to `side` x `side` pixels."""
-    pool = torch.nn.functional.adaptive_avg_pool2d
-    small = [pool(255 * x, (min(side, x.shape[2]), min(side, x.shape[3]))).float() for x in UnitBatches(images)]
-    return torch.cat(small).flatten(1).numpy()
+
+    def small(batch: Tensor) -> Tensor:
+        sides = min(side, batch.shape[2]), min(side, batch.shape[3])
+        return torch.nn.functional.adaptive_avg_pool2d(255 * batch, sides).float().flatten(1)
+
+    return of_each(images, small)
 
 
 def nearest_neighbours(generated: Images, real: Images, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
