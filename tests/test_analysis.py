@@ -559,6 +559,9 @@ def test_restoration_agrees_with_what_is_known_of_images_that_were_held_out(root
     assert [row["evaluations"] for row in saved(report, "price")] == [8, 16]
     figures = {path.stem for path in (report / "figures").glob("*.png")}
     assert {"enlarged-2x", "enlarged-4x", "left-half", "blocks", "answers-left-half", "price-fwd"} <= figures
-    assert is_clean(report / "restoration.html")
+    assert (
+        is_clean(report / "restoration.html")
+        and "restored with ddim, 2 steps" in (report / "restoration.html").read_text()
+    )
     done = wddm(root, "run", "params/restored.yaml", "--force", num_samples=900)
     assert done.returncode == 1 and "held-out images, wanted 1800" in done.stdout
