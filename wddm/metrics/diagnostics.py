@@ -18,7 +18,7 @@ from wddm.wavelets import WaveletCodec
 
 Images = np.ndarray | Tensor | list[Image.Image]
 Device = str | torch.device
-BATCH_VALUES = 2**24  # in a batch at most: 128 MiB of float64
+BATCH_VALUES = 2**20  # in a batch at most: 8 MiB of float64; larger ones wait for memory
 CACHED = 2**16  # values that are transformed at a time: half a MiB, which a core's own cache holds
 MOST = 5000  # labelled real images that a classifier is fitted to and tested on
 
