@@ -41,7 +41,7 @@ def time_in_turn(
     """Seconds that a call of each alternative takes, (rounds,), the alternatives run in turn.
 
     There are `rounds` of them, or more, until all of it has lasted so many `seconds`. Each is warmed up by one call and
-    its length found by another. A round is, for each, as many calls as last `min_seconds`; every other round goes
+    its length found by another, where it matters. A round is, for each, as many calls as last `min_seconds`; every other round goes
     through them backwards, so that none always follows the same one.
     """
     if rounds < 5:
@@ -58,7 +58,7 @@ def time_in_turn(
     calls = {}
     for name, call in alternatives.items():
         call()
-        calls[name] = max(1, math.ceil(min_seconds / max(timed(call, 1), 1e-9)))
+        calls[name] = max(1, math.ceil(min_seconds / max(timed(call, 1), 1e-9))) if min_seconds else 1
     taken: dict[Any, list[float]] = {name: [] for name in alternatives}
     order, began, done = list(alternatives), clock(), 0
     while order and (done < rounds or clock() - began < seconds):

@@ -221,7 +221,7 @@ def test_efficiency(root: Path) -> None:
     """What is too slow is counted all the same, and says why it was not run."""
     shutil.copytree(ROOT / "benchmarks", root / "benchmarks", dirs_exist_ok=True)
     tiny = {"datasets": "[digits, celebahq]", "levels": "[0, 2]", "backbones": "[unet]", "rounds": 5, "batch_size": 2}
-    report = report_of(root, "efficiency", sampling_steps=1, max_step_seconds=4, **tiny)
+    report = report_of(root, "efficiency", sampling_steps=1, max_step_seconds=0.5, **tiny)
     costs = pd.read_csv(report / "efficiency.csv")
     assert len(costs) == 8 and costs.parameters.min() > 0 and costs.forward_gflop.min() > 0
     digits = costs[costs.dataset == "digits"]

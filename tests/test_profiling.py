@@ -41,6 +41,9 @@ def test_alternatives_take_turns_and_the_ratio_is_found() -> None:
     assert calls[:4] == ["slow", "slow", "fast", "fast"]  # warm-up, and one to find how long a call is
     assert calls[4:10] == ["slow", "fast", "fast", "fast", "fast", "slow"]  # 0.15 s and more each, then backwards
     np.testing.assert_allclose(seconds["slow"], [0.3] * 6)
+    calls.clear()
+    assert len(time_in_turn(alternatives, rounds=5, min_seconds=0, clock=clock)["fast"]) == 5
+    assert len(calls) == 2 * 6  # nothing to find where one call is enough
     slow, fast = (Measurement(seconds[name], batch_size=16) for name in ("slow", "fast"))
     np.testing.assert_allclose(times_as_fast(fast, slow), [3, 3, 3])
     np.testing.assert_allclose(speed(fast), [160, 160, 160])
