@@ -41,8 +41,8 @@ def time_in_turn(
     """Seconds that a call of each alternative takes, (rounds,), the alternatives run in turn.
 
     There are `rounds` of them, or more, until all of it has lasted so many `seconds`. Each is warmed up by one call and
-    its length found by another, where it matters. A round is, for each, as many calls as last `min_seconds`; every other round goes
-    through them backwards, so that none always follows the same one.
+    its length found by another, where it matters. A round is, for each, as many calls as last `min_seconds`; every
+    other round goes through them backwards, so that none always follows the same one.
     """
     if rounds < 5:
         raise ValueError(f"got {rounds} rounds, wanted 5 or more, for medians and their intervals: take more")

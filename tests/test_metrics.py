@@ -158,13 +158,12 @@ def test_fwd_of_a_brightness_step_is_in_the_first_packet_only(photographs):
     np.testing.assert_allclose(result.per_packet[1:], 0, atol=1e-6)
 
 
-def test_fwd_streams_and_takes_either_layout(monkeypatch, photographs):
+def test_fwd_streams_and_takes_either_layout(photographs):
     real, generated = photographs[:300], photographs[300:]
     expected = frechet_wavelet_distance(real, generated).value
-    with monkeypatch.context() as patch:
-        patch.setattr(diagnostics, "BATCH_VALUES", 37 * 32 * 32 * 3)
-        assert [len(batch) for batch in diagnostics.UnitBatches(real)] == 8 * [37] + [4]
-        assert frechet_wavelet_distance(real, generated).value == pytest.approx(expected, rel=1e-9)
+    assert [len(batch) for batch in diagnostics.UnitBatches(real, batch_values=37 * 32 * 32 * 3)] == 8 * [37] + [4]
+    batches = [diagnostics.UnitBatches(images, batch_size=37) for images in (real, generated)]
+    assert frechet_wavelet_distance(*batches).value == pytest.approx(expected, rel=1e-9)
     assert frechet_wavelet_distance(as_float(real), generated).value == pytest.approx(expected, rel=1e-4)
     cached = frechet.moments(real, 3)
     assert frechet_wavelet_distance(cached, generated).value == expected

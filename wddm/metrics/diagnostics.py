@@ -18,7 +18,6 @@ from wddm.wavelets import WaveletCodec
 
 Images = np.ndarray | Tensor | list[Image.Image]
 Device = str | torch.device
-BATCH_VALUES = 2**20  # in a batch at most: 8 MiB of float64; larger ones wait for memory
 CACHED = 2**16  # values that are transformed at a time: half a MiB, which a core's own cache holds
 MOST = 5000  # labelled real images that a classifier is fitted to and tested on
 
@@ -60,6 +59,7 @@ class UnitBatches:
     images: Any  # see above
     rows: np.ndarray | None = None
     batch_size: int = 512
+    batch_values: int = 2**20  # 8 MiB of float64; larger batches wait for memory
     device: Device = "cpu"
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class UnitBatches:
             wanted = "uint8 (N, H, W, C) or float (N, C, H, W): transpose them, or give others"
             raise ValueError(f"got {images.dtype} images {shape}, wanted one or more, {wanted}")
         device = "cpu" if torch.device(self.device).type == "mps" else self.device
-        size = max(1, min(self.batch_size, BATCH_VALUES // math.prod(shape[1:])))
+        size = max(1, min(self.batch_size, self.batch_values // math.prod(shape[1:])))
         for start in range(0, self.count, size):
             part = slice(start, start + size)
             batch = images[part if self.rows is None else self.rows[part]]

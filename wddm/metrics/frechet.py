@@ -167,4 +167,5 @@ def _moments(
         return [Moments(side.count, side.mean[part], side.covariance[part])]
     check(side, level)
     weights = np.ones((1, side.count)) if weights is None else weights
-    return accumulated((haar_packets(batch, level, part) for batch in side), weights)
+    batches = replace(side, batch_values=2**22)  # covariances are large, too: added to by many images at a time
+    return accumulated((haar_packets(batch, level, part) for batch in batches), weights)
