@@ -505,6 +505,8 @@ def test_checkpoints_keep_two_and_pass_over_a_damaged_one(tmp_path) -> None:
     assert len(notes) == 1 and "weights.safetensors damaged, going back" in notes[0]
     (tmp_path / "step-00000002" / "state.json").write_text("{")
     assert checkpoints.load_latest(tmp_path, notes) is None and len(notes) == 3
+    checkpoints.save(tmp_path, 1, {"weights": {"w": torch.ones(3)}}, {"settings": {}})  # begun anew, after two damaged
+    assert checkpoints.load_latest(tmp_path, notes)[1]["step"] == 1
 
 
 def test_a_checkpoint_being_written_is_not_a_checkpoint(tmp_path) -> None:

@@ -50,7 +50,7 @@ def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], name:
         kept, got = listed(folder), f"got {error} while writing the checkpoint of step {step} to {folder}"
         left = f"{kept[-1].name} is kept" if kept else "there is none before it"
         raise OSError(f"{got}, wanted room for it: free some and start again; {left}") from error
-    for old in listed(folder)[:-KEEP]:
+    for old in [path for path in listed(folder) if path.name <= f"step-{step:08d}"][:-KEEP]:  # later ones are damaged
         shutil.rmtree(old)
 
 
