@@ -168,6 +168,17 @@ def test_averages_that_nothing_kept_are_refused(tmp_path) -> None:
         make(tmp_path, averages_kimg=0.016)
 
 
+def test_averages_of_a_run_that_died_before_its_first_checkpoint_are_not_mixed_into_another(
+    tmp_path, monkeypatch
+) -> None:
+    with monkeypatch.context() as dead:
+        dead.setattr(checkpoints, "save", Mock())
+        list(make(tmp_path, averages_kimg=0.016).steps())
+    list(make(tmp_path, averages_kimg=0.032, seed=1).steps())
+    kept = (tmp_path / "checkpoints/averages").iterdir()
+    assert {file.name for file in kept} == {"000000032.safetensors", "000000064.safetensors"}
+
+
 @pytest.mark.parametrize("settings", [{}, FLOWING])
 def test_loss_goes_down(tmp_path, settings: dict) -> None:
     trainer = make(tmp_path, train_kimg=3.2, learning_rate=3e-3, log_every=20, checkpoint_kimg=0, **settings)

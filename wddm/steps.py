@@ -65,13 +65,13 @@ def read_previews(folder: Path) -> dict[str, np.ndarray]:
 
 
 def forget_after(folder: Path, step: int, images_seen: int) -> None:
-    """Cut a run's log and previews to the step that it is taken up at."""
+    """Cut a run's log, previews and kept averages to the step that it is taken up at."""
     rows = [row for row in read_log(folder) if row["step"] <= step]
     with whole(folder / "log.jsonl") as log:
         log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for picture in (folder / "previews").glob("*.png"):
-        if int(picture.stem) > images_seen:
-            picture.unlink()
+    for file in (*(folder / "previews").glob("*.png"), *(folder / AVERAGES).glob("*.safetensors")):
+        if int(file.stem) > images_seen:
+            file.unlink()
 
 
 def resolve_precision(precision: str, cpu: bool = False) -> str:
