@@ -1124,6 +1124,16 @@ def test_a_sweep_runs_beside_itself_and_is_summed_up(summed_up):
     assert re.search(r"\['x-limit=2', 'x-limit=1'\]\nok in", done.stdout) and states(summed_up) == ["ok"]
 
 
+def test_a_member_that_never_began_has_not_changed_what_its_report_says(root, launched, monkeypatch):
+    """Ctrl-C in the second in which it imports: its numbers are not of the parameters that it was asked for."""
+    (root / "params/x.yaml").write_text("sweep: {level: [1, 2]}")
+    assert main(["run", "params/x.yaml"]) == 0
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    assert main(["run", "params/x.yaml", "--jobs", "2", "-p", "seed=7"]) == 1
+    finished, _ = records.collect(root, ["x-*"])
+    assert [(run.parameters["seed"], run.metrics["m02_train"]) for run in finished] == [(0, 1)] * 2
+
+
 def wait_for(condition, *, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

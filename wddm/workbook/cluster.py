@@ -46,7 +46,7 @@ class Member(NamedTuple):
 def start(member: Member, stop: Stop, environment: Mapping[str, str], show: Callable[[str], object]) -> int:
     """Run a member as a process; its exit code. `show` and log.txt get its lines, of a progress bar one a minute."""
     root, run, due = member.experiment.root, member.experiment.run, 0.0
-    write_text(file := root / "reports" / run / "params.yaml", member.experiment.as_yaml())
+    write_text(file := root / "reports" / run / ".asked.yaml", member.experiment.as_yaml())
     command = [sys.executable, "-m", "wddm", "run", str(file.relative_to(root)), f"--held={member.lock}"]
     process = subprocess.Popen(
         command + member.options, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
