@@ -630,6 +630,39 @@ def test_a_failure_stops_the_run_and_takes_back_old_numbers(root, launched, caps
     assert main(["run", "params/x.yaml", "-p", "seed=3"]) == 0 and states(root) == ["ok", "ok"]
 
 
+def test_numbers_of_other_parameters_go_before_these_are_written_down(root, launched, monkeypatch):
+    """Whoever is killed while the first notebook runs leaves no number that its params.yaml is not of."""
+
+    def left() -> tuple:
+        parameters = read_yaml(root / "reports/x/params.yaml")
+        return parameters["level"], states(root), json.loads((root / "reports/x/metrics.json").read_text())
+
+    def die(*_):
+        raise SystemExit("as by kill -9")
+
+    main(["run", "params/x.yaml"])
+    monkeypatch.setattr(kernel, "execute", die)
+    with pytest.raises(SystemExit):
+        main(["run", "params/x.yaml", "--force", "-p", "level=3"])
+    assert left() == (3, ["running", "pending"], {})
+
+
+def test_one_notebook_alone_takes_back_what_was_run_before_it_with_other_parameters(root, launched):
+    """Of a notebook that makes nothing for later ones nobody asks whether it has to run first."""
+    write_notebook(root / "notebooks/analysis/a.ipynb", SECOND, "1")
+    write_notebook(root / "notebooks/analysis/b.ipynb", SECOND, "2")
+    (root / "params/x.yaml").write_text("notebooks: [analysis/a, analysis/b]\n")
+    main(["run", "params/x.yaml"])
+    assert main(["run", "params/x.yaml", "--only", "b", "-p", "level=3"]) == 0
+    assert states(root) == ["pending", "ok"]
+    assert json.loads((root / "reports/x/metrics.json").read_text()) == {"mb": 1}
+    launched.clear()
+    (root / "params/y.yaml").write_text("run: x\nnotebooks: [analysis/a]\nlevel: 3\n")
+    assert main(["run", "params/y.yaml"]) == main(["run", "params/y.yaml", "-p", "level=1", "--only", "a"]) == 0
+    launched.clear()
+    assert main(["run", "params/x.yaml", "-p", "level=3", "--only", "b"]) == 0 and launched == []
+
+
 def test_numbers_of_a_published_page_are_not_taken_for_those_of_a_run(root, launched):
     metrics = root / "reports/x/metrics.json"
     write_json(metrics, {"fwd_best": 0.1})

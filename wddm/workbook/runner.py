@@ -18,6 +18,7 @@ from typing import Any
 from wddm.files import digest, read_json, write_json, write_text
 from wddm.workbook import cluster, kernel, provenance
 from wddm.workbook.experiments import Experiment
+from wddm.workbook.parameters import read_yaml
 from wddm.workbook.records import MAKERS, lock, read_record, read_status
 from wddm.workbook.report import format_seconds, render, renew_headers, write_index
 
@@ -130,14 +131,18 @@ class Task:
     def run(self, stop: kernel.Stop) -> int:
         """Run the chosen notebooks up to the first that does not end ok; what is then out of date is due again."""
         print(f"{self.experiment.source} -> reports/{self.experiment.run}/", flush=True)
-        write_text(self.folder / "params.yaml", self.experiment.as_yaml())
         if not self.status and any(self.folder.glob("*.md")):  # published: the numbers are of the run that it shows
             for kind in RECORDS:
                 write_json(self.folder / f"{kind}.json", {})
-        notebooks = self.experiment.notebooks
+        notebooks, values = self.experiment.notebooks, self.experiment.values
         ok = [name for name, one in self.status.items() if one.get("state") == "ok"]
         self.status = {one.stem: PENDING for one in notebooks} | self.status  # what JupyterLab has recorded stays
         self.set_pending(*(one for one in self.chosen if one.stem not in ok))
+        with contextlib.suppress(ValueError):  # params.yaml, which is not there, or damaged
+            before = read_yaml(file := self.folder / "params.yaml")
+            others = [x for x in notebooks if any(before.get(k, v) != v for k, v in values(x).items())]
+            self.set_pending(*(x for x in others if x.stem in ok and not self.is_current(x)))  # whoever dies now
+        write_text(file, self.experiment.as_yaml())
         for notebook in self.chosen:
             current = self.is_current(notebook)
             label = f"[{notebooks.index(notebook) + 1}/{len(notebooks)}] {notebook.stem}"
