@@ -271,6 +271,23 @@ def test_runs_that_ended_are_collected_and_the_others_named(tmp_path) -> None:
         collect(tmp_path, ["a-level=3", "c"])
 
 
+def test_a_run_that_another_hand_has_made_again_is_not_compared(tmp_path) -> None:
+    """By 04 at another level in JupyterLab, for instance: then its params.yaml is not what its numbers are of."""
+
+    def made(name: str, notebook: str, **parameters) -> None:
+        (tmp_path / "runs/x").mkdir(parents=True, exist_ok=True)
+        book = Run("x", tmp_path, tmp_path / "runs/x", tmp_path / "reports/x", notebook, parameters)
+        book.made(name, tmp_path / "reports/x/params.yaml")
+
+    finished_run(tmp_path, "x", parameters="fwd_level: null\ntrain_kimg: 2.0\n", fwd=1)
+    made("metrics", "04_evaluate", fwd_level=None)
+    made("pipeline", "02_train", train_kimg=9.0)  # which is not in its report
+    assert len(collect(tmp_path, ["x"])[0]) == 1
+    made("metrics", "04_evaluate", fwd_level=1)
+    with pytest.raises(ValueError, match="got x, whose 04_evaluate ran again with fwd_level 1, wanted it as in its"):
+        collect(tmp_path, ["x"])
+
+
 def runs_of(values: dict[str, list[float]], **more) -> list[Finished]:
     return [
         Finished(f"{name}-{k}", name, {"seed": k}, {"fwd": value, "fwd_floor": 0.5, **more}, {})

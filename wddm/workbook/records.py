@@ -127,12 +127,17 @@ def collect(root: Path, runs: list[str]) -> tuple[list[Finished], list[str]]:
         raise ValueError(f"got no finished runs like {', '.join(runs)} in reports/, wanted some: run the sweep first")
     several, rows = len({_variant(name)[0] for name in found if "=" in name}) > 1, []
     for name, folder in found.items():
-        if "metrics" in read_record(root, name):
+        record, parameters, states = read_record(root, name), read_yaml(folder / "params.yaml"), read_status(folder)
+        if "metrics" in record:
             taken(root, name, "metrics")
+        for entry in (one for one in record.values() if one["by"] in states):
+            if other := [f"{k} {v}" for k, v in entry["parameters"].items() if parameters.get(k, v) != v]:
+                got = f"got {name}, whose {entry['by']} ran again with {', '.join(other)}"
+                raise ValueError(f"{got}, wanted it as in its params.yaml: run its YAML again")
         base, chosen = _variant(name)
         variant = ", ".join([base] * (several or not chosen) + chosen)
         numbers = (read_json(folder / f"{kind}.json") for kind in ("metrics", "timings"))
-        rows.append(Finished(name, variant, read_yaml(folder / "params.yaml"), *numbers))
+        rows.append(Finished(name, variant, parameters, *numbers))
     return rows, [pattern for pattern, paths in matches.items() if not paths]
 
 
