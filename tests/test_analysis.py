@@ -18,7 +18,7 @@ from wddm.backbones import build_backbone
 from wddm.files import append_row, read_rows, write_json
 from wddm.metrics import scores
 from wddm.metrics.scores import Options, wavelet
-from wddm.objective import build_solver, factors, noise_scheduler
+from wddm.objective import build_solver, default_solver, factors, noise_scheduler
 from wddm.pipeline import WaveletPipeline
 from wddm.studies import sampling, sweeps
 from wddm.wavelets import WaveletCodec
@@ -405,12 +405,14 @@ def leave_data(root: Path, name: str, prepared: data.Dataset) -> None:
     book.made("data", prepared.folder / "manifest.json")
 
 
-def save_pipeline(folder: Path, level: int, num_class_embeds: int | None = None) -> WaveletPipeline:
+def save_pipeline(
+    folder: Path, level: int, num_class_embeds: int | None = None, predicts: str = "v_prediction"
+) -> WaveletPipeline:
     """A network that has learned nothing."""
     torch.manual_seed(0)
     backbone = build_backbone("unet", dataset="digits", level=level, widths=(32,), num_class_embeds=num_class_embeds)
     codec = WaveletCodec("haar", level, scaling="dyadic")
-    made = WaveletPipeline(backbone, build_solver("ddim", "v_prediction"), codec)
+    made = WaveletPipeline(backbone, build_solver(default_solver(predicts), predicts), codec)
     made.save_pretrained(folder)
     return made
 
@@ -444,6 +446,19 @@ def test_sampling_dynamics_is_measured_once_and_written_down(root, prepared) -> 
     before = cells.read_bytes()
     run(root, "run", "params/dynamics.yaml", "--force")
     assert cells.read_bytes() == before and saved(report, "settings") == rows  # timings too: nothing was measured anew
+
+
+@pytest.mark.slow
+def test_sampling_dynamics_ends_where_no_solver_knows_the_target(root, prepared) -> None:
+    leave_data(root, "flowing", prepared)
+    save_pipeline(root / "runs/flow/pipeline", 1, predicts="flow_prediction")
+    (root / "params/flowing.yaml").write_text(
+        "notebooks: [analysis/sampling_dynamics]\nmodel_dir: runs/flow/pipeline\nsolvers: [ddim]\nsteps: [2]\n"
+        "band_steps: []\nreference_steps: 3\nsets: 1\nnum_samples: 20\nspacing_solvers: [ddim]\n"
+    )
+    run(root, "run", "params/flowing.yaml")
+    metrics = json.loads((root / "reports/flowing/metrics.json").read_text())
+    assert metrics["fwd_best"] is None and metrics["reference_fwd"] > 0
 
 
 @pytest.fixture(scope="module")
