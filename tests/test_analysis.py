@@ -459,6 +459,8 @@ def test_sampling_dynamics_ends_where_no_solver_knows_the_target(root, prepared)
     run(root, "run", "params/flowing.yaml")
     metrics = json.loads((root / "reports/flowing/metrics.json").read_text())
     assert metrics["fwd_best"] is None and metrics["reference_fwd"] > 0
+    page = (root / "reports/flowing/sampling_dynamics.html").read_text()
+    assert "Not compared: spacing_solvers names none that could be sampled." in page
 
 
 @pytest.fixture(scope="module")
