@@ -461,6 +461,7 @@ def test_sampling_dynamics_ends_where_no_solver_knows_the_target(root, prepared)
     assert metrics["fwd_best"] is None and metrics["reference_fwd"] > 0
     page = (root / "reports/flowing/sampling_dynamics.html").read_text()
     assert "Not compared: spacing_solvers names none that could be sampled." in page
+    assert "bars and shades: 90 % intervals" in page and "bootstrap" not in page  # those of KID are by a jackknife
 
 
 @pytest.fixture(scope="module")
