@@ -55,6 +55,21 @@ def test_the_card_says_what_the_run_recorded(pipeline, tmp_path) -> None:
     assert "--scheduler heun --sampling-steps 7" in card.text
 
 
+def test_the_card_of_a_network_that_was_trained_again_has_no_numbers_of_the_one_before(pipeline, tmp_path) -> None:
+    """In JupyterLab, or by `wddm train`, which leave the report as it is; nor of samples that another one drew."""
+    file, report = tmp_path / "runs/mine/record.json", tmp_path / "reports/mine"
+    record = json.loads(file.read_text()) | {
+        "pipeline": {"parameters": {"learning_rate": 0.002}, "from": {}, "sha256": "first"},
+        "samples": {"parameters": {"sampling_steps": 7}, "from": {"pipeline": "first"}, "sha256": "s"},
+    }
+    file.write_text(json.dumps(record))
+    assert "| fwd | 0.0155 |" in model_card(pipeline, "me/model", report)
+    record["pipeline"] |= {"parameters": {"learning_rate": 0.01}, "sha256": "second"}
+    file.write_text(json.dumps(record))
+    card = model_card(pipeline, "me/model", report)
+    assert "| learning_rate | 0.01 |" in card and "0.0155" not in card
+
+
 def test_the_card_names_the_solver_that_was_taken_where_none_was_named(pipeline, tmp_path) -> None:
     report = tmp_path / "reports" / "mine"
     (report / "params.yaml").write_text(yaml.safe_dump(PARAMETERS | {"scheduler": None, "eta": None}))
