@@ -189,6 +189,24 @@ def test_images_from_elsewhere_are_scored(root, samples, digits, monkeypatch, no
     assert json.loads((samples / "metrics.json").read_text())["scores"] == written["scores"]
 
 
+def test_images_of_which_some_were_taken_out_are_not_held_against_labels_of_others(
+    root, digits, tmp_path, monkeypatch, no_weights
+) -> None:
+    monkeypatch.chdir(root)
+    rows = [np.flatnonzero(digits.labels == label)[n] for n in range(10) for label in range(10)]
+    write_images(tmp_path, digits.images[rows])
+    (tmp_path / "samples.json").write_text(json.dumps({"images": 100, "labels": list(range(10))}))
+
+    def asked() -> list[float]:
+        assert evaluate(tmp_path, "--reference", digits.folder, "--fwd-level", 1) == 0
+        scores = json.loads((tmp_path / "metrics.json").read_text())["scores"]
+        return [score["value"] for score in scores if score["key"] == "asked_share"]
+
+    assert asked()[0] > 0.8
+    (tmp_path / "00000.png").unlink()
+    assert asked() == []  # each of the others would count as asked for as the class before it
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

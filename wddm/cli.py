@@ -175,7 +175,8 @@ def evaluate(
     with contextlib.suppress(ValueError):
         root = workbook.find_root()
     real = scores.find_reference(f"{reference}-{resolution}" if resolution else reference, root)
-    samples, labels = read_images(images), read_json(images / "samples.json").get("labels")  # as wddm sample writes it
+    samples, made = read_images(images), read_json(images / "samples.json")  # as wddm sample writes it
+    labels = made.get("labels") if made.get("images") == len(samples) else None  # of others nobody knows whose they are
     device = device or PartialState().device
     bar = partial(workbook.progress, desc="features", unit="batch")
     found = scores.evaluate(samples, real, scores.Options(fwd_level, seed, device, inception_weights, bar, labels))
