@@ -696,6 +696,15 @@ def test_numbers_of_jupyterlab_go_when_what_they_are_of_does(root, launched):
     assert left("--only", "prepare", "-p", "seed=3") == {"m01_prepare": 1}
 
 
+def test_numbers_that_jupyterlab_has_replaced_are_not_those_of_a_run_that_ended_ok(root, launched):
+    """They may be of other parameters: the index says that the notebook is due again, as `wddm run` has it."""
+    main(["run", "params/x.yaml"])
+    workbook.Run("x", root, root / "runs/x", root / "reports/x", "02_train").record(m02_train=2)
+    assert main(["index"]) == 0 and "pending" in (root / "reports/index.html").read_text().partition("<tbody>")[2]
+    assert [one["state"] for one in records.read_status(root / "reports/x").values()] == ["ok", "pending"]
+    assert main(["run", "params/x.yaml"]) == 0 and launched[2:] == ["02_train"] and states(root) == ["ok", "ok"]
+
+
 def test_every_notebook_keeps_where_it_ran(root, launched, monkeypatch):
     """A training on a GPU, evaluated on a laptop after an update, is not of the laptop."""
     made = {"commit": "1" * 40, "device": "H200", "seed": 0}

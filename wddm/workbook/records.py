@@ -28,12 +28,20 @@ PATIENCE = 1.0, 20.0  # seconds to wait for a lock; and where its command is dea
 
 
 def read_status(folder: Path) -> dict[str, dict[str, Any]]:
-    """status.json of reports/<run>/; what is said to run while no process holds the run's lock was killed."""
+    """status.json of reports/<run>/; what is said to run while no process holds the run's lock was killed, and what was
+    ok while another hand, in JupyterLab, has replaced its numbers is due again.
+    """
     status = {name: entry for name, entry in read_json(folder / "status.json").items() if isinstance(entry, dict)}
     running = [entry for entry in status.values() if entry.get("state") == "running"]
     if running and not is_locked(folder.absolute().parents[1], folder.name):
         for entry in running:
             entry.update(state="killed", error="the process is gone")
+    of = read_json(folder.absolute().parents[1] / "runs" / folder.name / "numbers.json")
+    for name, entry in ((name, entry) for name, entry in status.items() if entry.get("state") == "ok"):
+        for kind, own in entry.get("recorded", {}).items():
+            numbers = read_json(folder / f"{kind}.json")
+            if any(numbers.get(key) != x and of.get(f"{kind}/{key}", name) == name for key, x in own.items()):
+                entry["state"] = "pending"
     return status
 
 

@@ -115,15 +115,13 @@ class Task:
 
     def is_current(self, notebook: Path) -> bool:
         """Whether the notebook last ended ok, and what it depends on and what it made are as they were then."""
-        entry, name, numbers, of = self.status.get(notebook.stem, {}), notebook.stem, self.recorded(), self.owners()
-        own = ((kind, *one) for kind, found in entry.get("recorded", {}).items() for one in found.items())
+        entry, name = self.status.get(notebook.stem, {}), notebook.stem
         made = provenance.hashes(self.root, provenance.outputs(self.experiment, notebook))
         return (
             not self.force
             and entry.get("state") == "ok"
             and (self.folder / f"{name}.html").exists()
             and entry.get("fingerprint") == provenance.fingerprint(self.experiment, notebook)
-            and all(numbers[kind].get(key) == x or of.get(f"{kind}/{key}", name) != name for kind, key, x in own)
             and made.items() <= entry["files"].items()
             and all(digest(self.root / path) == before for path, before in entry["files"].items())
         )
@@ -135,7 +133,7 @@ class Task:
             for kind in RECORDS:
                 write_json(self.folder / f"{kind}.json", {})
         notebooks, values = self.experiment.notebooks, self.experiment.values
-        ok = [name for name, one in self.status.items() if one.get("state") == "ok"]
+        ok = [name for name, one in self.status.items() if "files" in one]  # when they were last run here
         self.status = {one.stem: PENDING for one in notebooks} | self.status  # what JupyterLab has recorded stays
         self.set_pending(*(one for one in self.chosen if one.stem not in ok))
         with contextlib.suppress(ValueError):  # params.yaml, which is not there, or damaged
@@ -150,7 +148,7 @@ class Task:
             if failed := not current and (self.launch(notebook, stop) != "ok" or stop.requested):
                 break
         self.force, later = self.force and failed, notebooks[notebooks.index(notebook) + 1 :]
-        self.set_pending(*(x for x in later if self.status[x.stem].get("state") == "ok" and not self.is_current(x)))
+        self.set_pending(*(x for x in later if x.stem in ok and not self.is_current(x)))
         self.set_pending(*self.broken())
         return int(failed)
 
