@@ -95,6 +95,18 @@ def test_saved_it_is_the_same(tmp_path) -> None:
         assert torch.equal(again(x, 7).sample, model(x, 7).sample)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_loaded_in_another_precision_it_is_the_same_but_for_rounding(tmp_path, dtype: torch.dtype) -> None:
+    """Positions are not stored, so that diffusers does not convert them."""
+    model, x = stirred(), torch.randn(2, 4, 6, 6)
+    model.save_pretrained(tmp_path)
+    again = load_strictly(DiTModel.from_pretrained, tmp_path, torch_dtype=dtype)
+    with torch.no_grad():
+        found = again(x.to(dtype), 3).sample
+        assert found.dtype == dtype
+        assert_close(found.float(), model(x, 3).sample, atol=0.05, rtol=0.05)
+
+
 def test_gradient_checkpointing_changes_nothing() -> None:
     model, x = stirred().train(), torch.randn(2, 4, 6, 6)
     found = []

@@ -57,7 +57,7 @@ class DiTModel(ModelMixin, ConfigMixin):
         time = F.silu(with_labels(time, self.class_embedding, class_labels))
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         call = self._gradient_checkpointing_func if recompute else nn.Module.__call__
-        x = self.proj_in(sample.flatten(2).transpose(1, 2)) + self.positions  # (B, h w, width)
+        x = self.proj_in(sample.flatten(2).transpose(1, 2)) + self.positions.to(sample.dtype)  # (B, h w, width)
         for block in self.blocks:
             x = call(block, x, time)
         shift, scale = self.modulation_out(time).unsqueeze(1).chunk(2, dim=-1)
