@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from wddm.backbones import build_backbone
-from wddm.objective import FLOW, SINGLE_STEP, SOLVERS, build_solver, diffusion_loss, set_steps
+from wddm.loading import load_scheduler
+from wddm.objective import FLOW, SINGLE_STEP, SOLVERS, build_solver, diffusion_loss, of_target, set_steps
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import open_pipeline, sample_images
 from wddm.ukan import UKANModel
@@ -307,6 +308,13 @@ def test_saved_pipeline_draws_the_same(tmp_path) -> None:
     assert np.array_equal(again(**options).images, pipeline(**options).images)
 
 
+@pytest.mark.parametrize("target", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_of_every_target_is_saved_and_opened(solver: str, target: str, tmp_path) -> None:
+    build_solver(solver, target).save_pretrained(tmp_path)
+    assert of_target(load_scheduler(tmp_path)).config.prediction_type == target
+
+
 @pytest.mark.parametrize("part", ["unet", "ukan", "codec"])
 @pytest.mark.parametrize("harm", ["truncated", "missing", "extra", "shape", "pickle", "config"])
 def test_damaged_pipelines_are_refused_by_name(tmp_path, part: str, harm: str) -> None:
@@ -353,6 +361,7 @@ def test_malformed_configs_are_refused_in_one_line(tmp_path, file: str, content:
         ("codec", "level", "1"),
         ("codec", "wavelet", {"name": "haar"}),
         ("scheduler", "num_train_timesteps", "many"),
+        ("scheduler", "prediction_type", ["epsilon"]),
         ("scheduler", "_class_name", "UNet2DModel"),
     ],
 )
