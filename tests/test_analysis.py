@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import wddm
+from PIL import Image
 
 from wddm import data
 from wddm.backbones import build_backbone
@@ -570,6 +571,25 @@ def test_guidance_is_measured_for_all_bands_and_for_some_alone(root, prepared) -
     assert [row["evaluations"] for row in rows] == [2, 4] * 3
     assert len({row["fwd"] for row in rows}) == 4 and all("asked_share" in row for row in rows)
     assert is_clean(root / "reports/guided/guidance.html")
+
+
+@pytest.mark.slow
+def test_guidance_of_a_model_of_pixels(root) -> None:
+    images, labels = IMAGES.repeat(2, 1).repeat(2, 2), [0, 1, 2] * 8
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        (folder := root / f"classes/{label}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0]).save(folder / f"{number}.png")
+    classes = data.prepare("folder", 16, root / "data", dataset_path=root / "classes", progress=False)
+    leave_data(root, "pixels", classes)
+    save_pipeline(root / "runs/told/pipeline", 0, num_class_embeds=4)
+    (root / "params/pixels.yaml").write_text(
+        "notebooks: [analysis/guidance]\nmodel_dir: runs/told/pipeline\nweights: [1.0, 2.0]\nsampling_steps: 2\n"
+        "num_samples: 20\n"
+    )
+    run(root, "run", "params/pixels.yaml")
+    rows = saved(root / "reports/pixels", "guidance")
+    assert [(row["guided"], row["coarse"]) for row in rows] == [("all bands", 1), ("all bands", 2)]
+    assert rows[0]["fwd"] != rows[1]["fwd"] and is_clean(root / "reports/pixels/guidance.html")
 
 
 @pytest.mark.slow
