@@ -114,7 +114,7 @@ def beside(labels: Texts, real: Estimates, generated: Estimates, quantity: str, 
 
 
 def packet_map(distances: Estimates, level: int) -> Figure:
-    """Fréchet distance of each Haar packet (4^L,) and half its interval in per cent; low frequencies are top left."""
+    """Fréchet distance of each Haar packet (4^L,), to level 4 with half its interval; low frequencies top left."""
     import pywt  # here, as seaborn takes a second
     import seaborn as sns
 
@@ -131,7 +131,7 @@ def packet_map(distances: Estimates, level: int) -> Figure:
     look: dict[str, Any] = {"norm": LogNorm(*ends, clip=True), "annot_kws": {"size": min(6, 44 / side)}}
     with panels(3.4) as (figure, (axes,)):
         figure.set_size_inches(4.3, 3.4)
-        labels = np.array(texts)[packets]
+        labels = np.array(texts)[packets] if level < 5 else None  # which would be smaller than can be read
         sns.heatmap(values[packets], annot=labels, fmt="", cmap="crest", cbar_kws=bar, ax=axes, **look)
         axes.collections[0].colorbar.minorticks_off()  # type: ignore[union-attr]
         axes.grid(visible=False)
