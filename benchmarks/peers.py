@@ -265,6 +265,7 @@ def race(task: Task, seeds: Sequence[int], level: int, jobs: int = 1) -> pd.Data
         replace(task, peer=peer, learning_rate=rate, seed=seeds[0])
         for peer, (_, rates) in PEERS.items()
         for rate in rates
+        if "told labels" not in peer or load(task.data).labels is not None
     ]
     with ThreadPoolExecutor(jobs) as pool:
         rows = list(pool.map(partial(measured, level=level), first))
@@ -287,7 +288,8 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
     rows, none = [], pd.Series(dtype=float)
     for peer, (function, _) in PEERS.items():
-        own = table[table.chosen & (table.peer == peer)]
+        if not len(own := table[table.chosen & (table.peer == peer)]):
+            continue  # it wants labels, and there are none
         scores = {"KID x 1000": 1000 * own.get("kid_efficientnet", none), "FWD": own.fwd}
         scores["confident"] = own.get("confident_share", none)
         rows.append(

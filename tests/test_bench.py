@@ -364,3 +364,13 @@ def test_the_race_of_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert [images.shape for images in raced.samples] == [(70, 16, 16, 1)] * 3
     row = peers.summary(raced).iloc[0]
     assert row["learning rate"] == 2e-3 and row["lines"] > 20 and " to " in row.FWD
+
+
+def test_nobody_is_told_labels_of_a_set_without_any(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (20, 16, 16, 1), np.uint8))
+    folder = prepare("folder", 16, tmp_path, dataset_path=tmp_path / "images.npy", progress=False).folder
+    row = {"kid_efficientnet": 0.1, "fwd": 1.0, "images_seen": 1, "sampling_s": 1.0, "memory_gib": 1.0}
+    monkeypatch.setattr(peers, "measured", lambda task, level: vars(task) | row)
+    raced = peers.race(peers.Task("", str(folder), 0.0, seconds=1), [0, 1], level=1)
+    without = [name for name in peers.PEERS if "told" not in name]
+    assert set(raced.peer) == set(without) and peers.summary(raced).peer.tolist() == without
