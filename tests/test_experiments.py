@@ -26,6 +26,21 @@ def test_every_experiment_validates_and_builds(path) -> None:
         assert check(experiment) is None  # it raises what it refuses
 
 
+@pytest.mark.parametrize(
+    ("given", "refused"),
+    [
+        ("reference=published", "got reference='published', wanted one of recipe modern, .*, recipe published: choose"),
+        ("metric=fid", "got metric='fid', but there are no Inception weights"),
+        ("metric=train_fid", "there are no Inception weights"),
+    ],
+)
+def test_what_a_summary_cannot_compare_is_refused_before_the_sweep(given, refused, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # where no weights are
+    *_, summary = load_experiments(ROOT / "params/recipes-digits.yaml", ROOT, [given])
+    with pytest.raises(ValueError, match=refused):
+        check(summary)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "params" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_reads_its_settings(path) -> None:
     settings = load_config_from_file(str(path))

@@ -214,6 +214,11 @@ def _check_options(experiment: Experiment, given: Parameters) -> None:
         solver = given["scheduler"] or default_solver(predicts)
         set_steps(build_solver(solver, predicts, spacing=given.get("spacing")), given.get("sampling_steps", 1))
         check_options(solver, **share(check_options, given))
+    if experiment.is_summary:  # what it looks at comes after hours
+        if (metric := given.get("metric", "").removeprefix("train_")) in scores.DISTANCES:
+            scores.check(metric, 3)
+        if given.get("reference") and "*" not in "".join(given["runs"]):
+            check_choice("reference", given["reference"], dict.fromkeys(records.variants(given["runs"]).values()))
 
 
 def _check_images(experiment: Experiment, given: Parameters) -> None:

@@ -16,6 +16,7 @@ import os
 import re
 import socket
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ def collect(root: Path, runs: list[str]) -> tuple[list[Finished], list[str]]:
     found = {path.name: path for paths in matches.values() for path in paths}
     if not found:
         raise ValueError(f"got no finished runs like {', '.join(runs)} in reports/, wanted some: run the sweep first")
-    several, rows = len({_variant(name)[0] for name in found if "=" in name}) > 1, []
+    by_name, rows = variants(found), []
     for name, folder in found.items():
         record, parameters, states = read_record(root, name), read_yaml(folder / "params.yaml"), read_status(folder)
         if "metrics" in record:
@@ -142,10 +143,8 @@ def collect(root: Path, runs: list[str]) -> tuple[list[Finished], list[str]]:
             if other := [f"{k} {v}" for k, v in entry["parameters"].items() if parameters.get(k, v) != v]:
                 got = f"got {name}, whose {entry['by']} ran again with {', '.join(other)}"
                 raise ValueError(f"{got}, wanted it as in its params.yaml: run its YAML again")
-        base, chosen = _variant(name)
-        variant = ", ".join([base] * (several or not chosen) + chosen)
         numbers = (read_json(folder / f"{kind}.json") for kind in ("metrics", "timings"))
-        rows.append(Finished(name, variant, parameters, *numbers))
+        rows.append(Finished(name, by_name[name], parameters, *numbers))
     return rows, [pattern for pattern, paths in matches.items() if not paths]
 
 
@@ -159,7 +158,11 @@ def _is_finished(folder: Path) -> bool:
     return states <= {"ok"} and (folder / "metrics.json").exists() and (folder / "params.yaml").exists()
 
 
-def _variant(name: str) -> tuple[str, list[str]]:
-    """x-level=2-seed=0 -> x, [level 2]: the run, and what the sweep chose but the seed."""
-    base, *chosen = re.split(r"-(?=\w+=)", name)
-    return base, [one.replace("=", " ", 1) for one in chosen if not one.startswith("seed=")]
+def variants(names: Iterable[str]) -> dict[str, str]:
+    """By run, what its sweep chose but the seed: x-level=2-seed=0 -> level 2, or x, level 2 if sweeps are several."""
+    parts = {name: re.split(r"-(?=\w+=)", name) for name in names}
+    several, found = len({base for name, (base, *_) in parts.items() if "=" in name}) > 1, {}
+    for name, (base, *chosen) in parts.items():
+        chosen = [one.replace("=", " ", 1) for one in chosen if not one.startswith("seed=")]
+        found[name] = ", ".join([base] * (several or not chosen) + chosen)
+    return found
