@@ -574,8 +574,8 @@ def test_guidance_is_measured_for_all_bands_and_for_some_alone(root, prepared) -
 
 
 @pytest.mark.slow
-def test_guidance_of_a_model_of_pixels(root) -> None:
-    images, labels = IMAGES.repeat(2, 1).repeat(2, 2), [0, 1, 2] * 8
+def test_guidance_of_a_model_of_pixels_without_a_judge(root) -> None:
+    images, labels = IMAGES.repeat(2, 1).repeat(2, 2), [0, 1] * 11 + [0, 2]  # too few of a class for a classifier
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         (folder := root / f"classes/{label}").mkdir(parents=True, exist_ok=True)
         Image.fromarray(image[..., 0]).save(folder / f"{number}.png")
@@ -590,6 +590,7 @@ def test_guidance_of_a_model_of_pixels(root) -> None:
     rows = saved(root / "reports/pixels", "guidance")
     assert [(row["guided"], row["coarse"]) for row in rows] == [("all bands", 1), ("all bands", 2)]
     assert rows[0]["fwd"] != rows[1]["fwd"] and is_clean(root / "reports/pixels/guidance.html")
+    assert "confident_share" not in rows[0] and (root / "reports/pixels/figures/fwd.png").exists()
 
 
 @pytest.mark.slow
