@@ -22,7 +22,6 @@ from wddm.ukan import UKANModel, check_halvings
 from wddm.wavelets import check_choice, check_multiple, sides
 
 IMAGES = {"digits": (16, 1), "patches": (32, 3), "cifar10": (32, 3), "stl10": (64, 3), "celebahq": (256, 3)}
-Options = dict[str, Any]  # arguments of a network, by name
 PASSES = 3  # of a training step: forward, and backward at twice its cost
 
 
@@ -89,12 +88,12 @@ def build_backbone(
         check_multiple("image_size", side, 2**level, f"2^level, level={level}", "choose another resolution or level")
     height, width = (side // 2**level for side in sides(size))
     accepted = inspect.signature(BACKBONES[backbone].build).parameters
-    given: Options = {"block_out_channels": widths, "attention_levels": attention_levels, "dropout": dropout}
+    given: dict[str, Any] = {"block_out_channels": widths, "attention_levels": attention_levels, "dropout": dropout}
     given |= {"layers_per_block": layers_per_block, "num_class_embeds": num_class_embeds}
     given = {name: value for name, value in given.items() if value is not None}
     if foreign := [name for name in given if name not in accepted]:
         raise ValueError(f"got {', '.join(foreign)} for a {backbone}, which does not have it: leave it out")
-    options: Options = {"attention_levels": (), "layers_per_block": 1 if dataset == "digits" else 2}
+    options: dict[str, Any] = {"attention_levels": (), "layers_per_block": 1 if dataset == "digits" else 2}
     options |= {"dropout": 0.1 if dataset == "cifar10" else 0.0}
     options |= {} if widths is not None else preset_sizes(backbone, dataset, level, math.sqrt(height * width))
     options = {name: value for name, value in (options | given).items() if name in accepted}

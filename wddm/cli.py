@@ -6,11 +6,13 @@ Exit codes: 0 ok, 1 a notebook or training failed, 2 bad arguments or parameters
 import contextlib
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +46,10 @@ def commands() -> None:
 @click.option("--held", type=int, hidden=True, help="The lock that this process inherits from the one that started it.")
 def run(params: tuple[Path, ...], overrides: tuple[str, ...], held: int | None, **options: Any) -> int:
     """Execute the notebooks with the parameters of YAML files."""
-    experiments = experiments_of(params, overrides)[1]
     if held is not None:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     check = preflight if held is None else None  # what started this process has checked
-    return workbook.run(experiments, held=held, preflight=check, **options)
+    return workbook.run(experiments_of(params, overrides)[1], held=held, preflight=check, **options)
 
 
 def _end_with_parent() -> None:
@@ -197,9 +198,6 @@ def index() -> None:
 @click.argument("folder", type=PATH)
 def init(folder: Path) -> None:
     """Make a workbook of a new FOLDER: the notebooks, parameters and model that this installation came with."""
-    import shutil
-    from importlib import metadata
-
     files = metadata.files("wddm") or ()
     shipped = [Path(one.locate()).parents[1] for one in files if one.match("share/wddm/params/quickstart.yaml")]
     if not shipped:

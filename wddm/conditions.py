@@ -87,9 +87,8 @@ def correction(
     images = torch.as_tensor(low_resolution if known is None else known)
     sizes = [(n, channels, height // 2**k, width // 2**k) for k in range(level + 1) for n in (1, count)]
     if images.shape not in sizes or not images.is_floating_point() or not ((images >= 0) & (images <= 1)).all():
-        raise ValueError(
-            f"got images {tuple(images.shape)} of {images.dtype}, wanted floats in [0, 1] of {sizes[-1]}: change them"
-        )
+        got = f"got images {tuple(images.shape)} of {images.dtype}"
+        raise ValueError(f"{got}, wanted floats in [0, 1] of {sizes[-1]}: change them")
     where = torch.ones(1, 1, height, width, dtype=torch.bool) if mask is None else torch.as_tensor(mask)
     if where.dtype != torch.bool or where.shape not in [(n, 1, height, width) for n in (1, count)]:
         raise ValueError(f"got a mask {tuple(where.shape)} of {where.dtype}, wanted bool (1, 1, {height}, {width})")

@@ -8,7 +8,6 @@ so that two sets never share a folder and one that is there is found. It holds `
 import hashlib
 import itertools
 import json
-import math
 import os
 import shutil
 from collections import Counter, defaultdict
@@ -183,7 +182,7 @@ def _write(source: Source, settings: dict[str, Any], to: Path, progress: bool) -
         rows = np.sort(np.random.default_rng(settings["seed"]).choice(rows, limit, replace=False))
     channels = settings["channels"] or channels_of(images, rows)
     shape = (settings["resolution"], settings["width"] or settings["resolution"], channels)
-    items, size = images.read(rows), max(1, min(images.chunk, 2**22 // math.prod(shape)))
+    items, size = images.read(rows), max(1, min(images.chunk, 2**22 // np.prod(shape)))
     chunks = iter(lambda: list(itertools.islice(items, size)), [])
     found, skipped = write_images(chunks, len(rows), shape, to / "images.npy", settings["on_error"], progress)
     if not found:
@@ -265,8 +264,7 @@ def to_batch(pixels: np.ndarray, mirrored: np.ndarray, device: torch.device) -> 
 
 def _finish(x: Tensor, mirrored: np.ndarray) -> Tensor:
     """Mirrored, float32 and contiguous, of uint8 (B, C, H, W) on a device."""
-    flipped = torch.from_numpy(mirrored).to(x.device).view(-1, 1, 1, 1)
-    x = torch.where(flipped, x.flip(-1), x)
+    x = torch.where(torch.from_numpy(mirrored).to(x.device).view(-1, 1, 1, 1), x.flip(-1), x)
     return x.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 

@@ -54,9 +54,7 @@ Decoded = tuple[np.ndarray, list[int], list[tuple[str, str]]]
 
 def decode(chunk: list[Item], shape: Shape) -> Decoded:
     """uint8 (n, H, W, C) and labels of the items that decode; where the others are from, and why they do not."""
-    pixels = np.empty((len(chunk), *shape), np.uint8)
-    labels: list[int] = []
-    failed = []
+    pixels, labels, failed = np.empty((len(chunk), *shape), np.uint8), list[int](), list[tuple[str, str]]()
     for image, label, where in chunk:
         try:
             pixels[len(labels)] = _pixels(image, shape)

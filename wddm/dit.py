@@ -4,6 +4,8 @@ Every position of the coefficient maps is one token: the wavelet level takes the
 Called and configured as diffusers' `UNet2DModel`: `model(sample, timestep).sample`, (B, C, h, w) in and out.
 """
 
+from functools import partial
+
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -14,6 +16,8 @@ from torch.nn import functional as F
 
 from wddm.ukan import with_labels
 from wddm.wavelets import sides
+
+plain_norm = partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)  # scale and shift come from the time embedding
 
 
 class DiTModel(ModelMixin, ConfigMixin):
@@ -83,8 +87,3 @@ class DiTBlock(nn.Module):
         attended = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # (B, heads, N, head_dim)
         x = x + gate1 * self.proj(attended.transpose(1, 2).flatten(2))
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
-
-
-def plain_norm(width: int) -> nn.LayerNorm:
-    """LayerNorm without weights: its scale and shift come from the time embedding."""
-    return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)

@@ -170,9 +170,8 @@ def tables(files: list[Path], skip: bool, *, beside: Sequence[Path] = ()) -> Ima
             image, label, classes, note = columns
             named = _columns(file, parquet.schema_arrow)[2] if label else None
             if not {image, label} - {None} <= {*(have := parquet.schema_arrow.names)} or named not in (None, classes):
-                raise ValueError(
-                    f"got {have} in {plain(file)}, wanted columns and classes of {plain(files[0])}: separate them"
-                )
+                wanted = f"wanted columns and classes of {plain(files[0])}"
+                raise ValueError(f"got {have} in {plain(file)}, {wanted}: separate them")
             with refusing(plain(file), f"a whole column {label}", REMEDY):
                 parts += [parquet.read([label])[label].to_pandas()] if label else []
             counts[file] = parquet.metadata.num_rows
@@ -216,17 +215,15 @@ def _columns(file: Path, schema: "pa.Schema") -> tuple[str, str | None, list[str
     return images[0], label, classes.get(label or ""), note
 
 
-def _rows(
-    file: Path, column: str, rows: np.ndarray, chunk: int, labels: np.ndarray, beside: set[Path]
-) -> Iterator[Item]:
-    """The images in a column of ascending rows of a Parquet file, of which `chunk` are held at a time."""
+def _rows(file: Path, name: str, rows: np.ndarray, chunk: int, labels: np.ndarray, beside: set[Path]) -> Iterator[Item]:
+    """The images in the column `name` of ascending rows of a Parquet file, of which `chunk` are held at a time."""
     parquet, chosen, first = _parquet(file), {*rows.tolist()}, 0
     for group in range(parquet.num_row_groups):
         end = first + parquet.metadata.row_group(group).num_rows
         due = rows[slice(*np.searchsorted(rows, (first, end)))]
         try:
-            for batch in parquet.iter_batches(chunk, row_groups=[group], columns=[column]) if len(due) else ():
-                for row, cell in enumerate(batch[column].to_pylist(), first):
+            for batch in parquet.iter_batches(chunk, row_groups=[group], columns=[name]) if len(due) else ():
+                for row, cell in enumerate(batch[name].to_pylist(), first):
                     if row in chosen:
                         image, path = (cell or {}).get("bytes"), (cell or {}).get("path") or ""
                         if not image and beside:  # a row may name a file

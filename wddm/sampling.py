@@ -97,11 +97,10 @@ def sample_images(
     turn = labels_in_turn(pipeline, labels) if labels or not known else None
     for start in range(rank * size, count, world_size * size):
         stop = start + size if pipeline.device.type == "cpu" else min(start + size, count)
-        generators = image_generators(range(seed + start, seed + stop))
         asked = [turn[k % len(turn)] for k in range(start, stop)] if turn else None
         given = {name: x[torch.arange(start, stop) % len(x)] for name, x in (known or {}).items()}
         options: dict[str, Any] = {"output_type": "np", "return_dict": False, "labels": asked, **given, **solving}
-        (images,) = pipeline(stop - start, generators, **options)
+        (images,) = pipeline(stop - start, image_generators(range(seed + start, seed + stop)), **options)
         yield (images[: count - start] * 255).round().astype(np.uint8)
 
 
@@ -143,9 +142,7 @@ def write_images(folder: str | Path, images: np.ndarray, start: int = 0) -> None
         picture.save(Path(folder, f"{number:05d}.png"))
 
 
-def write_summary(
-    folder: str | Path, pipeline: WaveletPipeline, count: int, seed: int, solving: Mapping[str, Any]
-) -> None:
+def write_summary(folder: Path, pipeline: WaveletPipeline, count: int, seed: int, solving: Mapping[str, Any]) -> None:
     """Write samples.json, which says how the images were made, and grid.png of the first 64 in the folder."""
     about = {"images": count, "seeds": [seed, seed + count - 1], "resolution": pipeline.image_size, **solving}
     about |= {"prediction_type": pipeline.scheduler.config.prediction_type, "solver": type(pipeline.scheduler).__name__}
@@ -168,11 +165,8 @@ def read_images(path: Path) -> np.ndarray:
         raise ValueError(f"got {path}, wanted a folder of PNGs, or samples.npy: give what wddm sample wrote")
     found: list[np.ndarray] = []
     for file in files:
-        try:
+        with refusing(f"{file}, which cannot be read", "images", "write it anew"):
             found.append(np.load(file, mmap_mode="r") if is_array else np.atleast_3d(np.asarray(Image.open(file))))
-        except Exception as error:  # damaged files raise all sorts
-            why = " ".join(str(error).split())[:100]
-            raise ValueError(f"got {file}, which cannot be read ({why}), wanted images: write it anew") from None
         first, read = found[0], found[-1]
         if read.dtype != np.uint8 or read.ndim != 3 + is_array or not read.size or read.shape != first.shape:
             beside = f" beside {first.shape}" if read is not first else ""

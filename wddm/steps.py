@@ -1,7 +1,6 @@
 """What a step of training takes, beside the Trainer: precision, seeds, noise, averages of the weights; and its log."""
 
 import json
-import math
 import resource
 import sys
 from collections import defaultdict
@@ -19,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
-from wddm.files import read_rows, whole
+from wddm.files import read_rows, whole, write_text
 from wddm.objective import TIME_SAMPLINGS
 from wddm.pipeline import visible
 from wddm.wavelets import WaveletCodec, check_choice, sides
@@ -66,9 +65,7 @@ def read_previews(folder: Path) -> dict[str, np.ndarray]:
 
 def forget_after(folder: Path, step: int, images_seen: int) -> None:
     """Cut a run's log, previews and kept averages to the step that it is taken up at."""
-    rows = [row for row in read_log(folder) if row["step"] <= step]
-    with whole(folder / "log.jsonl") as log:
-        log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in read_log(folder) if row["step"] <= step))
     for file in (*(folder / "previews").glob("*.png"), *(folder / AVERAGES).glob("*.safetensors")):
         if int(file.stem) > images_seen:
             file.unlink()
@@ -91,7 +88,7 @@ def checked(model: ModelMixin, codec: WaveletCodec, images: np.ndarray, **settin
     check_choice("schedule", settings["schedule"], SCHEDULES)
     for name, value in settings.items():
         above = name in ABOVE_0 or (name == "metric_images" and settings["metric_kimg"])
-        most = 1 if name == "label_dropout" and settings["labels"] is not None else math.inf
+        most = 1 if name == "label_dropout" and settings["labels"] is not None else np.inf
         if isinstance(value, int | float | np.number) and not (0 if above else -1e-12) < value < most:
             kind = "more than 0" if above else "0 or more" if most > 1 else "0 or more, below 1"
             raise ValueError(f"got {name}={value}, wanted {kind}: change it")
@@ -126,11 +123,6 @@ def class_numbers(labels: np.ndarray | None, no_label: int, count: int) -> np.nd
         wanted = f"wanted {count} below {no_label}" if no_label > 0 else "wanted none for this network"
         raise ValueError(f"got labels ({got}), {wanted}: build_backbone(num_class_embeds=classes + 1) takes as many")
     return np.where(labels < 0, no_label, labels).astype(np.int64)
-
-
-def dropped(share: float, key: tuple[int, int], *shape: int) -> Tensor:
-    """Which labels of a batch, bool of this shape, are not shown to the network: a share of them, by (seed, step)."""
-    return torch.from_numpy(np.random.default_rng((*key, LABELS)).random(shape) < share)
 
 
 def conditioned(network: nn.Module, *labels: Tensor) -> Any:

@@ -30,7 +30,7 @@ from wddm.files import append_row, written_aside
 from wddm.objective import build_solver, check_training, default_solver, diffusion_loss, noise_scheduler
 from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
-from wddm.steps import POWERS, Step
+from wddm.steps import LABELS, POWERS, Step
 from wddm.wavelets import WaveletCodec
 
 # what no weight depends on, or settings describe in another way: may change from one start of a run to the next
@@ -111,8 +111,7 @@ class Trainer:
         self.parameters = [p for p in self.model.train().parameters() if p.requires_grad]
         ours = torch.optim.AdamW(self.parameters, weight_decay=self.weight_decay, fused=True)
         warmup = {"num_warmup_steps": math.ceil(self.warmup_kimg * 1000 / self.batch_size)}
-        lambdas = get_scheduler(self.schedule, ours, **warmup, num_training_steps=self.total_steps).lr_lambdas
-        (self.share,) = lambdas  # of the learning rate, by the steps that are done
+        (self.share,) = get_scheduler(self.schedule, ours, **warmup, num_training_steps=self.total_steps).lr_lambdas
         self.network, theirs = self.accelerator.prepare(torch.compile(self.model) if self.compile else self.model, ours)
         self.optimizer = ours if self.accelerator.scaler is None else theirs  # fp16 alone needs accelerate's
         self.decay = 0.5 ** (1 / (self.ema_half_life_kimg * 1000 / self.batch_size)) if self.ema_half_life_kimg else 0.0
@@ -191,8 +190,9 @@ class Trainer:
         """
         losses, parts = [], [images, *self.draw_noise()]
         if labels is not None:
-            dropped = steps.dropped(self.label_dropout, (self.seed, self.step), self.world_size, len(labels))[self.rank]
-            parts.append(labels.masked_fill(dropped.to(self.device), self.no_label))
+            drawn = np.random.default_rng((self.seed, self.step, LABELS)).random((self.world_size, len(labels)))
+            dropped = torch.from_numpy(drawn[self.rank] < self.label_dropout).to(self.device)
+            parts.append(labels.masked_fill(dropped, self.no_label))
         steps.seed_device(self.device, steps.derived_seed(self.seed, self.step, 1 + self.rank))  # dropout
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
@@ -311,8 +311,7 @@ class Trainer:
         for average, was in zip(self.averages, kept, strict=False):
             for name, tensor in average.items():
                 tensor.copy_(was[name])
-        moments = steps.unflattened(tensors["optimizer"])
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": steps.unflattened(tensors["optimizer"])})
         columns = [tensors["unread"][str(i)].to(self.device) for i in range(len(tensors["unread"]))]
         self.unread = list(zip(*columns, strict=True))
 

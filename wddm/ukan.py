@@ -13,6 +13,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
+from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.models.upsampling import Upsample2D
@@ -108,24 +109,21 @@ class UKANModel(ModelMixin, ConfigMixin):
         return load_strictly(super().from_pretrained, folder, **kwargs)
 
 
-class TimeEmbedding(nn.Module):
+class TimeEmbedding(TimestepEmbedding):
     """Table of sinusoids (a row per timestep, linear between rows; sin and cos interleaved) -> linear, SiLU, linear."""
 
     def __init__(self, rows: int, width: int, time_width: int) -> None:
-        super().__init__()
+        super().__init__(width, time_width)
         frequency = torch.exp(-math.log(10_000) * torch.arange(0, width, 2) / width)
         phase = torch.arange(rows).unsqueeze(1) * frequency  # (rows, width / 2)
         table = torch.stack([phase.sin(), phase.cos()], dim=-1).flatten(1)
         self.table = nn.Parameter(table, requires_grad=False)  # checkpoints store it, counts include it
-        self.linear_1 = nn.Linear(width, time_width)
-        self.linear_2 = nn.Linear(time_width, time_width)
 
     def forward(self, timestep: Tensor) -> Tensor:
         last = len(self.table) - 1
         low = timestep.floor().long().clamp(0, last)
         fraction = (timestep - low).clamp(0, 1).to(self.table.dtype).unsqueeze(1)
-        row = torch.lerp(self.table[low], self.table[(low + 1).clamp_max(last)], fraction)
-        return self.linear_2(F.silu(self.linear_1(row)))
+        return super().forward(torch.lerp(self.table[low], self.table[(low + 1).clamp_max(last)], fraction))
 
 
 class ResidualBlock(ResnetBlock2D):

@@ -3,7 +3,6 @@
 Images are uint8 (N, H, W, C), a memory map for instance, float (N, C, H, W) in [0, 1], or a list of PIL images.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -83,7 +82,7 @@ class UnitBatches:
             wanted = "uint8 (N, H, W, C) or float (N, C, H, W): transpose them, or give others"
             raise ValueError(f"got {images.dtype} images {shape}, wanted one or more, {wanted}")
         device = "cpu" if torch.device(self.device).type == "mps" else self.device
-        size = max(1, min(self.batch_size, self.batch_values // math.prod(shape[1:])))
+        size = max(1, min(self.batch_size, self.batch_values // np.prod(shape[1:])))
         for start in range(0, self.count, size):
             part = slice(start, start + size)
             batch = images[part if self.rows is None else self.rows[part]]
@@ -171,8 +170,7 @@ def nearest(generated: np.ndarray, real: np.ndarray, k: int) -> tuple[np.ndarray
 
     if not 1 <= k <= len(real):
         raise ValueError(f"got k={k} with {len(real)} real images, wanted 1 to {len(real)}: change k")
-    search = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(real)
-    rows = search.kneighbors(generated, return_distance=False)
+    rows = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(real).kneighbors(generated, return_distance=False)
     apart = [np.sqrt(((real[i] - one.astype(float)) ** 2).mean(1)) for i, one in zip(rows, generated, strict=True)]
     return rows, np.stack(apart)
 

@@ -122,11 +122,10 @@ def packet_level(shape: Sequence[int], level: int | None = None) -> int:
     values in a packet, as 32 x 32 in colour have; where there is none, the largest that divides them, at most 8.
     """
     dividing = [n for n in range(9) if not np.remainder(shape[:2], 2**n).any()]
-    fitting = (n for n in dividing[2:] if np.prod(shape) <= 192 * 4**n)
-    return next(fitting, dividing[-1]) if level is None else level
+    return next((n for n in dividing[2:] if np.prod(shape) <= 192 * 4**n), dividing[-1]) if level is None else level
 
 
-def moments(images: Images, level: int = 3, *, device: Device = "cpu") -> Moments:
+def moments(images: Images, level: int = 3, device: Device = "cpu") -> Moments:
     """Of the 4^level packets of images: what `frechet_wavelet_distance` takes in their place."""
     return _moments(UnitBatches(images, device=device), level)[0]
 

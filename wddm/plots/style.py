@@ -19,18 +19,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
-__all__ = [
-    "coefficient_bands", "compose", "image_grid", "neighbours", "shown_channels", "stacked",
-    "trajectory",
-]  # fmt: skip
+__all__ = ["coefficient_bands", "compose", "image_grid", "neighbours", "shown_channels", "stacked", "trajectory"]
 
 WIDTH, DPI = 6.0, 150  # inches, dots per inch: 900 pixels
 REAL, GENERATED, ACCENT = "0.45", "#0173b2", "#d55e00"
 SIDES = ("real", REAL), ("generated", GENERATED)
 DASHED: dict[str, Any] = {"linestyle": "--", "linewidth": 0.8}
-COLORS = [
-    "#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9",
-]  # fmt: skip
+COLORS = ["#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9"]
 MARKERS = "osD^vP*Xdph"
 ROUND = [1, 2, 5, 10]  # steps of ticks
 Texts = Sequence[str]

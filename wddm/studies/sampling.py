@@ -85,8 +85,7 @@ def with_solver(pipeline: WaveletPipeline, scheduler: str, spacing: str) -> Wave
 
 def timed_samples(pipeline: WaveletPipeline, count: int, **options: Any) -> tuple[np.ndarray, dict[str, float]]:
     """Images uint8 (N, H, W, C) of `sample_images`, and `evaluations` of the network and `seconds_per_image`."""
-    sizes: list[int] = []
-    started = time.perf_counter()
+    sizes, started = list[int](), time.perf_counter()
     with pipeline.backbone.register_forward_pre_hook(lambda network, inputs: sizes.append(len(inputs[0]))):
         batches = list(sample_images(pipeline, count, **options))
     seconds, evaluations = time.perf_counter() - started, len(sizes) / len(batches)
@@ -158,8 +157,7 @@ def mean_interval(values: Sequence[float], low: Sequence[float], high: Sequence[
 
 def picked(table: pd.DataFrame, settings: Sequence[Row]) -> pd.DataFrame:
     """The rows of these settings, in their order, as far as they were measured."""
-    wanted = pd.DataFrame(settings, columns=list(SETTING)).astype({"detail_steps": float})
-    return wanted.merge(table, on=list(SETTING))
+    return pd.DataFrame(settings, columns=list(SETTING)).astype({"detail_steps": float}).merge(table, on=list(SETTING))
 
 
 def fewest_steps(table: pd.DataFrame, reference: Row | pd.Series, metric: str) -> list[Row]:
@@ -216,6 +214,5 @@ def denoising_error(pipeline: WaveletPipeline, images: np.ndarray, times: Sequen
     for time_step in times:
         t = torch.full((len(clean),), time_step, device=device)
         noisy = noised(pipeline.scheduler, clean, noise, t)
-        estimate = clean_estimate(pipeline.scheduler, noisy, answer(noisy, t), t)
-        errors.append(by_band(estimate - clean, bands))
+        errors.append(by_band(clean_estimate(pipeline.scheduler, noisy, answer(noisy, t), t) - clean, bands))
     return np.stack(errors) / by_band(clean - clean.mean(0), bands)

@@ -52,7 +52,6 @@ def start(member: Member, stop: Stop, environment: Mapping[str, str], show: Call
         command + member.options, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace", start_new_session=True, pass_fds=(member.lock,), env=environment,
     )  # fmt: skip
-
     stop.listeners.add(lambda kill: process.send_signal(signal.SIGINT))  # it knows itself what a second one means
     with process, file.with_name("log.txt").open("a") as log:
         for line in filter(None, map(str.rstrip, process.stdout or ())):
@@ -95,8 +94,7 @@ def gpus() -> list[str]:
 
 def run_by_dask(members: list[Member], where: str, jobs: int, stop: Stop) -> list[int]:
     """Exit codes of members that run wherever the cluster `where`, see `connect`, has room for them."""
-    futures: dict[Any, str] = {}
-    codes: list[int] = []
+    futures, codes = dict[Any, str](), list[int]()
     given = {name: os.environ.get(name) for name in SET_BY_DASK}  # before a cluster on this machine sets them here, too
 
     def listener(kill: bool) -> None:

@@ -84,8 +84,7 @@ def load_experiments(path: Path, root: Path, overrides: Iterable[str] = ()) -> l
     notebooks = _find_notebooks("notebooks", settings, root, path) or pipeline_notebooks(root)
     summary = _find_notebooks("summary", settings, root, path)
     schema, of_summary = merge_schemas(notebooks), merge_schemas(summary)
-    problems: list[str] = []
-    experiments: list[Experiment] = []
+    problems, experiments = list[str](), list[Experiment]()
     for swept in _combinations(settings.get("sweep"), values, path):
         wanted = values | {key: (str(path), value) for key, value in swept.items()}
         if "recipe" in wanted:

@@ -23,6 +23,8 @@ from typing import Any
 
 import yaml
 
+from wddm.files import refusing
+
 EXAMPLES: dict[str, Any] = {"str": "name", "int": 1, "float": 0.1, "bool": True, "int | str": 1}
 TYPE = re.compile(r"(?P<list>list\[)?(?P<item>int \| str|str|int|float|bool)(?(list)\])(?P<none> \| None)?")
 EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")  # which papermill's YAML reads as a string
@@ -75,13 +77,11 @@ def tagged(notebook: Any, tag: str) -> Any:
 
 def read_notebook(path: Path) -> dict:
     """A notebook as plain JSON, its sources as one string each; ValueError if it is none."""
-    try:
+    with refusing(f"{path.name}, which cannot be read", "a notebook", "give another"):
         notebook = json.loads(path.read_text(encoding="utf-8"))
         for cell in notebook["cells"]:
             cell["source"] = "".join(cell["source"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path.name}: cannot be read as a notebook ({error})") from None
-    return notebook
+        return notebook
 
 
 def read_schema(path: Path) -> dict[str, Parameter]:

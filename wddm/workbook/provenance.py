@@ -57,8 +57,7 @@ def hashes(root: Path, paths: list[Path]) -> dict[str, str]:
 
 def declared_paths(experiment: Experiment, notebook: Path, kind: str) -> list[Path]:
     """The "Inputs" or "Outputs" that a notebook declares; one whose parameter is None is left out."""
-    cells = read_notebook(notebook)["cells"]
-    first = next((cell["source"] for cell in cells if cell["cell_type"] == "markdown"), "")
+    first = next((cell["source"] for cell in read_notebook(notebook)["cells"] if cell["cell_type"] == "markdown"), "")
     line = re.search(rf"\*\*{kind}:\*\*(.*?)(?=\n\n|\*\*|\Z)", first, re.DOTALL)
     known = prepared_set(experiment.root, experiment.run) | experiment.parameters
     known["data"] = known["data"] or "data/none"  # so that a set which nobody knows is missing

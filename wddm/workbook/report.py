@@ -202,7 +202,6 @@ def _row(folder: Path, defaults: dict[str, dict[str, Any]]) -> dict[str, Any]:
     entries, states = status.values(), {entry["state"] for entry in status.values()}
     made = [entry for entry in entries if entry.get("commit")] or [read_json(folder / "environment.json")]
     figures = sorted(folder.glob("figures/*.png"), key=lambda path: (path.stem != "samples", path.name))
-    changed = {key for key in parameters if parameters[key] != own.get(key, ...)} - {"run", "notebooks"}
     return {
         "name": folder.name,
         "pages": dict(sorted(pages.items())),
@@ -212,6 +211,6 @@ def _row(folder: Path, defaults: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "seconds": format_seconds(sum(entry.get("seconds") or 0 for entry in entries)) if status else "",
         "thumbnail": figures[0].relative_to(folder.parent).as_posix() if figures else None,
         "metrics": read_json(folder / "metrics.json"),
-        "changed": {key: value for key, value in parameters.items() if key in changed},
+        "changed": {k: v for k, v in parameters.items() if v != own.get(k, ...) and k not in ("run", "notebooks")},
         "commit": ", ".join(dict.fromkeys(entry["commit"][:7] for entry in made if entry.get("commit"))),
     }

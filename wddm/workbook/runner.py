@@ -180,8 +180,7 @@ class Task:
         seconds, opened = round(time.monotonic() - began, 2), provenance.opened(log)
         entry: dict[str, Any] = {"state": state, "error": error, "seconds": seconds, "recorded": self.recorded(name)}
         if state == "ok":  # else there may be no time to read what it left
-            files = [*provenance.outputs(self.experiment, notebook), *opened]
-            entry["files"] = provenance.hashes(self.root, files)
+            entry["files"] = provenance.hashes(self.root, [*provenance.outputs(self.experiment, notebook), *opened])
         (self.folder / f"{name}.html").unlink(missing_ok=True)  # of another time
         self.update(name, **entry)
         try:
@@ -216,9 +215,7 @@ class Task:
         if by is None:
             return found
         whose = lambda kind, key: of.get(f"{kind}/{key}", by if key in before.get(kind, ()) else None)  # noqa: E731
-        return {
-            kind: {key: numbers[key] for key in numbers if whose(kind, key) == by} for kind, numbers in found.items()
-        }
+        return {kind: {key: own[key] for key in own if whose(kind, key) == by} for kind, own in found.items()}
 
     def owners(self) -> dict[str, str]:
         """Which notebook has recorded a number, by "metrics/fwd"."""
