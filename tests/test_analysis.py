@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import wddm
+from conftest import as_process, wddm
 from PIL import Image
 
 from wddm import data
@@ -621,3 +621,14 @@ def test_restoration_agrees_with_what_is_known_of_images_that_were_held_out(root
     )
     done = wddm(root, "run", "params/restored.yaml", "--force", num_samples=900)
     assert done.returncode == 1 and "held-out images, wanted 1800" in done.stdout
+
+
+@pytest.mark.slow
+def test_restoration_refuses_a_model_of_another_set_wherever_it_lies(root, prepared) -> None:
+    """From home, too: it may have been trained on the images that are said to be held out."""
+    save_pipeline(root / "elsewhere", 1)
+    write_json(root / "elsewhere/training.json", {"data_sha256": "of another set"})
+    text = "notebooks: [01_prepare, analysis/restoration]\nmodel_dir: ~/elsewhere\nlimit: 200\nnum_samples: 18\n"
+    (root / "params/from-home.yaml").write_text(text + "sampling_steps: 1\nsteps: [1]\nanswers: 1\n")
+    done = as_process("wddm", "run", "params/from-home.yaml", root=root, HOME=str(root))
+    assert done.returncode == 1 and "got ~/elsewhere, trained on another set than that of 01_prepare" in done.stdout
