@@ -594,6 +594,25 @@ def test_guidance_of_a_model_of_pixels_without_a_judge(root) -> None:
 
 
 @pytest.mark.slow
+def test_a_study_refuses_images_that_are_not_those_of_their_manifest(root, prepared) -> None:
+    """Else its numbers are kept as those of the set, and taken for such when that is whole again."""
+    save_pipeline(root / "runs/told/pipeline", 1, 11)
+    leave_data(root, "damaged", prepared)
+    (root / "params/damaged.yaml").write_text(
+        "notebooks: [analysis/guidance]\nmodel_dir: runs/told/pipeline\nweights: [1.0]\nnum_samples: 80\n"
+        "sampling_steps: 1\nfwd_level: 1\n"
+    )
+    file = prepared.folder / "images.npy"
+    before = file.read_bytes()
+    try:
+        file.write_bytes(before[:-2560] + bytes(2560))  # ten images are black
+        done = wddm(root, "run", "params/damaged.yaml")
+    finally:
+        file.write_bytes(before)
+    assert done.returncode == 1 and "the sha256 of images.npy is not the one in the manifest" in done.stdout
+
+
+@pytest.mark.slow
 def test_restoration_agrees_with_what_is_known_of_images_that_were_held_out(root, prepared) -> None:
     (root / "params/restored.yaml").write_text(
         "notebooks: [01_prepare, analysis/restoration]\nmodel_dir: runs/second/pipeline\nlimit: 200\nnum_samples: 18\n"
