@@ -536,6 +536,19 @@ def test_target_and_depth_ranks_targets_at_every_level(compared) -> None:
 
 
 @pytest.mark.slow
+def test_targets_of_different_sets_are_not_averaged(compared, prepared) -> None:
+    name = "other-level=1-seed=0"
+    for place in ("runs", "reports"):
+        shutil.copytree(compared / place / "depth-level=1-seed=1", compared / place / name)
+    leave_data(compared, name, data.prepare("digits", 16, compared / "data", limit=100, progress=False))
+    (compared / "params/sets.yaml").write_text(
+        f"notebooks: [analysis/target_and_depth]\nruns: [depth-level=1-seed=1, {name}]\nmetric: fwd\n"
+    )
+    done = wddm(compared, "run", "params/sets.yaml")
+    assert done.returncode == 1 and "got runs of 2 prepared sets" in done.stdout
+
+
+@pytest.mark.slow
 def test_compare_sets_any_runs_side_by_side(compared) -> None:
     report = compared / "reports/side"
     rows = saved(report, "runs")
