@@ -287,6 +287,16 @@ def test_image_k_does_not_depend_on_the_batch_size() -> None:
     assert len(np.unique(one_by_one.reshape(5, -1), axis=0)) == 5
 
 
+def test_a_network_in_training_is_drawn_from_without_dropout_and_goes_on_training() -> None:
+    pipeline = tiny_pipeline()
+    pipeline.backbone = build_backbone("ukan", dataset="digits", widths=(16, 16), dropout=0.5)
+    first, second = (pipeline(2, num_inference_steps=2, output_type="pt").images for _ in range(2))
+    assert torch.equal(first, second) and pipeline.backbone.training
+    pipeline.backbone.eval()
+    assert torch.equal(pipeline(2, num_inference_steps=2, output_type="pt").images, first)
+    assert not pipeline.backbone.training
+
+
 def test_default_generators_are_those_of_the_seed() -> None:
     pipeline = tiny_pipeline()
     images = pipeline(2, num_inference_steps=3, seed=5, output_type="np").images

@@ -89,15 +89,15 @@ class WaveletPipeline(DiffusionPipeline):
         whole = isinstance(batch_size, int | np.integer) and batch_size > 0
         if not whole or (isinstance(generator, list) and len(generator) != batch_size):
             raise ValueError(f"got batch_size={batch_size!r}, wanted 1 or more, one generator or as many: change it")
-        weights, conditions = (guidance, guidance_details), (low_resolution, known, mask)
-        network, missing = self._network(batch_size, labels, weights, conditions)
+        network, missing = self._network(batch_size, labels, guidance, guidance_details, (low_resolution, known, mask))
         generator = image_generators(range(seed, seed + batch_size)) if generator is None else generator
         z = self._noise(latents, batch_size, generator)  # (B, 4^L C, h, w)
         set_steps(self.scheduler, num_inference_steps, self.device)
         scheduler = self.scheduler if detail_steps is None else self._band_rates(detail_steps, generator)
         taken = inspect.signature(self.scheduler.step).parameters
         options = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in taken}
-        z, step = z * scheduler.init_noise_sigma, exact_step(scheduler)
+        z, step, training = z * scheduler.init_noise_sigma, exact_step(scheduler), self.backbone.training
+        self.backbone.eval()  # without dropout, until the last step
         for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
             done = step(network(scheduler.scale_model_input(z, t), t), t, z, **options)
             z = done.prev_sample
@@ -106,6 +106,7 @@ class WaveletPipeline(DiffusionPipeline):
             if callback_on_step_end is not None:
                 state = {"latents": z, "denoised": getattr(done, "pred_original_sample", None)}
                 z = (callback_on_step_end(self, i, t, state) or {}).get("latents", z)
+        self.backbone.train(training)
         images: Any = self.decode(z)
         if output_type != "pt":
             images = images.permute(0, 2, 3, 1).float().cpu().numpy()
@@ -114,10 +115,10 @@ class WaveletPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _network(
-        self, count: int, labels: Labels | None, guidance: tuple[float, float | None], known: tuple[Tensor | None, ...]
+        self, count: int, labels: Labels | None, weight: float, details: float | None, known: tuple[Tensor | None, ...]
     ) -> tuple[Answer, Missing | None]:
         """The network under the conditions of conditions.py, and what has to be added to the result."""
-        level, channels, (weight, details) = self.codec.config.level, self.backbone.config.in_channels, guidance
+        level, channels = self.codec.config.level, self.backbone.config.in_channels
         coarse = channels // 4**level
         weights = [weight] * coarse + [weight if details is None else details] * (channels - coarse)
         numbers = None if labels is None else numbered(labels, self.config.get("class_names"))
@@ -154,9 +155,8 @@ class WaveletPipeline(DiffusionPipeline):
         copies = [one.clone_state() for one in generator] if isinstance(generator, list) else generator.clone_state()
         details, channels = deepcopy(self.scheduler), self.backbone.config.in_channels
         set_steps(details, detail_steps, self.device)
-        coarse = channels // 4**self.codec.config.level
-        first = Group(self.scheduler, slice(0, coarse), generator)
-        return BandRates(first, Group(details, slice(coarse, channels), copies))
+        cut = channels // 4**self.codec.config.level
+        return BandRates(Group(self.scheduler, slice(0, cut), generator), Group(details, slice(cut, channels), copies))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1] of coefficients (B, 4^L C, h, w); ValueError if they are not finite."""
