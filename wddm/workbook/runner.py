@@ -210,16 +210,13 @@ class Task:
 
     def recorded(self, by: str | None = None) -> dict[str, dict[str, Any]]:
         """The numbers in metrics.json and timings.json, of all notebooks or of one, here or in JupyterLab."""
-        before, of = self.status.get(by or "", {}).get("recorded", {}), self.owners()
+        before = self.status.get(by or "", {}).get("recorded", {})
+        of = read_json(self.root / "runs" / self.experiment.run / "numbers.json")  # by which notebook is "metrics/fwd"
         found = {kind: read_json(self.folder / f"{kind}.json") for kind in RECORDS}
         if by is None:
             return found
         whose = lambda kind, key: of.get(f"{kind}/{key}", by if key in before.get(kind, ()) else None)  # noqa: E731
         return {kind: {key: own[key] for key in own if whose(kind, key) == by} for kind, own in found.items()}
-
-    def owners(self) -> dict[str, str]:
-        """Which notebook has recorded a number, by "metrics/fwd"."""
-        return read_json(self.root / "runs" / self.experiment.run / "numbers.json")
 
 
 def _choose(experiments: list[Experiment], only: str | None, start: str | None) -> list[list[Path]]:
