@@ -549,6 +549,20 @@ def test_targets_of_different_sets_are_not_averaged(compared, prepared) -> None:
 
 
 @pytest.mark.slow
+def test_targets_that_were_measured_at_the_end_alone(compared) -> None:
+    for seed in (0, 1):
+        name = f"end-level=1-seed={seed}"
+        for place in ("runs", "reports"):
+            shutil.copytree(compared / place / f"depth-level=1-seed={seed}", compared / place / name)
+        log = compared / "runs" / name / "log.jsonl"
+        log.write_text(log.read_text().replace('"fwd"', '"_"').replace('"kid_efficientnet"', '"_"'))
+    (compared / "params/end.yaml").write_text(
+        "notebooks: [analysis/target_and_depth]\nruns: [end-*]\nmetric: fwd\nfwd_level: 2\n"
+    )
+    assert "Not measured on the way, but at the end alone." in run(compared, "run", "params/end.yaml")
+
+
+@pytest.mark.slow
 def test_compare_sets_any_runs_side_by_side(compared) -> None:
     report = compared / "reports/side"
     rows = saved(report, "runs")
