@@ -55,7 +55,7 @@ def bar(folder: Path, name: str) -> str:
     files += [each for each in ("metrics.json", "timings.json") if read_json(folder / each)]
     links = [f"[{page}]({page}.md)" for page in pages] + [f"[{file}]({file})" for file in files]
     made = read_json(folder / "environment.json") | read_status(folder).get(name, {})
-    commit = [f"commit {made['commit'][:7]}, {made['device']}"] if made.get("commit") else []
+    commit = [f"commit {made['commit'][:7] + made['commit'][40:]}, {made['device']}"] if made.get("commit") else []
     return " · ".join(["[All results](../README.md)", f"run `{folder.name}`", *links, *commit])
 
 

@@ -651,6 +651,8 @@ def test_seeds_of_different_keys_differ() -> None:
 def test_unknown_precision_is_refused() -> None:
     with pytest.raises(ValueError, match="got precision='bf8', wanted one of auto, no, fp16, bf16"):
         resolve_precision("bf8")
+    with pytest.raises(ValueError, match="got precision='fp16' on a CPU, which would train in fp32, wanted bf16"):
+        resolve_precision("fp16", cpu=True)  # accelerate says nothing
 
 
 # ---------------------------------------------------------------------------------------------------- labels

@@ -710,11 +710,11 @@ def test_every_notebook_keeps_where_it_ran(root, launched, monkeypatch):
     made = {"commit": "1" * 40, "device": "H200", "seed": 0}
     monkeypatch.setattr(provenance, "environment", lambda *_: made)
     main(["run", "params/x.yaml"])
-    made = {"commit": "2" * 40, "device": "cpu", "seed": 0}
+    made = {"commit": "2" * 40, "device": "cpu", "seed": 0, "dirty": True}  # of code that no commit has
     assert main(["run", "params/x.yaml", "-p", "level=4"]) == 0 and launched[2:] == ["02_train"]
     status = records.read_status(root / "reports/x")
     assert [(one["commit"][0], one["device"]) for one in status.values()] == [("1", "H200"), ("2", "cpu")]
-    assert "<code>1111111, 2222222</code>" in (root / "reports/index.html").read_text()
+    assert "<code>1111111, 2222222-dirty</code>" in (root / "reports/index.html").read_text()
 
 
 def test_from_leaves_out_experiments_that_do_not_have_it(root, launched):

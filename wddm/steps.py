@@ -74,7 +74,9 @@ def forget_after(folder: Path, step: int, images_seen: int) -> None:
 def resolve_precision(precision: str, cpu: bool = False) -> str:
     """accelerate's name of the precision; "auto" is bf16 where a GPU has it, else "no"."""
     best = "bf16" if not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
-    return best if check_choice("precision", precision, PRECISIONS) == "auto" else precision
+    if check_choice("precision", precision, PRECISIONS) == "fp16" and (cpu or not torch.accelerator.is_available()):
+        raise ValueError("got precision='fp16' on a CPU, which would train in fp32, wanted bf16, no or auto: change it")
+    return best if precision == "auto" else precision
 
 
 def checked(model: ModelMixin, codec: WaveletCodec, images: np.ndarray, **settings: Any) -> list[str]:
@@ -183,9 +185,7 @@ def check_finite(unread: list[tuple[Tensor, ...]], step: int, learning_rate: flo
 def draw_noise(
     timesteps: Tensor, time_sampling: str, shape: tuple[int, int, int], generators: list[Generator], each: int
 ) -> tuple[Tensor, Tensor]:
-    """Noise (N, *shape) and N of the timesteps, given in order from the least noise, on their device; every generator
-    gives `each` so many.
-    """
+    """Noise (N, *shape) and N of the timesteps, which ascend, on their device: `each` so many by every generator."""
     noise = [torch.randn(each, *shape, generator=one, device=one.device) for one in generators]
     places = torch.cat([TIME_SAMPLINGS[time_sampling](each, one) for one in generators])
     return torch.cat(noise).to(timesteps.device), timesteps[places.to(timesteps.device)]

@@ -200,7 +200,8 @@ def _row(folder: Path, defaults: dict[str, dict[str, Any]]) -> dict[str, Any]:
         parameters = read_yaml(folder / "params.yaml")
     own = ChainMap(*(defaults.get(name, {}) for name in sorted(status or pages)), *defaults.values())
     entries, states = status.values(), {entry["state"] for entry in status.values()}
-    made = [entry for entry in entries if entry.get("commit")] or [read_json(folder / "environment.json")]
+    commits = [x for entry in entries if (x := entry.get("commit"))]
+    commits = commits or [read_json(folder / "environment.json").get("commit") or ""]
     figures = sorted(folder.glob("figures/*.png"), key=lambda path: (path.stem != "samples", path.name))
     return {
         "name": folder.name,
@@ -212,5 +213,5 @@ def _row(folder: Path, defaults: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "thumbnail": figures[0].relative_to(folder.parent).as_posix() if figures else None,
         "metrics": read_json(folder / "metrics.json"),
         "changed": {k: v for k, v in parameters.items() if v != own.get(k, ...) and k not in ("run", "notebooks")},
-        "commit": ", ".join(dict.fromkeys(entry["commit"][:7] for entry in made if entry.get("commit"))),
+        "commit": ", ".join(dict.fromkeys(commit[:7] + commit[40:] for commit in commits)),
     }

@@ -2,8 +2,7 @@
 
 status.json of reports/<run>/ is written before and after each launch, here and nowhere else:
 {"02_train": {"state", "seconds", "error", "started", "pid", "commit", "device", "fingerprint", "recorded", "files"},
-...},
-where state is pending, running, ok, failed or killed.
+...}, where state is pending, running, ok, failed or killed.
 """
 
 import contextlib
@@ -170,6 +169,8 @@ class Task:
         self.set_pending(notebook)
         started = datetime.now().astimezone().isoformat(timespec="seconds")
         made = {key: environment[key] for key in ("commit", "device")}
+        if environment.get("dirty"):  # as `git describe` says of files that differ from the commit
+            made["commit"] += "-dirty"
         made["fingerprint"] = provenance.fingerprint(self.experiment, notebook)
         self.update(name, state="running", pid=os.getpid(), started=started, **made)
         log = self.root / "runs" / run / f".{name}.opened"
