@@ -556,7 +556,7 @@ def test_two_notebooks_may_record_one_key(root, launched):
     main(["run", "params/x.yaml"])
     for notebook, value in (("01_prepare", 1), ("02_train", 2)):
         book = workbook.Run("x", root, root / "runs/x", root / "reports/x", notebook)
-        book.record(n=value)
+        book.record(n=value, **{f"m{notebook}": 1})
         status = records.read_status(root / "reports/x")
         status[notebook]["recorded"]["metrics"]["n"] = value
         write_json(root / "reports/x/status.json", status)
@@ -689,7 +689,7 @@ def test_numbers_of_jupyterlab_go_when_what_they_are_of_does(root, launched):
     in_lab("02_train", fid=9)
     assert left("--only", "prepare") == {"m01_prepare": 1, "fid": 9}  # nothing says that it is of something else
     (root / "reports/x/status.json").unlink()
-    in_lab("01_prepare", images=7)
+    in_lab("01_prepare", images=7, m01_prepare=1)
     assert left("--only", "train") == {"images": 7, "m01_prepare": 1, "m02_train": 1}  # what came before is what it was
     assert left() == {"m01_prepare": 1, "m02_train": 1}
     in_lab("02_train", fid=9, m02_train=2)
@@ -703,6 +703,23 @@ def test_numbers_that_jupyterlab_has_replaced_are_not_those_of_a_run_that_ended_
     assert main(["index"]) == 0 and "pending" in (root / "reports/index.html").read_text().partition("<tbody>")[2]
     assert [one["state"] for one in records.read_status(root / "reports/x").values()] == ["ok", "pending"]
     assert main(["run", "params/x.yaml"]) == 0 and launched[2:] == ["02_train"] and states(root) == ["ok", "ok"]
+
+
+def test_a_notebook_that_is_run_again_leaves_no_number_of_the_run_before(root):
+    """In JupyterLab, where nobody takes them back: a network that was not measured has no distance of another."""
+
+    def opened(notebook: str) -> workbook.Run:
+        return workbook.Run("x", root, root / "runs/x", root / "reports/x", notebook)
+
+    opened("01_prepare").record(images=9)
+    for numbers in ({"train_fwd": 1.5, "train_images": 320}, {"train_images": 160}):
+        book = opened("02_train")
+        book.record_timing(train_images_per_s=3.0)
+        for key, number in numbers.items():
+            book.record(**{key: number})
+    found = json.loads((root / "reports/x/metrics.json").read_text())
+    assert found == {"images": 9, "train_images": 160}
+    assert json.loads((root / "reports/x/timings.json").read_text()) == {"train_images_per_s": 3.0}
 
 
 def test_every_notebook_keeps_where_it_ran(root, launched, monkeypatch):

@@ -133,9 +133,7 @@ def conditioned(network: nn.Module, *labels: Tensor) -> Any:
 
 
 def advice(model: ModelMixin, learning_rate: float, warmup: float = 0.0) -> list[str]:
-    """A line if networks as wide as this one were seen to stop learning at such a rate, or if all, by the share given
-    of the training, is warm-up.
-    """
+    """A line if networks so wide were seen to stop learning at such a rate, one if all of the training is warm-up."""
     widest = max(model.config.get("block_out_channels") or [0])
     much = f"learning_rate {learning_rate:g} is much for {widest} channels"
     notes = [f"{much}: if the loss stops falling, take {0.128 / widest:.1g}"] if learning_rate * widest > 0.3 else []

@@ -1,7 +1,4 @@
-"""Inception: FID, KID, Inception score, precision and recall by torch-fidelity, each with its interval.
-
-Images are uint8 (N, H, W, 1 or 3); their features are extracted once.
-"""
+"""Inception: FID, KID, Inception score, precision and recall by torch-fidelity, each with its interval."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -51,7 +48,7 @@ def build(weights: Path, device: str | torch.device = "cpu") -> torch.nn.Module:
 
 
 def features(images: np.ndarray, network: Any, progress: Progress = iter, batch: int = 64) -> Features:
-    """What a feature extractor of torch-fidelity makes of grey or RGB images: float32 (N, d) by its feature's name."""
+    """What a feature extractor of torch-fidelity makes of images uint8 (N, H, W, 1 or 3): float32 (N, d) by name."""
     device, found = next(network.parameters()).device, []
     for start in progress(range(0, len(images), batch)):
         x = torch.from_numpy(np.array(images[start : start + batch])).permute(0, 3, 1, 2)  # (B, C, H, W)

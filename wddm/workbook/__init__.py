@@ -59,6 +59,7 @@ class Run:
     notebook: str = ""  # which works on it: "02_train"
     parameters: dict[str, Any] = field(default_factory=dict)  # of that notebook
     sources: dict[str, str] = field(default_factory=dict, repr=False)  # name -> sha256 of what it took
+    recorded: set[str] = field(default_factory=set, repr=False)  # the kinds of numbers that it has merged
 
     def take(self, name: str) -> Path:
         """Where something is that an earlier notebook of this run made: "data", "pipeline" or "samples".
@@ -144,8 +145,12 @@ class Run:
                 raise ValueError(f"{key}: got {value!r}, wanted a finite number, or None where there is none")
             numbers[key] = value
         path, owners = self.report / f"{kind}.json", self.folder / "numbers.json"
-        write_json(owners, read_json(owners) | {f"{kind}/{key}": self.notebook for key in numbers})
-        write_json(path, read_json(path) | numbers)
+        whose, before = read_json(owners), read_json(path)
+        if self.notebook and kind not in self.recorded:  # what it recorded when it was run before goes
+            before = {key: x for key, x in before.items() if whose.get(f"{kind}/{key}") != self.notebook}
+        self.recorded.add(kind)
+        write_json(owners, whose | {f"{kind}/{key}": self.notebook for key in numbers})
+        write_json(path, before | numbers)
 
 
 def open_run(run: str, notebook: str = "", namespace: Mapping[str, Any] | None = None) -> Run:
