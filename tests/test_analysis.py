@@ -583,6 +583,20 @@ def test_compare_sets_any_runs_side_by_side(compared) -> None:
 
 
 @pytest.mark.slow
+def test_the_floor_of_some_is_not_drawn_for_runs_of_other_numbers(compared) -> None:
+    for count in (20, 40):
+        name = f"few-num_samples={count}"
+        for place in ("runs", "reports"):
+            shutil.copytree(compared / place / "depth-level=1-seed=0", compared / place / name)
+        (parameters := compared / "reports" / name / "params.yaml").write_text(
+            parameters.read_text() + f"num_samples: {count}\n"
+        )
+    (compared / "params/few.yaml").write_text("notebooks: [analysis/compare]\nruns: [few-*]\n")
+    told = run(compared, "run", "params/few.yaml")
+    assert "Floors differ, as num_samples do: they stand in the tables alone" in told
+
+
+@pytest.mark.slow
 def test_guidance_is_measured_for_all_bands_and_for_some_alone(root, prepared) -> None:
     leave_data(root, "guided", prepared)
     save_pipeline(root / "runs/asked/pipeline", 1, num_class_embeds=11)

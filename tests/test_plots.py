@@ -583,6 +583,10 @@ def test_packet_map_of_more_packets_than_can_be_read_has_colours_alone():
     assert texts(plots.packet_map(estimate(np.arange(1, 1025)), 5)) == []  # of 256 x 256 pixels
 
 
+def test_packet_map_of_a_set_and_itself_warns_of_nothing(recwarn):
+    assert texts(plots.packet_map(estimate(np.zeros(4), 0, 0), 1)) == 4 * ["0"] and not recwarn.list
+
+
 def test_packet_map_axes_are_cycles_per_pixel_and_the_bar_is_named():
     axes, bar = plots.packet_map(estimate(np.arange(16)), 2).axes
     for axis, ends in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim()[::-1])):

@@ -123,7 +123,7 @@ def packet_map(distances: Estimates, level: int) -> Figure:
     # a path has a letter per split, the first split first; a packet's number, a base-4 digit per split, the last first
     digits = str.maketrans("ahvd", "0123")
     packets = np.array([[int(node.path[::-1].translate(digits), 4) for node in row] for row in nodes])
-    halves = 50 * (distances.high - distances.low) / values
+    halves = 50 * (distances.high - distances.low) / np.where(values > 0, values, np.nan)
     texts = [f"{x:.2g}" + ("" if np.isnan(half) else f"\n±{half:.0f}%") for x, half in zip(values, halves, strict=True)]
     top, at, names = values.max() or 1, np.linspace(0, side, 6), ["0", "0.1", "0.2", "0.3", "0.4", "0.5"]
     ends = np.clip(values.min(), top / 1e4, top / 10), top
