@@ -292,6 +292,9 @@ def test_a_network_in_training_is_drawn_from_without_dropout_and_goes_on_trainin
     pipeline.backbone = build_backbone("ukan", dataset="digits", widths=(16, 16), dropout=0.5)
     first, second = (pipeline(2, num_inference_steps=2, output_type="pt").images for _ in range(2))
     assert torch.equal(first, second) and pipeline.backbone.training
+    with pytest.raises(ZeroDivisionError):
+        pipeline(2, num_inference_steps=2, callback_on_step_end=lambda *_: 1 / 0)
+    assert pipeline.backbone.training  # after a call that was cut short, too
     pipeline.backbone.eval()
     assert torch.equal(pipeline(2, num_inference_steps=2, output_type="pt").images, first)
     assert not pipeline.backbone.training

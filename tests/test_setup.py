@@ -149,7 +149,7 @@ def test_rooms_face_one_way_and_no_modules_stand_in_a_circle() -> None:
 def test_the_module_is_thin() -> None:
     """A ratchet: the budget is 6,000 lines, features included; until it is met, a rise has to say what it pays for."""
     lines = {path: path.read_text().count("\n") for path in MODULES.values()}
-    assert sum(lines.values()) < 7967 and len(lines) <= 46
+    assert sum(lines.values()) < 7969 and len(lines) <= 46
     assert max(lines.values()) < 330, max(lines, key=lines.get)
 
 

@@ -80,7 +80,7 @@ class WaveletPipeline(DiffusionPipeline):
             guidance, guidance_details: above 1 the label counts more, in all bands or in the details.
             low_resolution: (B or 1, C, H/2^k, W/2^k) in [0, 1], k <= L, the means that the images are to have.
             known, mask: images (B or 1, C, H, W) in [0, 1], kept where the bool mask (B or 1, 1, H, W) is True. What is
-                known takes eight calls of the network a step; 8 steps of ddim with eta=0.7 do as well as 16.
+                known takes eight calls of the network a step; 8 of ddim with eta=0.7 did as well as 16 on CIFAR-10.
 
         ValueError: what the solver or the checkpoint cannot do, or coefficients or images that are not finite.
         """
@@ -97,16 +97,18 @@ class WaveletPipeline(DiffusionPipeline):
         taken = inspect.signature(self.scheduler.step).parameters
         options = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in taken}
         z, step, training = z * scheduler.init_noise_sigma, exact_step(scheduler), self.backbone.training
-        self.backbone.eval()  # without dropout, until the last step
-        for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
-            done = step(network(scheduler.scale_model_input(z, t), t), t, z, **options)
-            z = done.prev_sample
-            if missing is not None and i + 1 == len(scheduler.timesteps):
-                z = z + missing(z)
-            if callback_on_step_end is not None:
-                state = {"latents": z, "denoised": getattr(done, "pred_original_sample", None)}
-                z = (callback_on_step_end(self, i, t, state) or {}).get("latents", z)
-        self.backbone.train(training)
+        try:
+            self.backbone.eval()  # without dropout
+            for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
+                done = step(network(scheduler.scale_model_input(z, t), t), t, z, **options)
+                z = done.prev_sample
+                if missing is not None and i + 1 == len(scheduler.timesteps):
+                    z = z + missing(z)
+                if callback_on_step_end is not None:
+                    state = {"latents": z, "denoised": getattr(done, "pred_original_sample", None)}
+                    z = (callback_on_step_end(self, i, t, state) or {}).get("latents", z)
+        finally:
+            self.backbone.train(training)
         images: Any = self.decode(z)
         if output_type != "pt":
             images = images.permute(0, 2, 3, 1).float().cpu().numpy()
