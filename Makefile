@@ -18,8 +18,11 @@ test: $(READY)  ## every test
 test-fast: $(READY)  ## what needs no notebook and no training
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow"
 
+lab: export GOMP_SPINCOUNT ?= 1000
+lab: export MALLOC_MMAP_MAX_ ?= 0
+lab: export MALLOC_TRIM_THRESHOLD_ ?= -1
 lab: $(READY)  ## open JupyterLab on the notebooks
-	GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-1000} JUPYTER_CONFIG_PATH=notebooks/lab$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH} $(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/01_prepare.ipynb
+	JUPYTER_CONFIG_PATH=notebooks/lab$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH} $(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/01_prepare.ipynb
 
 tutorials: $(READY)  ## execute the tutorials in place, for their outputs to be committed
 	OMP_NUM_THREADS=1 $(BIN)/python notebooks/refresh.py notebooks/tutorials/*.ipynb

@@ -1,6 +1,7 @@
 """pyproject.toml, requirements.lock and environment.yml describe one installation, and it is the one that runs here."""
 
 import ast
+import ctypes
 import os
 import re
 import shutil
@@ -79,6 +80,20 @@ def test_threads_that_wait_leave_the_cores_to_others_unless_told(given, spins, p
     assert subprocess.run([sys.executable, "-c", code], **told).stdout.splitlines()[-1] == f"{spins} {policy}"
 
 
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no mallopt")
+@pytest.mark.parametrize(("given", "faults"), [({}, False), ({"MALLOC_MMAP_MAX_": "9"}, True)])
+def test_a_command_and_what_it_starts_keep_the_memory_that_they_free_unless_told(given, faults) -> None:
+    """Large tensors of a training step lie where those of the step before lay, and no page of them is a fault."""
+    code = "import resource; faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt; "
+    code += "written = lambda: bytearray(b'x') * 2**27; written(); before = faults(); written(); "
+    code += "print(faults() - before > 10_000)"  # pages of 4 KiB
+    start = f"import subprocess, sys, wddm.cli as c; c.main(['--help']); exec({code!r}, {{}}); sys.stdout.flush(); "
+    start += f"subprocess.run([sys.executable, '-c', {code!r}])"
+    told = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
+    told |= {"env": {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | given}
+    assert subprocess.run([sys.executable, "-c", start], **told).stdout.splitlines()[-2:] == [str(faults)] * 2
+
+
 def test_starting_needs_no_torch_and_no_time() -> None:
     code = "import sys, wddm, wddm.cli, wddm.workbook; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
@@ -149,7 +164,7 @@ def test_rooms_face_one_way_and_no_modules_stand_in_a_circle() -> None:
 def test_the_module_is_thin() -> None:
     """A ratchet: the budget is 6,000 lines, features included; until it is met, a rise has to say what it pays for."""
     lines = {path: path.read_text().count("\n") for path in MODULES.values()}
-    assert sum(lines.values()) < 7969 and len(lines) <= 46
+    assert sum(lines.values()) < 7984 and len(lines) <= 46
     assert max(lines.values()) < 330, max(lines, key=lines.get)
 
 
