@@ -22,9 +22,6 @@ import numpy as np
 import pytest
 import torch
 
-from wddm.cli import keep_memory
-
-keep_memory()  # as every command does
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 VARYING = ("images_per_s", "memory_gb")  # of a `Step`; all else is the same whenever the settings are
