@@ -14,7 +14,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
+from torch.autograd.profiler import profile
 
 from wddm.metrics.intervals import median
 from wddm.steps import resolve_precision
@@ -207,6 +209,51 @@ def synchronise() -> None:
     """Wait for what was launched on the GPU, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+OUTSIDE, REST = "outside of operators", "all other operators"
+
+
+def by_operator(make: Maker, steps: int = 5) -> tuple[list[dict[str, Any]], float]:
+    """A row for each of PyTorch's operators, the longest first: its `calls` in a step, and the `seconds` that it takes
+    itself, on a GPU those of the GPU; and the seconds of a step while nobody looks on.
+
+    `make` takes `steps`, how many of them a call is: the first call is to warm up, the second is timed, the third is
+    watched. What of that one passes outside of operators, in Python for the most part, has a row, too.
+    """
+    gpu = torch.cuda.is_available()
+    with closing(make(steps=steps)) as calls:
+        next(calls)
+        alone = _seconds(partial(next, calls))
+        with profile(use_device="cuda" if gpu else None, use_kineto=gpu) as seen:  # which prints where it is not needed
+            watched = _seconds(partial(next, calls))
+    clock = "self_device_time_total" if gpu else "self_cpu_time_total"
+    found = {event.key: (event.count, getattr(event, clock) / 1e6) for event in seen.key_averages()}
+    found[OUTSIDE] = 1, max(0.0, watched - sum(seconds for _, seconds in found.values()))
+    rows = [{"operator": key, "calls": n / steps, "seconds": s / steps} for key, (n, s) in found.items() if s]
+    return sorted(rows, key=lambda row: -row["seconds"]), alone / steps
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    synchronise()
+    began = time.perf_counter()
+    call()
+    synchronise()
+    return time.perf_counter() - began
+
+
+def shares(table: pd.DataFrame, by: Sequence[str], most: int = 14) -> pd.DataFrame:
+    """Per cent of a step: a row for each of the `most` costly operators and two for the rest, a column for each `by`.
+
+    `table` has the rows of `by_operator`, and in the columns `by` what they are of.
+    """
+    wide = table.pivot(index="operator", columns=list(by), values="seconds").fillna(0.0)
+    wide = 100 * wide / wide.sum()
+    order = wide.drop(index=OUTSIDE, errors="ignore").max(axis=1).sort_values(ascending=False).index
+    shown = wide.loc[order[:most]]
+    shown.loc[REST] = wide.loc[order[most:]].sum()
+    shown.loc[OUTSIDE] = wide.loc[OUTSIDE] if OUTSIDE in wide.index else 0.0
+    return shown.round(1)
 
 
 def matmul_rate(precision: str = "no") -> float:

@@ -216,6 +216,35 @@ def report_of(root: Path, name: str, *options: str, **values: object) -> Path:
     return root / "reports" / name
 
 
+def test_operators_are_counted_and_timed_alone() -> None:
+    def products(steps: int):
+        a = torch.ones(256, 256)
+        while True:
+            for _ in range(steps):
+                (a @ a).add_(1)
+            yield
+
+    rows, seconds = profiling.by_operator(products, steps=3)
+    table = pd.DataFrame(rows).set_index("operator")
+    assert table.calls["aten::mm"] == table.calls["aten::add_"] == 1 and seconds > 0
+    assert table.index[0] == "aten::mm" and table.seconds[profiling.OUTSIDE] >= 0
+    twice = pd.concat([table.assign(network=name).reset_index() for name in "ab"])
+    shares = profiling.shares(twice, ["network"], most=1)
+    assert [*shares.index] == ["aten::mm", profiling.REST, profiling.OUTSIDE]
+    assert shares.sum().to_numpy() == pytest.approx([100, 100], abs=0.2) and shares.a.tolist() == shares.b.tolist()
+
+
+@pytest.mark.slow
+def test_operators(root: Path) -> None:
+    shutil.copytree(ROOT / "benchmarks", root / "benchmarks", dirs_exist_ok=True)
+    report = report_of(root, "operators", datasets="[digits]", batch_size=2, steps=1, threads="[1, 2]")
+    table = pd.read_csv(report / "operators.csv")
+    assert {"aten::convolution_backward", "aten::_fused_adamw_", profiling.OUTSIDE} <= {*table.operator}
+    assert {*table.threads} == {1, 2} and table.seconds.min() >= 0
+    page = (report / "operators.html").read_text()
+    assert "Traceback (most" not in page and "Warning:" not in page and "digits, 2 threads (%)" in page
+
+
 @pytest.mark.slow
 def test_efficiency(root: Path) -> None:
     """What is too slow is counted all the same, and says why it was not run."""

@@ -48,7 +48,7 @@ BOUNDS: dict[str, tuple[float, float]] = {  # parameter of any notebook: (minimu
         "metric_kimg", (0, 100): "guidance guidance_details weights", (0.1, 10**6): "seconds", (5, 1000): "rounds",
         (1, 10**7): "limit batch_size accumulation validation_images metric_images num_samples sampling_batch_size "
         "images_per_step counts", (0.001, 10**6): "max_step_seconds max_seconds capacity_gib",
-        (1, 1000): "sampling_steps detail_steps steps band_steps reference_steps sets", (8, 8192): "widths",
+        (1, 1000): "sampling_steps detail_steps steps band_steps reference_steps sets threads", (8, 8192): "widths",
     }.items() for name in names.split()
 }  # fmt: skip
 OPTIONAL = ("attention_levels", "half_lives_kimg", "spacing_solvers", "band_steps")  # lists that may be empty
