@@ -225,13 +225,27 @@ def by_operator(make: Maker, steps: int = 5) -> tuple[list[dict[str, Any]], floa
     with closing(make(steps=steps)) as calls:
         next(calls)
         alone = _seconds(partial(next, calls))
-        with profile(use_device="cuda" if gpu else None, use_kineto=gpu) as seen:  # which prints where it is not needed
+        with silenced(), profile(use_device="cuda" if gpu else None, use_kineto=gpu) as seen:
             watched = _seconds(partial(next, calls))
     clock = "self_device_time_total" if gpu else "self_cpu_time_total"
     found = {event.key: (event.count, getattr(event, clock) / 1e6) for event in seen.key_averages()}
     found[OUTSIDE] = 1, max(0.0, watched - sum(seconds for _, seconds in found.values()))
     rows = [{"operator": key, "calls": n / steps, "seconds": s / steps} for key, (n, s) in found.items() if s]
     return sorted(rows, key=lambda row: -row["seconds"]), alone / steps
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Without what libraries print to the standard error on their own, past Python, as the profiler's does."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 def _seconds(call: Callable[[], object]) -> float:
