@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from torch.autograd.profiler import profile
+from torch.autograd import DeviceType
+from torch.profiler import profile
 
 from wddm.metrics.intervals import median
 from wddm.steps import resolve_precision
@@ -49,23 +50,15 @@ def time_in_turn(
     if rounds < 5:
         raise ValueError(f"got {rounds} rounds, wanted 5 or more, for medians and their intervals: take more")
 
-    def timed(call: Callable[[], object], calls: int) -> float:
-        synchronise()
-        began = clock()
-        for _ in range(calls):
-            call()
-        synchronise()
-        return (clock() - began) / calls
-
     calls = {}
     for name, call in alternatives.items():
         call()
-        calls[name] = max(1, math.ceil(min_seconds / max(timed(call, 1), 1e-9))) if min_seconds else 1
+        calls[name] = max(1, math.ceil(min_seconds / max(seconds_of(call, clock), 1e-9))) if min_seconds else 1
     taken: dict[Any, list[float]] = {name: [] for name in alternatives}
     order, began, done = list(alternatives), clock(), 0
     while order and (done < rounds or clock() - began < seconds):
         for name in order:
-            taken[name].append(timed(alternatives[name], calls[name]))
+            taken[name].append(seconds_of(alternatives[name], clock, calls[name]))
         order, done = order[::-1], done + 1
     return {name: np.array(values) for name, values in taken.items()}
 
@@ -166,11 +159,7 @@ def _measure_here(make: Maker, clock: Callable[[], float] = time.perf_counter) -
     before, on_gpu = anonymous_bytes(), torch.cuda.is_available()
     try:
         next(steps := make())
-        synchronise()
-        began = clock()
-        next(steps)
-        synchronise()
-        seconds = clock() - began
+        seconds = seconds_of(partial(next, steps), clock)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
             return Measurement(reason="out of memory")
@@ -216,21 +205,22 @@ OUTSIDE, REST = "outside of operators", "all other operators"
 
 def by_operator(make: Maker, steps: int = 5) -> tuple[list[dict[str, Any]], float]:
     """A row for each of PyTorch's operators, the longest first: its `calls` in a step, and the `seconds` that it takes
-    itself, on a GPU those of the GPU; and the seconds of a step while nobody looks on.
+    itself, or of the GPU where there is one; and the seconds of a step while nobody looks on.
 
     `make` takes `steps`, how many of them a call is: the first call is to warm up, the second is timed, the third is
     watched. What of that one passes outside of operators, in Python for the most part, has a row, too.
     """
-    gpu = torch.cuda.is_available()
     with closing(make(steps=steps)) as calls:
         next(calls)
-        alone = _seconds(partial(next, calls))
-        with silenced(), profile(use_device="cuda" if gpu else None, use_kineto=gpu) as seen:
-            watched = _seconds(partial(next, calls))
-    clock = "self_device_time_total" if gpu else "self_cpu_time_total"
-    found = {event.key: (event.count, getattr(event, clock) / 1e6) for event in seen.key_averages()}
-    found[OUTSIDE] = 1, max(0.0, watched - sum(seconds for _, seconds in found.values()))
-    rows = [{"operator": key, "calls": n / steps, "seconds": s / steps} for key, (n, s) in found.items() if s]
+        alone = seconds_of(partial(next, calls))
+        with silenced(), profile() as seen:
+            watched = seconds_of(partial(next, calls))
+    own = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    operators = [one for one in seen.key_averages() if one.device_type == DeviceType.CPU]  # not their kernels, too
+    found = [(one.key, one.count / steps, getattr(one, own) / 1e6 / steps) for one in operators]
+    rest = max(0.0, watched / steps - sum(seconds for *_, seconds in found))
+    found = [(OUTSIDE, 1.0, rest), *(row for row in found if row[2])]
+    rows = [dict(zip(("operator", "calls", "seconds"), row, strict=True)) for row in found]
     return sorted(rows, key=lambda row: -row["seconds"]), alone / steps
 
 
@@ -248,12 +238,14 @@ def silenced() -> Iterator[None]:
         os.close(null)
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def seconds_of(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter, calls: int = 1) -> float:
+    """Seconds that one of so many calls takes."""
     synchronise()
-    began = time.perf_counter()
-    call()
+    began = clock()
+    for _ in range(calls):
+        call()
     synchronise()
-    return time.perf_counter() - began
+    return (clock() - began) / calls
 
 
 def shares(table: pd.DataFrame, by: Sequence[str], most: int = 14) -> pd.DataFrame:
@@ -263,10 +255,10 @@ def shares(table: pd.DataFrame, by: Sequence[str], most: int = 14) -> pd.DataFra
     """
     wide = table.pivot(index="operator", columns=list(by), values="seconds").fillna(0.0)
     wide = 100 * wide / wide.sum()
-    order = wide.drop(index=OUTSIDE, errors="ignore").max(axis=1).sort_values(ascending=False).index
+    order = wide.drop(index=OUTSIDE).max(axis=1).sort_values(ascending=False).index
     shown = wide.loc[order[:most]]
     shown.loc[REST] = wide.loc[order[most:]].sum()
-    shown.loc[OUTSIDE] = wide.loc[OUTSIDE] if OUTSIDE in wide.index else 0.0
+    shown.loc[OUTSIDE] = wide.loc[OUTSIDE]
     return shown.round(1)
 
 
