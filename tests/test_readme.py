@@ -20,6 +20,9 @@ def test_links_and_pictures_lead_to_files(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
     inside = [link for link in links if not re.match(r"https?:|mailto:", link)]
     assert [link for link in inside if not (page.parent / link).exists()] == []
+    titles = re.findall("^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    places = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}  # as GitHub names them
+    assert {*re.findall(r"\]\(#([^)]*)\)", page.read_text(encoding="utf-8"))} <= places
     made = [link for link in inside if link.endswith((".html", ".ipynb")) and "notebooks/" not in link]
     assert made == [] or "reports" not in str(page)  # not kept
 

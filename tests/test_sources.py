@@ -213,6 +213,9 @@ def test_metadata_csv_labels_the_images(tmp_path, pictures):
     assert prepared.manifest["unlabelled"] == 2 and "x.png (in metadata" in prepared.manifest["left_out"]["first"][0]
     (folder / "metadata.csv").write_text("file_name,kind\nimages/002.png,7\nimages/000.png,-1\n")
     assert prepare("folder", 16, tmp_path / "out", dataset_path=folder).labels.tolist() == [-1, -1, 7, -1]
+    (folder / "metadata.csv").write_text("file_name,kind\nimages/002.png,7\nimages/000.png,3\n./images/002.png,8\n")
+    prepared = prepare("folder", 16, tmp_path / "out", dataset_path=folder)
+    assert prepared.labels.tolist() == [3, -1, 8, -1] and "/002.png (in metadata.csv twice: " in prepared.notes[0]
     (folder / "metadata.csv").write_text("name,label\nimages/002.png,7\n")
     with pytest.raises(ValueError, match=r"metadata\.csv, wanted columns file_name and label"):
         prepare("folder", 16, tmp_path / "out", dataset_path=folder)
@@ -246,7 +249,7 @@ def test_splits_are_not_classes(tmp_path, pictures):
         np.testing.assert_array_equal(prepared.images, pictures[[row]])
     with pytest.raises(ValueError, match=r"of split 'dev' .*a split of test, train, validation"):
         prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "tables", split="dev")
-    with pytest.raises(ValueError, match="got split='test', which no folder"):
+    with pytest.raises(ValueError, match=r"got split='test', wanted none, .* has no splits"):
         prepare("folder", 16, tmp_path / "out", dataset_path=tmp_path / "in/test", split="test")
 
 
@@ -339,6 +342,8 @@ def test_emoji_are_the_bitmaps_of_the_font(tmp_path):
     assert "\n" not in str(caught.value)
     if not any("NotoColorEmoji" in font for font in findSystemFonts()):
         pytest.skip("needs the font NotoColorEmoji, which is not here")
+    with pytest.raises(ValueError, match=r"got split='test', wanted none, NotoColorEmoji.ttf has no splits"):
+        prepare("emoji", 64, tmp_path, split="test")
     prepared = prepare("emoji", 64, tmp_path)
     assert 1300 < len(prepared.images) < 2000 and prepared.images.shape[1:] == (64, 64, 3)
     assert prepared.class_names == sorted(prepared.class_names) and min(prepared.manifest["class_counts"].values()) > 50
@@ -507,7 +512,8 @@ def test_parquet_without_images_is_refused(tmp_path):
         ({"dataset": "folder", "dataset_path": "~/no/such"}, f"got dataset_path={Path.home()}/no/such, which does not"),
         ({"width": 5}, "got width=5, wanted an even"),
         ({"channels": 0}, "got channels=0, wanted an integer"),
-        ({"split": "test"}, "got split=test, wanted none, digits is embedded"),
+        ({"split": "test"}, "got split='test', wanted none, scikit-learn load_digits has no splits"),
+        ({"dataset": "patches", "split": "validation"}, "got split='validation', wanted none, .* has no splits"),
         ({"dataset": "stl10", "dataset_path": str(Path(__file__).parent)}, "of split 'unlabeled' in .*tests"),
         (
             {"dataset": "cifar10", "dataset_path": __file__},

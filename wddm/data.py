@@ -146,6 +146,8 @@ def check_source(
     size = resolution, width or resolution
     split = "+".join(dict.fromkeys(split_called(word) or word for word in split.replace(" ", "").split("+")))
     source = SOURCES[dataset](size, path, seed, split)
+    if source.split == "all" and split != "train":
+        raise ValueError(f"got split={split!r}, wanted none, {source.name} has no splits: leave it out")
     options = {"dataset": dataset, "resolution": resolution, "width": None if size[1] == resolution else width}
     options |= {"channels": channels, "seed": seed if limit is not None or dataset == "patches" else None}
     options |= {"limit": limit, "on_error": on_error, "split": source.split}

@@ -112,7 +112,9 @@ def _of_csv(tables: list[Path], files: list[Path]) -> tuple[np.ndarray, list[str
     known = pd.concat(frames).convert_dtypes()
     column, note = _label_column([n for n in known if n == "label" or known[n].dtype.kind != "f"], [])
     left_out = sorted(f"{plain(path)} (in metadata.csv, but not there)" for path in {*known.index} - {*files})
-    known = known[~known.index.duplicated(keep="last")].reindex(files)
+    again = known.index.duplicated(keep="last")
+    left_out += [f"{plain(path)} (in metadata.csv twice: the last row counts)" for path in known.index[again]]
+    known = known[~again].reindex(files)
     return *(numbers(known[column], column) if column else (np.full(len(files), -1), None, note)), left_out
 
 

@@ -58,7 +58,7 @@ def digits(size: tuple[int, int], dataset_path: str | None, seed: int, split: st
         read = partial(map, lambda i: (pixels[i], int(bunch.target[i]), f"digits {i}"))
         return local.Images(len(pixels), read, 1, list("0123456789"))
 
-    return _embedded("digits", dataset_path, split, "load_digits", ["data/digits.csv.gz"], opened)
+    return _embedded("digits", dataset_path, "load_digits", ["data/digits.csv.gz"], opened)
 
 
 def patches(size: tuple[int, int], dataset_path: str | None, seed: int, split: str) -> Source:
@@ -77,8 +77,7 @@ def patches(size: tuple[int, int], dataset_path: str | None, seed: int, split: s
 
     if size[0] > 427 or size[1] > 640:
         raise ValueError(f"got {size[0]}x{size[1]} for patches, wanted 426x640 at most: choose a smaller resolution")
-    files = ["images/china.jpg", "images/flower.jpg"]
-    return _embedded("patches", dataset_path, split, "load_sample_images", files, opened)
+    return _embedded("patches", dataset_path, "load_sample_images", ["images/china.jpg", "images/flower.jpg"], opened)
 
 
 def emoji(size: tuple[int, int], dataset_path: str | None, seed: int, split: str) -> Source:
@@ -133,8 +132,6 @@ def folder(size: tuple[int, int], dataset_path: str | None, seed: int, split: st
     for part in itertools.takewhile(lambda part: not local.split_called(part), Path(shared).relative_to(root).parts):
         root /= part  # as archives unpack, beside a README
     splits = {local.split_of(root, file) for file in every} - {None}
-    if not splits and split != "train":
-        raise ValueError(f"got split={split!r}, which no folder or table in {plain(root)} is called: leave it out")
     files = local.of_split(root, every, split) if splits else every
     others, beside, used = len(every) - len(files), [*pictures, *arrays] if tables else [], []
     if tables:
@@ -190,10 +187,9 @@ def _local(
     return Source(plain(name), lambda: digest_of(root, files) + told, opened, split, left_out)
 
 
-def _embedded(dataset: str, path: str | None, split: str, loader: str, files: list[str], opened: Open) -> Source:
+def _embedded(dataset: str, path: str | None, loader: str, files: list[str], opened: Open) -> Source:
     """A set that comes with scikit-learn, which is not imported to tell the content of its files."""
-    if path is not None or split != "train":
-        given = f"dataset_path={path}" if path is not None else f"split={split}"
-        raise ValueError(f"got {given}, wanted none, {dataset} is embedded: leave it out")
+    if path is not None:
+        raise ValueError(f"got dataset_path={path}, wanted none, {dataset} is embedded: leave it out")
     root = Path(str(distribution("scikit-learn").locate_file("sklearn/datasets")))
     return _local(f"scikit-learn {loader}", root, [root / file for file in files], opened)
