@@ -11,13 +11,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import as_process, wddm
+from conftest import ROOT, as_process, wddm
 from PIL import Image
 
 from wddm import data
 from wddm.backbones import build_backbone
 from wddm.files import append_row, read_rows, write_json
 from wddm.metrics import scores
+from wddm.metrics.intervals import Estimate
 from wddm.metrics.scores import Options, wavelet
 from wddm.objective import build_solver, default_solver, factors, noise_scheduler
 from wddm.pipeline import WaveletPipeline
@@ -123,7 +124,20 @@ def test_what_a_solver_cannot_do_is_a_row_with_its_error(pipeline) -> None:
     assert found["error"].startswith("got 2000 steps")
     for metric, said in {"fwdd": "got metric='fwdd', wanted one of fwd, kid", "fid": "Inception"}.items():
         with pytest.raises(ValueError, match=said):
-            scores.distance(metric, np.zeros((4, 8, 8, 1), np.uint8), None)
+            scores.distances([metric], np.zeros((4, 8, 8, 1), np.uint8), None, Options())
+
+
+def test_distances_of_one_network_ask_it_once(monkeypatch) -> None:
+    asked = []
+
+    def by_inception(*asked_of: object) -> list[scores.Score]:
+        asked.append(asked_of)
+        return [scores.Score(key, key, Estimate(1.0, 0.5, 2.0), None, 4, 4, "") for key in ("fid", "kid", "recall")]
+
+    monkeypatch.setitem(scores.METRICS, "inception", by_inception)
+    monkeypatch.setattr(scores.inception, "find_weights", lambda: ROOT)
+    found = scores.distances(["kid", "fid"], np.zeros((4, 8, 8, 1), np.uint8), None, Options())
+    assert [score.key for score in found] == ["fid", "kid"] and len(asked) == 1
 
 
 # --------------------------------------------------------------------------------------------------- findings

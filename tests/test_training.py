@@ -485,12 +485,14 @@ def test_a_step_that_is_cut_in_half_is_done_again_whole(tmp_path) -> None:
 
 def test_a_notebook_and_a_terminal_show_the_line_of_an_interrupt_alone(capsys, monkeypatch) -> None:
     shell = InteractiveShell()
-    shell.run_cell("from wddm.checkpoints import Interrupted\nraise Interrupted('checkpoint 3 is kept')")
+    line = "training was stopped at step 3 of 9; runs/x/checkpoints/step-00000003 is kept: "
+    line += "start it again to go on from there"
+    shell.run_cell("from wddm.checkpoints import *\nraise Interrupted(Path('runs/x'), 3, 9)")
     out = capsys.readouterr().out
-    assert out.strip() == "checkpoint 3 is kept"
-    monkeypatch.setattr(cli, "experiments_of", Mock(side_effect=Interrupted("checkpoint 3 is kept")))
+    assert out.strip() == line
+    monkeypatch.setattr(cli, "experiments_of", Mock(side_effect=Interrupted(Path("runs/x"), 3, 9)))
     assert cli.main(["train", "x.yaml"]) == 130
-    assert capsys.readouterr().err.strip() == "wddm: checkpoint 3 is kept"
+    assert capsys.readouterr().err.strip() == f"wddm: {line}"
 
 
 def test_interrupts_are_python_s_own_again_afterwards() -> None:

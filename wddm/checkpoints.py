@@ -140,13 +140,12 @@ def reserved(folder: Path) -> AcquireReturnProxy:
 class Interrupted(KeyboardInterrupt):
     """Training was stopped by a signal; one line says which checkpoint is kept, and a notebook shows that alone."""
 
+    def __init__(self, run: Path, step: int, total: int) -> None:
+        kept = f"{run / 'checkpoints' / f'step-{step:08d}'} is kept: start it again to go on from there"
+        super().__init__(f"training was stopped at step {step} of {total}; {kept}")
+
     def _render_traceback_(self) -> list[str]:
         return [str(self)]
-
-
-def stopped(run: Path, step: int, total: int) -> Interrupted:
-    kept = f"{run / 'checkpoints' / f'step-{step:08d}'} is kept: start it again to go on from there"
-    return Interrupted(f"training was stopped at step {step} of {total}; {kept}")
 
 
 class Stop(threading.Event):

@@ -140,8 +140,8 @@ def distances_to(
 ) -> Callable[[np.ndarray], dict[str, float]]:
     """What measures samples uint8 (N, H, W, C) while training goes on: these distances, with intervals and floors."""
     options = scores.Options(train_fwd_level, seed, "cuda" if torch.cuda.is_available() else "cpu")
-    measures = [partial(scores.distance, name, reference=prepared, options=options) for name in train_metrics]
-    return lambda samples: {key: x for measure in measures for key, x in measure(samples).record().items()}
+    measure = partial(scores.distances, train_metrics, reference=prepared, options=options)
+    return lambda samples: {key: x for score in measure(samples) for key, x in score.record().items()}
 
 
 def by_half_life(

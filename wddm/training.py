@@ -170,14 +170,13 @@ class Trainer:
                     with self.stop.cuttable(), written_aside(self.folder / "pipeline") as aside:
                         self.averaged().save_pretrained(aside)
                         own = {name: getattr(self, name) for name in ("images_seen", "data_sha256", "history")}
-                        own["settings"] = self.settings()
-                        (aside / "training.json").write_text(json.dumps(own, indent=1))
+                        (aside / "training.json").write_text(json.dumps(own | {"settings": self.settings()}, indent=1))
                 self.accelerator.end_training()
             except (GeneratorExit, KeyboardInterrupt) as error:
                 self.save()
                 if isinstance(error, GeneratorExit):
                     raise
-                raise checkpoints.stopped(self.folder, self.step, self.total_steps) from None
+                raise checkpoints.Interrupted(self.folder, self.step, self.total_steps) from None
 
     def _due(self, kimg: float) -> bool:
         """Whether something that happens every so many thousand images (0: never), and at the end, happens now."""

@@ -117,13 +117,15 @@ def check(metric: str, channels: int) -> None:
         raise ValueError(f"got metric={metric!r}, but {why}, wanted one that is computed here: choose fwd")
 
 
-def distance(metric: str, samples: np.ndarray, reference: Dataset, options: Options = Options()) -> Score:
-    """The score of a metric; ValueError as `check` has it, or for too few images."""
-    check(metric, samples.shape[-1])
-    found = METRICS[DISTANCES[metric]](samples, reference, options)
-    if not found[0].estimate:
-        raise ValueError(f"got metric={metric!r}, {found[0].protocol}, wanted one that is computed here: choose fwd")
-    return next(score for score in found if score.key == metric)
+def distances(metrics: Sequence[str], samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
+    """The scores of some of DISTANCES; ValueError as `check` has it, or for too few images."""
+    for metric in metrics:
+        check(metric, samples.shape[-1])
+    groups = dict.fromkeys(DISTANCES[metric] for metric in metrics)  # FID and KID are found together
+    found = [score for name in groups for score in METRICS[name](samples, reference, options)]
+    if lost := [score for score in found if not score.estimate]:
+        raise ValueError(f"got metric={lost[0].key!r}, {lost[0].protocol}, wanted one computed here: choose fwd")
+    return [score for score in found if score.key in metrics]
 
 
 def perceptual(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:

@@ -96,7 +96,7 @@ def timed_samples(pipeline: WaveletPipeline, count: int, **options: Any) -> tupl
 def quality(
     pipeline: WaveletPipeline, reference: Dataset, cell: Row, *, metric: str, batch_size: int, measuring: scores.Options
 ) -> Row:
-    """What a cell cost and its `scores.distance`; or the `error` of a setting that cannot be sampled."""
+    """What a cell cost and its `scores.distances`; or the `error` of a setting that cannot be sampled."""
     options = {"eta": cell["eta"], "detail_steps": cell["detail_steps"]}
     try:
         check_options(cell["scheduler"], **options)
@@ -105,7 +105,7 @@ def quality(
         samples, cost = timed_samples(solver, cell["count"], **options)
     except (ValueError, IndexError) as error:  # diffusers' own refusals are among them
         return {"error": str(error).splitlines()[0]}
-    return cost | scores.distance(metric, samples, reference, measuring).record()
+    return cost | scores.distances([metric], samples, reference, measuring)[0].record()
 
 
 def scored(
