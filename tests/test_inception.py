@@ -9,6 +9,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from wddm import data
 from wddm.metrics import inception, scores
@@ -42,7 +43,12 @@ def reference(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_scores_are_those_of_torch_fidelitys_command_line(weights, reference, tmp_path) -> None:
+def test_scores_are_those_of_torch_fidelitys_command_line(weights, reference, tmp_path, monkeypatch) -> None:
+    """By its layer of 64 features, as the eigenvalues of 2,048 take a minute; its own defaults are our layers."""
+    default = FEATURE_EXTRACTORS_REGISTRY["inception-v3-compat"]
+    layers = [default.get_default_feature_layer_for_metric(metric) for metric in ("fid", "kid", "prc", "isc")]
+    assert layers == [inception.POOLED] * 3 + [inception.LOGITS]
+    monkeypatch.setattr(inception, "POOLED", "64")
     samples, options = 255 - np.array(reference.images[:20]), Options(inception_weights=weights)
     found = {score.key: score for score in scores.by_inception(samples, reference, options)}
     for name, images in (("samples", samples), ("real", reference.images)):
@@ -50,6 +56,7 @@ def test_scores_are_those_of_torch_fidelitys_command_line(weights, reference, tm
         write_images(tmp_path / name, images)
     flags = "--cpu --json --silent --isc --fid --kid --prc --kid-subset-size 10 --no-cache --save-cpu-ram"
     flags += f" --feature-extractor inception-v3-compat --feature-extractor-weights-path {weights}"
+    flags += "".join(f" --feature-layer-{metric} 64" for metric in ("fid", "kid", "prc"))
     command = [sys.executable, "-m", "torch_fidelity.fidelity", *flags.split(), "--input1", tmp_path / "samples"]
     done = subprocess.run([*command, "--input2", tmp_path / "real"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -78,7 +85,7 @@ def test_scores_are_those_of_torch_fidelitys_command_line(weights, reference, tm
 
 def test_features_are_those_of_batches_of_three_channels_in_order() -> None:
     class Network(torch.nn.Linear):
-        features_list = inception.LAYERS
+        features_list = inception.POOLED, inception.LOGITS
 
         def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             assert images.dtype == torch.uint8 and images.shape[1:] == (3, 8, 8)

@@ -10,7 +10,7 @@ import torch
 from wddm.metrics.frechet import factor
 from wddm.metrics.intervals import Estimate, distance_estimate, resample_counts, share
 
-LAYERS = ("2048", "logits_unbiased")
+POOLED, LOGITS = "2048", "logits_unbiased"  # the layers of all scores but the Inception score, and of that
 SPLITS = 10  # parts of IS: torch-fidelity's own, as are 100 subsets of KID, seed 2020 and batches of 64
 NORMAL90 = 1.6449  # half a 90 % interval of a Gaussian, in standard deviations
 Features = dict[str, np.ndarray]
@@ -44,7 +44,7 @@ def build(weights: Path, device: str | torch.device = "cpu") -> torch.nn.Module:
     from torch_fidelity.utils import create_feature_extractor
 
     options = {"cuda": False, "feature_extractor_weights_path": str(weights), "verbose": False}
-    return create_feature_extractor("inception-v3-compat", list(LAYERS), **options).to(device)
+    return create_feature_extractor("inception-v3-compat", [POOLED, LOGITS], **options).to(device)
 
 
 def features(images: np.ndarray, network: Any, progress: Progress = iter, batch: int = 64) -> Features:
@@ -62,13 +62,13 @@ def scores(generated: Features, real: Features, *, resamples: int = 20, seed: in
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
 
-    sides = [fid_features_to_statistics(torch.from_numpy(side["2048"])) for side in (generated, real)]
+    sides = [fid_features_to_statistics(torch.from_numpy(side[POOLED])) for side in (generated, real)]
     fid = fid_statistics_to_metric(*sides, False)["frechet_inception_distance"]
-    mean, spread = isc_features_to_metric(torch.from_numpy(generated["logits_unbiased"]), splits=SPLITS).values()
+    mean, spread = isc_features_to_metric(torch.from_numpy(generated[LOGITS]), splits=SPLITS).values()
     half = 1.833 * spread / (SPLITS - 1) ** 0.5  # Student's t of 9 degrees of freedom
     found = {"fid": fid_interval(fid, generated, real, resamples, seed)}
     found["inception_score"] = Estimate(mean, mean - half, mean + half)
-    return found | by_kernel(generated["2048"], real["2048"])
+    return found | by_kernel(generated[POOLED], real[POOLED])
 
 
 def by_kernel(generated: np.ndarray, real: np.ndarray, subset_size: int = 1000, end: str = "") -> Estimates:
@@ -95,9 +95,9 @@ def by_kernel(generated: np.ndarray, real: np.ndarray, subset_size: int = 1000, 
 
 def fid_interval(fid: float, generated: Features, real: Features, resamples: int, seed: int = 0) -> Estimate[float]:
     """A FID with its bootstrap interval, the real images held fixed: one eigenvalue problem per resample."""
-    reference = real["2048"].astype(np.float64)
+    reference = real[POOLED].astype(np.float64)
     centre, root = reference.mean(0), factor(torch.from_numpy(np.cov(reference.T))).numpy()
-    x = generated["2048"] - centre  # (N, 2048), float64
+    x = generated[POOLED] - centre  # (N, 2048), float64
     count, turned, distances = len(x), x @ root, []
     for weights in resample_counts(count, resamples, seed):
         mean = weights @ x / count
