@@ -551,6 +551,15 @@ def test_numbers_that_nobody_has_recorded_yet_are_no_file(root, launched, monkey
     assert not list((root / "reports/x").glob("[mt]*.json"))
 
 
+def test_what_another_command_ends_while_its_lock_is_waited_for_is_not_done_again(root, launched, monkeypatch):
+    main(["run", "params/x.yaml"])
+    ended, take = (file := root / "reports/x/status.json").read_text(), records.lock
+    write_json(file, json.loads(ended) | {"02_train": {"state": "running", "seconds": None, "error": None}})
+    monkeypatch.setattr(runner, "lock", lambda *run: (file.write_text(ended), take(*run))[1])
+    assert main(["run", "params/x.yaml"]) == 0 and launched == ["01_prepare", "02_train"]
+    assert json.loads(file.read_text()) == json.loads(ended)
+
+
 def test_two_notebooks_may_record_one_key(root, launched):
     """It is of the last; and the first is not made again for it."""
     main(["run", "params/x.yaml"])

@@ -28,13 +28,13 @@ MAKERS = {"data": "01_prepare", "pipeline": "02_train", "samples": "03_sample", 
 PATIENCE = 1.0, 20.0  # seconds to wait for a lock; and where its command is dead, for what that has started to end
 
 
-def read_status(folder: Path) -> dict[str, dict[str, Any]]:
-    """status.json of reports/<run>/; what is said to run while no process holds the run's lock was killed, and what was
-    ok while another hand, in JupyterLab, has replaced its numbers is due again.
+def read_status(folder: Path, mine: bool = False) -> dict[str, dict[str, Any]]:
+    """status.json of reports/<run>/; what is said to run while no process holds the run's lock, or this one (`mine`),
+    was killed, and what was ok while another hand, in JupyterLab, has replaced its numbers is due again.
     """
     status = {name: entry for name, entry in read_json(folder / "status.json").items() if isinstance(entry, dict)}
     running = [entry for entry in status.values() if entry.get("state") == "running"]
-    if running and not is_locked(folder.absolute().parents[1], folder.name):
+    if running and (mine or not is_locked(folder.absolute().parents[1], folder.name)):
         for entry in running:
             entry.update(state="killed", error="the process is gone")
     of = read_json(folder.absolute().parents[1] / "runs" / folder.name / "numbers.json")

@@ -63,6 +63,7 @@ def _run(tasks: list["Task"], jobs: int, where: str | None, preflight: Preflight
         for task in tasks:
             task.lock = held or lock(task.root, "." * bool(where and task in members) + task.experiment.run)
             locks.callback(os.close, task.lock)
+            task.status = read_status(task.folder, mine=True)
         if problems := dict.fromkeys(line for task in tasks for line in task.problems(preflight)):
             raise ValueError("\n".join(problems))
         write_index(tasks[0].root)
@@ -85,8 +86,7 @@ class Task:
     def __init__(self, experiment: Experiment, chosen: list[Path], options: list[str]) -> None:
         self.experiment, self.options, self.force = experiment, options, "--force" in options
         self.root, self.folder = experiment.root, experiment.root / "reports" / experiment.run
-        self.chosen, self.lock = chosen, -1
-        self.status = read_status(self.folder)
+        self.chosen, self.lock, self.status = chosen, -1, dict[str, dict[str, Any]]()
 
     def problems(self, preflight: Preflight) -> list[str]:
         """Why it cannot run: what earlier notebooks made is of other parameters, or `preflight` refuses it."""
