@@ -5,6 +5,7 @@ import os
 import re
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,9 @@ from urllib.parse import unquote
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # workers and their kernels share the cores; threads on top only wait
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # and where two are asked for, they sleep while they wait
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script: tests interrupt what they start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import local_data
 import numpy as np

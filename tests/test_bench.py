@@ -386,11 +386,11 @@ def test_the_race_of_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     """Of this workbook alone, which needs no library: two learning rates, then the better one with another seed."""
     folder = prepare("digits", 16, tmp_path, limit=200, progress=False).folder
     monkeypatch.setattr(peers, "PEERS", {"wddm, level 1": (partial(peers.ours, level=1), (2e-3, 1e-9))})
-    task = peers.Task("", str(folder), 0.0, seconds=1, count=70)
-    raced = peers.race(task, [0, 1], level=1)
+    task = peers.Task("", str(folder), 0.0, seconds=1, count=20)
+    raced = peers.race(task, [0, 1], level=2)
     assert raced.learning_rate.tolist() == [1e-9, 2e-3, 2e-3] and raced.chosen.tolist() == [False, True, True]
     assert (raced.training_s >= 1).all() and (raced.images_seen % 96 == 0).all() and (raced.images_seen > 0).all()
-    assert [images.shape for images in raced.samples] == [(70, 16, 16, 1)] * 3
+    assert [images.shape for images in raced.samples] == [(20, 16, 16, 1)] * 3
     row = peers.summary(raced).iloc[0]
     assert row["learning rate"] == 2e-3 and row["lines"] > 20 and " to " in row.FWD
 
