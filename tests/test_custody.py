@@ -5,9 +5,11 @@ import inspect
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -203,17 +205,20 @@ def test_a_lock_outlives_its_command_as_long_as_what_that_started(tmp_path) -> N
     os.close(records.lock(tmp_path, "x"))
 
 
-def test_members_of_a_sweep_end_with_their_parent(tmp_path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_members_of_a_sweep_end_with_their_parent(tmp_path, how) -> None:
+    """Which ignores Ctrl-C, as what a script starts in the background does, and its children with it."""
     loop = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    open(f'saved-{level}', 'w').close()"
     write_notebook(tmp_path / "notebooks/01_a.ipynb", SECOND, f"open(f'began-{{level}}', 'w').close()\n{loop}")
     (tmp_path / "params").mkdir()
     (tmp_path / "params/x.yaml").write_text("sweep: {level: [1, 2]}")
     command = [sys.executable, "-m", "wddm", "run", "params/x.yaml", "--jobs", "2"]
-    parent = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    ignoring = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    parent = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, preexec_fn=ignoring)
     wait_for(lambda: len(list(tmp_path.glob("began-*"))) == 2, seconds=60)
     assert all(records.is_locked(tmp_path, f"x-level={level}") for level in (1, 2))
-    parent.kill()
-    parent.wait()
+    parent.send_signal(how)
+    assert parent.wait(timeout=30) == (130 if how == signal.SIGTERM else -how)
     wait_for(lambda: not any(records.is_locked(tmp_path, f"x-level={level}") for level in (1, 2)), seconds=30)
     assert len(list(tmp_path.glob("saved-*"))) == 2  # gently
     states = [records.read_status(tmp_path / f"reports/x-level={level}")["01_a"]["state"] for level in (1, 2)]

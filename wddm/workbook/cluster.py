@@ -10,7 +10,6 @@ import fcntl
 import importlib
 import itertools
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -52,7 +51,7 @@ def start(member: Member, stop: Stop, environment: Mapping[str, str], show: Call
         command + member.options, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace", start_new_session=True, pass_fds=(member.lock,), env=environment,
     )  # fmt: skip
-    stop.listeners.add(lambda kill: process.send_signal(signal.SIGINT))  # it knows itself what a second one means
+    stop.listeners.add(lambda kill: process.terminate())  # not SIGINT, which is ignored in the background of a script
     with process, file.with_name("log.txt").open("a") as log:
         for line in filter(None, map(str.rstrip, process.stdout or ())):
             if PROGRESS_LINE.match(line):
