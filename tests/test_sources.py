@@ -169,6 +169,16 @@ def test_a_column_of_labels_is_found_by_its_kind(tmp_path, column):
         assert prepared.notes == said and prepared.manifest["unlabelled"] == labels.count(-1)
 
 
+@pytest.mark.parametrize("values", [["0", "1"], ["cat", "dog"], [True, False]])
+def test_labels_of_several_types_are_refused(tmp_path, values):
+    """They would be classes of one name: 1 and "1"."""
+    write_table(tmp_path / "in/a.parquet", [cell(0), cell(1)], label=[0, 1])
+    write_table(tmp_path / "in/b.parquet", [cell(2), cell(3)], label=values)
+    with pytest.raises(ValueError, match="got labels of several types in the column label, wanted one") as caught:
+        prepare("folder", 4, tmp_path / "out", dataset_path=tmp_path / "in")
+    assert "\n" not in str(caught.value)
+
+
 def test_several_labels_to_an_image_are_none(tmp_path):
     folder = write_table(tmp_path / "in/part-0.parquet", [cell(i) for i in range(3)], label=[[0], [1, 2], []])
     assert prepare("folder", 4, tmp_path / "out", dataset_path=folder).labels is None
@@ -215,7 +225,7 @@ def test_metadata_csv_labels_the_images(tmp_path, pictures):
     assert prepare("folder", 16, tmp_path / "out", dataset_path=folder).labels.tolist() == [-1, -1, 7, -1]
     (folder / "metadata.csv").write_text("file_name,kind\nimages/002.png,7\nimages/000.png,3\n./images/002.png,8\n")
     prepared = prepare("folder", 16, tmp_path / "out", dataset_path=folder)
-    assert prepared.labels.tolist() == [3, -1, 8, -1] and "/002.png (in metadata.csv twice: " in prepared.notes[0]
+    assert prepared.labels.tolist() == [3, -1, 8, -1] and "/002.png (twice in metadata.csv: " in prepared.notes[0]
     (folder / "metadata.csv").write_text("name,label\nimages/002.png,7\n")
     with pytest.raises(ValueError, match=r"metadata\.csv, wanted columns file_name and label"):
         prepare("folder", 16, tmp_path / "out", dataset_path=folder)

@@ -112,9 +112,8 @@ def _of_csv(tables: list[Path], files: list[Path]) -> tuple[np.ndarray, list[str
     known = pd.concat(frames).convert_dtypes()
     column, note = _label_column([n for n in known if n == "label" or known[n].dtype.kind != "f"], [])
     left_out = sorted(f"{plain(path)} (in metadata.csv, but not there)" for path in {*known.index} - {*files})
-    again = known.index.duplicated(keep="last")
-    left_out += [f"{plain(path)} (in metadata.csv twice: the last row counts)" for path in known.index[again]]
-    known = known[~again].reindex(files)
+    before, known = known[known.index.duplicated("last")], known[~known.index.duplicated("last")].reindex(files)
+    left_out += [f"{plain(path)} (twice in metadata.csv: the last row counts)" for path in before.index]
     return *(numbers(known[column], column) if column else (np.full(len(files), -1), None, note)), left_out
 
 
@@ -131,6 +130,8 @@ def numbers(values: "pd.Series", column: str) -> tuple[np.ndarray, list[str] | N
     import pandas as pd
 
     labels = values.convert_dtypes()
+    if labels.dtype == object and labels.dropna().map(type).nunique() > 1:
+        raise ValueError(f"got labels of several types in the column {column}, wanted one type: write them alike")
     if labels.nunique() > max(1000 if column == "label" else 20, len(labels) / 2):
         return np.full(len(labels), -1), None, f"no labels: most values of the column {column} occur once"
     if pd.api.types.is_integer_dtype(labels):
