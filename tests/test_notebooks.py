@@ -106,6 +106,7 @@ def test_a_flow_from_noise_to_a_report_and_from_the_command_line(root, tiny) -> 
     """Over what the quickstart names, as the recipe is given by -p; solver and eta are those that nobody names."""
     options = {"run": "flow", "recipe": "flow", "scheduler": "null", "eta": "null"} | TINY
     options |= {"half_lives_kimg": "[0.01]", "output_dir": "drawn"}  # half-lives of which none can be put together
+    options |= {"num_samples": 170}  # 17 of a class, which is enough for its FWD; half of its real images is not
     done = wddm(root, "run", "params/quickstart.yaml", **options)
     assert done.returncode == 0, done.stdout + done.stderr
     config = json.loads((root / "runs/flow/pipeline/scheduler/scheduler_config.json").read_text())
@@ -114,6 +115,8 @@ def test_a_flow_from_noise_to_a_report_and_from_the_command_line(root, tiny) -> 
         is_clean((root / f"reports/flow/{name}.html").read_text())
     page = (root / "reports/flow/03_sample.html").read_text()
     assert "euler, 3 steps" in page and "Top: the estimate of the clean image" in page
+    page = (root / "reports/flow/04_evaluate.html").read_text()
+    assert "of the samples of a class" in page and "Without a floor" in page and "wanted 16 images" not in page
     (root / "drawn/mine.txt").touch()
     done = wddm(root, "run", "params/quickstart.yaml", "--only", "sample", **options | {"scheduler": "unipc"})
     assert "which is not empty" in done.stdout and (root / "drawn/00000.png").exists()  # not the run's alone
