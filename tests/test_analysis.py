@@ -138,6 +138,10 @@ def test_distances_of_one_network_ask_it_once(monkeypatch) -> None:
     monkeypatch.setattr(scores.inception, "find_weights", lambda: ROOT)
     found = scores.distances(["kid", "fid"], np.zeros((4, 8, 8, 1), np.uint8), None, Options())
     assert [score.key for score in found] == ["fid", "kid"] and len(asked) == 1
+    none = scores.Score("fid", "FID", None, None, 4, 4, "not computed: fewer than 10 images")
+    monkeypatch.setitem(scores.METRICS, "inception", lambda *_: [none])
+    with pytest.raises(ValueError, match="got metric='kid', not computed: fewer"):
+        scores.distances(["kid"], np.zeros((4, 8, 8, 1), np.uint8), None, Options())
 
 
 # --------------------------------------------------------------------------------------------------- findings

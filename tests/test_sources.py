@@ -179,6 +179,13 @@ def test_labels_of_several_types_are_refused(tmp_path, values):
     assert "\n" not in str(caught.value)
 
 
+def test_what_is_no_label_may_be_of_several_types(tmp_path):
+    write_table(tmp_path / "in/a.parquet", [cell(i) for i in range(30)], id=list(range(30)))
+    write_table(tmp_path / "in/b.parquet", [cell(i) for i in range(30)], id=[f"n{i}" for i in range(30)])
+    prepared = prepare("folder", 4, tmp_path / "out", dataset_path=tmp_path / "in")
+    assert prepared.labels is None and "values of the column id occur once" in prepared.manifest["note"]
+
+
 def test_several_labels_to_an_image_are_none(tmp_path):
     folder = write_table(tmp_path / "in/part-0.parquet", [cell(i) for i in range(3)], label=[[0], [1, 2], []])
     assert prepare("folder", 4, tmp_path / "out", dataset_path=folder).labels is None

@@ -130,10 +130,10 @@ def numbers(values: "pd.Series", column: str) -> tuple[np.ndarray, list[str] | N
     import pandas as pd
 
     labels = values.convert_dtypes()
-    if labels.dtype == object and labels.dropna().map(type).nunique() > 1:
-        raise ValueError(f"got labels of several types in the column {column}, wanted one type: write them alike")
     if labels.nunique() > max(1000 if column == "label" else 20, len(labels) / 2):
         return np.full(len(labels), -1), None, f"no labels: most values of the column {column} occur once"
+    if labels.dtype == object and labels.dropna().map(type).nunique() > 1:
+        raise ValueError(f"got labels of several types in the column {column}, wanted one type: write them alike")
     if pd.api.types.is_integer_dtype(labels):
         return np.maximum(labels.fillna(-1).to_numpy(np.int64), -1), None, ""
     codes, names = pd.factorize(labels, sort=True)

@@ -124,7 +124,7 @@ def distances(metrics: Sequence[str], samples: np.ndarray, reference: Dataset, o
     groups = dict.fromkeys(DISTANCES[metric] for metric in metrics)  # FID and KID are found together
     found = [score for name in groups for score in METRICS[name](samples, reference, options)]
     if lost := [score for score in found if not score.estimate]:
-        raise ValueError(f"got metric={lost[0].key!r}, {lost[0].protocol}, wanted one computed here: choose fwd")
+        raise ValueError(f"got metric={', '.join(metrics)!r}, {lost[0].protocol}, wanted one computed here: choose fwd")
     return [score for score in found if score.key in metrics]
 
 
