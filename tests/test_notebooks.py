@@ -121,6 +121,11 @@ def test_a_flow_from_noise_to_a_report_and_from_the_command_line(root, tiny) -> 
     done = wddm(root, "run", "params/quickstart.yaml", "--only", "sample", **options | {"scheduler": "unipc"})
     assert "which is not empty" in done.stdout and (root / "drawn/00000.png").exists()  # not the run's alone
     (root / "drawn/mine.txt").unlink()
+    drawn = (root / "drawn/00000.png").read_bytes()
+    (root / "drawn/00000.png").write_bytes(b"of another hand")
+    done = wddm(root, "run", "params/quickstart.yaml", "--only", "sample", **options | {"scheduler": "unipc"})
+    assert "which is not empty" in done.stdout and (root / "drawn/00000.png").read_bytes() == b"of another hand"
+    (root / "drawn/00000.png").write_bytes(drawn)
     done = wddm(root, "run", "params/quickstart.yaml", "--only", "sample", **options | {"scheduler": "unipc"})
     assert done.returncode == 0, done.stdout + done.stderr  # its own images there are replaced
     assert json.loads((root / "drawn/samples.json").read_text())["solver"] == "UniPCMultistepScheduler"
