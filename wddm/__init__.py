@@ -1,4 +1,4 @@
-"""wddm: wavelet-domain denoising diffusion, as a workbook. These names, and modules: `from wddm import wavelets`."""
+"""wddm: a workbook for wavelet-domain diffusion. Import the names below, or modules: `from wddm import wavelets`."""
 
 from importlib import import_module
 from typing import Any
@@ -12,7 +12,7 @@ __all__ = list(NAMES)
 
 
 def __getattr__(name: str) -> Any:
-    """One of the names above, whose module is imported when it is asked for: `import wddm` alone needs no torch."""
+    """Import a name of `NAMES` from its module only when it is used, so that `import wddm` alone needs no torch."""
     if name not in NAMES:
         raise AttributeError(f"module 'wddm' has no attribute {name!r}")
     return getattr(import_module(f"wddm.{NAMES[name]}"), name)

@@ -1,4 +1,4 @@
-"""`python -m wddm`, as `accelerate launch -m wddm train` starts it: the command line."""
+"""The command line as `python -m wddm`; `accelerate launch -m wddm train` starts it this way."""
 
 import sys
 

@@ -22,7 +22,7 @@ from wddm.ukan import UKANModel, check_halvings
 from wddm.wavelets import check_choice, check_multiple, sides
 
 IMAGES = {"digits": (16, 1), "patches": (32, 3), "cifar10": (32, 3), "stl10": (64, 3), "celebahq": (256, 3)}
-PASSES = 3  # of a training step: forward, and backward at twice its cost
+PASSES = 3  # forward passes that a training step costs: the backward pass costs two
 
 
 class Preset(NamedTuple):
@@ -31,7 +31,7 @@ class Preset(NamedTuple):
     unet: tuple[int, ...]
     attention: tuple[int, ...]
     ukan: tuple[int, ...]
-    dit: tuple[int, ...] | None = None  # a width per block; none where there are more than 1,024 tokens
+    dit: tuple[int, ...] | None = None  # one width per block; None where there are more than 1,024 tokens
 
 
 PRESETS = {  # (dataset, level)
@@ -45,7 +45,7 @@ PRESETS = {  # (dataset, level)
     ("celebahq", 1): Preset((128, 128, 256, 256, 256), (2, 3), (64, 128, 128, 256, 256)),
     ("celebahq", 2): Preset((64, 128, 128, 256), (1,), (128, 256, 256, 256)),
     ("celebahq", 3): Preset((64, 128, 256), (1,), (128, 256, 256), 12 * (384,)),  # ours
-    ("digits", 0): Preset((32, 64, 64), (), (64, 64), 4 * (64,)),  # ours, for a laptop, as all that follow
+    ("digits", 0): Preset((32, 64, 64), (), (64, 64), 4 * (64,)),  # ours, for a laptop, like all that follow
     ("digits", 1): Preset((64, 64), (), (64,), 4 * (64,)),
     ("digits", 2): Preset((64,), (), (64,), 4 * (64,)),
     ("patches", 0): Preset((32, 64, 128), (), (64, 64, 128), 4 * (64,)),
@@ -64,12 +64,12 @@ def build_backbone(
 
     Args:
         dataset: a key of `IMAGES`, which gives size, channels and preset. Other images need image_size (a side, or
-            height and width) and image_channels; without widths they get the preset whose coefficient maps have the
-            nearest side (geometric mean, by ratio), and of several the one of the nearest level.
+            height and width) and image_channels. Without widths they get the preset whose coefficient maps are nearest
+            in side (geometric mean, by ratio); among equals, the one of the nearest level.
         widths, attention_levels, layers_per_block, dropout: override the preset.
-        attention_head_dim: channels of an attention head, or its greatest common divisor with the widths. Published
-            models have 8; wider heads train faster, above all on large maps.
-        num_class_embeds: how many classes the network is told apart, if any, and one more, for no label.
+        attention_head_dim: channels per attention head; where it does not divide all widths, the greatest common
+            divisor. Published models have 8; wider heads train faster, above all on large maps.
+        num_class_embeds: number of classes plus one for "no label"; None: the network takes no labels.
     """
     backbone = check_choice("backbone", backbone, BACKBONES)
     known_size, known_channels = IMAGES.get(dataset or "", (0, 0))
@@ -105,13 +105,13 @@ def build_backbone(
     options |= dict.fromkeys(("in_channels", "out_channels"), 4**level * channels)
     options |= {"sample_size": height if height == width else (height, width)}
     options["attention_head_dim"] = math.gcd(attention_head_dim, *widths)
-    if "norm_num_groups" in accepted:  # two channels each at least: alone, a channel's norm takes the time away again
+    if "norm_num_groups" in accepted:  # at least two channels a group: a norm over one cancels the time embedding
         options["norm_num_groups"] = math.gcd(32, *(width // 2 for width in widths))
-    return BACKBONES[backbone].build(**options)  # by name: what comes by position, diffusers' `from_config` drops
+    return BACKBONES[backbone].build(**options)  # by name: diffusers' `from_config` drops what was passed by position
 
 
 def preset_sizes(backbone: str, dataset: str | None, level: int, side: float = 1) -> dict[str, tuple[int, ...]]:
-    """Widths of a preset (of the nearest `side` of maps for other data sets) and a UNet's attention levels."""
+    """Widths, and a UNet's attention levels, of the data set's preset, or of the one with maps nearest to `side`."""
     key = (dataset or "", level)
     if key[0] not in IMAGES:
         off = {(name, n): math.log(IMAGES[name][0] / 2**n / side) for name, n in PRESETS}
@@ -145,7 +145,7 @@ def forward_flops(backbone: ModelMixin, *, attention: bool = True) -> int:
     """Floating-point operations of one forward pass at batch 1, counted without memory for weights or activations.
 
     A multiply-add counts as two; norms, activations and spline bases as none. The published numbers leave out the two
-    products inside attention (`attention=False`), as counters do that do not see into its fused kernel.
+    products inside attention (`attention=False`), as counters that do not see into its fused kernel do.
     """
     config = backbone.config
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -157,7 +157,7 @@ def forward_flops(backbone: ModelMixin, *, attention: bool = True) -> int:
 
 
 class Backbone(NamedTuple):
-    """A function that builds a network of this kind, and by class name the functions that load its checkpoints."""
+    """The function that builds a network of this kind, and those that load its checkpoints, by class name."""
 
     build: Callable[..., ModelMixin]
     load: dict[str, Callable[..., ModelMixin]]
@@ -171,7 +171,7 @@ BACKBONES = {
 
 
 def backbone_name(class_name: str) -> str:
-    """Key in `BACKBONES` of a network's class name; ValueError if it is none of theirs."""
+    """The key in `BACKBONES` for a network's class name; ValueError if no entry loads that class."""
     names = {known: name for name, entry in BACKBONES.items() for known in entry.load}
     if class_name not in names:
         raise ValueError(f"got a network of class {class_name}, wanted one of {', '.join(names)}: give another folder")

@@ -23,7 +23,7 @@ plain_norm = partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)  # scale 
 class DiTModel(ModelMixin, ConfigMixin):
     """Denoiser of self-attention and MLP blocks, which the time embedding modulates (adaLN-Zero).
 
-    Arguments are those of `UKANModel`, but `block_out_channels` is the width of every block, all the same.
+    Arguments mean the same as in `UKANModel`, but `block_out_channels` holds one width per block, all equal.
     """
 
     _supports_gradient_checkpointing = True
@@ -55,7 +55,7 @@ class DiTModel(ModelMixin, ConfigMixin):
     def forward(
         self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> UNet2DOutput | tuple[Tensor]:
-        """As `UKANModel` has it."""
+        """See `UKANModel.forward`."""
         timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
         time = self.time(self.frequencies(timestep).to(self.dtype))  # (B, width)
         time = F.silu(with_labels(time, self.class_embedding, class_labels))
@@ -79,7 +79,7 @@ class DiTBlock(nn.Module):
         self.norm1, self.qkv, self.proj = plain_norm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
         widen, narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.norm2, self.mlp = plain_norm(width), nn.Sequential(widen, nn.GELU("tanh"), nn.Dropout(dropout), narrow)
-        nn.init.zeros_(self.modulation.weight), nn.init.zeros_(self.modulation.bias)  # at first, the identity
+        nn.init.zeros_(self.modulation.weight), nn.init.zeros_(self.modulation.bias)  # starts as the identity
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(time).unsqueeze(1).chunk(6, dim=-1)

@@ -16,7 +16,7 @@ INTERVALS, ORDER = 5, 3
 BASES = INTERVALS + ORDER
 SPACING = 2 / INTERVALS
 PER_PRODUCT = 2**21  # basis values in memory for one matrix product: 8 MiB
-PER_CHUNK = 2**17  # basis values computed at once: half a MiB, which a core's own cache holds
+PER_CHUNK = 2**17  # basis values computed at once: half a MiB, which fits the cache of one core
 
 
 def knots() -> Tensor:
@@ -26,13 +26,13 @@ def knots() -> Tensor:
 
 def spline_basis(x: Tensor) -> Tensor:
     """Values of the 8 cubic B-splines at x: (...,) -> (..., 8). On a uniform grid every basis is the same piecewise
-    cubic of the distance d to its centre, in knots: B(d) = ((2 - d)_+^3 - 4 (1 - d)_+^3) / 6.
+    cubic of the distance d to its centre, in knot spacings: B(d) = ((2 - d)_+^3 - 4 (1 - d)_+^3) / 6.
     """
     return _basis(*_ramps(_offsets(x.unsqueeze(-1)))).squeeze(-1)
 
 
 class SplineSum(torch.autograd.Function):
-    """y_o = sum_ik W_oki B_k(x_i): (n, in), (out, 8, in) -> (n, out), for some rows at a time. Differentiable once.
+    """y_o = sum_ik W_oki B_k(x_i): (n, in), (out, 8, in) -> (n, out), some rows at a time. Differentiable once.
 
     The basis values would take 8 times the memory of x, so they are not kept: the backward pass computes them again.
     Under autocast the matrix products run in its dtype.
@@ -74,12 +74,12 @@ def _bases(x: Tensor, grad_bases: Tensor | None = None, grad_x: Tensor | None = 
 
 
 def _rows(x: Tensor, values: int) -> int:
-    """How many rows of x (n, in) have `values` basis values in all; on a GPU, which has more memory, 2^26 values."""
+    """Number of rows of x (n, in) that have `values` basis values in all; on a GPU, with its larger memory, 2^26."""
     return max(1, (values if x.device.type == "cpu" else 2**26) // (BASES * x.shape[1]))
 
 
 def _offsets(x: Tensor) -> Tensor:
-    """Signed distances of x (..., in) to the 8 centres, in knots, (..., 8, in)."""
+    """Signed distances (..., 8, in) of x (..., in) to the 8 centres, in knot spacings."""
     centres = torch.arange(BASES, device=x.device, dtype=x.dtype) - (1 + 1 / SPACING)
     return (x / SPACING).unsqueeze(-2) - centres.unsqueeze(-1)
 
@@ -91,7 +91,7 @@ def _ramps(offsets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _basis(outer: Tensor, inner: Tensor, out: Tensor | None = None) -> Tensor:
-    """B(d) of the two ramps of d, written to `out` if it is given."""
+    """B(d) from the two ramps of d, written to `out` if it is given."""
     return torch.sub(outer.pow(3), inner.pow(3), alpha=4, out=out).div_(6)
 
 

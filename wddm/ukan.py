@@ -26,17 +26,17 @@ from wddm.wavelets import check_multiple, sides
 
 
 class UKANModel(ModelMixin, ConfigMixin):
-    """Denoiser with a Kolmogorov-Arnold bottleneck, which is left out where the deepest maps would be under 4.
+    """Denoiser with a Kolmogorov-Arnold bottleneck, which is left out if the maps that enter it have a side under 8.
 
     Args:
-        sample_size: side of the coefficient maps it is built for, or (height, width).
+        sample_size: side of the coefficient maps, or (height, width).
         block_out_channels: width of every level; each level but the last halves the sides.
         layers_per_block: residual blocks per level on the way down; one more on the way up.
         attention_levels: levels (0 = finest) whose residual blocks are followed by self-attention.
-        attention_head_dim, norm_num_groups: or their greatest common divisor with the width.
-        num_train_timesteps: rows of the time table; timesteps, whole or not, lie in [0, num_train_timesteps - 1].
-        base_channels: width of the first convolution, and a quarter of the time embedding's; None: the first level's.
-        num_class_embeds: how many class labels there are, if any; their embedding is added to the time's.
+        attention_head_dim, norm_num_groups: as in diffusers, but reduced to the greatest common divisor with the width.
+        num_train_timesteps: rows T of the time table; timesteps, whole or not, are clamped to [0, T - 1].
+        base_channels: width of the first convolution, None: the first level's; the time embedding is 4 times as wide.
+        num_class_embeds: number of classes plus one for "no label"; None: the network takes no labels.
     """
 
     _supports_gradient_checkpointing = True
@@ -117,7 +117,7 @@ class TimeEmbedding(TimestepEmbedding):
         frequency = torch.exp(-math.log(10_000) * torch.arange(0, width, 2) / width)
         phase = torch.arange(rows).unsqueeze(1) * frequency  # (rows, width / 2)
         table = torch.stack([phase.sin(), phase.cos()], dim=-1).flatten(1)
-        self.table = nn.Parameter(table, requires_grad=False)  # checkpoints store it, counts include it
+        self.table = nn.Parameter(table, requires_grad=False)  # stored in checkpoints, counted as parameters
 
     def forward(self, timestep: Tensor) -> Tensor:
         last = len(self.table) - 1
@@ -127,7 +127,7 @@ class TimeEmbedding(TimestepEmbedding):
 
 
 class ResidualBlock(ResnetBlock2D):
-    """diffusers' block, then self-attention where `head_dim` is not 0; time is (B, time_width)."""
+    """diffusers' residual block, then self-attention if `head_dim` is not 0; time is (B, time_width)."""
 
     def __init__(self, c_in: int, c_out: int, time_width: int, dropout: float, groups: int, head_dim: int) -> None:
         sizes = {"in_channels": c_in, "out_channels": c_out, "temb_channels": time_width, "dropout": dropout}
@@ -199,7 +199,7 @@ def check_halvings(size: int | tuple[int, int], levels: int) -> None:
 
 
 def with_labels(time: Tensor, embedding: nn.Embedding | None, labels: Tensor | None) -> Tensor:
-    """Time (B, E) plus the embedding of the class labels (B,), if the network has one; ValueError if they disagree."""
+    """Time embedding (B, E), plus that of labels (B,) if the network has one; ValueError for one without the other."""
     if (embedding is None) != (labels is None):
         got, wanted = ("no class_labels", "one per sample") if labels is None else ("class_labels", "none")
         raise ValueError(f"got {got}, wanted {wanted}: they belong to a network built with num_class_embeds")

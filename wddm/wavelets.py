@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 HAAR = ("haar", "db1")
-ANY_CASE = ("backbone", "model_type", "prediction_type", "scheduler", "solver")  # what may be named in capitals too
+ANY_CASE = ("backbone", "model_type", "prediction_type", "scheduler", "solver")  # whose values may be in capitals
 
 
 class WaveletCodec(ModelMixin, ConfigMixin):
-    """Invertible map between images and the coefficients that a denoiser works on; called, it encodes.
+    """Invertible map between images and the coefficients that a denoiser works on; calling it encodes.
 
     Args:
         wavelet: any orthogonal or biorthogonal family of PyWavelets that reconstructs perfectly.
@@ -33,14 +33,14 @@ class WaveletCodec(ModelMixin, ConfigMixin):
             details to the coarsest grid by space-to-depth, so that the shape is the same.
         scaling: "band" gives every channel zero mean and unit variance, with statistics from `fit`; "dyadic" divides
             by 2^L (Haar stays in [-1, 1]), as the published models do; "none" leaves the coefficients as they are.
-        band_order: of the bands within one split; "AVHD" in published models.
-        channels: of the images; only "band" scaling needs it, and `fit` fills it in.
+        band_order: order of the bands within one split; published models have "AVHD".
+        channels: number of image channels; only "band" scaling needs it, and `fit` sets it.
     """
 
     shift: Tensor
     scale: Tensor
     clip_value: Tensor
-    to = torch.nn.Module.to  # diffusers' own warns of modules to be kept in float32, and there are none
+    to = torch.nn.Module.to  # diffusers' own warns about modules to keep in float32; there are none
 
     @register_to_config
     def __init__(
@@ -82,7 +82,7 @@ class WaveletCodec(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def fit(self, images: np.ndarray, batch_size: int = 1024) -> Self:
-        """Measure uint8 images (N, H, W, C): the channel statistics of "band" scaling, and `clip_value`."""
+        """Set `clip_value`, and for "band" scaling the channel statistics, from uint8 images (N, H, W, C)."""
         if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
             raise ValueError(f"got {images.dtype} images {images.shape}, wanted uint8 (N, H, W, C): give a Dataset's")
         level, (height, width, channels) = self.config.level, images.shape[1:]
@@ -105,7 +105,7 @@ class WaveletCodec(ModelMixin, ConfigMixin):
     def bands(self) -> list[str]:
         """Names of the 4^L bands in channel order, each of C consecutive channels.
 
-        A packet's name is its path ("AH": the H of A); a folded detail's, its level and place in the cell ("H1.0").
+        A packet is named by its path ("AH": the H of A), a folded detail by band, level and place in the cell ("H1.0").
         """
         order, level = self.config.band_order, self.config.level
         if not level:
@@ -126,7 +126,7 @@ class WaveletCodec(ModelMixin, ConfigMixin):
         why, remedy = f"2^level, level={level}", "resize the images, or choose a smaller level"
         for name, side in (("height", height), ("width", width)):
             check_multiple(name, side, 2**level, why, remedy)
-            shortest = 2 * side // 2**level  # what the last split is given
+            shortest = 2 * side // 2**level  # side of the maps that the last split gets
             if level and shortest < self.filter_length:
                 got = f"got {name} {side}, which is {shortest} at level {level}, wanted at least {taps}"
                 raise ValueError(f"{got}: choose a shorter wavelet, a smaller level or larger images")
@@ -146,7 +146,7 @@ class WaveletCodec(ModelMixin, ConfigMixin):
         if self.config.transform == "packet" or level == 1:
             return self._stack(z, level - 1)
         a, details = z.tensor_split([x.shape[1]], dim=1)
-        cell = 2 ** (level - 1)  # of the finer grid, in one position of the coarsest
+        cell = 2 ** (level - 1)  # one position of the coarsest grid holds cell x cell finer ones
         folded = F.pixel_unshuffle(details, cell).unflatten(1, (3, -1, cell**2)).transpose(2, 3).flatten(1, 3)
         return torch.cat((self._stack(a, level - 1), folded), dim=1)  # folded: (B, 3 cell^2 C, h, w)
 
@@ -165,7 +165,7 @@ class WaveletCodec(ModelMixin, ConfigMixin):
         if self.config.wavelet not in HAAR:
             a, (details,) = self.analysis(x.to(self.dtype))  # (B, C, h, w), (B, C, 3, h, w)
             return torch.cat((a, *self._ordered(*details.unbind(2))), dim=1)
-        # 3 (32x32) to 19 times (256x256) faster than filtering on two CPU cores, and exact
+        # exact, and 3 (32x32) to 19 times (256x256) faster than filtering on two CPU cores
         left, right = x[..., 0::2], x[..., 1::2]
         low, high = left + right, left - right  # along the width
         a, h = low[..., 0::2, :] + low[..., 1::2, :], low[..., 0::2, :] - low[..., 1::2, :]
@@ -183,12 +183,12 @@ class WaveletCodec(ModelMixin, ConfigMixin):
         return x / 2
 
     def _ordered(self, h: Tensor, v: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Details from PyWavelets' order to `band_order`, or back."""
+        """Reorder details from PyWavelets' order to `band_order`, or back."""
         return (v, h, d) if self.config.band_order == "AVHD" else (h, v, d)
 
 
 def check_choice(name: str, got: str, wanted: Iterable[str]) -> str:
-    """`got`, in lower case where `ANY_CASE` has the name; ValueError that lists the choices if it is none of them."""
+    """Return `got`, in lower case if `name` is in `ANY_CASE`; ValueError listing the choices if it is none of them."""
     found = got.lower() if name in ANY_CASE and isinstance(got, str) else got
     if found not in wanted:
         raise ValueError(f"got {name}={got!r}, wanted one of {', '.join(wanted)}: choose one of them")
@@ -196,20 +196,20 @@ def check_choice(name: str, got: str, wanted: Iterable[str]) -> str:
 
 
 def sides(size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width of a size, which is one number where they are equal."""
+    """(height, width) of a size, which is such a pair, or one number where both are equal."""
     height, width = size if isinstance(size, Sequence) else (size, size)
     return height, width
 
 
 def check_multiple(name: str, got: int, factor: int, reason: str, remedy: str) -> None:
-    """Raise a ValueError that says why and what to do, if `got` is no multiple of `factor`."""
+    """Raise a ValueError that says why and what to do, if `got` is not a multiple of `factor`."""
     if got % factor:
         raise ValueError(f"got {name} {got}, wanted a multiple of {factor} ({reason}): {remedy}")
 
 
 def filter_length(wavelet: str) -> int:
-    """Length of a family's filters; ValueError if it is unknown, continuous or not exactly invertible (dmey)."""
-    if wavelet not in pywt.wavelist(kind="discrete") or wavelet == "dmey":  # whose images come back 2e-2 off
+    """Length of a wavelet's filters; ValueError if it is unknown, continuous or not exactly invertible (dmey)."""
+    if wavelet not in pywt.wavelist(kind="discrete") or wavelet == "dmey":  # its round trip is 2e-2 off
         wanted = "wanted an orthogonal or biorthogonal one that reconstructs perfectly"
         raise ValueError(f"got wavelet={wavelet!r}, {wanted}: choose haar, db2, sym4")
     return int(pywt.Wavelet(wavelet).dec_len)
