@@ -1,12 +1,12 @@
-"""Band-rate sampling: the coarse band and the details go from noise to image in steps of their own number.
+"""Band-rate sampling: the coarse band and the details each go from noise to image in their own number of steps.
 
 The network needs all bands at one noise level t. It is called at every t at which either group of bands steps, and a
-group that is between two of its own steps is shown as its last estimate has it there,
+group that is between two of its own steps is shown as its last step predicts it there,
 
     z_t = signal(t) z + noise(t) eps      z, eps: the clean coefficients and the noise of the group's last step
 
 (multirate integration with dense output, Gear & Wells 1984); the network's answer for such a group is not used.
-Tensors are whole, (B, C, h, w), also where only a group's channels of them are meant.
+Tensors have all channels, (B, C, h, w), even where only those of one group are used.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 
 from wddm.objective import exact_step, factors, noised
 
-Visit = tuple[float, int]  # (-t, how often the network was called at t before): heun calls it twice
+Visit = tuple[float, int]  # (-t, how often the network was called at t before): heun does so twice
 
 
 class Group:
@@ -35,7 +35,7 @@ class Group:
         self.denoised: Tensor | None = None  # the estimate of the clean coefficients, from the last step
 
     def seen_at(self, visit: Visit, t: Tensor, z: Tensor) -> Tensor:
-        """What the network is shown of this group at t."""
+        """The network's input at t, (B, C, h, w), of which only this group's channels are used."""
         if visit in self.times:
             self._seen, self._t = self.solver.scale_model_input(z, t), t
             return self._seen
@@ -54,7 +54,7 @@ class Group:
 
 
 class BandRates:
-    """Groups of bands sampled as one, by the names that a diffusers scheduler has: they take its place in the loop."""
+    """Groups of bands with the interface of one diffusers scheduler, whose place they take in the sampling loop."""
 
     def __init__(self, *groups: Group) -> None:
         self.groups = groups
@@ -65,16 +65,16 @@ class BandRates:
         self.init_noise_sigma = sigmas.repeat_interleave(widths).view(-1, 1, 1).to(self.timesteps[0].device)
 
     def scale_model_input(self, z: Tensor, t: Tensor) -> Tensor:
-        """What the network is shown at t."""
+        """The network's input at t, joined from all groups."""
         self._visit = next(self._visits)
         return self._joined([group.seen_at(self._visit, t, z) for group in self.groups])
 
     def step(self, output: Tensor, t: Tensor, z: Tensor, **options: Any) -> DDIMSchedulerOutput:
-        """Advance the groups that have a step at t by the network's output."""
+        """Advance the groups that have a step at t, with the network's output."""
         latents = self._joined([group.step_at(self._visit, output, t, z, options) for group in self.groups])
         estimates = [group.denoised for group in self.groups if group.denoised is not None]
         return DDIMSchedulerOutput(latents, self._joined(estimates) if len(estimates) == len(self.groups) else None)
 
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
-        """Of each group's part, the group's channels."""
+        """One tensor of all channels, those of each group from its own part."""
         return torch.cat([part[:, group.channels] for group, part in zip(self.groups, parts, strict=True)], dim=1)

@@ -1,14 +1,14 @@
-"""What is asked of an image, as a wrapper round the network that no solver knows of.
+"""Conditions on the images that are drawn, as a wrapper round the network: no solver has to know of them.
 
-Labels, by classifier-free guidance (Ho & Salimans 2022): of the answers u without and c with the label, u + w (c - u).
-What is known, by null-space projection (DDNM, Wang et al. 2022, arXiv 2212.00490): the answer becomes its estimate of
-the clean image x, that is made to agree with y = A x, and becomes an answer of the same target again,
+Labels, by classifier-free guidance (Ho & Salimans 2022): u + w (c - u), of the answers c with and u without label.
+Known pixels or means y, by null-space projection (DDNM, Wang et al. 2022, arXiv 2212.00490): the network's answer is
+turned into its estimate x of the clean image, x is made to agree with y, and x is turned back into an answer:
 
-    x + A^+ (y - A x)    A picks the pixels of a mask, or is the mean over cells, whose A^+ repeats each pixel
+    x + A^+ (y - A x)    A picks the pixels of a mask; or A takes the mean of every cell, and A^+ repeats it there
 
-It is pixels that agree, whatever the codec. Before that, what is not known follows from what is, as in guidance by
-pseudo-inverse (Song et al. 2023): x moves by J u, the derivative along the u with A J u = y - A x, as near as seven
-turns of damped conjugate gradients come, a call of the network each. Fewer leave details that do not fit: grain.
+The pixels agree, whatever the codec. Before that, the unknown part is fitted to the known one by pseudo-inverse
+guidance (Song et al. 2023): x moves by J u, with J the derivative of x by z_t, and A J u = y - A x solved for u by
+seven iterations of damped conjugate gradients, each one call of the network. Fewer leave grain that does not fit.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,15 +23,15 @@ from wddm.objective import estimate_factors
 from wddm.wavelets import WaveletCodec, check_choice
 
 Answer = Callable[[Tensor, Tensor], Tensor]  # the network's answer to z_t (B, 4^L C, h, w) at t
-Missing = Callable[[Tensor], Tensor]  # what coefficients lack to agree with what is known
+Missing = Callable[[Tensor], Tensor]  # what must be added to coefficients z so that they agree with what is known
 Labels = int | str | Sequence[int | str] | Tensor
-PUSH = 0.1  # step of the derivative, in parts of what is missing
-TURNS = 7  # of conjugate gradients, a call of the network each
-DAMPING = 0.005  # of them, in parts of the derivative along the first: what it hardly moves stays
+PUSH = 0.1  # step of the finite difference, as a fraction of what is missing
+TURNS = 7  # iterations of conjugate gradients, each one call of the network
+DAMPING = 0.005  # of the iterations, relative to the slope in the first direction: keeps u small where J is
 
 
 def numbered(labels: Labels, names: Sequence[str] | None) -> list[int]:
-    """Class numbers of labels: texts are `names` of classes or else numbers; ValueError for what is neither."""
+    """Class numbers of labels; a text is one of the class `names`, or else a number. ValueError if it is neither."""
     known = {name: number for number, name in enumerate(names or [])}
     given = np.array(labels.tolist() if isinstance(labels, Tensor) else labels, object).ravel().tolist()
     for label in map(str, given):
@@ -41,8 +41,8 @@ def numbered(labels: Labels, names: Sequence[str] | None) -> list[int]:
 
 
 def labelled(backbone: ModelMixin, count: int, labels: list[int] | None, weights: Sequence[float]) -> Answer:
-    """The network's answers for one label or those of `count` images, by default its last, "no label", guided by the
-    weight w of each channel. ValueError: labels that it does not have, weights below 0.
+    """The network's answers to `count` images with one label or a label each (None: "no label", the last), guided by a
+    weight w per channel. ValueError: labels that the network does not have, weights below 0, weights without labels.
     """
     last, guided = (getattr(backbone.config, "num_class_embeds", None) or 0) - 1, any(w != 1 for w in weights)
     if not all(0 <= w < float("inf") for w in weights) or (guided and labels is None):
@@ -74,10 +74,10 @@ def labelled(backbone: ModelMixin, count: int, labels: list[int] | None, weights
 def correction(
     codec: WaveletCodec, shape: Sequence[int], low_resolution: Tensor | None, known: Tensor | None, mask: Tensor | None
 ) -> Missing | None:
-    """What coefficients lack for images of `shape` (B, C, H, W) to agree with what is known, or None if nothing is.
+    """The `Missing` function for images of `shape` (B, C, H, W), or None if nothing about them is known.
 
-    Known are the means over cells of 2^k x 2^k pixels, k <= L, or the pixels where a mask (B or 1, 1, H, W) is True.
-    ValueError: other shapes or values, or both.
+    Known are the means over cells of 2^k x 2^k pixels, k <= L (`low_resolution`), or the pixels of `known` where `mask`
+    (B or 1, 1, H, W) is True; images in [0, 1], B or 1 of them. ValueError: other shapes or values, or both kinds.
     """
     if low_resolution is None and known is None and mask is None:
         return None
@@ -104,7 +104,7 @@ def correction(
 
 
 def held(answer: Answer, scheduler: SchedulerMixin, missing: Missing, clip: Tensor) -> Answer:
-    """Answers, by eight calls each, whose clean estimates p z_t + q answer agree; clipped, as solvers clip later."""
+    """Answers whose clean estimates, clipped at `clip`, agree with what is known, by 1 + TURNS network calls each."""
 
     def agreeing(z: Tensor, t: Tensor) -> Tensor:
         (p, q), output = estimate_factors(scheduler, t), answer(z, t)
@@ -123,7 +123,7 @@ def held(answer: Answer, scheduler: SchedulerMixin, missing: Missing, clip: Tens
             way = v + ((v * v).sum((1, 2, 3), keepdim=True) / size).nan_to_num(0, 0, 0) * way
         clipped = moved.clamp(-clip, clip)
         change = missing(clipped)
-        any_known = (change != 0).flatten(1).any(1).view(-1, 1, 1, 1)  # not with an empty mask
+        any_known = (change != 0).flatten(1).any(1).view(-1, 1, 1, 1)  # an empty mask changes nothing
         return output + ((clipped - estimate + change).where(any_known, 0) / q)
 
     return agreeing

@@ -25,39 +25,39 @@ from torch.nn import functional as F
 from wddm.wavelets import WaveletCodec, check_choice
 
 FLOW = "flow_prediction"
-TARGETS: dict[str, Callable[[Tensor, Tensor], tuple[Any, Any]]] = {  # u and w of what is predicted, u z + w eps
+TARGETS: dict[str, Callable[[Tensor, Tensor], tuple[Any, Any]]] = {  # (u, w) of the target u z + w eps
     "epsilon": lambda signal, noise: (0, 1), "sample": lambda signal, noise: (1, 0),
     "v_prediction": lambda signal, noise: (-noise, signal), FLOW: lambda signal, noise: (-1, 1),
 }  # fmt: skip
 NOISE: dict[str, Any] = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
 TIMESTEPS: int = NOISE["num_train_timesteps"]
-TIME_SAMPLINGS: dict[str, Callable[[int, Generator], Tensor]] = {  # places in the order of timesteps, 0 the least noise
+TIME_SAMPLINGS: dict[str, Callable[[int, Generator], Tensor]] = {  # -> indices of timesteps, 0: the least noise
     "uniform": lambda count, g: torch.randint(TIMESTEPS, (count,), generator=g, device=g.device),
-    "logit_normal": lambda count, g: (  # most between signal and noise (Esser et al. 2024, arXiv 2403.03206)
+    "logit_normal": lambda count, g: (  # mostly medium noise (Esser et al. 2024, arXiv 2403.03206)
         (TIMESTEPS * torch.randn(count, generator=g, device=g.device).sigmoid()).long().clamp_max(TIMESTEPS - 1)
     ),
 }
 
 
 class Loss(NamedTuple):
-    """`total` is what is minimised, a scalar; per_channel (4^L C,) the squared error alone, detached."""
+    """`total` is the scalar to minimise; `per_channel` (4^L C,) is the unweighted squared error, detached."""
 
     total: Tensor
     per_channel: Tensor
 
 
 def noise_scheduler(prediction_type: str = "sample") -> SchedulerMixin:
-    """The forward process: 1000 steps of the squared-cosine schedule (Nichol & Dhariwal 2021), or those of a flow."""
+    """The forward process: 1000 steps of the squared-cosine schedule (Nichol & Dhariwal 2021), or of a flow."""
     kind = check_choice("prediction_type", prediction_type, TARGETS)
     return build_solver("euler", FLOW) if kind == FLOW else DDPMScheduler(**NOISE, prediction_type=kind)
 
 
 def factors(scheduler: SchedulerMixin, t: Tensor) -> tuple[Tensor, Tensor]:
-    """signal(t) and noise(t), (B, 1, 1, 1); between rows of the table noise / signal is linear in t, as in solvers."""
+    """signal(t) and noise(t), (B, 1, 1, 1); between whole t, noise / signal is interpolated linearly, as in solvers."""
     t = t.view(-1, 1, 1, 1)
     if scheduler.config.prediction_type == FLOW:
         return 1 - t / TIMESTEPS, t / TIMESTEPS
-    scheduler.alphas_cumprod = a = scheduler.alphas_cumprod.to(t.device)  # once, as diffusers' `add_noise` does
+    scheduler.alphas_cumprod = a = scheduler.alphas_cumprod.to(t.device)  # moved once, as in diffusers' `add_noise`
     row, sigma = t.long(), ((1 - a) / a).sqrt()
     sigma = torch.lerp(sigma[row], sigma[(row + 1).clamp_max(TIMESTEPS - 1)], (t - row).to(sigma.dtype))
     signal = (1 + sigma**2).rsqrt()
@@ -65,19 +65,19 @@ def factors(scheduler: SchedulerMixin, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def noised(scheduler: SchedulerMixin, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """z_t, shaped as z, at each sample's own t."""
+    """z_t = signal(t) z + noise(t) eps, shaped as z; t (B,) holds the timestep of each sample."""
     of_z, of_noise = factors(scheduler, t)
     return of_z * z + of_noise * noise
 
 
 def target(scheduler: SchedulerMixin, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """What the network should answer to z_t, shaped as z, by the scheduler's prediction type."""
+    """What the network should predict from z_t, shaped as z, for the scheduler's prediction type."""
     of_z, of_noise = TARGETS[scheduler.config.prediction_type](*factors(scheduler, t))
     return of_z * z + of_noise * noise
 
 
 def estimate_factors(scheduler: SchedulerMixin, t: Tensor) -> tuple[Tensor, Tensor]:
-    """p and q of the estimate p z_t + q y of z that an answer y implies, (B, 1, 1, 1)."""
+    """p and q, (B, 1, 1, 1): an answer y of the network to z_t implies the estimate p z_t + q y of z."""
     signal, noise = factors(scheduler, t)
     of_z, of_noise = TARGETS[scheduler.config.prediction_type](signal, noise)
     both = signal * of_noise - noise * of_z
@@ -91,7 +91,7 @@ def clean_estimate(scheduler: SchedulerMixin, noisy: Tensor, output: Tensor, t: 
 
 
 def min_snr(snr: Tensor, prediction_type: str, gamma: float = 5.0) -> Tensor:
-    """min(SNR, gamma) on the error of z, in the units of the prediction type (Hang et al. 2023, arXiv 2303.09556)."""
+    """Weight min(SNR, gamma) of z's squared error, converted to the target's (Hang et al. 2023, arXiv 2303.09556)."""
     if prediction_type == FLOW:
         raise ValueError(f"got weighting='min_snr' for {FLOW}, wanted none: set weighting to none, or recipe to flow")
     error_of_z = {"epsilon": 1 / snr, "sample": torch.ones_like(snr), "v_prediction": 1 / (snr + 1)}
@@ -105,13 +105,13 @@ WEIGHTINGS: dict[str, Callable[[Tensor, str], Tensor]] = {
 
 
 def loss_weights(scheduler: SchedulerMixin, t: Tensor, weighting: str) -> Tensor:
-    """Weight of each sample's squared error, (B, 1, 1, 1), by the function of that name in `WEIGHTINGS`."""
+    """Weight of each sample's squared error, (B, 1, 1, 1), by the function that `WEIGHTINGS` has under this name."""
     weigh, (signal, noise) = WEIGHTINGS[check_choice("weighting", weighting, WEIGHTINGS)], factors(scheduler, t)
     return weigh((signal / noise) ** 2, scheduler.config.prediction_type)
 
 
 def check_training(prediction_type: str, weighting: str, time_sampling: str) -> None:
-    """Raise a ValueError if a network cannot be trained by these, each alone or all together."""
+    """Raise a ValueError if one of these options is unknown, or the weighting does not go with the prediction type."""
     check_choice("time_sampling", time_sampling, TIME_SAMPLINGS)
     loss_weights(noise_scheduler(prediction_type), torch.ones(1), weighting)
 
@@ -136,7 +136,7 @@ def diffusion_loss(
     return Loss(total, squared_error.detach().mean((0, 2, 3)))
 
 
-SOLVERS = {  # name: class of diffusers, and the one for flow_prediction if there is one
+SOLVERS = {  # name: class of diffusers, and its class for flow_prediction if there is one
     "ddpm": ("DDPMScheduler", ""), "ddim": ("DDIMScheduler", ""), "pndm": ("PNDMScheduler", ""),
     "dpmsolver++": ("DPMSolverMultistepScheduler", "DPMSolverMultistepScheduler"),
     "unipc": ("UniPCMultistepScheduler", "UniPCMultistepScheduler"),
@@ -145,16 +145,16 @@ SOLVERS = {  # name: class of diffusers, and the one for flow_prediction if ther
     "euler_a": ("EulerAncestralDiscreteScheduler", ""),
     "deis": ("DEISMultistepScheduler", "DEISMultistepScheduler"), "lms": ("LMSDiscreteScheduler", ""),
 }  # fmt: skip
-SINGLE_STEP = ("ddpm", "ddim", "euler", "euler_a", "heun")  # they keep nothing from the steps before the last
+SINGLE_STEP = ("ddpm", "ddim", "euler", "euler_a", "heun")  # solvers that use nothing from earlier steps
 
 
 def default_solver(prediction_type: str) -> str:
-    """The name of the solver that is taken where none is named."""
+    """Name of the solver for networks of this prediction type, where the user names none."""
     return "euler" if prediction_type.lower() == FLOW else "ddim"
 
 
 def default_eta(solver: str) -> float:
-    """The randomness of a solver whose eta nobody names, in notebook 03: ddim's is 1, and no other knows any."""
+    """Default eta in notebook 03: 1 (as random as ddpm) for ddim, 0 for the other solvers, which have no eta."""
     return float(solver.lower() == "ddim")
 
 
@@ -163,7 +163,7 @@ def build_solver(
 ) -> SchedulerMixin:
     """A solver by name, on our noise schedule; ValueError for an option that it does not have.
 
-    `spacing` of the steps over the 1000: "leading", "trailing" (from pure noise, all that a flow has) or "linspace".
+    `spacing` of the steps: "leading", "linspace" or "trailing" (default; starts at pure noise; the only one of a flow).
     ddpm, ddim and heun clip the clean estimate at the `clip_value` of the `codec`; without one, at 1.
     """
     name = check_choice("solver", name, SOLVERS)
@@ -187,8 +187,8 @@ def build_solver(
 
 
 def of_target(solver: SchedulerMixin) -> SchedulerMixin:
-    """The solver, with what the network predicts in its config; ValueError if it is not made for one of `TARGETS`."""
-    if (kind := type(solver).__name__).startswith("FlowMatch"):  # which do not store it
+    """The solver, with the prediction type in its config; ValueError if it is not made for one of `TARGETS`."""
+    if (kind := type(solver).__name__).startswith("FlowMatch"):  # these do not store it
         solver.register_to_config(prediction_type=FLOW)
     config = getattr(solver, "config", {})
     predicts, of_noise = config.get("prediction_type"), not config.get("use_flow_sigmas", True)
@@ -198,19 +198,19 @@ def of_target(solver: SchedulerMixin) -> SchedulerMixin:
 
 
 def trained_by(solver: SchedulerMixin) -> dict[str, Any]:
-    """What a network was trained by, which solvers must be told alike: target, schedule of the noise, its length."""
+    """What a solver must share with the training of its network: target, noise schedule and number of timesteps."""
     config = solver.config
     schedule = None if config.prediction_type == FLOW else config.get("beta_schedule")
     return {"prediction_type": config.prediction_type, "beta_schedule": schedule, "steps": config.num_train_timesteps}
 
 
 def set_steps(solver: SchedulerMixin, count: int, device: torch.device | str | None = None) -> None:
-    """`solver.set_timesteps`, without the step at t = -1 that rounding adds to trailing ones, to 61 for example.
+    """Call `solver.set_timesteps`, without the step at t = -1 that rounding adds to trailing ones (61, for example).
 
-    For a flow: equal steps, of which diffusers' euler and heun make the last one 0.001 long, at timesteps that are not
-    cut to whole numbers, to the end, which its deis does not reach. ValueError: a multistep solver with two at one t.
+    A flow gets equal steps, at t that need not be whole: in diffusers multistep solvers cut t to whole numbers, and the
+    last step is 0.001 long for euler and heun, 0 for deis. ValueError: a multistep solver with two steps at one t.
     """
-    if (kind := type(solver).__name__).startswith("FlowMatch"):  # which lack two names that all others have
+    if (kind := type(solver).__name__).startswith("FlowMatch"):  # these lack two attributes that all others have
         solver.init_noise_sigma, solver.scale_model_input, solver.sigma_min = 1.0, lambda z, t: z, 1 / count
     solver.set_timesteps(count, device=device)
     if solver.timesteps[-1] < 0:  # as 1000 / (1000 / 61) is more than 61
@@ -226,7 +226,7 @@ def set_steps(solver: SchedulerMixin, count: int, device: torch.device | str | N
 
 
 def check_options(name: str, *, eta: float | None = None, detail_steps: int | None = None) -> None:
-    """Raise a ValueError if the solver called `name` does not have one of these options of sampling."""
+    """Raise a ValueError if the solver called `name` cannot take one of these sampling options."""
     if eta and name.lower() != "ddim":
         raise ValueError(f"got eta={eta} for {name}, wanted 0: only ddim knows eta, take it or leave eta out")
     if not 0 <= (eta or 0) <= 1:
@@ -236,15 +236,15 @@ def check_options(name: str, *, eta: float | None = None, detail_steps: int | No
 
 
 def exact_step(solver: SchedulerMixin) -> Callable[..., Any]:
-    """`solver.step`, for the timesteps that are set, without three faults that diffusers' own has; and what it lacks:
-    `pred_original_sample` in solvers of flows, "sample" as what a network predicts in PNDM and euler_a.
+    """`solver.step` for the timesteps that are set, without three faults of diffusers' own, and with what it lacks:
+    `pred_original_sample` in the solvers of flows; PNDM and euler_a for networks that predict "sample".
 
-    DDIM and PNDM step to t - 1000 // num_inference_steps, which is another timestep where the number of steps does not
-    divide 1000: at 300 steps, spaced trailing, a Gaussian's standard deviation came out 18 % too large. So for each
+    DDIM and PNDM step to t - 1000 // num_inference_steps, which is not the next timestep if the number of steps does
+    not divide 1000: at 300 steps, spaced trailing, a Gaussian's standard deviation came out 18 % too large. So for each
     step `num_inference_steps` is set to 1000 divided by the gap to the next timestep.
-    DDIM with eta 1 and euler_a take the root of a difference as small as a_t, which is 2e-9 at t = 999: in float32 it
-    comes out below zero. So it is taken in float64.
-    Heun's correction multiplies the change of the clean estimate by half of the ratio of the two noise levels: by 1,000
+    DDIM with eta 1 and euler_a take the root of a difference as small as a_t, which is 2e-9 at t = 999: in float32 the
+    difference comes out below zero. So it is computed in float64.
+    Heun's correction multiplies the change of the clean estimate by half the ratio of the two noise levels: by 1,000
     and more in a first step from pure noise. Where the ratio is over 30, Euler's step is taken.
     """
     kind, plain = type(solver).__name__, solver.step
@@ -275,7 +275,7 @@ def exact_step(solver: SchedulerMixin) -> Callable[..., Any]:
 
 
 def _velocity_step(solver: SchedulerMixin, output: Tensor, t: Tensor, z: Tensor, **options: Any) -> Any:
-    """`solver.step`, told the velocity that goes with the network's estimate of z."""
+    """`solver.step`, given the velocity (v_prediction) that the network's estimate of z implies."""
     signal, noise = factors(solver, t)
     velocity = (signal * solver.scale_model_input(z, t) - output) / noise
     solver.register_to_config(prediction_type="v_prediction")
@@ -295,5 +295,5 @@ def _heun_step(solver: SchedulerMixin, output: Tensor, t: Tensor, z: Tensor, **o
     i, corrects = solver.step_index, not solver.state_in_first_order
     done = solver.step(output, t, z, **options)
     if corrects and solver.sigmas[i - 1] > 30 * solver.sigmas[i]:
-        done.prev_sample = z  # where Euler's step led
+        done.prev_sample = z  # the result of Euler's step
     return done

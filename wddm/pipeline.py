@@ -50,7 +50,7 @@ class WaveletPipeline(DiffusionPipeline):
 
     @property
     def map_size(self) -> tuple[int, int]:
-        """(h, w) of the coefficients."""
+        """(h, w) of the coefficient maps."""
         return tuple(size) if isinstance(size := self.backbone.config.sample_size, list | tuple) else (size, size)
 
     @property
@@ -67,22 +67,22 @@ class WaveletPipeline(DiffusionPipeline):
         labels: Labels | None = None, guidance: float = 1.0, guidance_details: float | None = None,
         low_resolution: Tensor | None = None, known: Tensor | None = None, mask: Tensor | None = None,
     ) -> ImagePipelineOutput | tuple:  # fmt: skip
-        """Draw images: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), the last two float in [0, 1].
+        """Draw images, as `output_type` "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), the last two float in [0, 1].
 
         Args:
-            generator: one for the batch or one per image; by default image k has one of its own, seeded `seed + k`.
-            eta: 0 deterministic DDIM, 1 as random as DDPM; only for solvers that know it.
-            detail_steps: solver steps of the detail bands, if others than those of the coarse band (see bandrate.py).
-            latents: unit noise (B, 4^L C, h, w) to start from; the generators then only draw what the solver adds.
+            generator: one for the batch or one per image; None: image k has its own, seeded `seed + k`.
+            eta: from 0, deterministic DDIM, to 1, as random as DDPM; other solvers have no eta.
+            detail_steps: solver steps of the detail bands; None: as many as the coarse band takes (see bandrate.py).
+            latents: unit noise (B, 4^L C, h, w) to start from; the generators then draw only the solver's noise.
             callback_on_step_end: called `(pipeline, i, t, {"latents": ..., "denoised": ...})` after each step, where
                 "denoised" estimates the clean coefficients, or is None; sampling goes on with the "latents" it returns.
-            labels: one for all or one per image, by number or name, if it was trained with them; None: any image.
-            guidance, guidance_details: above 1 the label counts more, in all bands or in the details.
-            low_resolution: (B or 1, C, H/2^k, W/2^k) in [0, 1], k <= L, the means that the images are to have.
-            known, mask: images (B or 1, C, H, W) in [0, 1], kept where the bool mask (B or 1, 1, H, W) is True. What is
-                known takes eight calls of the network a step; 8 of ddim with eta=0.7 did as well as 16 on CIFAR-10.
+            labels: one for all images or one per image, by number or name; None: images of any class.
+            guidance, guidance_details: weight of the label, and one for the detail bands alone; above 1 it counts more.
+            low_resolution: (B or 1, C, H/2^k, W/2^k) in [0, 1], k <= L: means over 2^k x 2^k pixels of the result.
+            known, mask: images (B or 1, C, H, W) in [0, 1], kept where the bool mask (B or 1, 1, H, W) is True. This
+                and low_resolution take 8 network calls a step; 8 steps of ddim at eta=0.7 equalled 16 on CIFAR-10.
 
-        ValueError: what the solver or the checkpoint cannot do, or coefficients or images that are not finite.
+        ValueError: the solver or the checkpoint cannot do what is asked; coefficients or images are not finite.
         """
         check_choice("output_type", output_type, ("pil", "np", "pt"))
         self._check_solver(num_inference_steps, eta, detail_steps, guidance_details)
@@ -119,7 +119,7 @@ class WaveletPipeline(DiffusionPipeline):
     def _network(
         self, count: int, labels: Labels | None, weight: float, details: float | None, known: tuple[Tensor | None, ...]
     ) -> tuple[Answer, Missing | None]:
-        """The network under the conditions of conditions.py, and what has to be added to the result."""
+        """The network under its conditions (see conditions.py), and the function for the last correction, or None."""
         level, channels = self.codec.config.level, self.backbone.config.in_channels
         coarse = channels // 4**level
         weights = [weight] * coarse + [weight if details is None else details] * (channels - coarse)
@@ -129,9 +129,9 @@ class WaveletPipeline(DiffusionPipeline):
         return (held(answer, self.scheduler, missing, self.codec.clip_value) if missing else answer), missing
 
     def _check_solver(self, steps: int, eta: float, detail_steps: int | None, guidance_details: float | None) -> None:
-        """Raise a ValueError if the solver cannot do what is asked of it; let it clip no coefficients of images."""
+        """Raise a ValueError if the solver cannot do what is asked; let it clip only above the codec's `clip_value`."""
         kind, config, largest = type(self.scheduler).__name__, self.scheduler.config, self.codec.clip_value.item()
-        if config.get("clip_sample") and config.get("clip_sample_range", 1) < largest:  # it would cut images down
+        if config.get("clip_sample") and config.get("clip_sample_range", 1) < largest:  # it would clip real images
             self.scheduler.register_to_config(clip_sample_range=largest)
         maximum = config.num_train_timesteps
         if not all(count in range(1, maximum + 1) for count in (steps, 1 if detail_steps is None else detail_steps)):
@@ -143,7 +143,7 @@ class WaveletPipeline(DiffusionPipeline):
                 raise ValueError(f"got {name} at level 0, which has no detail bands: leave {name} out")
 
     def _noise(self, latents: Tensor | None, batch_size: int, generator: Generator | list[Generator]) -> Tensor:
-        """Unit noise (B, 4^L C, h, w): the latents given, or drawn; in single precision, which solvers need."""
+        """Unit noise (B, 4^L C, h, w): `latents`, or drawn if there are none; at least float32, which solvers need."""
         shape = (batch_size, self.backbone.config.in_channels, *self.map_size)
         dtype = torch.promote_types(self.backbone.dtype, torch.float32)
         if latents is None:
@@ -153,7 +153,7 @@ class WaveletPipeline(DiffusionPipeline):
         return latents.to(self.device, dtype)
 
     def _band_rates(self, detail_steps: int, generator: Generator | list[Generator]) -> BandRates:
-        """The coarse band, the first, by this pipeline's solver, the details by another of `detail_steps` steps."""
+        """The coarse (first) band by this pipeline's solver, the details by a copy of it with `detail_steps` steps."""
         copies = [one.clone_state() for one in generator] if isinstance(generator, list) else generator.clone_state()
         details, channels = deepcopy(self.scheduler), self.backbone.config.in_channels
         set_steps(details, detail_steps, self.device)
@@ -171,10 +171,10 @@ class WaveletPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, scheduler: SchedulerMixin | None = None, **options: Any) -> Self:
-        """A pipeline folder or Hub repository of ours; `scheduler` is taken in the place of the stored one.
+        """Load a pipeline folder or Hub repository that we saved; `scheduler` replaces the stored one.
 
         No module that its files name is imported. `options`: revision, cache_dir, token, local_files_only,
-        torch_dtype. ValueError: a part is absent, damaged, pickled, or its tensors are not those of its config.
+        torch_dtype. ValueError: a part is absent, damaged, pickled, or its tensors do not fit its config.
         """
         folder = fetched(path, options)
         names = {"class_names": read_config(cls, folder).get("class_names")}
@@ -196,9 +196,9 @@ class WaveletPipeline(DiffusionPipeline):
     ) -> Self:  # fmt: skip
         """A published UNet or U-KAN checkpoint (folder or Hub repository), wired as the published system wires it.
 
-        `level` None is taken from the channels, of which an image has 3. The prediction type is not stored in it:
-        "sample" for a name with "celeba" in it, else "epsilon", unless given. `options`: those of `from_pretrained`,
-        and subfolder. ValueError: `image_size` or `level` contradict the checkpoint, or it is damaged.
+        `level` None: computed from the channels, for RGB images. `prediction_type` None, as checkpoints do not store
+        it: "sample" if "celeba" is in the path, else "epsilon". `options`: those of `from_pretrained`, and subfolder.
+        ValueError: `image_size` or `level` contradict the checkpoint, or it is damaged.
         """
         folder = fetched(path, options) / (options.pop("subfolder", None) or "")
         backbone = load_backbone(folder, **options)
@@ -219,10 +219,10 @@ class WaveletPipeline(DiffusionPipeline):
     def push_to_hub(
         self, repo_id: str, *, report: str | Path | None = None, private: bool | None = None, token: str | None = None
     ) -> str:
-        """Upload this pipeline with a model card to the Hub, or write it to a local folder; its address is returned.
+        """Upload this pipeline with a model card to the Hub, or write it to a local folder; returns its address.
 
-        `report` is reports/<run> of its training, found if it was loaded from runs/<run>/pipeline; without one, the
-        card that it was loaded with is kept.
+        `report`: the folder reports/<run> of its training; None: that of the run whose runs/<run>/pipeline was loaded,
+        or, without such a report, the card that it was loaded with.
         """
         hub, local = HfApi(token=token), is_path(repo_id)
         name = repo_id if local else hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -231,14 +231,14 @@ class WaveletPipeline(DiffusionPipeline):
             folder = Path(repo_id if local else temporary)
             self.save_pretrained(folder)
             (folder / "README.md").write_text(card, encoding="utf-8")
-            for file in (folder / "model_index.json", *folder.glob("*/config.json")):  # without a place on this machine
+            for file in (folder / "model_index.json", *folder.glob("*/config.json")):  # without local paths
                 file.write_bytes(b"".join(x for x in file.read_bytes().splitlines(True) if b"_name_or_path" not in x))
             message = "Upload WaveletPipeline"
             return name if local else str(hub.upload_folder(repo_id=name, folder_path=folder, commit_message=message))
 
 
 def visible(images: np.ndarray) -> np.ndarray:
-    """Of images (..., C) what is shown of them: three channels as RGB or, of fewer, the first as grey."""
+    """The channels of images (..., C) that are shown: the first three as RGB or, of fewer, the first as grey."""
     return images[..., : 3 if images.shape[-1] >= 3 else 1]
 
 
