@@ -2,7 +2,7 @@
 
     <folder>/step-00001000/{weights,ema,optimizer,unread}.safetensors + state.json (with the sha256 of the others)
 
-Nothing pickled is written or read. The last two are kept, and best/, where the held-out loss was lowest.
+Nothing pickled is written or read. The last two are kept, and best/, the one with the lowest held-out loss.
 """
 
 import itertools
@@ -24,8 +24,8 @@ from torch import Tensor
 from wddm.files import digest_of, sha256, written_aside
 
 KEEP = 2
-LAYOUT = 3  # of what a checkpoint holds, told among the settings: those of another layout are refused
-# what comes before or after training, so that a change there does not change what is learned
+LAYOUT = 3  # version of what a checkpoint holds; it is part of the settings, so that other versions are refused
+# modules that work before or after training: a change in them does not change what is learned
 ELSEWHERE = {"__init__", "__main__", "cli", "experiment", "sources", "local", "decoding"}
 ELSEWHERE |= {"pipeline", "bandrate", "loading", "cards", "sampling", "conditions"}
 
@@ -35,7 +35,7 @@ Tensors = dict[str, dict[str, Tensor]]
 def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], name: str | None = None) -> None:
     """Write the checkpoint of `step`: a safetensors file per entry of `tensors`, and `state` as JSON.
 
-    One with a `name` is kept apart from those of the steps, of which the last two stay. OSError: it was not written.
+    A checkpoint with a `name` stays; of the others the last two are kept. OSError: this one was not written.
     """
     try:
         with written_aside(folder / (name or f"step-{step:08d}")) as aside:
@@ -55,7 +55,7 @@ def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], name:
 
 
 def load_latest(folder: Path, notes: list[str]) -> tuple[Tensors, dict[str, Any]] | None:
-    """(tensors, state) of the newest intact checkpoint, or None; a damaged one is passed over, and noted."""
+    """(tensors, state) of the newest intact checkpoint, or None; damaged ones are skipped, and named in `notes`."""
     for path in reversed(listed(folder)):
         try:
             state = json.loads((path / "state.json").read_text())
@@ -71,10 +71,10 @@ def load_latest(folder: Path, notes: list[str]) -> tuple[Tensors, dict[str, Any]
 def take_up(
     run: Path, settings: dict[str, Any], notes: list[str], extend: bool, restart: bool
 ) -> tuple[Tensors, dict[str, Any]] | None:
-    """`load_latest` of <run>/checkpoints, if a run of these settings can go on with it; None if it begins anew.
+    """`load_latest` of <run>/checkpoints, if a run of these settings can go on with it; None if the run begins anew.
 
-    That is after a finished run of other code or, to `restart`, of other settings: it is set aside. To `extend`, a
-    larger train_kimg is no other setting. ValueError: the checkpoint is of other settings and may not be left behind.
+    A finished run of other code or, with `restart`, of other settings is set aside, and the run begins anew. With
+    `extend`, train_kimg may grow. ValueError: the checkpoint is of other settings, and may not be set aside.
     """
     folder = run / "checkpoints"
     if (found := load_latest(folder, notes)) is None:
@@ -82,7 +82,7 @@ def take_up(
     state, before = found[1], found[1]["settings"]
     finished = state["step"] * before["batch_size"] >= before["train_kimg"] * 1000
     longer = extend and before["train_kimg"] < settings["train_kimg"]
-    if not (before.get("measured") and settings["measured"]):  # no distances, or none yet
+    if not (before.get("measured") and settings["measured"]):  # one of them measured no distances
         before["measured"] = settings["measured"]
     changed = difference(before | ({"train_kimg": settings["train_kimg"]} if longer else {}), settings)
     if changed and not (finished and restart):
@@ -90,7 +90,7 @@ def take_up(
         raise ValueError(f"got other settings than {run} began with ({changed}), wanted the same: {remedy}")
     same_code = state["code"] == code()
     if changed := changed or "the code" * (finished and not longer and not same_code):
-        PartialState().wait_for_everyone()  # to have read it
+        PartialState().wait_for_everyone()  # until all have read it
         if PartialState().is_main_process:
             places = (run / f"checkpoints-{number}" for number in itertools.count(1))
             aside = folder.rename(next(place for place in places if not place.exists()))  # nothing is lost
@@ -106,7 +106,7 @@ def take_up(
 
 
 def listed(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
+    """Folders of finished checkpoints, oldest first."""
     return sorted(folder.glob("step-*"))
 
 
@@ -122,13 +122,13 @@ def difference(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 
 def code() -> str:
-    """A checksum of the source that decides what is learned: the package without its folders and `ELSEWHERE`."""
+    """A checksum of the source that decides what is learned: the package without subpackages and `ELSEWHERE`."""
     folder = Path(__file__).parent
     return digest_of(folder, (path for path in sorted(folder.glob("*.py")) if path.stem not in ELSEWHERE))
 
 
 def reserved(folder: Path) -> AcquireReturnProxy:
-    """A context: until it ends, or the process does, `folder` is this process's own; ValueError if another has it."""
+    """Lock `folder` for this process until the context, or the process, ends; ValueError if another process has it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return FileLock(folder / ".training.lock", timeout=0, thread_local=False, is_singleton=True).acquire()
@@ -138,7 +138,7 @@ def reserved(folder: Path) -> AcquireReturnProxy:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was stopped by a signal; one line says which checkpoint is kept, and a notebook shows that alone."""
+    """Training was stopped by a signal. One line says which checkpoint is kept; notebooks show only that line."""
 
     def __init__(self, run: Path, step: int, total: int) -> None:
         kept = f"{run / 'checkpoints' / f'step-{step:08d}'} is kept: start it again to go on from there"
@@ -149,8 +149,8 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Stop(threading.Event):
-    """Within a `with` block Ctrl-C and SIGTERM set this event; they raise only where it is `cuttable`, so that nothing
-    is left half changed. Of several processes only Ctrl-C counts, and never raises; outside the main thread none does.
+    """Within a `with` block Ctrl-C and SIGTERM set this event; they raise only in `cuttable`, so that nothing is left
+    half changed. With several processes (not `alone`) only Ctrl-C sets it, without raising. Other threads hear neither.
     """
 
     raises = False
@@ -176,7 +176,7 @@ class Stop(threading.Event):
 
     @contextmanager
     def cuttable(self) -> Iterator[None]:
-        """Within it a signal raises KeyboardInterrupt at once, and one that came before does at its beginning."""
+        """Within this context a signal raises KeyboardInterrupt at once; an earlier one raises it at the start."""
         self.raises = self.alone
         try:
             if self.raises and self.is_set():

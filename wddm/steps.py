@@ -1,4 +1,4 @@
-"""What a step of training takes, beside the Trainer: precision, seeds, noise, averages of the weights; and its log."""
+"""Functions that the Trainer uses: checks, precision, seeds, noise, averages of the weights, and the log."""
 
 import json
 import resource
@@ -23,17 +23,17 @@ from wddm.objective import TIME_SAMPLINGS
 from wddm.pipeline import visible
 from wddm.wavelets import WaveletCodec, check_choice, sides
 
-SCHEDULES = ("constant_with_warmup", "cosine")  # of those that diffusers has
-LABELS = 2**31  # last number of the seeds that drop labels
+SCHEDULES = ("constant_with_warmup", "cosine")  # those of diffusers that are offered
+LABELS = 2**31  # last part of the seed (seed, step, LABELS) that drops labels
 AVERAGES = "checkpoints/averages"
-POWERS = 16.97, 6.94  # of two averages with spreads of 0.05 and 0.10 of the training so far
+POWERS = 16.97, 6.94  # of two averages whose spread is 0.05 and 0.10 of the training so far
 PRECISIONS = ("auto", "no", "fp16", "bf16")
-ABOVE_0 = ("train_kimg", "learning_rate", "log_every")
+ABOVE_0 = ("train_kimg", "learning_rate", "log_every")  # settings that have to be more than 0
 
 
 @dataclass(frozen=True)
 class Step:
-    """Where training is. Losses and norms are means since the last `Step`; the rate leaves out the caller's time."""
+    """Progress of training. Losses and norm are means since the last `Step`; images_per_s omits the caller's time."""
 
     step: int
     images_seen: int
@@ -41,10 +41,10 @@ class Step:
     lr: float
     grad_norm: float
     images_per_s: float
-    memory_gb: float  # peak, of the GPU, or of the process where there is none
+    memory_gb: float  # peak in GiB, of the GPU or, without one, of the process
     band_loss: dict[str, float]  # squared error of the prediction in each band, unweighted
     validation_loss: float | None = None  # on held-out images, where it was measured at this step
-    distances: dict[str, float] = field(default_factory=dict)  # what `measure` says, where it was asked at this step
+    distances: dict[str, float] = field(default_factory=dict)  # from `measure`, where it was called at this step
 
     def logged(self) -> dict[str, Any]:
         """A row of the log, in which every distance has its own column."""
@@ -58,13 +58,13 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_previews(folder: Path) -> dict[str, np.ndarray]:
-    """A run's latest pictures of samples, six at most, uint8 (h, w, 3), by the images seen, such as "40,032 images"."""
+    """A run's latest pictures of samples, at most six, uint8 (h, w, 3); keys give the images seen: "40,032 images"."""
     files = sorted((Path(folder) / "previews").glob("*.png"))[-6:]
     return {f"{int(file.stem):,} images": np.asarray(Image.open(file)) for file in files}
 
 
 def forget_after(folder: Path, step: int, images_seen: int) -> None:
-    """Cut a run's log, previews and kept averages to the step that it is taken up at."""
+    """Remove from a run's log, previews and kept averages all that came after the step at which it goes on."""
     write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in read_log(folder) if row["step"] <= step))
     for file in (*(folder / "previews").glob("*.png"), *(folder / AVERAGES).glob("*.safetensors")):
         if int(file.stem) > images_seen:
@@ -72,7 +72,7 @@ def forget_after(folder: Path, step: int, images_seen: int) -> None:
 
 
 def resolve_precision(precision: str, cpu: bool = False) -> str:
-    """accelerate's name of the precision; "auto" is bf16 where a GPU has it, else "no"."""
+    """accelerate's name of the precision; "auto" is bf16 where a GPU has it, else "no". ValueError: fp16 on a CPU."""
     best = "bf16" if not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
     if check_choice("precision", precision, PRECISIONS) == "fp16" and (cpu or not torch.accelerator.is_available()):
         raise ValueError("got precision='fp16' on a CPU, which would train in fp32, wanted bf16, no or auto: change it")
@@ -80,7 +80,7 @@ def resolve_precision(precision: str, cpu: bool = False) -> str:
 
 
 def checked(model: ModelMixin, codec: WaveletCodec, images: np.ndarray, **settings: Any) -> list[str]:
-    """`advice` on a Trainer's settings; ValueError for numbers that cannot be, and parts that are of other sizes."""
+    """Check a Trainer's settings and give `advice`; ValueError: a number out of range, or parts that do not fit."""
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4:
         got = f"got images of {type(images).__name__} of {getattr(images, 'dtype', None)}"
         raise ValueError(f"{got}, wanted uint8 (N, H, W, C): give a Dataset's .images")
@@ -101,14 +101,14 @@ def checked(model: ModelMixin, codec: WaveletCodec, images: np.ndarray, **settin
 
 
 def check_batch(batch_size: int, accumulation: int = 1, num_processes: int = 1) -> None:
-    """ValueError if a batch does not divide among processes and micro-batches."""
+    """Raise a ValueError if a batch does not divide among processes and micro-batches."""
     if min(batch_size, accumulation, num_processes) < 1 or batch_size % (accumulation * num_processes):
         wanted = f"a multiple of {accumulation} (accumulation) times {num_processes} (processes)"
         raise ValueError(f"got batch_size={batch_size}, wanted {wanted}: change one of them")
 
 
 def held_out(validation_images: int | None, count: int) -> np.ndarray:
-    """So many rows of `count` images, spread evenly; ValueError if there are not more."""
+    """Indices of `validation_images` (None: 0) of `count` images, spread evenly; ValueError if no others are left."""
     if validation_images is not None and not 0 < validation_images < count:
         got = f"got validation_images={validation_images} of {count} images"
         raise ValueError(f"{got}, wanted 1 or more, and fewer than all: change validation_images")
@@ -128,12 +128,12 @@ def class_numbers(labels: np.ndarray | None, no_label: int, count: int) -> np.nd
 
 
 def conditioned(network: nn.Module, *labels: Tensor) -> Any:
-    """The network, told labels (B,) if there are any."""
+    """The network with its labels (B,) filled in, if there are any."""
     return partial(network, class_labels=labels[0]) if labels else network
 
 
 def advice(model: ModelMixin, learning_rate: float, warmup: float = 0.0) -> list[str]:
-    """A line if networks so wide were seen to stop learning at such a rate, one if all of the training is warm-up."""
+    """Warnings, if networks of this width stopped learning at such a rate, and if the whole training is warm-up."""
     widest = max(model.config.get("block_out_channels") or [0])
     much = f"learning_rate {learning_rate:g} is much for {widest} channels"
     notes = [f"{much}: if the loss stops falling, take {0.128 / widest:.1g}"] if learning_rate * widest > 0.3 else []
@@ -141,8 +141,8 @@ def advice(model: ModelMixin, learning_rate: float, warmup: float = 0.0) -> list
 
 
 def tune(model: ModelMixin, device: torch.device, gradient_checkpointing: bool = False) -> None:
-    """On a GPU, TF32 in matrix products and channels last in the model; activations computed again if asked for."""
-    model.zero_grad()  # of a step that was stopped
+    """Set gradient checkpointing if asked for, and on a GPU TF32 in matrix products and channels-last memory."""
+    model.zero_grad()  # left by a step that was stopped
     if gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if device.type == "cuda":
@@ -151,7 +151,7 @@ def tune(model: ModelMixin, device: torch.device, gradient_checkpointing: bool =
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Of a CUDA device since the start, in GiB; of this process where it is the CPU."""
+    """Peak memory since the start, in GiB: of a CUDA device, or of this process where the device is the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
@@ -163,16 +163,16 @@ def derived_seed(*key: int) -> int:
 
 
 def seed_device(device: torch.device, seed: int) -> None:
-    """`torch.manual_seed` of this device alone: that asks after every kind of device, a third of a millisecond."""
+    """Seed this device alone: `torch.manual_seed` looks at every kind of device, which takes 0.3 ms."""
     generator = torch.default_generator if device.type == "cpu" else torch.get_device_module(device)
     generator.manual_seed(seed)
 
 
 def check_finite(unread: list[tuple[Tensor, ...]], step: int, learning_rate: float) -> None:
-    """FloatingPointError if something that `Trainer.optimise` gave in the steps up to this one is not finite."""
+    """Raise a FloatingPointError if `Trainer.optimise` returned a loss or norm up to this step that is not finite."""
     if not unread:
         return
-    losses, _, norms = (torch.stack(values) for values in zip(*unread, strict=True))  # read at once, to wait once
+    losses, _, norms = (torch.stack(values) for values in zip(*unread, strict=True))  # read together, to wait once
     finite = (losses.isfinite() & norms.isfinite()).tolist()
     if not all(finite):
         got = f"got loss or gradient that are not finite at step {step - len(finite) + 1 + finite.index(False)}"
@@ -183,19 +183,19 @@ def check_finite(unread: list[tuple[Tensor, ...]], step: int, learning_rate: flo
 def draw_noise(
     timesteps: Tensor, time_sampling: str, shape: tuple[int, int, int], generators: list[Generator], each: int
 ) -> tuple[Tensor, Tensor]:
-    """Noise (N, *shape) and N of the timesteps, which ascend, on their device: `each` so many by every generator."""
+    """Noise (N, *shape) and N of the ascending `timesteps`, on their device; every generator draws `each` of the N."""
     noise = [torch.randn(each, *shape, generator=one, device=one.device) for one in generators]
     places = torch.cat([TIME_SAMPLINGS[time_sampling](each, one) for one in generators])
     return torch.cat(noise).to(timesteps.device), timesteps[places.to(timesteps.device)]
 
 
 def flattened(parts: Iterable[tuple[int, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
-    """Tensors of numbered parts, by `<number>.<name>`."""
+    """The tensors of numbered parts in one dict, keyed `<number>.<name>`."""
     return {f"{number}.{name}": tensor for number, part in parts for name, tensor in part.items()}
 
 
 def unflattened(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    """The parts of which `flattened` made these."""
+    """The inverse of `flattened`: name and tensor of every part, by its number."""
     parts: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         number, name = key.split(".", 1)
@@ -204,15 +204,15 @@ def unflattened(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
 
 
 def write_preview(samples: np.ndarray, file: Path) -> None:
-    """A picture of samples uint8 (N, H, W, C), 16 in a row."""
+    """Write a PNG of samples uint8 (N, H, W, C), 16 in a row."""
     with whole(file) as aside:
         make_image_grid(numpy_to_pil(visible(samples) / 255), len(samples) // 16, 16).save(aside, "PNG")
 
 
 @torch.no_grad()
 def average(averages: Sequence[Mapping[str, Tensor]], weights: list[Tensor], step: int, decay: float) -> None:
-    """Update averages, by name, with the weights after step + 1 steps: the first by diffusers' rule, which climbs to
-    `decay`; one for each of `POWERS`, where weights of step s count as s^power (Karras et al. 2024, arXiv 2312.02696).
+    """Update `averages` with the weights after step + 1 steps: the first by diffusers' rule, with a decay that rises to
+    `decay`; others by `POWERS`: weights of step s count as s^power (Karras et al. 2024, arXiv 2312.02696).
     """
     decays = [min(decay, (1 + step) / (10 + step)) if step else 0.0]
     decays += [(1 - 1 / (step + 1)) ** (power + 1) for power in POWERS]
@@ -221,16 +221,16 @@ def average(averages: Sequence[Mapping[str, Tensor]], weights: list[Tensor], ste
 
 
 def keep_averages(run: Path, images_seen: int, averages: Sequence[Mapping[str, Tensor]]) -> None:
-    """Write them beside the checkpoints of a run, for `averaged_weights`."""
+    """Write `averages` to the folder `AVERAGES` of a run, for `averaged_weights`."""
     with whole(run / AVERAGES / f"{images_seen:09d}.safetensors") as aside:
         save_file({name: tensor.contiguous() for name, tensor in flattened(enumerate(averages)).items()}, aside)
 
 
 def averaged_weights(run: Path, half_life_kimg: float) -> dict[str, Tensor]:
-    """The weights at the end of a training, averaged with any half-life (thousand images): put together from what
-    `averages_kimg` kept of it in `run`, by least squares over the share that each image's step has (section 3.3 there).
+    """The weights at the end of a training, averaged with any half-life (thousand images): the nearest weighted
+    sum of the averages kept in `run`, by least squares over the share of every step (Karras et al. 2024, section 3.3).
 
-    ValueError: nothing was kept, or what was differs by more than a tenth of the shares from such an average.
+    ValueError: no averages were kept, or the nearest sum has more than a tenth of the shares wrong.
     """
     if not (files := sorted((run / AVERAGES).glob("*.safetensors"))):
         raise ValueError(f"got {run} without kept averages, wanted some: train it with averages_kimg")

@@ -1,7 +1,7 @@
-"""Training as a generator of `Step`: a network, the average of its weights and their optimiser, in a folder of its own.
+"""Training as a generator of `Step`: a network, the average of its weights and its optimiser, in the run's own folder.
 
-All randomness is a function of (seed, step), and what watches training draws from none of it: resuming is exact.
-Lengths are counted in images (kimg: thousands), batches are global: N processes share one batch.
+All randomness is a function of (seed, step), which validation, previews and measures leave alone: resuming is exact.
+Lengths are counted in images (kimg: thousands). Batches are global: N processes share one batch.
 """
 
 import json
@@ -33,7 +33,7 @@ from wddm.sampling import sample_images
 from wddm.steps import LABELS, POWERS, Step
 from wddm.wavelets import WaveletCodec
 
-# what no weight depends on, or settings describe in another way: may change from one start of a run to the next
+# settings that may change between starts of a run: no weight depends on them, or `settings` describes them otherwise
 FREE = {
     "cpu", "extend", "restart", "checkpoint_kimg", "preview_kimg", "gradient_checkpointing", "measure", "metric_kimg",
     "metric_images", "data_sha256", "model", "codec", "images", "folder", "labels", "label_dropout", "class_names",
@@ -46,18 +46,18 @@ class Trainer:
     """One training run in `folder`: checkpoints/, log.jsonl, previews/ and, in the end, pipeline/ with the averaged
     weights and training.json, which says what they were trained on, how, and for how many images.
 
-    Made again with the same settings, it goes on where it was stopped, exactly; with others, or where another process
-    trains, it refuses with a ValueError that says why. `notes` holds what the caller should be told.
+    Constructed again with the same settings, it goes on exactly where it was stopped; with other settings, or while
+    another process trains there, it raises a ValueError. `notes` are lines that the user should see.
     """
 
     model: ModelMixin
     codec: WaveletCodec
     images: np.ndarray  # uint8 (N, H, W, C)
-    folder: Path  # or its name
+    folder: Path  # or a string
     labels: np.ndarray | None = None  # (N,), for a network with class embeddings, the last of which is "no label"
-    class_names: list[str] | None = None  # of the labels, for the pipeline to know
-    label_dropout: float = 0.1  # share of labels that the network is not shown
-    data_sha256: str | None = None  # identifies the images, in place of a checksum of some of them
+    class_names: list[str] | None = None  # of the labels, stored in the pipeline
+    label_dropout: float = 0.1  # share of labels replaced by "no label"
+    data_sha256: str | None = None  # identifies the images; None: a checksum of some of them does
     train_kimg: float = 72.0  # length of the training
     batch_size: int = 96  # images per optimiser step, over all processes and micro-batches
     accumulation: int = 1  # micro-batches per optimiser step
@@ -70,29 +70,29 @@ class Trainer:
     schedule: str = "constant_with_warmup"  # one of SCHEDULES; cosine ends at zero
     warmup_kimg: float = 5.0
     weight_decay: float = 0.01
-    ema_half_life_kimg: float = 10.0  # after which a weight's share has halved, 8 % of the images seen at most; 0: none
-    averages_kimg: float = 0.0  # between averages that are kept, for `steps.averaged_weights` of any half-life
+    ema_half_life_kimg: float = 10.0  # of a weight's share in the average, 8 % of the images seen at most; 0: off
+    averages_kimg: float = 0.0  # between averages that are kept for `steps.averaged_weights`; 0: none
     seed: int = 0
     precision: str = "auto"  # "no", "fp16", "bf16", or "auto": bf16 where a GPU has it, else "no"
     compile: bool = False
     gradient_checkpointing: bool = False  # compute activations again in the backward pass, where memory is short
     cpu: bool = False  # stay off a GPU that is there
-    log_every: int = 20  # steps between two `Step`s; there is one after 1, 2, 4 and 8, too
-    checkpoint_kimg: float = 40.0  # thousand images between checkpoints; these here and below: 0 is never
-    validation_kimg: float = 0.0  # between losses on held-out images; where it was lowest is checkpoints/best
+    log_every: int = 20  # steps between two `Step`s, besides those after 1, 2, 4 and 8
+    checkpoint_kimg: float = 40.0  # thousand images between checkpoints; here and below 0 is never
+    validation_kimg: float = 0.0  # between losses on held-out images; checkpoints/best has the lowest
     validation_images: int = 256  # how many are held out, where there is such a loss
     preview_kimg: float = 20.0  # between pictures of samples in previews/
     metric_kimg: float = 0.0  # between calls of `measure`
-    metric_images: int = 512
+    metric_images: int = 512  # samples that `measure` is given
     on_step: Callable[[int], object] = lambda images_seen: None  # called after every step
-    measure: Callable[[np.ndarray], dict[str, float]] | None = None  # of `metric_images` samples, uint8 (N, H, W, C)
-    measured: str = ""  # by what: a log holds distances of one kind
-    extend: bool = False  # go on with a run of the same settings but for a smaller train_kimg
+    measure: Callable[[np.ndarray], dict[str, float]] | None = None  # distances of samples, uint8 (N, H, W, C)
+    measured: str = ""  # what `measure` computes; it stays the same in one log
+    extend: bool = False  # go on with a run that differs only by a smaller train_kimg
     restart: bool = False  # set the checkpoints of a finished run of other settings aside, and begin anew
 
     def __post_init__(self) -> None:
         check_training(self.prediction_type, self.weighting, self.time_sampling)
-        self.notes, self.history = steps.checked(**vars(self)), list[str]()  # of changed code, and of extensions
+        self.notes, self.history = steps.checked(**vars(self)), list[str]()  # changes of code, extensions
         self.held_out = steps.held_out(self.validation_images if self.validation_kimg else None, len(self.images))
         self.trained = np.delete(np.arange(len(self.images)), self.held_out)  # rows of `images`
         self.no_label = (self.model.config.get("num_class_embeds") or 0) - 1
@@ -115,7 +115,7 @@ class Trainer:
         self.network, theirs = self.accelerator.prepare(torch.compile(self.model) if self.compile else self.model, ours)
         self.optimizer = ours if self.accelerator.scaler is None else theirs  # fp16 alone needs accelerate's
         self.decay = 0.5 ** (1 / (self.ema_half_life_kimg * 1000 / self.batch_size)) if self.ema_half_life_kimg else 0.0
-        self.weights: list[Tensor] = list(self.model.parameters())  # once: small networks feel a walk through them
+        self.weights: list[Tensor] = list(self.model.parameters())  # listed once, as it takes time in small networks
         self.average = deepcopy(self.model).eval().requires_grad_(False)  # a network of the averaged weights
         copies = (deepcopy(self.average) for _ in POWERS if self.averages_kimg)
         self.averages = [dict(one.named_parameters()) for one in (self.average, *copies)]
@@ -123,12 +123,12 @@ class Trainer:
         shape, times = self.codec.shape(*np.roll(self.images.shape[1:], 1).tolist()), self.noise_scheduler.timesteps
         self.drawn = partial(steps.draw_noise, times.flip(0).to(self.device), self.time_sampling, shape)
         self.loss = partial(diffusion_loss, weighting=self.weighting, reconstruction=self.reconstruction)
-        self.step, self.watched = 0, True  # the last step, and whether all that is due at it is done
+        self.step, self.watched = 0, True  # the last step, and whether all that is due after it is done
         self.best: float | None = None  # the lowest loss on the held-out images
         self.unread: list[tuple[Tensor, ...]] = []  # what `optimise` gave in every step since the last `Step`
         self.folder = Path(self.folder).expanduser()
         self.stop = checkpoints.Stop(alone=self.world_size == 1)
-        with ExitStack() as held:  # let go if something is refused
+        with ExitStack() as held:  # the folder is released if something is refused
             if self.main:
                 held.enter_context(checkpoints.reserved(self.folder))
             if found := checkpoints.take_up(self.folder, self.settings(), self.notes, self.extend, self.restart):
@@ -138,10 +138,10 @@ class Trainer:
             self.held = held.pop_all()
 
     def steps(self) -> Generator[Step]:
-        """Train to the end, a `Step` every `log_every` steps and some before; then write pipeline/.
+        """Train to the end, yielding a `Step` every `log_every` steps and some early ones; then write pipeline/.
 
-        Ctrl-C or SIGTERM ends it at once by `checkpoints.Interrupted`, with a checkpoint of the last whole step; what
-        else was due then is done when the run goes on. FloatingPointError and OSError (disk full) leave the last one.
+        Ctrl-C or SIGTERM saves a checkpoint of the last whole step and raises `checkpoints.Interrupted`, at once; what
+        else was due is done when the run goes on. FloatingPointError, OSError (disk full): the last checkpoint stays.
         """
         stream = batches(
             self.images, self.batch_size, seed=self.seed, start=self.images_seen, device=self.device, flip=self.flip,
@@ -156,7 +156,7 @@ class Trainer:
                         self.unread.append(self.optimise(*([batch] if self.classes is None else batch)))
                         self.step, self.watched = self.step + 1, False
                         self.on_step(self.images_seen)
-                    asking = self.world_size > 1 and self.step % self.log_every == 0  # each other, now and then
+                    asking = self.world_size > 1 and self.step % self.log_every == 0  # each other, whether to stop
                     if asking and any(gather_object([self.stop.is_set()])):
                         raise KeyboardInterrupt
                     row = self._watch(clock)
@@ -165,7 +165,7 @@ class Trainer:
                         self.save()
                     if row:
                         yield row
-                        clock = self.step, time.perf_counter()  # what the caller did is no training
+                        clock = self.step, time.perf_counter()  # without the caller's time
                 if self.main:
                     with self.stop.cuttable(), written_aside(self.folder / "pipeline") as aside:
                         self.averaged().save_pretrained(aside)
@@ -179,13 +179,13 @@ class Trainer:
                 raise checkpoints.Interrupted(self.folder, self.step, self.total_steps) from None
 
     def _due(self, kimg: float) -> bool:
-        """Whether something that happens every so many thousand images (0: never), and at the end, happens now."""
+        """Whether what is done every `kimg` thousand images (0: never), and at the end, is due at this step."""
         every = max(1, round(kimg * 1000 / self.batch_size))
         return bool(kimg) and (self.step == self.total_steps or self.step % every == 0)
 
     def optimise(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
-        """One optimiser step on this process's share (b, C, H, W), (b,) of a batch; nothing is changed before its end.
-        Its loss, that of every channel (4^L C,) and the norm of the gradients, on the device: to read them is to wait.
+        """One optimiser step on this process's share of a batch, images (b, C, H, W) and labels (b,);
+        weights change at its end. Returns loss, squared error per channel (4^L C,), gradient norm: reading them waits.
         """
         losses, parts = [], [images, *self.draw_noise()]
         if labels is not None:
@@ -225,13 +225,13 @@ class Trainer:
         return tuple(x.chunk(self.world_size)[self.rank] for x in self.drawn([generator], self.batch_size))
 
     def averaged(self) -> WaveletPipeline:
-        """The pipeline of the averaged weights, with its default solver."""
+        """A pipeline of the averaged weights, with the default solver for their prediction type."""
         solver = build_solver(default_solver(self.prediction_type), self.prediction_type, codec=self.codec)
         return WaveletPipeline(self.average, solver, self.codec, self.class_names)
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss of the averaged weights on the held-out images, with the same noise each time; checkpoints/best."""
+        """Mean loss of the averaged weights on the held-out images, with the same noise each time; saves the best."""
         total = 0.0
         with self.stop.cuttable():
             for start in range(0, len(self.held_out), self.batch_size):
@@ -248,14 +248,14 @@ class Trainer:
         return total
 
     def samples(self, count: int) -> np.ndarray:
-        """uint8 (count, H, W, C) of the averaged weights by its solver in 25 steps, every class in turn, same seeds."""
+        """Samples of the averaged weights, uint8 (count, H, W, C): 25 solver steps, classes in turn, the same seeds."""
         pipeline = self.averaged()
         pipeline.set_progress_bar_config(disable=True)
         with self.stop.cuttable():
             return np.concatenate(list(sample_images(pipeline, count, num_inference_steps=25)))
 
     def _watch(self, clock: tuple[int, float]) -> Step | None:
-        """What is due at this step but for the checkpoint: a preview and measures, of the main process; a log's row."""
+        """Do what is due at this step but the checkpoint: preview, average, validation, measures; a `Step`, if due."""
         images_per_s = self.batch_size * (self.step - clock[0]) / (time.perf_counter() - clock[1])
         validating, measuring, previewing = map(self._due, (self.validation_kimg, self.metric_kimg, self.preview_kimg))
         logs = validating or measuring or self.step % self.log_every == 0 or self.step in (1, 2, 4, 8, self.total_steps)
@@ -285,13 +285,13 @@ class Trainer:
         return row
 
     def save(self, name: str | None = None) -> None:
-        """Write the checkpoint of this step, or one of another name, from the main process."""
+        """Write the checkpoint of this step, under `name` if there is one, from the main process."""
         steps.check_finite(self.unread, self.step, self.learning_rate)
         if self.main:
             checkpoints.save(self.folder / "checkpoints", self.step, *self.state_dict(), name)
 
     def state_dict(self) -> tuple[checkpoints.Tensors, dict[str, Any]]:
-        """What `load_state_dict` puts back: tensors, and the rest, which JSON can hold."""
+        """What `load_state_dict` restores: tensors, and everything else as JSON values."""
         return {
             "weights": self.model.state_dict(),
             "ema": self.averages[0],
@@ -301,7 +301,7 @@ class Trainer:
         }, {"best": self.best, "watched": self.watched, "history": self.history, "settings": self.settings()}
 
     def load_state_dict(self, tensors: checkpoints.Tensors, state: dict[str, Any]) -> None:
-        """Put what `state_dict` gave back in its place, and `state["step"]`, which a checkpoint adds."""
+        """Restore what `state_dict` returned, and `state["step"]`, which a checkpoint adds."""
         self.step, self.best, self.watched, self.history = (state[x] for x in ("step", "best", "watched", "history"))
         self.model.load_state_dict(tensors["weights"])
         kept = [tensors["ema"], *steps.unflattened(tensors.get("averages", {})).values()]
@@ -315,7 +315,7 @@ class Trainer:
         self.unread = list(zip(*columns, strict=True))
 
     def settings(self) -> dict[str, Any]:
-        """Everything that the outcome depends on, as JSON would read it back."""
+        """Everything that the outcome depends on, in the form in which JSON reads it back."""
         some = self.images[:: max(1, len(self.images) // 256)]
         described = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in FREE} | {
             "network": {"class": type(self.model).__name__, **checkpoints.public(self.model.config)},
