@@ -1,4 +1,4 @@
-"""cards: the README.md of a published pipeline, from what its run recorded; what is unknown is said to be so."""
+"""cards: the README.md of a published pipeline, from what its run recorded; it says what was not recorded."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ TEMPLATE = Path(__file__).with_name("card.md.j2")
 
 
 def card_of(pipeline: DiffusionPipeline, name: str, report: str | Path | None) -> str:
-    """The card by `report`, or by that of the run that the pipeline was loaded from; or else the one it came with."""
+    """The card from `report`, or from the report of the run that the pipeline was loaded from, or else its own card."""
     folder = Path(pipeline.config.get("_name_or_path") or "nowhere")
     run = folder.resolve().parent
     beside = run.parents[1] / "reports" / run.name if run.parent.name == "runs" else run
@@ -28,15 +28,15 @@ def card_of(pipeline: DiffusionPipeline, name: str, report: str | Path | None) -
 def model_card(pipeline: DiffusionPipeline, name: str, report: Path | None) -> str:
     """The card of a `WaveletPipeline`, Markdown under YAML metadata.
 
-    `name` is that of the Hub repository or folder that it will be loaded from. Of reports/<run> all but params.yaml may
-    be absent (ValueError); None where nothing was recorded.
+    `name`: the Hub repository or folder that it will be loaded from. `report`: a folder reports/<run>, in which only
+    params.yaml must be present (ValueError); None: nothing was recorded.
     """
     if report and not (report / "params.yaml").is_file():
         raise ValueError(f"got report={report}, which has no params.yaml, wanted reports/<run>: give a run's report")
     run, metrics, data, made_with = recorded(report.resolve()) if report else ({}, {}, {}, {})
     network, codec, task = pipeline.backbone, pipeline.codec.config, "unconditional-image-generation"
     predicts = pipeline.scheduler.config.prediction_type
-    if "sampling_steps" in run:  # what notebook 03 takes where nothing is named
+    if "sampling_steps" in run:  # with the defaults of notebook 03
         solver = run.get("scheduler") or default_solver(predicts)
         run = {"scheduler": solver, "eta": default_eta(solver)} | run
     classes = (network.config.get("num_class_embeds") or 1) - 1
@@ -64,18 +64,18 @@ def recorded(report: Path) -> tuple[dict[str, Any], ...]:
     parameters = yaml.safe_load((report / "params.yaml").read_text(encoding="utf-8"))
     metrics, environment = read_json(report / "metrics.json"), read_json(report / "environment.json")
     record = read_json(report.parents[1] / "runs" / report.name / "record.json")
-    for entry in record.values():  # as they are now, whoever made something again
+    for entry in record.values():  # the latest values, if a notebook was run again
         parameters |= {name: x for name, x in entry.get("parameters", {}).items() if name in parameters}
     drawn_by = record.get("samples", {}).get("from", {}).get("pipeline")
-    metrics = metrics if drawn_by == record.get("pipeline", {}).get("sha256") else {}  # else of another network
+    metrics = metrics if drawn_by == record.get("pipeline", {}).get("sha256") else {}  # others are of another network
     manifest = read_json(report.parents[1] / record.get("data", {}).get("path", "nowhere"))
     data = known(parameters, "dataset", "resolution") | known(manifest, "source", "revision", "split", "count")
-    public = [name for name in parameters if not name.endswith(("_path", "_dir"))]  # those are of one machine
+    public = [name for name in parameters if not name.endswith(("_path", "_dir"))]  # paths are of one machine
     versions = known(environment.get("versions", {}), "wddm", "torch", "diffusers")
     trained = environment | read_json(report / "status.json").get("02_train", {})
     return known(parameters, *public), metrics, data, known(trained, "commit", "device") | versions
 
 
 def known(values: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Of the values, those of these names that are not None."""
+    """The entries of `values` that have one of these names and are not None."""
     return {name: values[name] for name in names if values.get(name) is not None}

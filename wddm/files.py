@@ -1,4 +1,4 @@
-"""files: written whole or not at all, told apart by their content, listed, fetched from the Hub; JSON, rows of it."""
+"""files: writing them whole or not at all, checksums, listing, fetching from the Hub; JSON and rows of JSON."""
 
 import hashlib
 import json
@@ -12,14 +12,14 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-SETTLED = 2.0  # seconds after a change until a file's times tell the next change from it
+SETTLED = 2.0  # seconds after a change before a file's times are sure to show the next one
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal; a process reads it once while size, times and inode stay the same."""
+    """SHA-256 of a file's content, in hexadecimal; a process reads it again only when size, times or inode change."""
     now = path.stat()
     settled = time.time() - max(now.st_mtime, now.st_ctime) > SETTLED
-    read = _sha256 if settled else _sha256.__wrapped__  # the latter remembers nothing
+    read = _sha256 if settled else _sha256.__wrapped__  # the latter is not cached
     return read(path.absolute(), (now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino))
 
 
@@ -30,21 +30,21 @@ def _sha256(path: Path, state: tuple[int, ...]) -> str:
 
 
 def digest(path: Path) -> str:
-    """Of a file, or of all readable files below a folder with their names; "absent" where there is nothing."""
+    """SHA-256 of a file, or of all readable files below a folder with their names; "absent" if nothing is there."""
     if path.is_dir():
         return digest_of(path, [file for file, trouble in walk(path) if not trouble])
     return sha256(path) if path.exists() else "absent"
 
 
 def digest_of(root: Path, files: Iterable[Path]) -> str:
-    """Of these files below a folder, with their names."""
+    """SHA-256 of these files below the folder `root`, with their names."""
     lines = (f"{sha256(file)} {file.relative_to(root)}\n" for file in files)
     return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 @contextmanager
 def refusing(got: object, wanted: str, remedy: str) -> Iterator[None]:
-    """Whatever a library raises on what it cannot take, as a ValueError of one line."""
+    """Within this context, turn whatever a library raises into a ValueError of one line."""
     try:
         yield
     except Exception as error:
@@ -54,10 +54,10 @@ def refusing(got: object, wanted: str, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def whole(final: Path) -> Iterator[Path]:
-    """A file to write to, which takes the place of `final`, or of what that links to, in one step."""
+    """A new file to write to; at the end it replaces `final`, or the file that `final` links to, in one step."""
     final = Path(os.path.realpath(final))
     final.parent.mkdir(parents=True, exist_ok=True)
-    aside = final.with_name(f".{os.urandom(4).hex()}.{final.name}")  # not the pid, which another machine has too
+    aside = final.with_name(f".{os.urandom(4).hex()}.{final.name}")  # not the pid, which another machine may have too
     try:
         yield aside
         aside.replace(final)
@@ -67,10 +67,10 @@ def whole(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def written_aside(final: Path, suffix: str = "partial") -> Iterator[Path]:
-    """A new folder to write to, which takes the place of `final`, or of what that links to, once it is on the disk."""
+    """A new folder to write to; once it is on the disk, it replaces `final`, or the folder that `final` links to."""
     final = Path(os.path.realpath(final))
     aside, old = (final.with_name(f".{final.name}.{end}") for end in (suffix, "old"))
-    shutil.rmtree(aside, ignore_errors=True)  # of an earlier attempt that died
+    shutil.rmtree(aside, ignore_errors=True)  # left by an earlier attempt that died
     aside.mkdir(parents=True)
     try:
         yield aside
@@ -105,7 +105,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file; {} where there is none, or it is damaged, or no object."""
+    """The object in a JSON file; {} if the file is absent, damaged or holds no object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -114,13 +114,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """A JSON object a line; a last line cut short by a crash is left out, and there may be no file."""
+    """The JSON objects of a file, one per line; [] without a file. A last line cut short by a crash is left out."""
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def append_row(file: Path, row: dict[str, Any]) -> None:
-    """Add a line to what `read_rows` reads, in the place of one that was cut short."""
+    """Add a row to a file for `read_rows`; it replaces a last line that was cut short."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab+") as rows:
         if end := rows.seek(0, os.SEEK_END):
@@ -132,12 +132,12 @@ def append_row(file: Path, row: dict[str, Any]) -> None:
 
 
 def plain(path: Path | str) -> str:
-    """A name that prints on one line, whatever is in it."""
+    """A path as text that prints on one line: unprintable characters are escaped."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(path))
 
 
 def walk(root: Path, above: tuple[str, ...] = ()) -> Iterator[tuple[Path, str]]:
-    """Files below a folder and "", or why one cannot be read; in order of name, through links, hidden ones left out."""
+    """Every file below a folder, and "" or why it cannot be read; by name, following links, without hidden files."""
     try:
         mode = root.stat().st_mode
         inside = sorted(root.iterdir()) if stat.S_ISDIR(mode) else []
@@ -157,9 +157,9 @@ def walk(root: Path, above: tuple[str, ...] = ()) -> Iterator[tuple[Path, str]]:
 def snapshot(
     repo: str, patterns: list[str], *, repo_type: str = "dataset", revision: str | None = None, **hub: Any
 ) -> Path:
-    """Folder of the files of a Hub repository, named after the commit; without patterns none is fetched.
+    """Folder, named after the commit, with a Hub repository's files that match `patterns`; with [] none is fetched.
 
-    The cache on this machine answers while the Hub is out of reach. `hub`: cache_dir, token, local_files_only.
+    If the Hub cannot be reached, files come from the local cache. `hub`: cache_dir, token, local_files_only.
     """
     from huggingface_hub import HfApi, snapshot_download
 

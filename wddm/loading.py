@@ -1,8 +1,8 @@
 """loading: checkpoints, ours and published, fetched once and read whole or not at all.
 
-A path or a Hub name becomes a folder by `fetched`, at the door; everything behind it is handed the folder. Only
-safetensors and JSON are read: nothing pickled, and no code or module that a checkpoint names. diffusers fills what a
-file lacks with random numbers and drops what it does not know, with a warning; here both are errors.
+`fetched` turns a path or a Hub name into a folder, once; all that follows is given the folder. Only safetensors and
+JSON are read: nothing pickled, and no code or module that a checkpoint names. Where a file lacks tensors, diffusers
+fills in random numbers, and it drops tensors that it does not know, with a warning; here both are errors.
 """
 
 import inspect
@@ -25,13 +25,13 @@ from wddm.files import refusing, snapshot
 from wddm.kan import knots
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-MAXIMA = {"layers_per_block": 100, "level": 12}  # of what is built in loops; other numbers in a config: 100,000
-CLASS_NAME = "UKANHybrid"  # of a published U-KAN, in its config.json
-ARGUMENTS = {  # of a published U-KAN's config: its name for an argument of `UKANModel`
+MAXIMA = {"layers_per_block": 100, "level": 12}  # of what is built in loops; other whole numbers in a config: 100,000
+CLASS_NAME = "UKANHybrid"  # of a published U-KAN: `_class_name` in its config.json
+ARGUMENTS = {  # key in a published U-KAN's config: argument of `UKANModel`
     "in_channels": "in_channels", "T": "num_train_timesteps", "ch": "base_channels", "ch_mult": "block_out_channels",
     "num_res_blocks": "layers_per_block", "dropout": "dropout", "sample_size": "sample_size",
 }  # fmt: skip
-NAMES = (  # tensors of a published U-KAN: what is replaced, by what, in this order
+NAMES = (  # tensors of a published U-KAN: pattern in its name, replacement; applied in this order
     (r"^head\.", "conv_in."), (r"^tail\.0\.", "norm_out."), (r"^tail\.2\.", "conv_out."),
     (r"^time_embedding\.timembedding\.0\.weight", "time_embedding.table"),
     (r"^time_embedding\.timembedding\.1\.", "time_embedding.linear_1."),
@@ -48,13 +48,13 @@ NAMES = (  # tensors of a published U-KAN: what is replaced, by what, in this or
 
 
 def is_path(name: str) -> bool:
-    """Whether a name is of a folder, not of a Hub repository: it or its parent exists, it is deep or begins . or /."""
+    """Whether a name is a path: it or its parent is a folder, it starts with . or /, or has 3 parts or more."""
     folder, depth = Path(name), len(Path(name).parts)
     return folder.is_dir() or name.startswith((".", "/")) or depth > 2 or (depth > 1 and folder.parent.is_dir())
 
 
 def fetched(path: str | Path, options: dict[str, Any]) -> Path:
-    """The folder, or the local copy of a Hub repository; ValueError without either. The Hub's options are taken out."""
+    """The folder `path`, or a copy of that Hub repository; ValueError if neither is there. Pops the Hub's `options`."""
     hub = {name: options.pop(name) for name in {"cache_dir", "revision", "token", "local_files_only"} & options.keys()}
     if (folder := Path(path).expanduser()).is_dir():
         return folder
@@ -65,14 +65,14 @@ def fetched(path: str | Path, options: dict[str, Any]) -> Path:
 
 
 def read_config(kind: type[ConfigMixin], folder: Path) -> dict[str, Any]:
-    """The JSON object in the file of a folder that `kind` keeps its config in; ValueError if there is none."""
+    """The config that a `kind` of object has in a folder; ValueError if its file is absent or holds no JSON object."""
     file = folder / kind.config_name
     with refusing(folder, f"a whole {file.name} in it, a JSON object", "give another"):
         return dict(json.loads(file.read_text(encoding="utf-8")).items())
 
 
 def check_config(kind: type, config: dict[str, Any], folder: Path) -> None:
-    """Raise a ValueError if a value is not of the type of its argument of `kind`, or out of all proportion."""
+    """Raise a ValueError if a value in `config` is not of the type that `kind` takes, or too large (`MAXIMA`)."""
     hints = get_type_hints(inspect.getattr_static(kind, "__init__"))
     for name, parameter in inspect.signature(kind).parameters.items():
         value = config.get(name, parameter.default)
@@ -82,7 +82,7 @@ def check_config(kind: type, config: dict[str, Any], folder: Path) -> None:
 
 
 def fits(value: Any, hint: Any, maximum: int) -> bool:
-    """Whether a value read from JSON is of an annotated type, whole numbers in it from 0 to `maximum`."""
+    """Whether a value read from JSON has the annotated type `hint`, with whole numbers from 0 to `maximum`."""
     kind, items = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
         return any(fits(value, one, maximum) for one in items)
@@ -96,9 +96,9 @@ def fits(value: Any, hint: Any, maximum: int) -> bool:
 
 
 def load_strictly(from_pretrained: Any, folder: Path, **options: Any) -> ModelMixin:
-    """What a diffusers class's `from_pretrained` makes of a folder, in eval mode.
+    """The model that the `from_pretrained` of a diffusers class loads from a folder, in eval mode.
 
-    ValueError: config or weights are absent, damaged, pickled, or not each other's, with their names.
+    ValueError: config or weights are absent, damaged, pickled, or do not fit each other; it names the tensors.
     """
     check_config(from_pretrained.__self__, read_config(ModelMixin, folder), folder)
     options |= {"use_safetensors": True, "output_loading_info": True}
@@ -109,20 +109,20 @@ def load_strictly(from_pretrained: Any, folder: Path, **options: Any) -> ModelMi
 
 
 def load_scheduler(folder: Path) -> SchedulerMixin:
-    """The solver in a folder, of the diffusers class that its config names; ValueError if that is none."""
+    """The solver in a folder, of the diffusers class that its config names; ValueError if there is no such class."""
     config = read_config(SchedulerMixin, folder)
     kind: Any = getattr(diffusers, name := str(config.get("_class_name")), None)
     if SchedulerMixin not in getattr(kind, "__mro__", ()):
         raise ValueError(f"got {name!r} in {folder}, wanted a scheduler of diffusers: give another folder")
-    check_config(kind, {k: x for k, x in config.items() if x != "sample"}, folder)  # which PNDM takes but does not name
+    check_config(kind, {k: x for k, x in config.items() if x != "sample"}, folder)  # allowed, but not in PNDM's types
     with quietly(folder):
         return kind.from_config(config)
 
 
 def load_published(build: type[ModelMixin], folder: Path, config: dict[str, Any]) -> ModelMixin:
-    """A published U-KAN as `UKANModel`, which is `build`, in eval mode; ValueError as of `load_strictly`.
+    """A published U-KAN as a `UKANModel` (the class `build`), in eval mode; ValueError as in `load_strictly`.
 
-    The `attn` of its config is dropped: those weights never existed.
+    The `attn` in its config is ignored: published checkpoints have no such weights.
     """
     if missing := [key for key in ARGUMENTS if key not in config]:
         raise ValueError(f"got a {CLASS_NAME} config.json without {', '.join(missing)}, wanted it: fetch it again")
@@ -131,11 +131,11 @@ def load_published(build: type[ModelMixin], folder: Path, config: dict[str, Any]
         ours["block_out_channels"] = tuple(config["ch"] * factor for factor in config["ch_mult"])
         ours["out_channels"] = config["in_channels"]
         check_config(build, ours, folder)
-        with torch.device("meta"):  # until its tensors are known to be those in the file
+        with torch.device("meta"):  # takes no memory until the file's tensors are known to fit
             model = build(**ours)
         theirs = load_file(folder / WEIGHTS)
     tensors, wanted = renamed(theirs), model.state_dict()
-    if model.bottleneck is None:  # which depends on the config alone, not on what the file holds
+    if model.bottleneck is None:  # by its config; the file may hold those tensors all the same
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("bottleneck.")}
     missing, unknown = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
     shapes = [name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape]
@@ -145,7 +145,7 @@ def load_published(build: type[ModelMixin], folder: Path, config: dict[str, Any]
 
 
 def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Published tensors under our names, spline grids checked and left out: ours is fixed."""
+    """Published tensors under our names; spline grids are checked and left out, as ours is fixed."""
     ours = {}
     for name, tensor in tensors.items():
         for pattern, replacement in NAMES:
@@ -160,7 +160,7 @@ def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def refuse_differences(where: Path, **differences: Iterable[str]) -> None:
-    """Raise a ValueError that names some tensors that are missing, unknown or of another shape, if there are any."""
+    """Raise a ValueError if any tensors are missing, unknown or of another shape; it names up to five of each kind."""
     named = {kind.replace("_", " "): sorted(names)[:5] for kind, names in differences.items() if names}
     if named:
         raise ValueError(f"got weights in {where}, wanted those of its config ({json.dumps(named)}): fetch it again")
@@ -168,9 +168,9 @@ def refuse_differences(where: Path, **differences: Iterable[str]) -> None:
 
 @contextmanager
 def quietly(folder: Path) -> Iterator[None]:
-    """Turn whatever a damaged file or a wrong value in a config does to a constructor into a ValueError of one line."""
+    """Turn any exception, as from a damaged file or a wrong value in a config, into a ValueError of one line."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # what diffusers would warn about is raised
+    logging.set_verbosity(logging.CRITICAL)  # what diffusers would warn about is raised here
     wanted = f"its config and {WEIGHTS}, whole (pickled weights are not read)"
     try:
         with refusing(f"{folder}, which does not load", wanted, "fetch or save it again"):
