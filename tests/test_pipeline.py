@@ -447,7 +447,7 @@ def test_a_scheduler_that_is_given_clips_and_predicts_as_the_network_wants(tmp_p
             WaveletPipeline.from_pretrained(shipped, scheduler=other)
 
 
-@pytest.mark.parametrize("option", ["backbone", "codec", "class_names", "torch_dtpye", "use_safetensors"])
+@pytest.mark.parametrize("option", ["backbone", "codec", "class_names", "torch_dtpye", "use_safetensors", "subfolder"])
 def test_options_of_loading_that_nothing_takes_are_refused(option: str) -> None:
     with pytest.raises(ValueError, match=f"got '{option}', wanted options that loading has"):
         WaveletPipeline.from_pretrained(ROOT / "notebooks/models/digits", **{option: None})

@@ -282,7 +282,7 @@ def test_a_folder_that_cannot_be_made_is_said(ours, tmp_path, capsys) -> None:
 
 def test_a_pipeline_that_is_not_trained_yet_is_said(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for place in ("runs/quickstart/pipeline", "./pipeline", str(tmp_path / "none")):
+    for place in ("runs/quickstart/pipeline", "./pipeline", str(tmp_path / "none"), "~/none"):
         assert sample(place, tmp_path / "out") == 2
         error = capsys.readouterr().err
         assert "run 02_train first" in error and "network" not in error and error.count("\n") == 1

@@ -180,7 +180,7 @@ def backbone_name(class_name: str) -> str:
 
 def load_backbone(folder: Path, **options: Any) -> ModelMixin:
     """The network in a folder, of the class that its config.json names, in eval mode; `options`: torch_dtype."""
-    if unknown := options.keys() - {"torch_dtype", "subfolder"}:
+    if unknown := options.keys() - {"torch_dtype"}:
         raise ValueError(f"got {min(unknown)!r}, wanted options that loading has: leave it out, or set it afterwards")
     class_name = str(read_config(UKANModel, folder).get("_class_name"))
     return BACKBONES[backbone_name(class_name)].load[class_name](folder, **options)

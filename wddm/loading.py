@@ -48,9 +48,9 @@ NAMES = (  # tensors of a published U-KAN: pattern in its name, replacement; app
 
 
 def is_path(name: str) -> bool:
-    """Whether a name is a path: it or its parent is a folder, it starts with . or /, or has 3 parts or more."""
+    """Whether a name is a path: it or its parent is a folder, it starts with . or / or ~, or has 3 parts or more."""
     folder, depth = Path(name), len(Path(name).parts)
-    return folder.is_dir() or name.startswith((".", "/")) or depth > 2 or (depth > 1 and folder.parent.is_dir())
+    return folder.is_dir() or name.startswith((".", "/", "~")) or depth > 2 or (depth > 1 and folder.parent.is_dir())
 
 
 def fetched(path: str | Path, options: dict[str, Any]) -> Path:
