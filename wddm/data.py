@@ -1,8 +1,8 @@
 """data: named sources -> prepared uint8 arrays with a manifest; prepared arrays -> batches on a device.
 
-`prepare` makes `<root>/<dataset>-<resolution>-<key>/`. The key stands for the content of the source and the options,
-so that two sets never share a folder and one that is there is found. It holds `images.npy` (uint8, (N, H, W, C)),
-`labels.npy` (int64, (N,), where there are any) and, written last, `manifest.json`. `load` opens it.
+`prepare` makes `<root>/<dataset>-<resolution>-<key>/`. The key is a hash of the source's content and of the options, so
+that two sets never share a folder and a set that is there is found. The folder holds `images.npy`, uint8 (N, H, W, C),
+`labels.npy`, int64 (N,), if there are labels, and, written last, `manifest.json`. `load` opens it.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from wddm.local import Images, split_called
 from wddm.sources import SOURCES, Source
 
 NOTEBOOK = "notebooks/01_prepare.ipynb"
-NAMED = 10  # skipped files that the manifest names
+NAMED = 10  # files that the manifest names, at most, of those skipped and of those left out
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Dataset:
 
     @property
     def sha256(self) -> str:
-        """Of `images.npy`: tells the set from every other one."""
+        """SHA-256 of `images.npy`, in hexadecimal: what checkpoints and scores know the images by."""
         return self.manifest["sha256"]["images"]
 
     @property
     def notes(self) -> list[str]:
-        """What was left out or skipped, what is unlabelled, and what its source says of itself, a line each."""
+        """A line each, if there is any, for the source's note, files left out, images skipped and images unlabelled."""
         lines = [self.manifest["note"]] if self.manifest["note"] else []
         for name in ("left_out", "skipped"):
             if count := self.manifest[name]["count"]:
@@ -62,17 +62,17 @@ def prepare(
     limit: int | None = None, on_error: str = "stop", progress: bool = True, width: int | None = None,
     channels: int | None = None, split: str = "train",
 ) -> Dataset:  # fmt: skip
-    """Open the data set of this content and these options below `root`, prepared first if it is not there, intact.
+    """Prepare a data set below `root`, or open the one of the same content and options that is there already, intact.
 
     Args:
         dataset: a name in `SOURCES`.
         resolution, width: height and width of the images in pixels, even; without a width they are square.
         dataset_path: a copy of a Hub data set in the Hub's Parquet layout; the folder of "folder"; the font of "emoji".
-        seed: chooses the crops of `patches`, and the images under a limit; has no influence otherwise.
-        limit: at most so many images, drawn at random from all.
-        on_error: "stop" at an image or a Parquet file that cannot be read, or "skip" it; the manifest counts these.
-        channels: 1 (grey), 3 (RGB), or as an array has them; by default 1 if all images are grey by their headers.
-        split: of a folder with several: train, validation, test. Of a set from the Hub, `train` is what it trains on.
+        seed: of the crops of `patches`, and of the images that a `limit` keeps; has no influence otherwise.
+        limit: the most images to keep, drawn at random from all.
+        on_error: "stop" at an image or a Parquet file that cannot be read, or "skip" it and count it in the manifest.
+        channels: 1 (grey), 3 (RGB), or those of an array, its default; of files by default 1 if all headers say grey.
+        split: train, validation or test, of a folder that has several. For a Hub set "train" means its `own` (SOURCES).
     ConnectionError: the Hub is out of reach. ValueError: anything else that is wrong, in one line.
     """
     settings, source = check_source(
@@ -86,7 +86,7 @@ def prepare(
     folder = root / f"{dataset}-{size}-{key}"
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f".{folder.name}.lock"):  # a second process waits, then finds it done
-        for end in ("preparing", "old"):  # of processes that were killed while they prepared this folder
+        for end in ("preparing", "old"):  # left by processes that were killed while they prepared this folder
             final = Path(os.path.realpath(folder))
             shutil.rmtree(final.with_name(f".{final.name}.{end}"), ignore_errors=True)
         try:
@@ -102,7 +102,7 @@ def prepare(
 
 
 def load(folder: str | Path, verify: bool = False) -> Dataset:
-    """Open a prepared folder; FileNotFoundError: none; ValueError: damaged, by the sha256 too with `verify`."""
+    """Open a prepared folder. FileNotFoundError: it is none. ValueError: it is damaged; `verify` checks the sha256."""
     folder = Path(folder).expanduser()
     if not (folder / "manifest.json").is_file():
         raise FileNotFoundError(f"got {folder}, wanted a prepared data set: run {NOTEBOOK} first")
@@ -122,9 +122,9 @@ def check_source(
     dataset: str, resolution: int, *, dataset_path: str | Path | None = None, seed: int = 0, limit: int | None = None,
     on_error: str = "stop", width: int | None = None, channels: int | None = None, split: str = "train",
 ) -> tuple[dict[str, Any], Source]:  # fmt: skip
-    """The options that the prepared bytes depend on (a seed without influence is None), and the source, not opened.
+    """The options that the prepared bytes depend on (a seed without influence is None), and the source, not yet opened.
 
-    ValueError: what is known to be wrong by then, without a network.
+    ValueError: whatever can be found wrong without the network.
     """
     if dataset not in SOURCES:
         close = get_close_matches(str(dataset), SOURCES, n=1)
@@ -141,7 +141,7 @@ def check_source(
     if on_error not in ("stop", "skip"):
         raise ValueError(f"got on_error={on_error!r}, wanted stop or skip: choose one of them")
     path = None if dataset_path is None else os.path.expanduser(dataset_path)
-    if path is not None and not os.path.exists(path):  # nor does ""
+    if path is not None and not os.path.exists(path):  # "" does not either
         raise ValueError(f"got dataset_path={path[:200] or repr(path)}, which does not exist: give a folder of files")
     size = resolution, width or resolution
     split = "+".join(dict.fromkeys(split_called(word) or word for word in split.replace(" ", "").split("+")))
@@ -155,7 +155,7 @@ def check_source(
 
 
 def opened(options: dict[str, Any], source: Source) -> Images:
-    """The images of a source, not decoded yet; ValueError: none that are whole, or without the channels asked for."""
+    """The images of a source, not yet decoded; ValueError: none can be read, or not with the channels asked for."""
     images, channels = source.open(options["on_error"] == "skip"), options["channels"]
     possible = [1, 3] if images.channels in (None, 1, 3) else [images.channels]
     if channels not in (None, *possible):
@@ -164,12 +164,12 @@ def opened(options: dict[str, Any], source: Source) -> Images:
 
 
 def channels_of(images: Images, rows: np.ndarray) -> int:
-    """As many as the images have, or 1 if the headers of those in ascending rows all say grey, else 3."""
+    """The number of channels: the source's own, or else 1 if the headers of the ascending `rows` all say grey, or 3."""
     return images.channels or (1 if all(is_grey(image) for image, *_ in images.read(rows)) else 3)
 
 
 def duplicates(images: np.ndarray) -> list[list[int]]:
-    """Groups of rows of uint8 (N, H, W, C) that are the same in every pixel, the largest first; by their hashes."""
+    """Groups of row numbers of images uint8 (N, H, W, C) with the same pixels (by hash), the largest group first."""
     rows: dict[bytes, list[int]] = defaultdict(list)
     for row, image in enumerate(images):
         rows[hashlib.blake2b(image.tobytes(), digest_size=16).digest()].append(row)
@@ -177,7 +177,7 @@ def duplicates(images: np.ndarray) -> list[list[int]]:
 
 
 def _write(source: Source, settings: dict[str, Any], to: Path, progress: bool) -> None:
-    """Write images.npy, labels.npy and, last, manifest.json; without a clock, so that they can be reproduced."""
+    """Write images.npy, labels.npy and, last, manifest.json; no date in them: the same input gives the same bytes."""
     images, limit = opened(settings, source), settings["limit"]
     rows = np.arange(images.count)
     if limit is not None and limit < len(rows):
@@ -210,17 +210,17 @@ def batches(
 ) -> Iterator[Any]:  # fmt: skip
     """Endless float32 batches (batch_size / world_size, C, H, W) in [-1, 1], contiguous, on the device.
 
-    The stream is one permutation of the images per epoch, drawn from (seed, epoch), end to end: batches
-    straddle epochs, and the batch that begins after `start` images is the same however one got there.
+    The stream is one permutation of the images per epoch, drawn from (seed, epoch), one after the other: a batch may
+    span epochs, and the batch that begins after `start` images is the same wherever the stream began.
 
     Args:
         images: uint8 (N, H, W, C), a memory map for instance.
-        batch_size, start: images in a batch, and seen before, over all processes.
+        batch_size, start: images in a batch, and images seen before the first batch; both over all processes.
         flip: mirror every image left to right with probability 1/2, drawn from (seed, epoch) too.
         rank, world_size: this process takes the rank-th contiguous slice of every batch.
         on_device: keep the whole set on the device; by default on an accelerator where it `fits`. Otherwise a
             thread prepares the next batches while the caller computes. The batches are the same.
-        rows: numbers of the images that the batches are of; by default all.
+        rows: numbers of the images to draw from; by default all.
         labels: int64 (N,); a batch is then (images, labels).
     """
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
@@ -245,12 +245,12 @@ def batches(
 
 
 def fits(nbytes: int, device: torch.device) -> bool:
-    """Whether a set takes under a quarter of the free memory of a CUDA device, or under 1 GiB on another one."""
+    """Whether a set takes under a quarter of a CUDA device's free memory, or under 1 GiB on any other device."""
     return nbytes < (torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**30)
 
 
 def to_batch(pixels: np.ndarray, mirrored: np.ndarray, device: torch.device) -> Tensor:
-    """float32 (B, C, H, W) in [-1, 1] on the device of uint8 (B, H, W, C), some of them mirrored left to right."""
+    """uint8 (B, H, W, C) -> float32 (B, C, H, W) in [-1, 1] on the device, flipped left to right if `mirrored` (B,)."""
     if device.type == "cpu":  # in numpy, image by image: in cache, and without threads that would compete with training
         count, height, width, channels = pixels.shape
         batch = np.empty((count, channels, height, width), np.float32)
@@ -265,13 +265,13 @@ def to_batch(pixels: np.ndarray, mirrored: np.ndarray, device: torch.device) -> 
 
 
 def _finish(x: Tensor, mirrored: np.ndarray) -> Tensor:
-    """Mirrored, float32 and contiguous, of uint8 (B, C, H, W) on a device."""
+    """uint8 (B, C, H, W) on a device -> contiguous float32 in [-1, 1], flipped left to right where `mirrored` (B,)."""
     x = torch.where(torch.from_numpy(mirrored).to(x.device).view(-1, 1, 1, 1), x.flip(-1), x)
     return x.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 
 def _order(count: int, batch_size: int, seed: int, start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Row numbers and coin flips (batch_size,) of the batches that follow `start` images."""
+    """Row numbers of each batch after the first `start` images, and whether to mirror each row; both (batch_size,)."""
     left, seen = np.empty((2, 0), np.int64), start % count
     for epoch in itertools.count(start // count):
         rng = np.random.default_rng([seed, epoch])

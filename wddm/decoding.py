@@ -1,14 +1,14 @@
 """decoding: images of any kind -> an .npy file of uint8 pixels of one size, on every core.
 
 The rule, in this order:
-- the first frame of a file in one of FORMATS, whatever its name says;
-- of 16 bits a channel the high byte, of 12 bits the upper 8; 32-bit integers count as 16 bits where they fit. Refused,
-  since nothing says which number is white: files of floats, and TIFFs of more than 8 bits whose values all lie in the
-  lowest quarter of the range. White-is-zero TIFFs are inverted;
-- palettes, YCbCr and CMYK become RGB, and what has a readable colour profile sRGB;
-- transparency of every kind is laid on white, and the image turned upright as its EXIF orientation says;
-- scaled with PIL's antialiased Lanczos filter until it covers the size; the centre is cut out on whole pixels, so that
-  what needs no scaling keeps its pixels.
+- the first frame is read, from a file in one of FORMATS, whatever its name says;
+- 16-bit channels keep their high byte, 12-bit ones their upper 8 bits; 32-bit integers count as 16-bit if they fit.
+  White-is-zero TIFFs are inverted. Refused, since nothing says which number is white, are files of floats, and TIFFs of
+  more than 8 bits whose values all lie in the lowest quarter of the range;
+- palettes, YCbCr and CMYK become RGB, and images with a readable colour profile become sRGB;
+- transparency of every kind is laid on white, and the image is turned upright as its EXIF orientation says;
+- the image is scaled with PIL's antialiased Lanczos filter until it covers the size, and its centre is cut out on whole
+  pixels, so that an image that needs no scaling keeps its pixels.
 Arrays are uint8, uint16 (the high byte) or floats in [0, 1], of any number of channels.
 
 No torch here: processes that decode import this module alone.
@@ -34,10 +34,10 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
-RULE = 2  # part of the keys of prepared sets: to be raised when the rule above gives any image other pixels
+RULE = 2  # part of the key of every prepared set: raise it when a new rule above gives any image other pixels
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
-IMAGES_PER_PROCESS = 1024  # fewer do not pay for its start
-SECONDS = 60  # that a decoding process may take for an image; for a chunk, 2 more for each
+IMAGES_PER_PROCESS = 1024  # with fewer, a process costs more than it saves
+SECONDS = 60  # in which a process must decode an image; for a chunk, 2 more for each image
 SERVE = "from wddm.decoding import _serve; _serve()"
 TiffImagePlugin.OPEN_INFO |= {  # TIFFs that PIL decodes but does not list, most of them white-is-zero
     (b"MM", 1, (1,), 1, (32,), ()): ("I", "I;32B"),
@@ -46,14 +46,14 @@ TiffImagePlugin.OPEN_INFO |= {  # TIFFs that PIL decodes but does not list, most
 }
 SUBFILE, BITS, PHOTOMETRIC, PLANES, COLOURS, SAMPLE_FORMAT = 254, 258, 262, 284, 320, 339  # tags of TIFF
 
-Item = tuple[bytes | Path | np.ndarray | str | None, int, str]  # image or why there is none, label or -1, where from
+Item = tuple[bytes | Path | np.ndarray | str | None, int, str]  # image, or why it has none; label, or -1; its origin
 Shape = tuple[int, int, int]  # height, width, channels
 Result = TypeVar("Result")
 Decoded = tuple[np.ndarray, list[int], list[tuple[str, str]]]
 
 
 def decode(chunk: list[Item], shape: Shape) -> Decoded:
-    """uint8 (n, H, W, C) and labels of the items that decode; where the others are from, and why they do not."""
+    """Pixels uint8 (n, H, W, C) and labels of the items that decode; origin and error of each of the others."""
     pixels, labels, failed = np.empty((len(chunk), *shape), np.uint8), list[int](), list[tuple[str, str]]()
     for image, label, where in chunk:
         try:
@@ -66,7 +66,7 @@ def decode(chunk: list[Item], shape: Shape) -> Decoded:
 
 
 def _pixels(image: bytes | Path | np.ndarray | str | None, shape: Shape) -> np.ndarray:
-    """uint8 (H, W, C) of one image, by the rule above."""
+    """Pixels uint8 (H, W, C) of one image, by the rule at the top."""
     if image is None or isinstance(image, str):
         raise ValueError(image or "there is nothing in its place")
     bands = _of_array(image) if isinstance(image, np.ndarray) else [_of_file(image)]
@@ -78,7 +78,7 @@ def _pixels(image: bytes | Path | np.ndarray | str | None, shape: Shape) -> np.n
 
 
 def _fitted(picture: Image.Image, height: int, width: int) -> Image.Image:
-    """Scaled until it covers the size, and cut at a whole number of pixels of what that gives."""
+    """The picture scaled until it covers the size, and its centre cut out along whole pixels of the scaled one."""
     if picture.size == (width, height):
         return picture
     scale = max(height / picture.height, width / picture.width)
@@ -90,11 +90,11 @@ def _fitted(picture: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def _of_array(array: np.ndarray) -> list[Image.Image]:
-    """The bands of (H, W) or (H, W, C): one of each channel, of three together."""
+    """An array (H, W) or (H, W, C) as 8-bit pictures: one in RGB if it has three channels, else one per channel."""
     if array.dtype.kind == "u" and array.itemsize == 2:
         array = (array >> 8).astype(np.uint8)
     elif array.dtype.kind == "f":
-        if not (array.min() >= 0 and array.max() <= 1):  # nor NaN
+        if not (array.min() >= 0 and array.max() <= 1):  # true of NaN, too
             raise ValueError("floats beyond [0, 1]: scale them")
         array = np.round(array * 255.0).astype(np.uint8)
     if array.shape[2:] == (3,):
@@ -103,7 +103,7 @@ def _of_array(array: np.ndarray) -> list[Image.Image]:
 
 
 def opened(image: bytes | Path) -> Image.Image:
-    """A file in one of FORMATS, read no further than its header; ValueError if it is in none of them."""
+    """An image file in one of FORMATS, read no further than its header; ValueError if it is in none of them."""
     try:
         return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS)
     except UnidentifiedImageError:  # whose text is an address in memory
@@ -114,17 +114,17 @@ def opened(image: bytes | Path) -> Image.Image:
 
 
 def is_grey(image: Any) -> bool:
-    """Whether the header of an image says so, or says nothing; a palette counts as colours."""
-    with suppress(Exception), opened(image) as picture:  # what is wrong with it is said when it is decoded
+    """Whether an image is grey by its header, or has no header to tell; a palette counts as colours."""
+    with suppress(Exception), opened(image) as picture:  # decoding it says what is wrong
         return picture.mode != "LAB" and picture.mode[0] in "1LIF"
     return True
 
 
 def _of_file(image: bytes | Path) -> Image.Image:
-    """L, RGB or CMYK of a file: 8 bits, in sRGB, on white and upright."""
+    """The picture in a file, in mode L, RGB or CMYK: 8 bits, upright, on white, in sRGB if it has a colour profile."""
     picture: Any = opened(image)
     _check(image, picture)
-    raw = picture.tile[0].args if picture.tile else None  # how the pixels stand in the file
+    raw = picture.tile[0].args if picture.tile else None  # how the file stores its pixels
     ImageOps.exif_transpose(picture, in_place=True)
     profile = picture.info.get("icc_profile")
     opaque = _opaque(image, picture, raw)
@@ -143,11 +143,11 @@ def _of_file(image: bytes | Path) -> Image.Image:
 
 
 def _check(image: bytes | Path, picture: Any) -> None:
-    """ValueError for what PIL decodes to wrong pixels, without a word."""
+    """ValueError for files that PIL decodes to wrong pixels without an error."""
     wrong = False
     if picture.format == "JPEG2000" and picture.mode in ("RGB", "RGBA"):
         content = image if isinstance(image, bytes) else image.read_bytes()
-        wrong = content[content.index(b"\xff\x4f\xff\x51") + 42] & 127 > 7  # where white turns black
+        wrong = content[content.index(b"\xff\x4f\xff\x51") + 42] & 127 > 7  # over 8 bits: white turns black
     elif picture.format == "TIFF":
         tags, raw = picture.tag_v2, picture.tile[0][0] == "raw"
         wrong = (
@@ -161,12 +161,12 @@ def _check(image: bytes | Path, picture: Any) -> None:
 
 
 def _opaque(image: bytes | Path, picture: Image.Image, raw: Any) -> Image.Image | None:
-    """255 where the colour is not the transparent one (PNG's tRNS, at the depth of the file), else 0."""
+    """Mask: 0 where a pixel has the transparent colour (PNG's tRNS, at the file's depth), else 255; or None."""
     key = picture.info.get("transparency")
     if key is None or picture.mode not in ("1", "L", "I;16", "RGB"):
         return None
     samples = np.asarray(picture.convert("L") if picture.mode == "1" else picture)
-    if raw == "RGB;16B":  # of which PIL keeps the high bytes; read in the other order, they are the low ones
+    if raw == "RGB;16B":  # PIL keeps the high bytes; in the other byte order it reads the low ones
         low: Any = opened(image)
         low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
         samples = samples.astype(np.uint16) << 8 | np.asarray(ImageOps.exif_transpose(low))
@@ -177,7 +177,7 @@ def _opaque(image: bytes | Path, picture: Image.Image, raw: Any) -> Image.Image 
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Of samples of more bits, the upper 8; what is white must be known."""
+    """The picture with the upper 8 bits of deeper samples; ValueError if nothing says which value is white."""
     tags = getattr(picture, "tag_v2", {})
     bits, signed, brightest = max(tags.get(BITS, (16,))), 2 in tags.get(SAMPLE_FORMAT, ()), 255
     if picture.mode == "F" or (signed and bits == 8):
@@ -189,7 +189,7 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
         if wide.min() < 0 or wide.max() > white:
             raise ValueError("32-bit integers beyond 16 bits: scale them to 8 or 16, or give .npy in [0, 1]")
         brightest = wide.max() * 255 // white if wide.any() else 255
-        wide = white - wide if tags.get(PHOTOMETRIC) == 0 else wide  # which PIL does of 8 bits alone
+        wide = white - wide if tags.get(PHOTOMETRIC) == 0 else wide  # PIL inverts 8 bits only
         picture = Image.fromarray((wide >> (white.bit_length() - 8)).astype(np.uint8))
     elif tags and bits > 8 and picture.mode[:3] == "RGB":
         brightest = np.asarray(picture)[..., :3].max()
@@ -200,7 +200,7 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
 
 @lru_cache(maxsize=16)
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From an embedded profile to sRGB; None if it cannot be read, is of other pixels than these, or sRGB already."""
+    """Transform from an embedded profile to sRGB; None if it is unreadable, of another `mode`, or sRGB already."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
@@ -215,11 +215,11 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 def write_images(
     chunks: Iterable[list[Item]], count: int, shape: Shape, to: Path, on_error: str, progress: bool
 ) -> tuple[list[int], list[str]]:
-    """Decode `count` images into the .npy file `to`; their labels, and where skipped ones are from, or a ValueError."""
+    """Decode `count` images into the .npy file `to`, or raise ValueError; return labels, origins of skipped ones."""
     labels, skipped = [], []
     bar = tqdm(total=count, desc="decoding", unit="image", file=sys.stdout, disable=not progress)
     with to.open("wb") as file, bar, closing(decoded(chunks, shape, count // IMAGES_PER_PROCESS)) as results:
-        header = partial(np.lib.format.write_array_header_1_0, file)  # as long for any number of images
+        header = partial(np.lib.format.write_array_header_1_0, file)  # its length is the same for any count
         header({"descr": "|u1", "fortran_order": False, "shape": (count, *shape)})
         for pixels, chunk_labels, failed in results:
             if failed and on_error != "skip":
@@ -235,23 +235,23 @@ def write_images(
 
 
 def decoded(chunks: Iterable[list[Item]], shape: Shape, processes: int) -> Generator[Decoded, None, None]:
-    """`decode` of every chunk, in order and a few chunks ahead, in a process per core or at most so many.
+    """`decode` every chunk, in order and a few chunks ahead, in a process per core, but at most `processes`.
 
-    PIL holds the interpreter's lock while it decodes small images: two threads are half as fast as one on CIFAR-10, two
-    processes 1.6 times. For fewer than two there are threads.
+    PIL holds the interpreter's lock while it decodes small images: on CIFAR-10 two threads are half as fast as one, two
+    processes 1.6 times as fast. Where there would be one process or none, threads decode.
     """
     number = min(cores(), processes)
     with ExitStack() as stack:
         idle = [_worker(stack) for _ in range(number if number > 1 else 0)]
 
         def elsewhere(chunk: list[Item]) -> Decoded:
-            connection, process = idle.pop()  # there are as many as threads
+            connection, process = idle.pop()  # never empty: a process per thread
             try:
                 connection.send((chunk, shape, SECONDS + 2 * len(chunk)))
                 result = connection.recv()
             except (EOFError, OSError):
                 idle.append(_worker(stack))
-                if len(chunk) > 1:  # one image after the other, to find in which it died
+                if len(chunk) > 1:  # one by one, to find the image that it died of
                     pixels, labels, failed = zip(*(elsewhere([item]) for item in chunk), strict=True)
                     return np.concatenate(pixels), [*chain(*labels)], [*chain(*failed)]
                 code = process.wait()
@@ -265,10 +265,10 @@ def decoded(chunks: Iterable[list[Item]], shape: Shape, processes: int) -> Gener
 
 
 def _worker(stack: ExitStack) -> tuple[Connection, subprocess.Popen]:
-    """The connection to a process that runs `_serve`, and that process, which is killed with the stack.
+    """The connection to a new process that runs `_serve`, and the process; closing the `stack` kills it.
 
-    It ends with the other end of its socket, so a parent that was killed leaves none behind, as it would those of a
-    ProcessPoolExecutor; nor does it import the caller's script. What decoders print is thrown away.
+    The process ends when the parent's end of the socket closes, so that a killed parent leaves none behind, as it would
+    with a ProcessPoolExecutor; and it does not import the caller's script. What decoders print is thrown away.
     """
     ours, theirs = Pipe()
     command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {SERVE}", str(theirs.fileno())]
@@ -281,7 +281,7 @@ def _worker(stack: ExitStack) -> tuple[Connection, subprocess.Popen]:
 
 
 def _serve() -> None:
-    """What the process of a Worker runs. An alarm ends it in a decoder that hangs, though its parent be gone."""
+    """What a process of `_worker` runs. An alarm ends it when a decoder hangs, even if the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     connection = Connection(int(sys.argv[1]))
     with suppress(EOFError, ConnectionError):  # the parent has gone, or was killed
@@ -306,5 +306,5 @@ def ahead(function: Callable[[Any], Result], items: Iterable, threads: int) -> G
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """How many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

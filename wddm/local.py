@@ -1,4 +1,4 @@
-"""local: images and their labels in files: pictures, Parquet as on the Hub, arrays; which are there, of which split."""
+"""local: images and labels from files (pictures, Parquet as on the Hub, arrays); lists a folder by kind and split."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -22,31 +22,31 @@ KINDS = {".parquet": "table", ".npy": "array", "metadata.csv": "labels", "labels
 KINDS |= dict.fromkeys([".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"], "image")
 SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 SPLITS |= {"training": "train", "testing": "test", "unlabeled": "unlabeled"}
-CHUNK, CHUNK_BYTES = 256, 2**22  # images that are decoded at a time, and what encoded ones take together, at most
+CHUNK, CHUNK_BYTES = 256, 2**22  # most images decoded at a time, and most bytes that they take encoded
 REMEDY = "fetch or write it again"
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images to decode. `read` yields those of ascending rows in order; `chunk` of them are decoded at a time."""
+    """Images to decode: `read` takes ascending row numbers and yields an item each; `chunk` are decoded at a time."""
 
     count: int
     read: Callable[[np.ndarray], Iterator[Item]]
     channels: int | None = None  # None: 1 if all are grey by their headers, else 3
     class_names: list[str] | None = None
-    note: str = ""  # what a user should know of them
-    left_out: Sequence[str] = ()
+    note: str = ""  # what a user should know of the images
+    left_out: Sequence[str] = ()  # what is not read, and why
     revision: str | None = None
     chunk: int = CHUNK
 
 
 def listed(root: Path) -> tuple[dict[str, list[Path]], list[str]]:
-    """Files below a folder, in order of name, by kind: table, array, image, labels; what else is there, and why not."""
+    """Files below a folder by kind (table, array, image, labels), in order of name; and those left out, and why."""
     found: dict[str, list[Path]] = {kind: [] for kind in KINDS.values()}
     left_out = []
     for file, trouble in walk(root):
         kind = KINDS.get(file.name.lower()) or KINDS.get(file.suffix.lower())
-        if not kind and not trouble:  # what it is stands inside
+        if not kind and not trouble:  # its header may tell what its name does not
             with suppress(Exception), opened(file):
                 kind = "image"
         if kind and not trouble:
@@ -58,7 +58,7 @@ def listed(root: Path) -> tuple[dict[str, list[Path]], list[str]]:
 
 
 def split_of(root: Path, file: Path) -> str | None:
-    """That of the folder at the top, for images; of a word in its path, for another file."""
+    """The split of a file, or None: for images by the top folder, for Parquet and arrays by a word in the path."""
     path = file.relative_to(root)
     whole = KINDS.get(file.suffix.lower()) in ("table", "array")
     words = re.split("[/_.-]", path.as_posix())[::-1] if whole else path.parts[:-1][:1]
@@ -66,12 +66,12 @@ def split_of(root: Path, file: Path) -> str | None:
 
 
 def split_called(word: str) -> str | None:
-    """The split of which a folder, or a part of a file's name, says that it is: train, Training, val2017."""
+    """The split that a word of a path names, as train, Training or val2017 do; None for other words."""
     return SPLITS.get(re.sub("(19|20)[0-9]{2}$", "", word.lower()))
 
 
 def of_split(root: Path, files: list[Path], split: str) -> list[Path]:
-    """Those of "train+validation", in this order; ValueError if there are none, or fewer than "-of-00004" says."""
+    """Files of the splits in "train+validation", in this order; ValueError if one has none or not all (-of-00004)."""
     chosen = []
     for part in split.split("+"):
         found = [file for file in files if split_of(root, file) == part]
@@ -87,7 +87,7 @@ def of_split(root: Path, files: list[Path], split: str) -> list[Path]:
 
 
 def pictures(root: Path, files: list[Path], tables: list[Path], in_splits: bool, skip: bool) -> Images:
-    """Files of images; labels are in metadata.csv, or else the folders at the top if all are in one of several."""
+    """Image files; labels are those in metadata.csv, or else the top folders, if every image is in one of several."""
     tops = [(*file.relative_to(root).parts[in_splits:-1], "")[0] for file in files]
     folders = sorted({*tops} - {""})
     labels, names, note, left_out = _of_csv(tables, files) if tables else (np.full(len(files), -1), None, "", [])
@@ -101,7 +101,7 @@ def pictures(root: Path, files: list[Path], tables: list[Path], in_splits: bool,
 
 
 def _of_csv(tables: list[Path], files: list[Path]) -> tuple[np.ndarray, list[str] | None, str, list[str]]:
-    """Of metadata.csv, with a column file_name: labels of the files, names of classes, a note, what is not there."""
+    """From metadata.csv with a column file_name: labels of `files`, class names, a note, and the rows left out."""
     import pandas as pd
 
     frames = []
@@ -118,7 +118,7 @@ def _of_csv(tables: list[Path], files: list[Path]) -> tuple[np.ndarray, list[str
 
 
 def _label_column(candidates: list[str], classes: list[str]) -> tuple[str | None, str]:
-    """`label`, or the only column of classes, or the only one that could be; what there is to say if there is none."""
+    """The column of labels: "label", or the only one of classes, or the only candidate; else None, and a note why."""
     for only in (["label"] if "label" in candidates else [], classes, candidates):
         if len(only) == 1:
             return only[0], ""
@@ -126,7 +126,7 @@ def _label_column(candidates: list[str], classes: list[str]) -> tuple[str | None
 
 
 def numbers(values: "pd.Series", column: str) -> tuple[np.ndarray, list[str] | None, str]:
-    """Class numbers, -1 for none, of integers, strings or bools; the classes' names unless integers; a note if none."""
+    """Class numbers (-1: none) of integers, strings or bools; class names, None for integers; a note if no classes."""
     import pandas as pd
 
     labels = values.convert_dtypes()
@@ -141,7 +141,7 @@ def numbers(values: "pd.Series", column: str) -> tuple[np.ndarray, list[str] | N
 
 
 def npy(files: list[Path], labels: list[Path], skip: bool) -> Images:
-    """One array of uint8, uint16 or floats in [0, 1], and, in labels.npy, integers if it is there."""
+    """Images of one array (.npy): uint8, uint16 or floats in [0, 1]; and their integer labels in labels.npy, if any."""
     with refusing(plain(files[0]), "an array of numbers (.npy)", REMEDY):
         pixels = np.load(files[0], mmap_mode="r")
         classes = np.load(labels[0]) if labels else np.full(len(pixels), -1)
@@ -159,9 +159,9 @@ def npy(files: list[Path], labels: list[Path], skip: bool) -> Images:
 
 
 def tables(files: list[Path], skip: bool, *, beside: Sequence[Path] = ()) -> Images:
-    """The column of images in Parquet files as on the Hub, and that of labels; `beside`: files that rows may name.
+    """Images and labels of Parquet files laid out as on the Hub; `beside`: image files that rows may name.
 
-    Read by pyarrow: `datasets`, which copies the files to Arrow ones first, peaks at three times the memory.
+    pyarrow reads them: `datasets` would copy them to Arrow files first, and peak at three times the memory.
     """
     import pandas as pd
 
@@ -201,17 +201,17 @@ def tables(files: list[Path], skip: bool, *, beside: Sequence[Path] = ()) -> Ima
 
 
 def _columns(file: Path, schema: "pa.Schema") -> tuple[str, str | None, list[str] | None, str]:
-    """The column of images, that of labels, the names of the classes if they are stored, a note if there are none."""
+    """The columns of images and of labels, the class names if they are stored, and a note if no column is of labels."""
     from datasets import ClassLabel, Features
 
     with refusing(plain(file), "metadata that `datasets` reads", REMEDY):
         features = Features.from_arrow_schema(schema)
     images = [one.name for one in schema if "bytes" in getattr(one.type, "names", ())]
-    images.sort(key=lambda name: name not in ("image", "img"))  # rather than a mask
+    images.sort(key=lambda name: name not in ("image", "img"))  # an image comes before its mask
     if not images:
         raise ValueError(f"got columns {schema.names} in {plain(file)}, wanted one of images: write it with `datasets`")
     kinds = {name: str(getattr(kind, "dtype", "")) for name, kind in features.items()}
-    kinds.pop("__index_level_0__", None)  # of pandas
+    kinds.pop("__index_level_0__", None)  # the index that pandas stores
     candidates = [n for n in kinds if re.match("." if n == "label" else "u?int|bool|(large_)?string", kinds[n])]
     classes = {name: kind.names for name, kind in features.items() if isinstance(kind, ClassLabel)}
     label, note = _label_column(candidates, list(classes))
@@ -219,7 +219,7 @@ def _columns(file: Path, schema: "pa.Schema") -> tuple[str, str | None, list[str
 
 
 def _rows(file: Path, name: str, rows: np.ndarray, chunk: int, labels: np.ndarray, beside: set[Path]) -> Iterator[Item]:
-    """The images in the column `name` of ascending rows of a Parquet file, of which `chunk` are held at a time."""
+    """Items of ascending `rows` of a Parquet file, images from the column `name`; `chunk` rows are held at a time."""
     parquet, chosen, first = _parquet(file), {*rows.tolist()}, 0
     for group in range(parquet.num_row_groups):
         end = first + parquet.metadata.row_group(group).num_rows
@@ -233,14 +233,14 @@ def _rows(file: Path, name: str, rows: np.ndarray, chunk: int, labels: np.ndarra
                             image = next((folder / path for folder in file.parents if folder / path in beside), None)
                         yield image, int(labels[row]), f"{plain(file)}, row {row} {plain(path)}".rstrip()
                 first += len(batch)
-        except Exception as error:  # of pyarrow, which raises many kinds
+        except Exception as error:  # pyarrow raises many kinds
             for row in due[due >= first]:
                 yield f"the file is damaged after row {first}: {error}", int(labels[row]), f"{plain(file)}, row {row}"
         first = end
 
 
 def _parquet(file: Path) -> "ParquetFile":
-    """pyarrow's reader, made to hold some pages of a file in memory, where by default it holds a row group."""
+    """pyarrow's reader, set to hold some pages of a file in memory; by default it would hold a whole row group."""
     import pyarrow.parquet as pq
 
     with refusing(plain(file), "a whole Parquet file", REMEDY):

@@ -1,6 +1,6 @@
 """From a checkpoint, ours or published, to a folder of images: `wddm sample`.
 
-What the checkpoint says need not be given; what is given and contradicts it is an error.
+Settings that the checkpoint stores need not be given; one that is given and contradicts it is an error.
 """
 
 import json
@@ -33,9 +33,9 @@ def open_pipeline(
 ) -> WaveletPipeline:  # fmt: skip
     """A pipeline folder of ours, or a published checkpoint (folder or Hub repository), with the solver asked for.
 
-    ValueError if it is not of the model type, level, resolution (height) or prediction type given; a published one does
-    not store the last. `scheduler`: unless given "ddim", "euler" for a flow. `spacing` of the solver's steps: unless
-    given "trailing", "leading" for published ones.
+    ValueError if it has another model type, level, resolution (height) or prediction type than given; a published one
+    does not store its prediction type, and takes the one given. `scheduler` is by default "ddim", for a flow "euler";
+    `spacing`, of the solver's steps, is by default "trailing", for published checkpoints "leading".
     """
     model_type, prediction_type, spacing = (name and name.lower() for name in (model_type, prediction_type, spacing))
     folder = fetched(path, {})
@@ -62,14 +62,14 @@ def draw(
     pipeline: WaveletPipeline, folder: Path, count: int, *, batch_size: int = 64, seed: int = 0,
     labels: Sequence[int | str] | None = None, **solving: Any,
 ) -> None:  # fmt: skip
-    """Write images 00000.png ..., grid.png and samples.json into a new folder, as `write_summary` and `new_folder` say.
+    """Draw `count` images into a new folder: 00000.png ..., grid.png and samples.json; see `write_summary`.
 
-    Under `accelerate launch` each process draws its share of the batches; the files are those of one process.
+    Under `accelerate launch` each process draws its share of the batches; the files are the same as from one process.
     """
     processes = PartialState()
     rank, world_size = processes.process_index, processes.num_processes
     folder = new_folder(folder)
-    processes.wait_for_everyone()  # to have looked, before anybody writes
+    processes.wait_for_everyone()  # all have checked the folder before any of them writes
     starts = range(0, count, images_per_call(pipeline, batch_size))[rank::world_size]
     share = {"batch_size": batch_size, "seed": seed, "rank": rank, "world_size": world_size}
     labels = labels_in_turn(pipeline, labels)
@@ -89,9 +89,9 @@ def sample_images(
 ) -> Iterator[np.ndarray]:  # fmt: skip
     """Draw `count` images batch by batch, uint8 (b, H, W, C), image k seeded `seed + k`; the last batch is shorter.
 
-    Image k has label k of `labels_in_turn`, over and over, or else row k of each tensor in `known`: the pipeline's
-    low_resolution, or known and mask, and the `labels` if any. The process `rank` draws every `world_size`-th batch.
-    `solving`: arguments of the pipeline's call, which refuses others.
+    Image k has label k of `labels_in_turn` and row k of each tensor in `known`, over and over: low_resolution, or known
+    and mask, of the pipeline's call. With `known` alone, labels are those in it, if any. Process `rank` draws every
+    `world_size`-th batch. `solving`: other arguments of the pipeline's call, which refuses unknown ones.
     """
     size = images_per_call(pipeline, batch_size)
     turn = labels_in_turn(pipeline, labels) if labels or not known else None
@@ -105,15 +105,15 @@ def sample_images(
 
 
 def labels_in_turn(pipeline: WaveletPipeline, labels: Sequence[int | str] | None = None) -> list[int] | None:
-    """What images are drawn with, over and over: these labels, by number or name, or else all there are, or none."""
+    """Class numbers that images are drawn with in turn: those of `labels`, else all classes; None if there are none."""
     known = getattr(pipeline.backbone.config, "num_class_embeds", None) or 1  # the last is "no label"
     return numbered(labels or range(known - 1), pipeline.config.get("class_names")) or None
 
 
 def images_per_call(pipeline: WaveletPipeline, batch_size: int) -> int:
-    """How many images are drawn at a time: `batch_size` on a GPU, on the CPU a number of the network's own.
+    """How many images are drawn at a time: `batch_size` on a GPU, on the CPU a number set by the network's map size.
 
-    Sums round differently in batches of other sizes; so image k is the same to the last bit, at no loss of speed.
+    Sums round differently in batches of another size; with a fixed one, image k is the same to the last bit, as fast.
     """
     height, width = pipeline.map_size
     return max(1, 2048 // (height * width)) if pipeline.device.type == "cpu" else batch_size
@@ -127,7 +127,7 @@ def check_device(name: str) -> None:
 
 
 def new_folder(name: str | Path) -> Path:
-    """A folder of this name, made; ValueError if it is there and not empty, or cannot be made."""
+    """Make a folder, or take an empty one; ValueError if it is not empty, or cannot be made."""
     folder = Path(name).expanduser()
     with refusing(folder, "a new folder", "give another"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ def new_folder(name: str | Path) -> Path:
 
 
 def write_images(folder: str | Path, images: np.ndarray, start: int = 0) -> None:
-    """Write what is `visible` of uint8 images (N, H, W, C) as PNGs, numbered from `start`."""
+    """Write the `visible` channels of images uint8 (N, H, W, C) as PNGs, numbered from `start`."""
     for number, picture in enumerate(numpy_to_pil(visible(images) / 255), start):
         picture.save(Path(folder, f"{number:05d}.png"))
 
@@ -156,11 +156,11 @@ def write_summary(folder: Path, pipeline: WaveletPipeline, count: int, seed: int
 
 
 def read_images(path: Path) -> np.ndarray:
-    """uint8 (N, H, W, C) of a samples.npy, or of a folder that holds one or PNGs as `wddm sample` writes them."""
+    """Images uint8 (N, H, W, C) of a samples.npy, or of a folder with one or with PNGs that `wddm sample` wrote."""
     array = path / "samples.npy" if path.is_dir() else path
     is_array = array.suffix == ".npy" and array.is_file()
     pictures = {*path.glob("*.png")} - {path / "grid.png"}  # an overview by `wddm sample`
-    files = [array] if is_array else sorted(pictures, key=lambda file: (len(file.name), file))  # 99999, 100000
+    files = [array] if is_array else sorted(pictures, key=lambda file: (len(file.name), file))  # 99999 before 100000
     if not files:
         raise ValueError(f"got {path}, wanted a folder of PNGs, or samples.npy: give what wddm sample wrote")
     found: list[np.ndarray] = []

@@ -1,8 +1,8 @@
 """sources: where images come from. A new data set is one function and a line in `SOURCES`.
 
 Such a function takes ((height, width), dataset_path, seed, split), refuses what it can without the network, and returns
-a `Source`: what tells its images from all others, and how to open them. Opened `Images` are handed over one by one,
-encoded or as pixels; what is made of them is the rule at the top of `decoding.py`.
+a `Source`: what tells its images from all others, and how to open them. Opened `Images` are read one by one, encoded or
+as pixels; the rule at the top of `decoding.py` says how each is decoded.
 """
 
 import itertools
@@ -20,9 +20,9 @@ from wddm import local
 from wddm.decoding import Item
 from wddm.files import digest_of, plain, refusing, snapshot
 
-CELEBAHQ = "42078a1fb27b6079eaab8cf453efd3d79a8b7bda"  # revision
+CELEBAHQ = "42078a1fb27b6079eaab8cf453efd3d79a8b7bda"  # commit on the Hub
 PATCHES = 10_000  # crops in `patches`
-EMOJI = {  # Unicode's groups, roughly: where they begin, block by block
+EMOJI = {  # first code point of each block -> its group, roughly Unicode's
     0: "symbols", 0x1F300: "nature", 0x1F32D: "food", 0x1F330: "nature", 0x1F345: "food", 0x1F380: "activities",
     0x1F3D4: "travel", 0x1F3F5: "objects", 0x1F400: "nature", 0x1F440: "people", 0x1F493: "symbols", 0x1F4A1: "objects",
     0x1F500: "symbols", 0x1F550: "travel", 0x1F56F: "objects", 0x1F600: "smileys", 0x1F645: "people", 0x1F680: "travel",
@@ -33,18 +33,18 @@ EMOJI = {  # Unicode's groups, roughly: where they begin, block by block
 }  # fmt: skip
 FLAGS_AND_TONES = {*range(0x1F1E6, 0x1F200), 0x1F3F3, 0x1F3F4, *range(0x1F3FB, 0x1F400), *range(0xE0000, 0xFFFFF)}
 FONT = "install fonts-noto-color-emoji, or give its NotoColorEmoji.ttf, with bitmaps (CBDT), as dataset_path"
-Open = Callable[[bool], local.Images]  # from whether Parquet files that are damaged as a whole are left out
+Open = Callable[[bool], local.Images]  # whether to leave out Parquet files that cannot be opened
 
 
 @dataclass(frozen=True)
 class Source:
-    """A set that can be opened. `content` is the same text for the same images, and another one for any others."""
+    """A set of images that can be opened. `content` returns the same text for the same images, another for others."""
 
     name: str
     content: Callable[[], str]
     open: Open
     split: str = "all"
-    left_out: Sequence[str] = ()  # what is in the folder and not taken, and why
+    left_out: Sequence[str] = ()  # files in the folder that are not read, and why
 
 
 def digits(size: tuple[int, int], dataset_path: str | None, seed: int, split: str) -> Source:
@@ -81,7 +81,7 @@ def patches(size: tuple[int, int], dataset_path: str | None, seed: int, split: s
 
 
 def emoji(size: tuple[int, int], dataset_path: str | None, seed: int, split: str) -> Source:
-    """The 1,600 bitmaps (136x128) of the font Noto Color Emoji, no flags or skin tones; classes roughly Unicode's."""
+    """The 1,600 bitmaps (136x128) of the font Noto Color Emoji, no flags or skin tones; classes: Unicode's, roughly."""
     from matplotlib.font_manager import findSystemFonts
 
     fonts = findSystemFonts([dataset_path] if dataset_path else None)
@@ -130,7 +130,7 @@ def folder(size: tuple[int, int], dataset_path: str | None, seed: int, split: st
         raise ValueError(f"got {got}{left}, wanted one of the three: {remedy}")
     shared = os.path.commonpath([file.parent for file in itertools.chain(*found.values())]) if root.is_dir() else root
     for part in itertools.takewhile(lambda part: not local.split_called(part), Path(shared).relative_to(root).parts):
-        root /= part  # as archives unpack, beside a README
+        root /= part  # enter the only folder, as archives unpack one beside a README
     splits = {local.split_of(root, file) for file in every} - {None}
     files = local.of_split(root, every, split) if splits else every
     others, beside, used = len(every) - len(files), [*pictures, *arrays] if tables else [], []
@@ -151,14 +151,14 @@ def folder(size: tuple[int, int], dataset_path: str | None, seed: int, split: st
 
 
 def hub(size: tuple[int, int], dataset_path: str | None, seed: int, split: str, *, repo: str, own: str) -> Source:
-    """Splits ("train+validation") of "owner/name@commit" on the Hub, or of a copy; `train` stands for its `own`."""
+    """Splits ("train+validation") of a `repo` "owner/name@commit" on the Hub, or of a copy; "train" means its `own`."""
     split = own if split == "train" else split
     if dataset_path is not None:
         root = Path(dataset_path)
         files = local.listed(root)[0]["table"]
         files = files if files and root.is_file() else local.of_split(root, files, split)
         return _local(dataset_path, root, files, partial(local.tables, files), split)
-    name, _, commit = repo.partition("@")  # the last one without
+    name, _, commit = repo.partition("@")  # without one, the newest
 
     def opened(skip: bool) -> local.Images:
         root = snapshot(name, [f"*{part}*.parquet" for part in split.split("+")], revision=commit or None)
@@ -182,13 +182,13 @@ SOURCES: dict[str, Callable[[tuple[int, int], str | None, int, str], Source]] = 
 def _local(
     name: str, root: Path, files: list[Path], opened: Open, split: str = "all", left_out: Sequence[str] = ()
 ) -> Source:
-    """A set of files below `root`, which is the same one when the folder was moved or copied."""
+    """A set of files below `root`; its content stays the same when the folder is moved or copied."""
     told = f", left out: {left_out}" * bool(left_out)
     return Source(plain(name), lambda: digest_of(root, files) + told, opened, split, left_out)
 
 
 def _embedded(dataset: str, path: str | None, loader: str, files: list[str], opened: Open) -> Source:
-    """A set that comes with scikit-learn, which is not imported to tell the content of its files."""
+    """A set that comes with scikit-learn; its files are hashed without importing scikit-learn."""
     if path is not None:
         raise ValueError(f"got dataset_path={path}, wanted none, {dataset} is embedded: leave it out")
     root = Path(str(distribution("scikit-learn").locate_file("sklearn/datasets")))
