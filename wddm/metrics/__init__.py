@@ -5,7 +5,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """Of the module that needs torch, when it is asked for."""
+    """Import `frechet_wavelet_distance` when it is first asked for: its module needs torch."""
     if name != "frechet_wavelet_distance":
         raise AttributeError(f"module 'wddm.metrics' has no attribute {name!r}")
     return import_module("wddm.metrics.frechet").frechet_wavelet_distance

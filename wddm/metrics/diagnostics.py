@@ -18,7 +18,7 @@ from wddm.wavelets import WaveletCodec
 Images = np.ndarray | Tensor | list[Image.Image]
 Device = str | torch.device
 CACHED = 2**16  # values that are transformed at a time: half a MiB, which a core's own cache holds
-MOST = 5000  # labelled real images that a classifier is fitted to and tested on
+MOST = 5000  # labelled real images, at most, that a classifier is fitted to and tested on
 
 
 class Spectrum(NamedTuple):
@@ -26,7 +26,7 @@ class Spectrum(NamedTuple):
     power: Estimate[np.ndarray]  # (F,)
 
 
-class BandStatistics(NamedTuple):  # of every Haar packet, arrays (4^L,)
+class BandStatistics(NamedTuple):  # a value per Haar packet: arrays (4^L,)
     bands: list[str]
     energy: Estimate[np.ndarray]  # mean square
     std: np.ndarray
@@ -34,14 +34,14 @@ class BandStatistics(NamedTuple):  # of every Haar packet, arrays (4^L,)
 
 
 class Verdict(NamedTuple):
-    """What a classifier of real images makes of generated ones."""
+    """What a classifier fitted to real images says of N generated ones, and of M real ones held out."""
 
-    labels: np.ndarray  # (N,), their classes
-    class_counts: dict[int, int]  # how many images have each class as their top one
-    confidence: np.ndarray  # (N,), their top probabilities
-    held_out: np.ndarray  # (M,), top probabilities of real images that it was not fitted to
-    threshold: float  # the 10th percentile of these: 90 % of real images pass
-    accuracy: Estimate[float]  # the share of these whose class it found
+    labels: np.ndarray  # (N,), predicted classes of the generated images
+    class_counts: dict[int, int]  # by class, how many generated images are predicted to be of it
+    confidence: np.ndarray  # (N,), probabilities of the predicted classes
+    held_out: np.ndarray  # (M,), the same of the held-out real images
+    threshold: float  # the 10th percentile of `held_out`: 90 % of real images pass
+    accuracy: Estimate[float]  # the share of held-out images whose class is predicted right
 
     @property
     def classes_seen(self) -> int:
@@ -52,10 +52,10 @@ class Verdict(NamedTuple):
 class UnitBatches:
     """Iterates over images, or those in `rows`, in batches (B, C, H, W) of float64 in [0, 1] on the device.
 
-    Apple's GPUs ("mps") have no float64: the CPU takes their place. ValueError for anything but such images.
+    Apple's GPUs ("mps") have no float64: the CPU takes their place. ValueError for anything but images as at the top.
     """
 
-    images: Any  # see above
+    images: Any  # of the kinds at the top of this module
     rows: np.ndarray | None = None
     batch_size: int = 512
     batch_values: int = 2**20  # 8 MiB of float64; larger batches wait for memory
@@ -76,9 +76,9 @@ class UnitBatches:
 
     def __iter__(self) -> Iterator[Tensor]:
         images, shape = self.images, tuple(self.images.shape)
-        last = images.dtype in (np.uint8, torch.uint8)  # channels are
+        last = images.dtype in (np.uint8, torch.uint8)  # channels come last
         sides = shape[1:3] if last else shape[2:]
-        if len(shape) != 4 or not min(shape) or min(sides) <= 4 < shape[3 if last else 1]:  # so short a side is colours
+        if len(shape) != 4 or not min(shape) or min(sides) <= 4 < shape[3 if last else 1]:  # so short a side: channels
             wanted = "uint8 (N, H, W, C) or float (N, C, H, W): transpose them, or give others"
             raise ValueError(f"got {images.dtype} images {shape}, wanted one or more, {wanted}")
         device = "cpu" if torch.device(self.device).type == "mps" else self.device
@@ -97,7 +97,7 @@ class UnitBatches:
 
 
 def of_each(images: Images, function: Callable[[Tensor], Tensor]) -> np.ndarray:
-    """What a function of batches (B, C, H, W) finds of each image (N, ...); one array, as parts scatter the memory."""
+    """Values (N, ...) of a function (B, C, H, W) -> (B, ...); written to one array, as parts would fragment memory."""
     batches, start, found = UnitBatches(images), 0, np.empty(0)
     for batch in batches:
         part = function(batch).numpy()
@@ -107,14 +107,14 @@ def of_each(images: Images, function: Callable[[Tensor], Tensor]) -> np.ndarray:
 
 
 def haar_packets(batch: Tensor, level: int, part: slice = slice(None)) -> Tensor:
-    """Some of the 4^L Haar packets (P, B, C H W / 4^L) of float64 images (B, C, H, W), in `WaveletCodec`'s order."""
+    """Haar packets (P, B, C H W / 4^L) of float64 images (B, C, H, W): `part` of the 4^L in `WaveletCodec`'s order."""
     codec, size = WaveletCodec("haar", level, scaling="none").to(batch), max(1, CACHED // batch[0].numel())
     packets = [codec.encode(images).unflatten(1, (4**level, -1)).flatten(2)[:, part] for images in batch.split(size)]
     return torch.cat(packets).transpose(0, 1)  # encoded some at a time, as a core's own cache is several times faster
 
 
 def radial_power_spectrum(images: Images) -> Spectrum:
-    """Power to 1/2 cycle/pixel, over rings, colours and images less their means; v for white noise of variance v."""
+    """Radial power spectrum to 1/2 cycle/pixel, means removed, averaged over images; white noise has its variance."""
     height, width = next(iter(UnitBatches(images, batch_size=1))).shape[-2:]
     side = min(height, width)
     y, x = (torch.fft.fftfreq(n, dtype=torch.float64) for n in (height, width))
@@ -130,7 +130,7 @@ def radial_power_spectrum(images: Images) -> Spectrum:
 
 
 def band_statistics(images: Images, level: int = 3) -> BandStatistics:
-    """Energy, spread and tails of the Haar packets; those of details in photographs are heavy-tailed."""
+    """Energy, standard deviation and kurtosis of each Haar packet; the details of photographs are heavy-tailed."""
 
     def moments(batch: Tensor) -> Tensor:  # (B, 4, 4^L)
         packets = haar_packets(batch, level)
@@ -149,7 +149,7 @@ def _kurtosis(moments: np.ndarray) -> np.ndarray:
 
 
 def pixels(images: Images, side: int) -> np.ndarray:
-    """Images as vectors (N, d) of grey levels, float32; larger ones averaged to `side` x `side` pixels."""
+    """Images as vectors (N, d), float32 from 0 to 255; images larger than `side` x `side` are averaged to that."""
 
     def small(batch: Tensor) -> Tensor:
         sides = min(side, batch.shape[2]), min(side, batch.shape[3])
@@ -159,13 +159,13 @@ def pixels(images: Images, side: int) -> np.ndarray:
 
 
 def nearest_neighbours(generated: Images, real: Images, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """The k real images nearest to each generated one, larger ones averaged to 32 x 32: rows, RMS distances (n, k)."""
+    """Rows and RMS distances in [0, 1], (n, k), of the k real images nearest to each generated one, at most 32 x 32."""
     rows, distances = nearest(pixels(generated, 32), pixels(real, 32), k)
     return rows, distances / 255
 
 
 def nearest(generated: np.ndarray, real: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same of vectors (n, d) and (m, d)."""
+    """Rows and RMS distances (n, k), ascending, of the k real vectors (m, d) nearest to each generated one (n, d)."""
     from sklearn.neighbors import NearestNeighbors
 
     if not 1 <= k <= len(real):
@@ -176,8 +176,8 @@ def nearest(generated: np.ndarray, real: np.ndarray, k: int) -> tuple[np.ndarray
 
 
 def memorised(distances: np.ndarray, ratio: float = 1 / 3) -> np.ndarray:
-    """Which samples (n,) are copies: three times as near to one image as to the next (Yoon et al. 2023), of distances
-    (n, k >= 2) in order; among several equal ones too.
+    """Which samples (n,) are copies, by ascending `distances` (n, k >= 2): at most `ratio` times as far from one image
+    as from the next (Yoon et al. 2023). A sample that equals several images is a copy, too.
     """
     if distances.ndim != 2 or distances.shape[1] < 2:
         raise ValueError(f"got distances {distances.shape}, wanted (n, 2 or more): ask for k=2 neighbours or more")
@@ -185,10 +185,10 @@ def memorised(distances: np.ndarray, ratio: float = 1 / 3) -> np.ndarray:
 
 
 def judge(generated: np.ndarray, real: np.ndarray, labels: np.ndarray, seed: int = 0) -> Verdict:
-    """The classes of generated images, and how sure of them a classifier of real ones is; all as vectors (N, d).
+    """Classify generated images, vectors (N, d), by a classifier fitted to real ones (R, d) and their labels (R,).
 
-    A logistic regression on 500 radial basis functions, which is sure only of what resembles images that it has seen.
-    It is fitted to three quarters of the images and measured on the rest; those with a negative label are left out.
+    It is a logistic regression on 500 radial basis functions, sure only of what resembles images that it has seen. It
+    is fitted to three quarters of the real images and tested on the rest; images with a negative label are left out.
     """
     from sklearn.kernel_approximation import Nystroem
     from sklearn.linear_model import LogisticRegression

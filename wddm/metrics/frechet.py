@@ -1,8 +1,8 @@
 """FWD, the Frechet distance between the wavelet packets of two sets of images (arXiv 2312.15289).
 
-Images, as `diagnostics` takes them, are cut into 4^level Haar packets of d = C H W / 4^level values each. Means and
-covariances alone are kept, in float64, on the `device`. `resamples` sets of generated images are drawn by `seed` for a
-bootstrap interval, with the real images held fixed; without them its ends are nan.
+Images, as `diagnostics` takes them, are cut into 4^level Haar packets of d = C H W / 4^level values each. Only means
+and covariances are kept, in float64, on the `device`. `resamples` sets of generated images are drawn by `seed` for a
+bootstrap interval, with the real images held fixed; with 0 of them the interval's ends are nan.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ Array = np.ndarray | Tensor
 
 @dataclass(frozen=True)
 class Frechet:
-    """The mean `distance` over the 4^level `packets`, in the channel order of `WaveletCodec`."""
+    """Distances of the 4^level `packets`, in the channel order of `WaveletCodec`, and their mean, `distance`."""
 
     distance: Estimate[float]
     packets: Estimate[np.ndarray]  # (4^level,) each
@@ -38,7 +38,7 @@ class Frechet:
 
 @dataclass(frozen=True)
 class Moments:
-    """Of P populations of `count` vectors each, in float64."""
+    """Means and covariances, float64, of P populations (packets), each of `count` vectors of d values."""
 
     count: int | np.ndarray
     mean: np.ndarray  # (P, d)
@@ -51,14 +51,14 @@ Side = Images | UnitBatches | Moments  # images, or the moments of their packets
 def frechet_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> float | np.ndarray:
     """Squared Frechet distance of Gaussians, |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2).
 
-    The last trace is the sum of the singular values of F1' F2 for any F F' = C: real, symmetric, and exact for singular
-    covariances (Dowson & Landau 1982). Means (..., d), covariances (..., d, d) -> (...), a float if that is nothing.
+    The trace of the root is the sum of the singular values of F1' F2 for any F F' = C: real, symmetric, and exact for
+    singular covariances (Dowson & Landau 1982). Means (..., d), covariances (..., d, d) -> (...); a float for one pair.
     """
     m1, c1, m2, c2 = (torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in (mean1, cov1, mean2, cov2))
     if m1.shape != m2.shape or not c1.shape == c2.shape == (*m1.shape, m1.shape[-1]):
         shapes = ", ".join(str(tuple(v.shape)) for v in (m1, c1, m2, c2))
         raise ValueError(f"got shapes {shapes}, wanted (..., d), (..., d, d) twice: compare vectors of equal size")
-    with threadpool_limits(1):  # several are up to ten times slower on small matrices, and round differently
+    with threadpool_limits(1):  # more are up to ten times slower on small matrices, and round differently
         cross = np.linalg.svd((factor(c1).mT @ factor(c2)).numpy(), compute_uv=False).sum(-1)
     traces = (c1 + c2).diagonal(dim1=-2, dim2=-1).sum(-1)
     distance = ((m1 - m2).square().sum(-1) + traces).numpy() - 2 * cross
@@ -77,9 +77,9 @@ def factor(matrix: Tensor) -> Tensor:
 def frechet_wavelet_distance(
     real: Side, generated: Side, level: int = 3, *, resamples: int = 0, seed: int = 0, device: Device = "cpu"
 ) -> Frechet:
-    """Mean over the 4^level Haar packets of the Frechet distance of real and generated values.
+    """Frechet distance between the Haar packets of real and of generated images: the mean of all 4^level, and each.
 
-    It is biased upwards, about as 1 / images: compare only numbers with equal counts, and see `split_floor`. Time grows
+    Its upward bias goes about as 1 / images: compare only numbers of equal counts, and see `split_floor`. Time grows
     with d^3, see `packet_level`. ValueError for fewer than d images, whose covariance is singular.
     """
     sides = (real, generated)
@@ -102,7 +102,7 @@ def split_floor(
 ) -> Frechet:
     """The distance of `count` real images chosen at random, by default half of them, to all the others.
 
-    A perfect generator, compared with all N, scores lower: by about (1/n + 1/N) / (1/n + 1/(N - n)) for n = `count`.
+    A perfect generator scores about (1/n + 1/N) / (1/n + 1/(N - n)) times this, with n = `count` images against all N.
     """
     chosen, others = (UnitBatches(real, rows, device=device) for rows in split(len(real), count, seed))
     return frechet_wavelet_distance(others, chosen, level, resamples=resamples, seed=seed)
@@ -118,20 +118,20 @@ def split(size: int, count: int | None = None, seed: int = 0) -> tuple[np.ndarra
 
 
 def packet_level(shape: Sequence[int], level: int | None = None) -> int:
-    """`level`, or if it is None the smallest from 2 on that divides both sides of images (H, W, C) and leaves up to 192
-    values in a packet, as 32 x 32 in colour have; where there is none, the largest that divides them, at most 8.
+    """`level`, or by default the smallest from 2 on whose 2^level divides both sides of images (H, W, C) and that
+    leaves 192 values in a packet at most, as for 32 x 32 RGB; if there is none, the largest that divides, at most 8.
     """
     dividing = [n for n in range(9) if not np.remainder(shape[:2], 2**n).any()]
     return next((n for n in dividing[2:] if np.prod(shape) <= 192 * 4**n), dividing[-1]) if level is None else level
 
 
 def moments(images: Images, level: int = 3, device: Device = "cpu") -> Moments:
-    """Of the 4^level packets of images: what `frechet_wavelet_distance` takes in their place."""
+    """`Moments` of the 4^level packets of images; `frechet_wavelet_distance` takes them in place of the real images."""
     return _moments(UnitBatches(images, device=device), level)[0]
 
 
 def accumulated(batches: Iterable[Tensor], weights: np.ndarray) -> list[Moments]:
-    """Of float64 vectors that come in batches (P, n, d), repeated as every line of `weights` (R, N) says."""
+    """R `Moments` of float64 vectors in batches (P, n, d); a row of `weights` (R, N) says how often each one counts."""
     start = 0
     for x in batches:
         if not start:  # differences from one origin are added up, so that nothing cancels where means are large
@@ -150,7 +150,7 @@ def accumulated(batches: Iterable[Tensor], weights: np.ndarray) -> list[Moments]
 
 
 def check(images: UnitBatches, level: int) -> int:
-    """How many values a packet has; refuses what are no such images, or fewer than that."""
+    """The number of values d in a packet; ValueError for anything but images, or for fewer than d of them."""
     values = haar_packets(next(iter(replace(images, batch_size=1))), level).shape[-1]
     if images.count < (minimum := max(values, 2)):
         got = f"got {images.count} images for packets of {values} values, wanted {minimum} images or more"
@@ -161,10 +161,10 @@ def check(images: UnitBatches, level: int) -> int:
 def _moments(
     side: UnitBatches | Moments, level: int, part: slice = slice(None), weights: np.ndarray | None = None
 ) -> list[Moments]:
-    """Moments of some packets, with the images repeated as each line of `weights` (R, n) says, or once."""
+    """`Moments` of the packets in `part`, one for each row of `weights` (R, n): how often each image counts."""
     if isinstance(side, Moments):
         return [Moments(side.count, side.mean[part], side.covariance[part])]
     check(side, level)
     weights = np.ones((1, side.count)) if weights is None else weights
-    batches = replace(side, batch_values=2**22)  # covariances are large, too: added to by many images at a time
+    batches = replace(side, batch_values=2**22)  # covariances are large: many images are added to them at once
     return accumulated((haar_packets(batch, level, part) for batch in batches), weights)

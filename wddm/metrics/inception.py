@@ -10,7 +10,7 @@ import torch
 from wddm.metrics.frechet import factor
 from wddm.metrics.intervals import Estimate, distance_estimate, resample_counts, share
 
-POOLED, LOGITS = "2048", "logits_unbiased"  # the layers of all scores but the Inception score, and of that
+POOLED, LOGITS = "2048", "logits_unbiased"  # layers: of all scores but the Inception score, and of the Inception score
 SPLITS = 10  # parts of IS: torch-fidelity's own, as are 100 subsets of KID, seed 2020 and batches of 64
 NORMAL90 = 1.6449  # half a 90 % interval of a Gaussian, in standard deviations
 Features = dict[str, np.ndarray]
@@ -19,7 +19,7 @@ Progress = Callable[[range], Iterable[int]]
 
 
 def find_weights(path: str | Path | None = None) -> Path | None:
-    """The file given, which must be Inception's, or the one that torch-fidelity has downloaded, or None."""
+    """The weights at `path`, else those that torch-fidelity has downloaded, or None; ValueError if not Inception's."""
     if path is None:
         return found if (found := _source()[1]).is_file() else None
     got, wanted = f"got inception_weights={str(path)!r}", f"wanted torch-fidelity's: {remedy()}"
@@ -48,7 +48,7 @@ def build(weights: Path, device: str | torch.device = "cpu") -> torch.nn.Module:
 
 
 def features(images: np.ndarray, network: Any, progress: Progress = iter, batch: int = 64) -> Features:
-    """What a feature extractor of torch-fidelity makes of images uint8 (N, H, W, 1 or 3): float32 (N, d) by name."""
+    """Features float32 (N, d), by name, of images uint8 (N, H, W, 1 or 3) by a feature extractor of torch-fidelity."""
     device, found = next(network.parameters()).device, []
     for start in progress(range(0, len(images), batch)):
         x = torch.from_numpy(np.array(images[start : start + batch])).permute(0, 3, 1, 2)  # (B, C, H, W)
@@ -58,7 +58,7 @@ def features(images: np.ndarray, network: Any, progress: Progress = iter, batch:
 
 
 def scores(generated: Features, real: Features, *, resamples: int = 20, seed: int = 0) -> Estimates:
-    """fid (see `fid_interval`), inception_score (its interval: the standard error over its parts), and `by_kernel`."""
+    """By key: fid (`fid_interval`), inception_score (interval: standard error over its parts), and `by_kernel`'s."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
 
@@ -72,11 +72,11 @@ def scores(generated: Features, real: Features, *, resamples: int = 20, seed: in
 
 
 def by_kernel(generated: np.ndarray, real: np.ndarray, subset_size: int = 1000, end: str = "") -> Estimates:
-    """KID, precision and recall of features (N, d) and (M, d), 10 or more of each; keys with an `end`.
+    """KID, precision and recall of features (N, d) and (M, d), 10 or more of each; `end` is appended to their keys.
 
-    KID is the mean over 100 random subsets of `subset_size` images, at most half of the smaller set, so that their
-    spread tells the error of the whole (the jackknife of Shao & Wu 1989) and of their mean. Precision and recall, of
-    `generated` and `real` images in the other set's balls of 3 neighbours: binomial (Wilson), with these held fixed.
+    KID is the mean over 100 random subsets of `subset_size` images, at most half of the smaller set, so that the spread
+    over subsets tells its error (the jackknife of Shao & Wu 1989). Precision (recall): the share of generated (real)
+    images within the 3rd neighbour's distance of an image of the other set; its interval (Wilson) holds that set fixed.
     """
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric

@@ -1,4 +1,4 @@
-"""Intervals: how far a number may be from what endlessly many images would give. They are 90 % intervals."""
+"""90 % intervals: how far a number may be from what infinitely many images would give."""
 
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
@@ -18,14 +18,14 @@ class Estimate(NamedTuple, Generic[Value]):
 
 
 def resample_counts(count: int, resamples: int, seed: int = 0) -> np.ndarray:
-    """How often each of `count` images is in every set that is resampled with replacement, (resamples, count)."""
+    """Bootstrap counts (resamples, count): how often each of `count` images is in each set drawn with replacement."""
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
 
 
 def resampled(
     per_image: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray] | None = None, *, seed: int = 0
 ) -> Estimate[np.ndarray]:
-    """The mean of `per_image` (N, ...), or a statistic of means (R, ...), with its interval from 200 resampled sets."""
+    """The mean of `per_image` (N, ...), or a statistic of R such means, with its interval from 200 resampled sets."""
     count = len(per_image)
     weights = np.concatenate([np.ones((1, count)), resample_counts(count, 200, seed)]) / count
     means = (weights @ per_image.reshape(count, -1)).reshape(-1, *per_image.shape[1:])
@@ -36,7 +36,7 @@ def resampled(
 def distance_estimate(value: Value, drawn: np.ndarray) -> Estimate[Value]:
     """A distance with its percentile interval, from its values `drawn` (R, ...) on R resampled sets, if there are any.
 
-    Their mean is subtracted: duplicates make every distance larger. Weibull's quantiles: numpy's own hold 81 % of 20.
+    Their mean is subtracted, as duplicates make all of them larger. Weibull's quantiles: numpy's cover 81 % at R = 20.
     """
     if not len(drawn):
         return Estimate(value, np.nan * value, np.nan * value)
@@ -59,5 +59,5 @@ def median(values: np.ndarray) -> Estimate[float]:
 
 
 def band(values: np.ndarray, confidence: float = 0.9) -> float:
-    """Half the width of the band that holds the whole distribution function of values (N,) (Massart 1990)."""
+    """Half the width of the confidence band of the whole distribution function of values (N,) (Massart 1990)."""
     return float(np.sqrt(np.log(2 / (1 - confidence)) / (2 * len(values))))

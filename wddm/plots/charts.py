@@ -34,9 +34,9 @@ def lines(
     series: Mapping[str, Curve], xlabel: str, ylabel: str, log: str = "", dashed: Texts = (), parts: Texts = (),
     backwards: bool = False,
 ) -> Figure:  # fmt: skip
-    """Curves by name, each (x, y); `log`: "x", "y", "xy"; `dashed`: references; `parts`: what adds up to another.
+    """Curves by name, each (x, y). `log`: the axes that are logarithmic, "x", "y" or "xy".
 
-    `backwards`: largest x at the left, as noise comes before images.
+    `dashed`: names of reference curves; `parts`: of curves that add up to another; `backwards`: largest x at the left.
     """
     plain, shades = [name for name in series if name not in (*dashed, *parts)], np.linspace(0.35, 0.9, len(parts))
     colors = dict(zip(plain, palette(len(plain)), strict=True)) | dict.fromkeys(dashed, REAL)
@@ -51,7 +51,7 @@ def lines(
 
 
 def training_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
-    """Rows (or a DataFrame) of images_seen, loss, lr, grad_norm, some with validation_loss; and running means."""
+    """Curves, with running means, of rows with images_seen, loss, lr and grad_norm, some also with validation_loss."""
     import pandas as pd
 
     frame, names = pd.DataFrame(rows), ["images_seen", "loss", "lr", "grad_norm"]
@@ -75,7 +75,7 @@ def training_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
 
 
 def histograms(values: Mapping[str, ArrayLike], quantity: str, edges: ArrayLike, log: str = "") -> Figure:
-    """The shares of values, any number by name, that lie between `edges`: a panel each, on the same axes."""
+    """Histograms by name, in per cent of the values (any shape) between `edges`: a panel each, on the same axes."""
     with panels(2.0, "ABCDEFGH"[: len(values)], log, sharex=True, sharey=True) as (figure, axs):
         for axes, (name, each) in zip(axs, values.items(), strict=True):
             counts, _ = np.histogram(each, edges)
@@ -101,7 +101,7 @@ def spectra(frequency: ArrayLike, real: Estimates, generated: Estimates) -> Figu
 
 
 def beside(labels: Texts, real: Estimates, generated: Estimates, quantity: str, log: str = "") -> Figure:
-    """A row for each of K labels (bands, classes, distances): (K,) of real and of generated images, with intervals."""
+    """A row for each of K labels (bands, classes, distances): values (K,), real and generated, with intervals."""
     rows = np.arange(len(labels))
     with panels(0.7 + 0.25 * len(labels), log=log, legend="upper right") as (figure, (axes,)):
         for (name, color), (values, low, high), shift in zip(SIDES, (real, generated), (-0.12, 0.12), strict=True):
@@ -114,13 +114,13 @@ def beside(labels: Texts, real: Estimates, generated: Estimates, quantity: str, 
 
 
 def packet_map(distances: Estimates, level: int) -> Figure:
-    """Fréchet distance of each Haar packet (4^L,), to level 4 with half its interval; low frequencies top left."""
+    """Heat map of the Haar packets' Fréchet distances (4^L,), low frequencies top left; with numbers up to level 4."""
     import pywt  # here, as seaborn takes a second
     import seaborn as sns
 
     values, side = np.reshape(distances.value, 4**level), 2**level
     nodes = pywt.WaveletPacket2D(np.zeros((side, side)), "haar", maxlevel=level).get_level(level, "freq")
-    # a path has a letter per split, the first split first; a packet's number, a base-4 digit per split, the last first
+    # a path is a letter per split, the first split first; a packet's number is a base-4 digit per split, the last first
     digits = str.maketrans("ahvd", "0123")
     packets = np.array([[int(node.path[::-1].translate(digits), 4) for node in row] for row in nodes])
     halves = 50 * (distances.high - distances.low) / np.where(values > 0, values, np.nan)
@@ -131,7 +131,7 @@ def packet_map(distances: Estimates, level: int) -> Figure:
     look: dict[str, Any] = {"norm": LogNorm(*ends, clip=True), "annot_kws": {"size": min(6, 44 / side)}}
     with panels(3.4) as (figure, (axes,)):
         figure.set_size_inches(4.3, 3.4)
-        labels = np.array(texts)[packets] if level < 5 else None  # which would be smaller than can be read
+        labels = np.array(texts)[packets] if level < 5 else None  # beyond 4 too small to read
         sns.heatmap(values[packets], annot=labels, fmt="", cmap="crest", cbar_kws=bar, ax=axes, **look)
         axes.collections[0].colorbar.minorticks_off()  # type: ignore[union-attr]
         axes.grid(visible=False)
@@ -152,7 +152,7 @@ def variants(table: Any, metric: str, quantity: str, floor: float | None = None)
             axes.plot([values.mean()] * 2, [row - 0.3, row + 0.3], color=GENERATED)
             low, high = (seeds.get(f"{metric}_{end}", values) for end in ("low", "high"))
             axes.hlines(at, low, high, color=GENERATED, linewidth=2, alpha=0.3)
-        if floor is not None and floor > max(0, table[metric].min() / 20):  # KID's is far off, or below 0
+        if floor is not None and floor > max(0, table[metric].min() / 20):  # KID's floor is far off, or below 0
             axes.axvline(floor, **FLOOR)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
@@ -164,9 +164,9 @@ def quality_curves(
     tables: Mapping[str, Any], metric: str, quantity: str, axis: Mapping[str, str], *, by: str, xscale: str = "log",
     floor: float | None = None, reference: tuple[str, Sequence[float]] | None = None,
 ) -> Figure:  # fmt: skip
-    """Columns metric, metric_low and metric_high of a table per panel, a line for each value of the column `by`.
+    """A metric with its interval (columns metric, metric_low, metric_high), a line for each value of the column `by`.
 
-    `axis`: the columns that they are drawn over, in turn, with their labels. `reference`: name, value, low and high.
+    A panel for each of `tables` (by title) and each x column of `axis` (to its label). `reference`: name, its estimate.
     """
     names = list(dict.fromkeys(name for table in tables.values() for name in table.get(by, ())))
     colors = dict(zip(names, palette(len(names)), strict=True))
@@ -195,9 +195,9 @@ def quality_curves(
 
 
 def distributions(quantities: Mapping[str, tuple[ArrayLike, ArrayLike]], threshold: float) -> Figure:
-    """The share of real (N,) and of generated images (M,) below a value, by the name of that: a panel each.
+    """Distribution functions of `quantities`, by name, for real (N,) and generated images (M,): a panel each.
 
-    Shaded: the band in which 90 % of whole curves lie. Dashed, in the last panel: a threshold.
+    Shaded: the band in which 90 % of whole curves lie. Dashed, in the last panel: `threshold`.
     """
     with panels(2.6, "ABCD"[: len(quantities)], legend="upper right", sharey=True) as (figure, axs):
         for axes, (name, both) in zip(axs, quantities.items(), strict=True):

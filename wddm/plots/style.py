@@ -1,8 +1,8 @@
 """The house style (900 pixels wide, colour-blind safe, grey for real data, blue for generated images); image figures.
 
-Images are uint8 (N, H, W, C), enlarged by whole pixels and shown as `as_rgb` says. Coefficients are stacked as by the
+Images are uint8 (N, H, W, C), enlarged by a whole factor and shown as `as_rgb` says. Coefficients are stacked as by the
 codec, channel = band * C + colour. Each tile of a band has a scale of its own about zero: blue is negative, white zero,
-red positive; three channels are colours about mid-grey.
+red positive; bands of three channels are shown as colours about mid-grey.
 """
 
 import textwrap
@@ -67,19 +67,19 @@ def panels(
 
 
 def wrapped(names: Iterable[str], width: int = 36, lines: int | None = None) -> list[str]:
-    """Names in lines of this many letters, so many at most."""
+    """Names broken into lines of at most `width` letters, at most `lines` of them."""
     return ["\n".join(textwrap.wrap(name, width, max_lines=lines, placeholder=" …")) for name in names]
 
 
 def palette(count: int) -> list[Any]:
-    """A colour for each of `count` curves; bands, 16 or more, get a hue per last split and shades for the earlier."""
+    """A colour for each of `count` curves; bands, 16 or more, get a hue by their last split, a shade by the others."""
     depths = np.linspace(1, 0, -(-count // 4) + 2)[:-2]
     shades = [1 - depth * (1 - np.array(to_rgb(hue))) for hue in COLORS[:4] for depth in depths]
     return (COLORS if count <= len(COLORS) else shades)[:count]
 
 
 def ticks(low: float, high: float) -> Locator:
-    """Round numbers on a logarithmic axis, neither one nor twenty of them."""
+    """Ticks at round numbers of a logarithmic axis from `low` to `high`: more than one, fewer than twenty."""
     if high < 8 * low:
         return MaxNLocator(4, steps=ROUND)
     return LogLocator(subs=(1, 2, 5) if high < 40 * low else (1, 3) if high < 300 * low else (1,))
@@ -88,7 +88,7 @@ def ticks(low: float, high: float) -> Locator:
 def logarithmic(axes: Axes, names: str) -> None:
     """Make the axes named, "x", "y" or "xy", logarithmic; a tick is 0.1, not 10^-1.
 
-    Where something is negative, as ends of intervals are, an axis is linear: as far up as down, or to the end.
+    With a lowest value v < 0, as intervals' ends may be, it is linear to -v, or all along if nothing exceeds -30 v.
     """
     for name in names:
         axis, sharing = getattr(axes, f"{name}axis"), getattr(axes, f"get_shared_{name}_axes")().get_siblings(axes)
@@ -115,7 +115,7 @@ def as_rgb(images: ArrayLike) -> np.ndarray:
 
 
 def shown_channels(channels: int) -> str:
-    """For a caption: which of so many channels are shown; nothing for grey and RGB."""
+    """A sentence for a caption: which of so many channels are shown; empty for grey and RGB."""
     shown = "channels 1 to 3 as RGB" if channels > 3 else "channel 1 as grey"
     return "" if channels in (1, 3) else f" Shown of {channels} channels: {shown}."
 
@@ -189,7 +189,7 @@ def _tiles(coefficients: np.ndarray, labels: Texts) -> tuple[np.ndarray, np.ndar
 
 
 def coefficient_bands(coefficients: ArrayLike, labels: Texts) -> Figure:
-    """Bands (4^L C, h, w) of an image, each titled with its label and spread over all C channels."""
+    """Bands of an image (4^L C, h, w), each titled with its label and its standard deviation over all C channels."""
     (bands,), tiles = _tiles(np.asarray(coefficients)[None], labels)
     titles = [f"{name}  std {band.std():#.2g}" for name, band in zip(labels, bands, strict=True)]
     return image_grid(tiles, 4 if len(bands) <= 4 else 8, titles)

@@ -1,7 +1,7 @@
 """sampling: settings of the sampler on one checkpoint: what each costs, how good it is, what may be said of it.
 
-A setting is {name: value} of SETTING; a cell is a setting and the images that it is measured on: `count` of them, whose
-seeds begin at `first`. Functions that take a table take what `pooled` makes, a row per setting.
+A setting has a value for every name in SETTING; a cell is a setting and the images that it is measured on: `count` of
+them, whose seeds begin at `first`. A `table` is what `pooled` makes: a row per setting.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ def settings(
     schedulers: Sequence[str], steps: Sequence[int], *, etas: Sequence[float] = (0.0,),
     spacings: Sequence[str | None] = (None,), detail_steps: Sequence[int | None] = (None,),
 ) -> list[Row]:  # fmt: skip
-    """Every combination; etas for ddim alone, trailing spacing for None, None for details in as many steps."""
+    """All combinations. Only ddim takes `etas`; spacing None is "trailing"; `detail_steps` equal to steps are None."""
     return [
         dict(zip(SETTING, (name, count, eta, spacing or "trailing", details), strict=True))
         for name, spacing in itertools.product(schedulers, spacings)
@@ -48,13 +48,13 @@ def settings(
 
 
 def cells(settings: Sequence[Row], sets: int, count: int, seed: int = 0) -> list[Row]:
-    """Each setting once for every one of `sets` sets of `count` images; the settings in turn, as time is taken too."""
+    """A cell for each setting on each of `sets` sets of `count` images; settings take turns, as they are timed, too."""
     unique = [setting for k, setting in enumerate(settings) if setting not in settings[:k]]
     return [setting | {"first": seed + k * count, "count": count} for k in range(sets) for setting in unique]
 
 
 def context(pipeline: WaveletPipeline, reference: Dataset, **also: Any) -> Row:
-    """What the numbers depend on beside the setting: checkpoint, real images, device, versions, and what is given."""
+    """What the numbers depend on beside the setting: checkpoint, real images, device, versions, and `also`."""
     digest = hashlib.sha256(pipeline.scheduler.config.prediction_type.encode())
     for part in (pipeline.backbone, pipeline.codec):
         digest.update(json.dumps(public(part.config), sort_keys=True, default=str).encode())
@@ -65,7 +65,7 @@ def context(pipeline: WaveletPipeline, reference: Dataset, **also: Any) -> Row:
 
 
 def measured(file: Path, cells: Iterable[Row], context: Row, measure: Callable[[Row], Row]) -> Iterator[Row]:
-    """Every cell with what `measure(cell)` finds; what `file` has of the same context is read instead of measured."""
+    """Every cell with what `measure(cell)` finds; cells that `file` has in the same context are not measured again."""
     key = partial(json.dumps, sort_keys=True)
     known = {key(row["cell"]): row["found"] for row in read_rows(file) if row.get("context") == context}
     for cell in cells:
@@ -84,7 +84,7 @@ def with_solver(pipeline: WaveletPipeline, scheduler: str, spacing: str) -> Wave
 
 
 def timed_samples(pipeline: WaveletPipeline, count: int, **options: Any) -> tuple[np.ndarray, dict[str, float]]:
-    """Images uint8 (N, H, W, C) of `sample_images`, and `evaluations` of the network and `seconds_per_image`."""
+    """Images uint8 (N, H, W, C) of `sample_images`; `evaluations` (network calls for an image), `seconds_per_image`."""
     sizes, started = list[int](), time.perf_counter()
     with pipeline.backbone.register_forward_pre_hook(lambda network, inputs: sizes.append(len(inputs[0]))):
         batches = list(sample_images(pipeline, count, **options))
@@ -96,7 +96,7 @@ def timed_samples(pipeline: WaveletPipeline, count: int, **options: Any) -> tupl
 def quality(
     pipeline: WaveletPipeline, reference: Dataset, cell: Row, *, metric: str, batch_size: int, measuring: scores.Options
 ) -> Row:
-    """What a cell cost and its `scores.distances`; or the `error` of a setting that cannot be sampled."""
+    """What a cell cost, and its distance by `metric` (`scores.distances`); or the `error` if it cannot be sampled."""
     options = {"eta": cell["eta"], "detail_steps": cell["detail_steps"]}
     try:
         check_options(cell["scheduler"], **options)
@@ -112,7 +112,7 @@ def scored(
     pipeline: WaveletPipeline, reference: Dataset, cell: Row, *, count: int, metrics: Sequence[str],
     measuring: scores.Options, **solving: Any,
 ) -> Row:  # fmt: skip
-    """What drawing with a cell's options cost, and what these metrics, keys of METRICS, say of the images."""
+    """What it cost to draw `count` images with a cell's options, and their scores by `metrics`, keys of METRICS."""
     samples, cost = timed_samples(pipeline, count, **cell, **solving)
     found = [score for name in metrics for score in scores.METRICS[name](samples, reference, measuring)]
     return cost | {key: value for score in found for key, value in score.record().items()}
@@ -121,7 +121,7 @@ def scored(
 def distances(
     images: np.ndarray, real: frechet.Moments, features: np.ndarray | None, level: int, *, seed: int, device: Any
 ) -> Row:
-    """FWD to images with these moments; KID x 1000 to those with these features of EfficientNet, if any are given."""
+    """FWD of images to real ones by their moments; KID x 1000 by EfficientNet's features of the real ones, if given."""
     measured: dict[str, Any] = {"resamples": 20, "seed": seed, "device": device}
     fwd = frechet.frechet_wavelet_distance(real, images, level, **measured).distance
     row = {f"fwd{end}": value for end, value in zip(ENDS, fwd, strict=True)}
@@ -135,7 +135,7 @@ def distances(
 
 
 def pooled(rows: Sequence[Row], metric: str) -> pd.DataFrame:
-    """A row per setting of the cells without an error: mean distance with its interval, median seconds."""
+    """A row per setting, over its cells without an error: mean distance with its interval, median seconds per image."""
     if all("error" in row for row in rows):
         raise ValueError(f"got no setting that could be sampled, wanted one ({rows[0]['error']}): change them")
     done, found = pd.DataFrame([row for row in rows if "error" not in row]), []
@@ -149,7 +149,7 @@ def pooled(rows: Sequence[Row], metric: str) -> pd.DataFrame:
 
 
 def mean_interval(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> Estimate[float]:
-    """The mean of independent estimates, and its interval from theirs: errors add up in squares."""
+    """The mean of independent estimates; its interval is from theirs, whose half-widths add up in squares."""
     mean, count = float(np.mean(values)), len(values)
     below, above = (float(np.linalg.norm(np.subtract(values, end))) / count for end in (low, high))
     return Estimate(mean, mean - below, mean + above)
@@ -161,7 +161,7 @@ def picked(table: pd.DataFrame, settings: Sequence[Row]) -> pd.DataFrame:
 
 
 def fewest_steps(table: pd.DataFrame, reference: Row | pd.Series, metric: str) -> list[Row]:
-    """By solver, the fewest steps from which on its interval reaches down to the reference's, and what they save."""
+    """By solver: the fewest steps from which on its interval is not above the reference's, and what they save."""
     found = []
     for solver, group in table.groupby("solver", sort=False):
         group = group.sort_values("steps", ascending=False)
@@ -174,7 +174,7 @@ def fewest_steps(table: pd.DataFrame, reference: Row | pd.Series, metric: str) -
 
 
 def columns(table: pd.DataFrame, metric: str, name: str) -> pd.DataFrame:
-    """The columns that a report shows; with the steps of the detail bands, if any has its own."""
+    """The columns of a table that a report shows; with the steps of the detail bands, if any setting has its own."""
     own = {"detail steps": table.detail_steps.fillna(table.steps)} if table.detail_steps.notna().any() else {}
     shown = own | {"network": table.evaluations, "ms per image": 1000 * table.seconds_per_image, name: table[metric]}
     found = table[["solver", "steps"]].assign(**shown, low=table[f"{metric}_low"], high=table[f"{metric}_high"])
@@ -182,14 +182,14 @@ def columns(table: pd.DataFrame, metric: str, name: str) -> pd.DataFrame:
 
 
 def by_band(coefficients: Tensor, bands: int) -> np.ndarray:
-    """Root mean square of each band (bands,), over images, colours and positions, of (B, bands * C, h, w)."""
+    """Root mean square (bands,) of each band in (B, bands * C, h, w), over images, colours and positions."""
     return coefficients.unflatten(1, (bands, -1)).square().mean((0, 2, 3, 4)).sqrt().double().cpu().numpy()
 
 
 @torch.no_grad()
 def along_trajectory(pipeline: WaveletPipeline, count: int, steps: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """What the network sees at its S evaluations while `count` images are drawn: `times` (S,), and by band (S, bands)
-    root mean squares of `signal` and `noise` by its own estimate, and of the `change` to come, relative to the result.
+    """What the network sees at its S evaluations while `count` images are drawn: `times` (S,), and root mean squares of
+    each band (S, bands): `signal` and `noise` by its own estimate, and the `change` to come, relative to the result.
     """
     bands, seen = len(pipeline.codec.bands()), []
     with pipeline.backbone.register_forward_hook(lambda network, inputs, out: seen.append((*inputs[:2], out.sample))):
@@ -206,7 +206,7 @@ def along_trajectory(pipeline: WaveletPipeline, count: int, steps: int, seed: in
 
 @torch.no_grad()
 def denoising_error(pipeline: WaveletPipeline, images: np.ndarray, times: Sequence[int], seed: int = 0) -> np.ndarray:
-    """Error (T, bands) of the estimates of images (N, H, W, C) noised to times (T,), relative to the band's spread."""
+    """RMS error (T, bands) of estimates of images uint8 (N, H, W, C) noised to `times` (T,), over the band's spread."""
     bands, device = len(pipeline.codec.bands()), pipeline.device
     clean = pipeline.codec.encode(to_batch(np.asarray(images), np.zeros(len(images), bool), device))
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)).to(device)

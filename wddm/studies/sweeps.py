@@ -21,10 +21,10 @@ from wddm.wavelets import check_choice
 
 
 def differences(runs: Sequence[Any]) -> pd.DataFrame:
-    """How many runs a variant has, and those parameters that are not the same in all runs, all values that it has."""
+    """A row per variant: how many runs it has, and its values of the parameters that are not the same in all runs."""
     names = pd.Series([run.variant for run in runs], name="variant")
     table = pd.DataFrame([run.parameters for run in runs], dtype=object).drop(columns=["run", "seed"], errors="ignore")
-    table = table.where(table.notna(), None)  # a parameter that a run does not know is as one that is not set
+    table = table.where(table.notna(), None)  # a parameter that a run does not know counts as not set
     first = table[~names.duplicated()].set_axis(names.unique(), axis=0)
     for key, name in itertools.product(table, first.index):
         if len(values := dict.fromkeys(table[key][(names == name).to_numpy()].map(str))) > 1:
@@ -58,7 +58,7 @@ def one_set(folders: Iterable[Path]) -> Path:
 
 
 def summary(table: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Mean, range and ends of intervals of a metric over a variant's seeds, best first; multiples of best and floor."""
+    """A row per variant, best first: a metric's mean, range and outermost interval ends; ratios to best and floor."""
     keys = [metric + end for end in ("", "_low", "_high", "_floor")]
     having = table.reindex(columns=["variant", *keys]).dropna(subset=metric)
     groups = having.set_axis(["variant", "value", "low", "high", "floor"], axis=1).groupby("variant", sort=False)
@@ -70,8 +70,8 @@ def summary(table: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def curve(logs: Sequence[Sequence[Mapping[str, Any]]], key: str, points: int = 40) -> pd.DataFrame:
-    """A logged quantity of some runs: its mean, {key}_low and {key}_high over kimg (thousand images) and seconds of
-    training, in those of `points` equal parts of log(images) in which all runs have logged it.
+    """Mean and range ({key}_low, {key}_high) of a logged quantity over runs, by kimg (thousand images) and seconds of
+    training: a row for each of `points` equal parts of log(images) in which all runs have logged it.
     """
     tables = [pd.DataFrame(log).reindex(columns=sorted({"images_seen", "images_per_s", key})) for log in logs]
     for log in tables:
@@ -87,7 +87,7 @@ def curve(logs: Sequence[Sequence[Mapping[str, Any]]], key: str, points: int = 4
 
 
 def learning(root: Path, table: pd.DataFrame, key: str) -> pd.DataFrame:
-    """The `curve` of a logged quantity of every variant over its runs that have a log; of those that logged it."""
+    """The `curve` of a logged quantity for each variant, over its runs that have a log; none if they did not log it."""
     runs = table.groupby("variant", sort=False)["run"]
     logs = {name: [log for run in each if (log := read_log(root / "runs" / run))] for name, each in runs}
     found = [curve(own, key).assign(variant=name, legend=f"{name} ({len(own)})") for name, own in logs.items() if own]
@@ -95,7 +95,7 @@ def learning(root: Path, table: pd.DataFrame, key: str) -> pd.DataFrame:
 
 
 def reaching(curves: pd.DataFrame, key: str, reference: str, over: str = "kimg") -> list[dict[str, Any]]:
-    """After how many kimg, or seconds, all seeds of a variant are as near as the reference in the end, at most."""
+    """By variant: after how many kimg (or seconds) its worst seed is as low as the mean of the reference in the end."""
     by_variant = dict(iter(curves.groupby("variant", sort=False)))
     check_choice("reference", reference, by_variant)
     last, rows = by_variant[reference].iloc[-1], []
@@ -108,20 +108,20 @@ def reaching(curves: pd.DataFrame, key: str, reference: str, over: str = "kimg")
 
 
 def first_samples(root: Path, table: pd.DataFrame, count: int = 16) -> dict[str, np.ndarray]:
-    """By variant, the first samples uint8 (count, H, W, C) of its first run: the same seeds, so the same noise."""
+    """By variant: the first samples, uint8 (count, H, W, C), of its first run; all have the same seeds and noise."""
     runs = table.drop_duplicates("variant").set_index("variant")["run"]
     files = {name: root / "runs" / run / "samples.npy" for name, run in runs.items()}
     return {name: np.load(file, mmap_mode="r")[:count] for name, file in files.items() if file.exists()}
 
 
 def with_compute(root: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """The table with the operations of a forward pass per image, and of the whole training, of every run."""
+    """The table with each run's floating-point operations, of a forward pass of one image and of the whole training."""
     flops = [forward_flops(load_backbone(root / "runs" / run / "pipeline" / "backbone")) for run in table.run]
     return table.assign(forward_flops=flops, train_flops=PASSES * np.array(flops) * table.train_images)
 
 
 def packets(root: Path, table: pd.DataFrame, reference: Dataset, level: int, seed: int = 0) -> pd.DataFrame:
-    """Distance in every Haar packet, a column each: by variant the mean over its runs; "real images" is their floor."""
+    """Distances, a column per Haar packet: a row per variant, the mean over its runs, and "real images", the floor."""
     samples = [np.load(root / "runs" / run / "samples.npy", mmap_mode="r") for run in table.run]
     measured = [scores.wavelet(images, reference, scores.Options(level, seed))[0].detail for images in samples]
     count = min(len(reference.images) // 2, *map(len, samples))
