@@ -1,7 +1,7 @@
 """against_pixels: networks at every wavelet level against networks on pixels, counted and measured side by side.
 
-`entries` are the networks, `measure` adds what they took; `costs` is a row per network, `speedups` one per network on
-wavelets, network on pixels, and kind of work.
+`entries` lists the networks, `measure` adds what they took; `costs` has a row per network, `speedups` a row per network
+on wavelets, network on pixels, and kind of work.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,10 +30,10 @@ class Entry(NamedTuple):
 
 
 def entries(kind: str, dataset: str, levels: Sequence[int], attention_head_dim: int) -> list[Entry]:
-    """The presets at those of the levels that have one, and for each above 0 its two equals on pixels.
+    """The presets of a data set at `levels`, where there are any, and for each above level 0 its two equals on pixels.
 
-    "Same network": the same widths and attention, shown pixels; it differs in its first and last convolution alone.
-    "Equal parameters": the pixel preset, its widths scaled by one factor.
+    "Same network": the same widths and attention on pixels; it differs in its first and last convolution alone.
+    "Equal parameters": the preset on pixels, its widths scaled by one factor.
     """
     networks: dict[tuple[str, int], Network] = {}
     for level in (level for level in levels if (dataset, level) in PRESETS):
@@ -61,11 +61,11 @@ def measure(
     rounds: int = 5,
     max_seconds: float = 10.0,
 ) -> list[Entry]:
-    """The entries with what training steps, and batches of samples, took, all of them in turn.
+    """The entries with measurements of training steps and of batches of samples, each kind of all entries in turn.
 
     Args:
-        rate: FLOP/s that the machine reaches at most: what would take over `max_seconds` even then is not run.
-        batch_size: images a step; fewer, the same for all of them, where that takes too long or too much memory.
+        rate: FLOP/s that the machine reaches at most; what would take over `max_seconds` even at this rate is not run.
+        batch_size: images a step; halved for all entries as long as that takes too long or too much memory.
         max_seconds: the longest training step, or batch of samples, that is measured.
     """
     train = partial(training, precision=precision, compile=compile)
@@ -139,9 +139,9 @@ def speedup_table(rows: Sequence[Row]) -> list[Row]:
 
 
 def claim_table(rows: Sequence[Row], level: int, wanted: float) -> list[Row]:
-    """Training speed-ups at a level over each pixel network, over all data sets and kinds that were measured.
+    """A row per pixel network: the range of training speed-ups over it at a level, of all data sets and kinds measured.
 
-    "Not ruled out": in how many of them what is wanted is not above the interval.
+    "Not ruled out": how many of their intervals reach the speed-up `wanted`.
     """
     table = []
     for over in (PRESET, SAME, MATCHED):

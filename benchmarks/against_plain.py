@@ -22,7 +22,7 @@ from wddm.backbones import PASSES, PRESETS, forward_flops
 
 
 def presets(datasets: Sequence[str], levels: Sequence[int], kinds: Sequence[str], attention_head_dim: int) -> list[Row]:
-    """The networks of those presets that there are."""
+    """The networks of the presets that exist for these data sets, levels and kinds."""
     return [
         {"backbone": kind, "dataset": dataset, "level": level, "attention_head_dim": attention_head_dim}
         for dataset, level, kind in product(datasets, levels, kinds)
@@ -36,9 +36,9 @@ class Benchmarks:
 
     Args:
         rate: FLOP/s that the machine reaches at most.
-        batch_size: images of a training step; half of that, ... where one of the two runs out of memory.
+        batch_size: images of a training step; halved for both as long as one of the two runs out of memory.
         precision: of training.
-        rounds, seconds: turns that both get, or more, until they have lasted so many seconds.
+        rounds, seconds: rounds in which both are timed, or more, until they have lasted so many seconds.
         max_seconds: a training step that takes longer is not timed.
     """
 
@@ -50,7 +50,7 @@ class Benchmarks:
     max_seconds: float = 10.0
 
     def compared(self, ours: Maker, theirs: Maker, *, batch_size: int | None = None, flops: float = 0.0) -> Row:
-        """The row of two that compute the same; `flops`: those that an image takes at least."""
+        """The row of two makers that compute the same; `flops`: the operations that an image takes at least."""
         found = profiling.compare(
             {"ours": ours, "theirs": theirs},
             batch_size=batch_size or self.batch_size,
@@ -67,9 +67,9 @@ class Benchmarks:
         return row | {"not_run": next((one.reason for one in found.values() if one.reason), None)}
 
     def loops(self, networks: Iterable[Network], *, compiled: bool = False) -> list[Row]:
-        """Our training loop against the same network in a bare one; with `compiled`, a second time, both compiled.
+        """Our training loop against a bare one with the same network; with `compiled`, a second time, both compiled.
 
-        The share of the machine's rate that our loop reaches takes a backward pass for two forward ones.
+        The share of the machine's FLOP/s that our loop reaches counts a backward pass as two forward ones.
         """
         rows = []
         for network, compile in ((network, c) for network in networks for c in (False, True)[: 1 + compiled]):
@@ -81,7 +81,7 @@ class Benchmarks:
         return rows
 
     def splines(self, networks: Iterable[Network]) -> list[Row]:
-        """The first spline layer of every U-KAN that has one, alone, and a training step of it, against recursion."""
+        """The first spline layer of every U-KAN that has one, and a training step of the network, against recursion."""
         rows = []
         for network in (network for network in networks if network["backbone"] == "ukan"):
             model = on_paper(network)
@@ -112,7 +112,7 @@ class Benchmarks:
     def batches(self, size: int, batch_size: int) -> list[Row]:
         """Batches of prepared images in colour, against those of a DataLoader that decodes PNGs.
 
-        The images are crops of photographs, of which a PNG takes as long to decode as of others.
+        The images are crops of photographs, whose PNGs take as long to decode as those of other images.
         """
         with TemporaryDirectory() as folder:
             images = np.array(data.prepare("patches", size, Path(folder) / "data", limit=1000, progress=False).images)
@@ -122,12 +122,12 @@ class Benchmarks:
 
 
 def training_flops(network: Network) -> int:
-    """Operations of a training step of one image."""
+    """Floating-point operations of a training step on one image."""
     return PASSES * forward_flops(on_paper(network))
 
 
 def fixed_costs(dataset: str, resolution: int, dataset_path: str | None, limit: int | None, rounds: int) -> list[Row]:
-    """Seconds, with quartiles, of what is paid once: starting, running an empty notebook, preparing a data set."""
+    """Median seconds and quartiles of what is paid once: starting, running an empty notebook, preparing a data set."""
     with TemporaryDirectory() as folder:
         places = (Path(folder) / f"data-{k}" for k in count())
 
@@ -141,9 +141,9 @@ def fixed_costs(dataset: str, resolution: int, dataset_path: str | None, limit: 
 
 
 def largest_batch(network: Network, *, limit_gib: float | None, precision: str = "auto", maximum: int = 4096) -> Row:
-    """The largest power of two, up to `maximum`, whose training step fits, and what it takes; 0 where 1 does not.
+    """The largest batch, a power of two up to `maximum`, whose training step fits, and its memory; 0 if 1 does not fit.
 
-    `limit_gib`: memory that it may take; None is all that there is, which only a GPU refuses gracefully.
+    `limit_gib`: memory that a step may take. None, only with a GPU, whose allocator refuses gracefully: all there is.
     """
     if limit_gib is None and not torch.cuda.is_available():
         raise ValueError("got no capacity_gib and no GPU, wanted one of them: say how much memory a step may take")
@@ -158,8 +158,8 @@ def largest_batch(network: Network, *, limit_gib: float | None, precision: str =
 
 
 def claim(text: str, rows: Sequence[Row], wanted: float, *, what: str | None = None, of: str = "time") -> Row:
-    """Whether the smallest ratio of the rows (of those of that `what`) is as much as wanted: yes, no, or open, if its
-    interval holds both.
+    """Whether the smallest ratio of the rows (of those with this `what`, if given) is at least `wanted`: yes, no, or
+    open, if its interval allows both.
 
     `of`: "time", how many times as fast ours is, or "memory", how many times as small.
     """

@@ -17,7 +17,7 @@ def speedup_against_flops(rows: Rows) -> Figure:
     """Measured speed-up over the ratio of FLOPs, a panel for each kind of work, bars spanning 90 % intervals.
 
     `rows`: dataset, kind, over, work, flop_ratio, speedup, low, high. A colour per data set and network, a shape per
-    pixel network that the wavelet one is compared with; on the line, time goes as FLOPs do.
+    pixel network that the wavelet one is compared with; on the dashed line, time is proportional to FLOPs.
     """
     table = pd.DataFrame(rows).assign(label=lambda table: table.dataset + ", " + table.kind)
     labels, works = table.label.unique(), table.work.unique()
@@ -59,7 +59,7 @@ def rates_by_level(rows: Rows) -> Figure:
 def scaling(table: pd.DataFrame) -> Figure:
     """Seconds of CPU over the number of images, and over their pixels, a line per work with both slopes in the legend.
 
-    `table` as `scale.study` makes it. Dashed: linear.
+    `table` is what `scale.study` makes. Dashed: linear growth.
     """
     measured = table.dropna(subset="seconds").assign(seconds=lambda rows: rows.seconds.clip(lower=0.01))
     names = labels(slopes(table))

@@ -10,7 +10,7 @@ from wddm.backbones import build_backbone, preset_sizes
 
 
 def matched(network: Mapping[str, Any]) -> dict[str, Any]:
-    """The pixel network that comes closest in parameters to `network`, both as arguments of `build_backbone`.
+    """The pixel network closest to `network` in its number of parameters, both as arguments of `build_backbone`.
 
     Its widths are those of the preset of the same data set at level 0, scaled by one factor, to multiples of 8.
     """

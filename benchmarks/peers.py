@@ -1,8 +1,8 @@
 """peers: this workbook beside other libraries for diffusion models of images, each as its own documentation uses it.
 
-`PEERS` by name: a generator function of a `Task` that trains for seconds of CPU on one thread, then yields the number
-of images seen, and then samples, float (n, C, H, W) in [0, 1], a batch at every `next`. A library that trains by its
-own loop is left to it. All networks have about a million parameters, and all sample in as many calls of them.
+Each of `PEERS` is a generator function of a `Task`: it trains for the task's seconds of CPU on one thread, then yields
+the number of images seen, and then samples, float (n, C, H, W) in [0, 1], a batch at every `next`. A library that has a
+training loop trains by it. All networks have about a million parameters, and are called CALLS times for a sample.
 `race` runs each in a process of its own; `codecs` and `splines` compare two pieces. `wddm[peers]` brings the libraries.
 """
 
@@ -39,7 +39,7 @@ from wddm.metrics.scores import METRICS, Options
 from wddm.training import Trainer
 from wddm.wavelets import WaveletCodec
 
-CALLS, BATCH = 50, 64  # of the network for a sample; samples that are drawn at a time
+CALLS, BATCH = 50, 64  # network calls for a sample; samples drawn at a time
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Task:
 
     @property
     def images(self) -> np.ndarray:
-        """uint8 (N, H, W, C)."""
+        """The prepared images, uint8 (N, H, W, C)."""
         return load(self.data).images
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
@@ -68,7 +68,7 @@ Peer = Callable[[Task], Generator[Any]]
 
 
 def ours(task: Task, level: int, labelled: bool = False) -> Generator[Any]:
-    """This workbook by its defaults, without labels but for the peer that says so; DDIM."""
+    """This workbook by its defaults, with labels only if `labelled`; DDIM."""
     prepared = load(task.data)
     sizes = {"backbone": "unet", "widths": [64, 64], "layers_per_block": 1, "attention_levels": [1], "seed": task.seed}
     codec, network = build({"level": level, "class_conditional": labelled, **sizes}, prepared)
@@ -119,10 +119,10 @@ def denoising_diffusion(task: Task) -> Generator[Any]:
 
 
 def diffusers_example(task: Task) -> Generator[Any]:
-    """The recipe of diffusers' example for unconditional images, of which no package has the script; DDIM.
+    """The recipe of diffusers' example for unconditional images, whose script is in no package; DDIM.
 
-    AdamW and its settings, a cosine after 500 steps of warm-up, batches of 16, DDPM's linear schedule, the average of
-    its EMAModel. Documented: learning rate 1e-4. The cosine needs the number of steps: it is measured first.
+    AdamW with its settings, a cosine after 500 steps of warm-up, batches of 16, DDPM's linear schedule, its EMAModel's
+    average. Documented: learning rate 1e-4. The cosine needs the number of steps, estimated first from five of them.
     """
     from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
     from diffusers.optimization import get_scheduler
@@ -177,7 +177,7 @@ def diffusers_example(task: Task) -> Generator[Any]:
 
 
 def smalldiffusion(task: Task) -> Generator[Any]:
-    """smalldiffusion as its example for FashionMNIST uses it, in batches of 64 for 1,024. Documented: 7e-4."""
+    """smalldiffusion as in its FashionMNIST example, in batches of 64, not 1,024. Documented: learning rate 7e-4."""
     from smalldiffusion import ScheduleLogLinear, Unet, img_normalize, samples, training_loop
     from smalldiffusion.model import Scaled
     from torch.utils.data import DataLoader
@@ -205,7 +205,7 @@ def smalldiffusion(task: Task) -> Generator[Any]:
             yield img_normalize(clean)
 
 
-PEERS: dict[str, tuple[Peer, tuple[float, ...]]] = {  # and its learning rates: documented, and another
+PEERS: dict[str, tuple[Peer, tuple[float, ...]]] = {  # function, and learning rates: documented, another
     "wddm, level 1": (partial(ours, level=1), (2e-3,)),
     "wddm, level 1, told labels": (partial(ours, level=1, labelled=True), (2e-3,)),
     "wddm, level 0 (pixels)": (partial(ours, level=0), (2e-3,)),
@@ -223,7 +223,7 @@ def until(task: Task, step: Callable[[], object]) -> None:
 
 
 def perform(task: Task, to: Path) -> dict[str, Any]:
-    """Train and draw in this process, with one thread: samples.npy in `to`, and what it took."""
+    """Train and draw in this process, on one thread; write samples.npy to `to`, and return what it took."""
     torch.set_num_threads(1)
     torch.manual_seed(task.seed)
     began, running = time.process_time(), PEERS[task.peer][0](task)
@@ -234,7 +234,7 @@ def perform(task: Task, to: Path) -> dict[str, Any]:
     np.save(to / "samples.npy", (drawn.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy())
     return asdict(task) | {
         "images_seen": seen, "training_s": trained - began, "sampling_s": ended - trained,
-        "memory_gib": anonymous_bytes(peak=True) / 2**30,  # getrusage knows the peak of the parent, too
+        "memory_gib": anonymous_bytes(peak=True) / 2**30,  # getrusage would count the parent's peak, too
     }  # fmt: skip
 
 
@@ -250,7 +250,7 @@ def apart(task: Task) -> tuple[dict[str, Any], np.ndarray]:
 
 
 def measured(task: Task, level: int) -> dict[str, Any]:
-    """What a peer took, how its samples score against the set, FWD at that level, and the samples themselves."""
+    """What a peer took, how its samples score against the set (FWD at `level`), and the samples themselves."""
     row, samples = apart(task)
     judges = [METRICS[name] for name in ("perceptual", "wavelet", "classifier")]
     numbers = [score.record() for judge in judges for score in judge(samples, load(task.data), Options(level=level))]
@@ -258,8 +258,8 @@ def measured(task: Task, level: int) -> dict[str, Any]:
 
 
 def race(task: Task, seeds: Sequence[int], level: int, jobs: int = 1) -> pd.DataFrame:
-    """A row of `measured` for every peer, `jobs` of them at a time: with the first seed at all of its learning rates,
-    with the others at the one that is `chosen`, which was best by KID, or by FWD where there is no KID.
+    """A row of `measured` per run, `jobs` of them at a time: every peer with the first seed at all its learning rates,
+    with the other seeds at the `chosen` one, which was best by KID, or by FWD where there is no KID.
     """
     first = [
         replace(task, peer=peer, learning_rate=rate, seed=seeds[0])
@@ -329,7 +329,7 @@ def codecs(wavelet: str, level: int = 2, side: int = 32, rounds: int = 7) -> pd.
 
 
 def splines(width: int = 128, tokens: int = 256, rounds: int = 7) -> pd.DataFrame:
-    """A forward and backward pass of a spline layer of `width` to `width`: this one's beside pykan's KANLayer."""
+    """A forward and backward pass of a spline layer from `width` to `width` values: ours, and pykan's KANLayer."""
     from kan.KANLayer import KANLayer
 
     x = torch.rand(tokens, width) * 2 - 1

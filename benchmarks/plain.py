@@ -1,6 +1,6 @@
 """plain: what ours is measured against: a bare PyTorch loop, a spline layer by recursion, a DataLoader that decodes
-images as it goes. They compute the same as ours (the tests hold them to it), without accelerate, meter, log, schedule
-or checkpoint.
+images as it goes. They compute the same as ours, which tests check, without accelerate, meter, log, schedule or
+checkpoint.
 """
 
 import io
@@ -27,11 +27,11 @@ def haar(x: Tensor, level: int) -> Tensor:
 
 
 class BareLoop:
-    """Forward, loss, backward, gradients clipped to norm 1, AdamW, moving average; it predicts the clean image.
+    """Forward, loss, backward, gradients clipped to norm 1, AdamW, moving average; the model predicts the clean image.
 
     Args:
         model: the denoiser, on its device.
-        level: of Haar packets, dyadic scaling.
+        level: of the Haar packets, with dyadic scaling.
         bf16: run the forward pass under autocast.
     """
 
@@ -85,7 +85,7 @@ def recursive_basis(x: Tensor) -> Tensor:
 
 
 def with_recursion(model: nn.Module) -> nn.Module:
-    """The model, its spline layers replaced by recursive ones of the same parameters, (out, in, 8) as theirs lie."""
+    """The model, changed in place: spline layers recursive, with the same parameters, spline weights (out, in, 8)."""
     for module in model.modules():
         if type(module) is SplineLinear:
             module.__class__ = RecursiveSplineLinear

@@ -1,8 +1,8 @@
 """profiling: what code costs: alternatives timed in turn, memory measured in a process of its own.
 
-What is measured is a `Maker`, a generator function: every `next` of what it returns is a call of so many steps. All
-alternatives are timed in turn, so that whatever else slows the machine down slows all of them alike; what is compared
-are ratios within a round.
+A `Maker` is what is measured, a generator function: every `next` of its generator is a call of so many steps. All
+alternatives are timed in turn, so that whatever else slows the machine down slows all of them alike; only ratios within
+a round are compared.
 """
 
 import gc
@@ -43,9 +43,9 @@ def time_in_turn(
 ) -> dict[Any, np.ndarray]:
     """Seconds that a call of each alternative takes, (rounds,), the alternatives run in turn.
 
-    There are `rounds` of them, or more, until all of it has lasted so many `seconds`. Each is warmed up by one call and
-    its length found by another, where it matters. A round is, for each, as many calls as last `min_seconds`; every
-    other round goes through them backwards, so that none always follows the same one.
+    There are `rounds` rounds, or more, until all have lasted `seconds`. One call warms an alternative up, another finds
+    how many calls last `min_seconds`: so many are its part of a round. Every other round goes through the alternatives
+    backwards, so that none always follows the same one.
     """
     if rounds < 5:
         raise ValueError(f"got {rounds} rounds, wanted 5 or more, for medians and their intervals: take more")
@@ -99,10 +99,10 @@ def compare(
     """Measure the memory of each alternative alone, then time those that fit in turn.
 
     Args:
-        makers: generator functions that take `batch_size`, and `steps`, how many of them a call is: as many as last
+        makers: generator functions that take `batch_size`, and `steps`, the number of steps in a call: as many as last
             half a second, 20 at most.
         batch_size: images a step; halved for all as long as one of them runs out of memory.
-        bounds: seconds below which an image cannot be; where a step of them is over `max_seconds` it is not run at all.
+        bounds: seconds that an image takes at least; an alternative whose step is then over `max_seconds` is not run.
         rounds, seconds: how many, or how long, as for `time_in_turn`.
         max_seconds: the longest step that is timed.
     """
@@ -121,7 +121,7 @@ def compare(
 
 
 def _fits(make: Maker, minimum: float, max_seconds: float) -> Measurement:
-    """What a step takes alone, `minimum` seconds or more; or the reason why it is not to be timed."""
+    """What a step takes alone; or why not to time it: its seconds, `minimum` or more, exceed `max_seconds`."""
     if minimum > max_seconds:
         return Measurement(reason=f"over {minimum:.3g} s a step")
     one = measure_alone(make)
@@ -133,7 +133,7 @@ def _fits(make: Maker, minimum: float, max_seconds: float) -> Measurement:
 def fitting_batch(flops: float, rate: float, batch_size: int, max_seconds: float) -> int:
     """The first of `batch_size`, half of it, half of that, ... whose step should take at most `max_seconds`; or 1.
 
-    `flops` are those of a step of one image, `rate` the FLOP/s of a large matrix product, of which half is expected.
+    `flops`: operations of a step on one image; `rate`: FLOP/s of a large matrix product, of which half is expected.
     """
     while batch_size > 1 and flops * batch_size > rate / 2 * max_seconds:
         batch_size //= 2
@@ -141,12 +141,12 @@ def fitting_batch(flops: float, rate: float, batch_size: int, max_seconds: float
 
 
 def measure_alone(make: Maker, clock: Callable[[], float] = time.perf_counter) -> Measurement:
-    """The memory that something takes in a fresh process, which calls it twice; the time is of the second call.
+    """Peak memory, and seconds of the second call, of a maker that is called twice in a fresh process.
 
-    `make` is a `partial` of a module's generator function. The memory is that which CUDA's allocator counts, or where
-    there is no GPU the anonymous resident memory at its peak, less that before `make`.
+    `make` is a `partial` of a module's generator function. The memory is what CUDA's allocator counts, or without a GPU
+    the anonymous resident memory at its peak, less that before `make`.
     """
-    context = multiprocessing.get_context("forkserver")  # which imports once: a process then starts at once
+    context = multiprocessing.get_context("forkserver")  # imports once, so that processes start at once
     context.set_forkserver_preload([getattr(make, "func", make).__module__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
@@ -169,9 +169,9 @@ def _measure_here(make: Maker, clock: Callable[[], float] = time.perf_counter) -
 
 
 def anonymous_bytes(peak: bool = False) -> int:
-    """Resident memory of this process that is no file's (libraries are read as they are used); now or at its peak.
+    """Resident memory of this process, in bytes, without mapped files (libraries, for instance); now or at its peak.
 
-    Where there is no /proc, the peak resident memory so far stands for both.
+    Where there is no /proc, it is all resident memory, at its peak so far.
     """
     status = Path("/proc/self/status")
     if not status.exists():
@@ -182,10 +182,10 @@ def anonymous_bytes(peak: bool = False) -> int:
 
 @contextmanager
 def ready(makers: Mapping[Any, Maker]) -> Iterator[dict[Any, Callable[[], object]]]:
-    """A plain callable for every generator, for the length of a `with` block; the last is closed first: they nest.
+    """A plain callable for every maker's generator, for the length of a `with` block; they are closed in reverse order.
 
-    Networks may each be compiled, where PyTorch gives up after 8 of a class; and what they held is free afterwards,
-    for processes beside this one.
+    Up to 64 networks of a class may be compiled, where PyTorch gives up after 8. Afterwards all that they held is free,
+    also for other processes.
     """
     with ExitStack() as stack, torch._dynamo.config.patch(recompile_limit=64):
         yield {name: partial(next, stack.enter_context(closing(make()))) for name, make in makers.items()}
@@ -204,11 +204,11 @@ OUTSIDE, REST = "outside of operators", "all other operators"
 
 
 def by_operator(make: Maker, steps: int = 5) -> tuple[list[dict[str, Any]], float]:
-    """A row for each of PyTorch's operators, the longest first: its `calls` in a step, and the `seconds` that it takes
-    itself, or of the GPU where there is one; and the seconds of a step while nobody looks on.
+    """A row for each of PyTorch's operators, the slowest first: its `calls` and its own `seconds` in a step, those of
+    the GPU where there is one; and the seconds of a step without the profiler.
 
-    `make` takes `steps`, how many of them a call is: the first call is to warm up, the second is timed, the third is
-    watched. What of that one passes outside of operators, in Python for the most part, has a row, too.
+    `make` takes `steps`, the number of steps in a call: the first call warms up, the second is timed, the third is
+    profiled. The part of the third that no operator takes, mostly Python's, has a row, too.
     """
     with closing(make(steps=steps)) as calls:
         next(calls)
@@ -226,7 +226,7 @@ def by_operator(make: Maker, steps: int = 5) -> tuple[list[dict[str, Any]], floa
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """Without what libraries print to the standard error on their own, past Python, as the profiler's does."""
+    """Discard what libraries write to the standard error themselves, past Python, as the profiler's does."""
     sys.stderr.flush()
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
@@ -239,7 +239,7 @@ def silenced() -> Iterator[None]:
 
 
 def seconds_of(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter, calls: int = 1) -> float:
-    """Seconds that one of so many calls takes."""
+    """Seconds of one call, a mean over so many `calls`."""
     synchronise()
     began = clock()
     for _ in range(calls):
@@ -251,7 +251,7 @@ def seconds_of(call: Callable[[], object], clock: Callable[[], float] = time.per
 def shares(table: pd.DataFrame, by: Sequence[str], most: int = 14) -> pd.DataFrame:
     """Per cent of a step: a row for each of the `most` costly operators and two for the rest, a column for each `by`.
 
-    `table` has the rows of `by_operator`, and in the columns `by` what they are of.
+    `table` has the rows of `by_operator`, and columns `by` that say what was profiled.
     """
     wide = table.pivot(index="operator", columns=list(by), values="seconds").fillna(0.0)
     wide = 100 * wide / wide.sum()
@@ -263,7 +263,7 @@ def shares(table: pd.DataFrame, by: Sequence[str], most: int = 14) -> pd.DataFra
 
 
 def matmul_rate(precision: str = "no") -> float:
-    """FLOP/s of a large square matrix product on this machine in that precision, at best of five rounds."""
+    """FLOP/s of a large square matrix product on this machine in that precision, the best of five rounds."""
     device, side = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 1024)
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as in training
@@ -273,7 +273,7 @@ def matmul_rate(precision: str = "no") -> float:
 
 
 def machine(rate: float) -> list[dict[str, str]]:
-    """What measured, in rows of property and value; `rate` is its `matmul_rate`."""
+    """The machine that measures, in rows of property and value; `rate` is its `matmul_rate`."""
     info = Path("/proc/cpuinfo")
     names = re.findall("^model name.*: (.*)", info.read_text(), re.M) if info.exists() else []
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None

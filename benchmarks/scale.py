@@ -31,18 +31,18 @@ from wddm.pipeline import WaveletPipeline
 from wddm.sampling import sample_images
 from wddm.wavelets import WaveletCodec
 
-Work = Callable[[np.ndarray, Path], Generator[object]]  # of images (N, S, S, 3): the second `next` is what costs
-KID = "KID, precision, recall of features"  # which have no side
+Work = Callable[[np.ndarray, Path], Generator[object]]  # takes images (N, S, S, 3): the second `next` is measured
+KID = "KID, precision, recall of features"  # features have no side
 LINEAR = 1.15  # a slope up to this one counts as linear: times of CPU vary, and caches end
 
 
 def seconds_of_cpu() -> float:
-    """Of this process and of its children that have ended."""
+    """CPU seconds of this process and of its children that have ended."""
     return sum(os.times()[:4])
 
 
 def noise(file: Path, count: int, side: int) -> np.ndarray:
-    """uint8 (count, side, side, 3), a memory map of a file that is written here."""
+    """Random images uint8 (count, side, side, 3), a memory map of `file`, which is written here."""
     rng = np.random.default_rng(0)
     with file.open("wb") as out:
         for start in range(0, count, 256):
@@ -79,7 +79,7 @@ def network(side: int) -> tuple[ModelMixin, WaveletCodec]:
 
 
 def training(images: np.ndarray, folder: Path) -> Generator[object]:
-    """As many images as there are, in steps of 16."""
+    """Training on as many images as there are, in steps of 16."""
     model, codec = network(images.shape[1])
     trainer = Unsaved(
         model=model, codec=codec, images=images, folder=folder, train_kimg=len(images) / 1000, batch_size=16,
@@ -90,7 +90,7 @@ def training(images: np.ndarray, folder: Path) -> Generator[object]:
 
 
 def sampling(images: np.ndarray, folder: Path) -> Generator[object]:
-    """As many images as there are, in two steps of DDIM."""
+    """Sampling as many images as there are, in two steps of DDIM."""
     model, codec = network(images.shape[1])
     pipeline = WaveletPipeline(model.eval(), build_solver("ddim", "v_prediction", spacing="trailing"), codec)
     pipeline.set_progress_bar_config(disable=True)
@@ -99,7 +99,7 @@ def sampling(images: np.ndarray, folder: Path) -> Generator[object]:
 
 
 def wavelet_distance(images: np.ndarray, folder: Path) -> Generator[object]:
-    """Of a set to itself, without resampling, at the level that images of this size get."""
+    """FWD of a set to itself, without resampling, at the level that images of this size get."""
     yield
     yield frechet.frechet_wavelet_distance(images, images, frechet.packet_level(images.shape[1:]))
 
@@ -113,7 +113,7 @@ def features(images: np.ndarray, folder: Path) -> Generator[object]:
 
 
 def kernel_distance(images: np.ndarray, folder: Path) -> Generator[object]:
-    """Of random vectors, as many of them as `scores.perceptual` compares."""
+    """KID, precision and recall of random vectors, as many as `scores.perceptual` compares."""
     step = -(-len(images) // scores.LARGEST)
     sides = np.random.default_rng(0).normal(size=(2, len(images[::step]), 1280)).astype(np.float32)
     yield
@@ -121,7 +121,7 @@ def kernel_distance(images: np.ndarray, folder: Path) -> Generator[object]:
 
 
 def neighbours(images: np.ndarray, folder: Path) -> Generator[object]:
-    """Of as many images as `scores.copies` looks for."""
+    """The nearest neighbours of as many images as `scores.copies` looks for."""
     yield
     yield diagnostics.nearest_neighbours(images[: scores.SEARCHED], images, k=3)
 
@@ -139,7 +139,7 @@ WORKS: dict[str, Work] = {
 
 
 def rehearsed(work: str, count: int, side: int) -> Generator[object]:
-    """The work, got ready and done once on a few small images: imports are no cost of it."""
+    """A work, ready to be measured: done once before on a few small images, so that no import is counted."""
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder, threadpool_limits(1):
         for name, size in (("rehearsal", (64, 16)), ("measured", (count, side))):
@@ -158,7 +158,7 @@ def alone(work: str, count: int, side: int) -> Measurement:
 
 
 def series(work: str, points: Sequence[tuple[int, int]], max_seconds: float) -> list[dict[str, Any]]:
-    """A row per point (images, side) that grow, with its seconds and memory, or the `reason` why it has none."""
+    """A row per point (images, side), smallest first, with its seconds and memory, or the `reason` why it has none."""
     rows: list[dict[str, Any]] = []
     before: tuple[float, float] | None = None  # seconds, values
     for count, side in points:
@@ -179,18 +179,18 @@ def study(
     counts: Sequence[int], sides: Sequence[int], side: int, count: int, max_seconds: float,
     progress: Callable[..., Any] = iter, works: Sequence[str] = tuple(WORKS),
 ) -> pd.DataFrame:  # fmt: skip
-    """All works over `counts` of images with this `side`, and over `sides` of `count` images; see `series`."""
+    """All works, measured over `counts` of images of this `side`, and over `sides` of `count` images; see `series`."""
     rows = []
     for work in progress(works):
         rows += [row | {"over": "images"} for row in series(work, [(n, side) for n in sorted(counts)], max_seconds)]
         if work != KID:
-            points = [(max(count, 1024 if work == "FWD" else 0), s) for s in sorted(sides)]  # as a packet has values
+            points = [(max(count, 1024 if work == "FWD" else 0), s) for s in sorted(sides)]  # over a packet's values
             rows += [row | {"over": "pixels"} for row in series(work, points, max_seconds)]
     return pd.DataFrame(rows)
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Of log y over log x, by least squares through the last three points, where what is constant counts least."""
+    """Slope of log y over log x, by least squares through the last three points, where constant costs count least."""
     if len(x) < 2:
         return math.nan
     return float(np.polyfit(np.log(x[-3:]), np.log(y[-3:]), 1)[0])
@@ -216,7 +216,7 @@ def slopes(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def conclusion(found: pd.DataFrame) -> str:
-    """Which works take more than linear time, in images and in pixels, and of which it is not known."""
+    """A sentence: which works take more than linear time, in images and in pixels, and for which it is not known."""
     said = []
     for over in ("images", "pixels"):
         steep = found[found[f"seconds over {over}"] > LINEAR]

@@ -1,4 +1,4 @@
-"""workloads: what is measured here, as generator functions: every `next` is one call of so many steps.
+"""workloads: what is measured here, as generator functions: every `next` is one call of `steps` steps.
 
 compare({"ours": partial(training, network), "theirs": partial(bare_training, network)}, batch_size=16)
 """
@@ -37,7 +37,7 @@ def device() -> torch.device:
 
 
 def on_paper(network: Network) -> ModelMixin:
-    """A network without memory for its weights."""
+    """A network on the meta device, without memory for its weights: to count its parameters and operations."""
     with torch.device("meta"):
         return build_backbone(**network)
 
@@ -49,7 +49,7 @@ def noise_images(network: Network, count: int) -> np.ndarray:
 
 
 class Unsaved(Trainer):
-    """A Trainer that writes no checkpoint: they cost seconds every `checkpoint_kimg`, not part of any step."""
+    """A Trainer that writes no checkpoints: they take seconds every `checkpoint_kimg`, and are part of no step."""
 
     def save(self, name: str | None = None) -> None: ...
 
@@ -57,7 +57,7 @@ class Unsaved(Trainer):
 def training(
     network: Network, *, batch_size: int = 16, steps: int = 1, precision: str = "auto", compile: bool = False
 ) -> Generator[Step]:
-    """Our training loop as it runs everywhere, with batches, log and checks: so many steps a call."""
+    """Our training loop as it runs everywhere, with batches, log and checks: `steps` steps a call."""
     with TemporaryDirectory() as folder:
         trainer = Unsaved(
             model=build_backbone(**network),
@@ -71,7 +71,7 @@ def training(
             precision=precision,
             compile=compile,
         )
-        yield from (step for step in trainer.steps() if step.step % steps == 0)  # not those of the beginning
+        yield from (step for step in trainer.steps() if step.step % steps == 0)  # without the extra rows at the start
 
 
 def sampling(
@@ -83,7 +83,7 @@ def sampling(
     precision: str = "auto",
     compile: bool = False,
 ) -> Generator[object]:
-    """WaveletPipeline with DDIM of `sampling_steps`: so many batches of images a call."""
+    """WaveletPipeline with `sampling_steps` of DDIM: `steps` batches of images a call."""
     model = build_backbone(**network).to(device()).eval()
     tune(model, device())
     if compile:
@@ -107,7 +107,7 @@ def bare_training(
     compile: bool = False,
     recursion: bool = False,
 ) -> Generator[Tensor]:
-    """The network in a bare loop, on batches that lie ready on the device; with `recursion`, its splines by that."""
+    """The network in a bare loop, on batches that are ready on the device; with `recursion`, splines by recursion."""
     model = build_backbone(**network).to(device()).train()
     if recursion:
         plain.with_recursion(model)
@@ -126,7 +126,7 @@ def bare_training(
 def spline_layer(
     *, width: int, tokens: int, batch_size: int = 1, recursion: bool = False, steps: int = 1
 ) -> Generator[None]:
-    """Forward and backward pass of one spline layer on (batch_size * tokens, width), so many times a call."""
+    """Forward and backward pass of one spline layer on (batch_size * tokens, width), `steps` times a call."""
     layer = SplineLinear(width, width).to(device())
     if recursion:
         plain.with_recursion(layer)
@@ -140,17 +140,17 @@ def spline_layer(
 
 
 def prepared_batches(images: np.ndarray, *, batch_size: int, steps: int = 1) -> Generator[Tensor]:
-    """Our data path: so many batches a call of prepared images (N, H, W, C), in random order, mirrored at random."""
+    """Our data path: `steps` batches a call of prepared images (N, H, W, C), in random order, mirrored at random."""
     yield from islice(batches(images, batch_size, seed=0, flip=True), steps - 1, None, steps)
 
 
 def decoded_batches(images: np.ndarray, *, batch_size: int, steps: int = 1) -> Generator[Tensor]:
-    """The same from PNG files, by a DataLoader that decodes them in this process."""
+    """The same batches from PNG files, by a DataLoader that decodes them in this process."""
     yield from islice(plain.loader_batches(images, batch_size), steps - 1, None, steps)
 
 
 def commands(folder: Path) -> dict[str, Callable[[], object]]:
-    """What it costs to start: commands, each a process, in a workbook of one empty notebook in `folder`."""
+    """Commands whose start is timed, each a process, in a workbook of one empty notebook that is made in `folder`."""
     parameters = 'run: str = "empty"  # name\nseed: int = 0  # unused'
     cells = [
         nbformat.v4.new_markdown_cell("# Empty\n\n**Inputs:** none\n**Outputs:** none"),
