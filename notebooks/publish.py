@@ -1,7 +1,7 @@
 """Reports as Markdown, `python notebooks/publish.py reports/mine`: pages that a repository's host shows as they are.
 
 Each executed notebook of a run becomes a .md beside it: prose, the parameters, figures as links to figures/, tables as
-tables, and no code, which stands in the notebook. The run's line in .gitignore lets it be committed with its CSVs.
+tables, but no code: that is in the notebook. A line for the run in .gitignore lets git take the page and its CSVs.
 """
 
 import base64
@@ -18,11 +18,11 @@ from wddm.files import read_json, write_text
 from wddm.workbook.records import read_status
 from wddm.workbook.report import read_page
 
-LINK = re.compile(r"\[reports/[^]]*/(figures/[^]/]+\.png)\]")  # the text of a figure that `Run.show` kept
+LINK = re.compile(r"\[reports/[^]]*/(figures/[^]/]+\.png)\]")  # the text of a figure saved by `Run.show`
 
 
 def publish(folder: Path) -> list[Path]:
-    """reports/<run>/*.ipynb -> *.md; ValueError where nothing was executed."""
+    """reports/<run>/*.ipynb -> *.md; ValueError if nothing was executed, or a notebook did not end ok."""
     names = [path.stem for path in sorted(folder.glob("*.ipynb"))]
     if not names:
         raise ValueError(f"got {folder} without executed notebooks, wanted reports/<run>: run it first")
@@ -33,7 +33,7 @@ def publish(folder: Path) -> list[Path]:
 
 
 def write_page(folder: Path, name: str, notebook: Any, parameters: list[tuple[Any, Any]]) -> Path:
-    """One page, <name>.md of a report, from a notebook whose cells hold what a reader sees; figures go to figures/."""
+    """Write <name>.md of a report from a notebook and parameters as `read_page` gives them; figures go to figures/."""
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", []):
             cell.cell_type, cell.source = "markdown", described(parameters)
@@ -49,7 +49,7 @@ def write_page(folder: Path, name: str, notebook: Any, parameters: list[tuple[An
 
 
 def bar(folder: Path, name: str) -> str:
-    """The run, links to its other pages and to what it left, and what it was made with, as far as that is there."""
+    """One line: the run, links to its other pages and files, and, if they are known, its commit and device."""
     pages = sorted({path.stem for end in ("ipynb", "md") for path in folder.glob(f"*.{end}")} - {name, "README"})
     files = ["params.yaml"] * (folder / "params.yaml").exists()
     files += [each for each in ("metrics.json", "timings.json") if read_json(folder / each)]
@@ -60,7 +60,7 @@ def bar(folder: Path, name: str) -> str:
 
 
 def described(parameters: list[tuple[Any, Any]]) -> str:
-    """The parameters that are not as the notebook has them, and, folded, the others."""
+    """A table of the parameters that differ from the notebook's defaults and, folded, one of the others."""
     columns = ["parameter", "value", "default", "meaning"]
     rows: dict[bool, list[list[str]]] = {True: [], False: []}
     for one, value in parameters:
@@ -75,7 +75,7 @@ def described(parameters: list[tuple[Any, Any]]) -> str:
 
 
 def as_markdown(output: Any, folder: Path, name: str) -> str:
-    """A figure, a table or a caption; any other text as it was printed."""
+    """An output as Markdown: a figure, a table, a caption, links to files; any other text as it was printed."""
     text = output.data.get("text/plain", "")
     if pixels := output.data.get("image/png"):
         kept = LINK.fullmatch(text)
@@ -98,19 +98,19 @@ def as_markdown(output: Any, folder: Path, name: str) -> str:
 
 
 def table(titles: list[str], rows: list[list[str]], right: list[bool] | None = None) -> str:
-    """A Markdown table of cells that are Markdown."""
+    """A Markdown table; the cells are Markdown. `right`: which columns are aligned to the right."""
     rule = ["--:" if each else "---" for each in right or [False] * len(titles)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [titles, rule, *rows])
 
 
 def plain(text: str) -> str:
-    """Any text as Markdown that shows just that, in one line; spaces that do not break stay, those of intervals."""
+    """Text escaped for Markdown, in one line; non-breaking spaces, as in intervals, stay."""
     line = re.sub(r"\s+", " ", text.strip(), flags=re.ASCII)
     return re.sub(r"([\\`*_|\[\]$~])", r"\\\1", html.escape(line, quote=False))
 
 
 def folded(text: str) -> str:
-    """The same of a value, which is folded where it would fill a page."""
+    """`plain` for the text of a value; one of more than 200 characters is folded."""
     if len(text) <= 200:
         return plain(text)
     return f"<details><summary>{plain(text[:60])} …</summary>{plain(text)}</details>"

@@ -1,7 +1,7 @@
 """Execute notebooks in place, `python notebooks/refresh.py notebooks/tutorials/*.ipynb`: how tutorials get outputs.
 
-What is written is what the cells print and draw, and nothing of the moment: no times, no state of widgets, no version
-of the interpreter. So the same code and machine give the same bytes.
+Only what the cells print and draw is written: no times, no state of widgets, no version of the interpreter. So the
+same code gives the same bytes on the same machine.
 """
 
 import sys
@@ -11,7 +11,7 @@ from wddm.workbook.report import WIDGET
 
 
 def refresh(path: Path) -> None:
-    """Execute one notebook in its own folder, as nbval does, and write it with outputs; an error leaves it be."""
+    """Execute one notebook in its own folder, as nbval does, and write it with outputs; an error writes nothing."""
     import nbformat
     from nbclient import NotebookClient
 

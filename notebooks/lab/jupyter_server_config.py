@@ -1,7 +1,7 @@
-"""What `make lab` adds to JupyterLab: running a notebook of the pipeline changes nothing for git, though it is saved.
+"""What `make lab` adds to JupyterLab: git sees no change in a pipeline notebook that was only run and saved.
 
-.gitattributes names those notebooks and filters, which are set up here; tutorials keep their outputs. What the user
-types into cells does count. Settings of JupyterLab itself are in labconfig/: it does not ask about news.
+.gitattributes names the notebooks and their filters, which are set up here; tutorials keep their outputs. What the user
+types into cells is a change. JupyterLab's own settings are in labconfig/, so that it does not ask about news.
 """
 
 import subprocess
@@ -18,12 +18,12 @@ FILTERS = {"notebook": f"{CLEAN} --ClearOutputPreprocessor.enabled=True", "tutor
 
 
 def git(*words: str, folder: Path) -> bool:
-    """Whether a git command ends well."""
+    """Run a git command; returns whether it succeeded."""
     return subprocess.run(["git", *words], cwd=folder, capture_output=True).returncode == 0
 
 
 def settle(model: dict, os_path: str, contents_manager: object) -> None:
-    """After a save: a file that git finds unchanged by its content is not listed as changed for its size."""
+    """After a save that left the content unchanged: update git's index, or `git status` lists the file for its size."""
     path = Path(os_path)
     if model["type"] == "notebook" and git("diff", "--quiet", "--", path.name, folder=path.parent):
         git("add", "--update", "--", path.name, folder=path.parent)

@@ -1,13 +1,13 @@
-"""The workbook, as notebooks see it: `run` executes experiments, `open_run` gives one its place.
+"""The workbook, as notebooks see it: `run` executes experiments, `open_run` opens the folders of a run.
 
     book = workbook.open_run(run, "02_train", globals())
-    book.parameters, book.folder, book.report       those of this notebook, checked; runs/<run>, reports/<run>
+    book.parameters, book.folder, book.report       this notebook's parameters, checked; runs/<run>; reports/<run>
     prepared = data.load(book.data_folder())        what 01_prepare of this run made, or a line that says to run it
-    book.begin("pipeline"); book.made("pipeline", book.folder / "pipeline")
+    book.begin("pipeline"); book.made("pipeline", book.folder / "pipeline")   recorded: begun; finished
     book.show(figure, "samples", "64 samples.")     a captioned figure, kept in the report
-    book.explore(draw, "bands", "Bands.", level=widgets.IntSlider(1, 0, 3))   one that follows its controls
+    book.explore(draw, "bands", "Bands.", level=widgets.IntSlider(1, 0, 3))   redrawn when a control moves
     book.table(rows, "Distances."); book.record(fwd=0.29); book.record_timing(train_images_per_s=812.0)
-    book.keep(rows, "distances")                    the same as CSV, with every digit
+    book.keep(rows, "distances")                    distances.csv in the report, with every digit
     for step in workbook.progress(steps): ...
 
 The root is the nearest folder upwards that holds notebooks/ and params/.
@@ -39,7 +39,7 @@ __all__ = ["Run", "collect", "live", "load_experiments", "open_run", "progress",
 
 
 def find_root(start: Path = Path()) -> Path:
-    """The nearest folder that holds notebooks/ and params/, from `start` upwards, or else from the current one."""
+    """The nearest folder with notebooks/ and params/, from `start` upwards, or else from the current folder upwards."""
     places = [place for one in (start, Path()) for place in (one.resolve(), *one.resolve().parents)]
     for folder in places:
         if (folder / "notebooks").is_dir() and (folder / "params").is_dir():
@@ -50,44 +50,44 @@ def find_root(start: Path = Path()) -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """The place of one run, its record, and what a notebook adds to its report."""
+    """One run: its folders, its record of what was made, and what a notebook can add to its report."""
 
     name: str
     root: Path
     folder: Path  # <root>/runs/<run>
     report: Path  # <root>/reports/<run>
-    notebook: str = ""  # which works on it: "02_train"
-    parameters: dict[str, Any] = field(default_factory=dict)  # of that notebook
-    sources: dict[str, str] = field(default_factory=dict, repr=False)  # name -> sha256 of what it took
-    recorded: set[str] = field(default_factory=set, repr=False)  # the kinds of numbers that it has merged
+    notebook: str = ""  # the one that works on this run: "02_train"
+    parameters: dict[str, Any] = field(default_factory=dict)  # of that notebook, checked
+    sources: dict[str, str] = field(default_factory=dict, repr=False)  # name -> sha256 of what the notebook took
+    recorded: set[str] = field(default_factory=set, repr=False)  # kinds written so far: "metrics", "timings"
 
     def take(self, name: str) -> Path:
-        """Where something is that an earlier notebook of this run made: "data", "pipeline" or "samples".
+        """The path of what an earlier notebook of this run made: "data" (its manifest.json), "pipeline" or "samples".
 
-        ValueError: it is not there, not finished, not what was left there, or made from what has changed since.
+        ValueError: it is missing, not finished, changed since, or made from something that has changed since.
         """
         entry = records.taken(self.root, self.name, name)
         self.sources[name] = entry["sha256"]
         return self.root / entry["path"]
 
     def data_folder(self) -> Path:
-        """The prepared set of this run; ValueError as of `take`."""
+        """The folder of this run's prepared set; ValueError as in `take`."""
         return self.take("data").parent
 
     def begin(self, name: str, **facts: Any) -> None:
-        """Record that this notebook begins to make something: what was there before is not to be taken for it."""
+        """Record that this notebook begins to make `name`: until `made` is called, `take` refuses what was there."""
         entry = {"by": self.notebook, "parameters": self.parameters, "from": self.sources}
         write_json(self.folder / "record.json", records.read_record(self.root, self.name) | {name: entry | facts})
 
     def made(self, name: str, path: Path, *, shared: bool = False, **facts: Any) -> None:
-        """Record what this notebook has made, by content (but where others write it too: `shared`), and from what."""
+        """Record what this notebook made, by sha256 (not if `shared`: others write to it, too), and from what."""
         place = path.relative_to(self.root) if path.is_relative_to(self.root) else path
         self.begin(name, path=str(place), sha256=None if shared else digest(path), **facts)
 
     def show(self, figure: Any, name: str, caption: str, alive: dict[str, Any] | None = None) -> None:
         """Save a matplotlib figure as figures/<name>.png of the report and display it, its caption beneath.
 
-        `alive`: another form of it, for JupyterLab. Pixels and caption are two outputs: strict comparisons see words.
+        `alive`: its form as a widget, for JupyterLab. The caption is an output of its own, which strict nbval compares.
         """
         path = self.report / "figures" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ class Run:
             pyplot.close(figure)
 
     def explore(self, draw: Callable[..., Any], name: str, caption: str, **controls: Any) -> None:
-        """Show the figure draw(**values) of the controls' values, drawn anew when one of these widgets moves."""
+        """Show the figure draw(**values) for the values of these widgets, the `controls`; moving one redraws it."""
         from ipywidgets import HBox, Image, VBox
 
         picture = Image()
@@ -122,7 +122,7 @@ class Run:
         _display({"text/html": as_html, "text/plain": as_text})
 
     def keep(self, rows: Any, name: str) -> None:
-        """Keep a DataFrame, or a list of dicts, as <name>.csv of the report, and link it."""
+        """Keep a DataFrame, or a list of dicts, as <name>.csv in the report, and show a link to it."""
         import pandas as pd
 
         table = pd.DataFrame(rows if hasattr(rows, "to_dict") else list(rows), dtype=object)
@@ -131,7 +131,7 @@ class Run:
         _display({"text/html": f"<p>All of it: {link}</p>", "text/plain": f"All of it: {name}.csv"})
 
     def record(self, **numbers: float | None) -> None:
-        """Merge results into metrics.json: only what is the same whenever the parameters are."""
+        """Merge results, finite or None, into metrics.json: only those that the same parameters always give again."""
         self._merge("metrics", numbers)
 
     def record_timing(self, **numbers: float | None) -> None:
@@ -146,7 +146,7 @@ class Run:
             numbers[key] = value
         path, owners = self.report / f"{kind}.json", self.folder / "numbers.json"
         whose, before = read_json(owners), read_json(path)
-        if self.notebook and kind not in self.recorded:  # what it recorded when it was run before goes
+        if self.notebook and kind not in self.recorded:  # forget what its previous run recorded
             before = {key: x for key, x in before.items() if whose.get(f"{kind}/{key}") != self.notebook}
         self.recorded.add(kind)
         write_json(owners, whose | {f"{kind}/{key}": self.notebook for key in numbers})
@@ -154,10 +154,10 @@ class Run:
 
 
 def open_run(run: str, notebook: str = "", namespace: Mapping[str, Any] | None = None) -> Run:
-    """The run called `run` of the workbook around the current folder; runs/<run>/ exists afterwards.
+    """Open the run called `run` of the workbook that the current folder is in; runs/<run>/ is made if it is missing.
 
-    notebook, namespace: which one works on it, e.g. "02_train" or "analysis/compare", and its `globals()`, for the
-    values of its parameters; the root, where relative paths in these start, becomes the current folder.
+    notebook, namespace: the notebook that works on the run, e.g. "02_train" or "analysis/compare", and its `globals()`,
+    which hold its parameters. The workbook's root becomes the current folder: relative paths in parameters start there.
     ValueError: a name that no folder can have, a parameter of a wrong type.
     """
     root, parameters = find_root(), {}
@@ -171,8 +171,8 @@ def open_run(run: str, notebook: str = "", namespace: Mapping[str, Any] | None =
 
 
 def progress(iterable: Any = None, total: int | None = None, desc: str = "", unit: str = "it", initial: int = 0) -> Any:
-    """A tqdm: in JupyterLab a widget, which stays above what is shown `live`; else text on sys.stdout, of a given size,
-    because a kernel cannot measure it, which reports leave out.
+    """A tqdm bar: in JupyterLab a widget, which stays above the figures of `live`; else text on sys.stdout, which
+    reports leave out. The text has a fixed width, because a kernel has no terminal to measure.
     """
     in_lab, text = "JPY_SESSION_NAME" in os.environ, dict[str, Any](file=sys.stdout, ascii=True, ncols=88, nrows=20)
     kind, look = import_module("tqdm.notebook" if in_lab else "tqdm").tqdm, {} if in_lab else text
@@ -180,7 +180,7 @@ def progress(iterable: Any = None, total: int | None = None, desc: str = "", uni
 
 
 def live(*draws: Callable[[], Any], every: float = 2.0) -> Callable[..., None]:
-    """To call at every step: in JupyterLab alone it shows the figures that these make anew, those there are, live."""
+    """A function to call at every step: in JupyterLab it redraws these figures; elsewhere it does nothing."""
     if "JPY_SESSION_NAME" not in os.environ:
         return lambda *arguments: None
     from IPython.display import Image, display

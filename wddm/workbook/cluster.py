@@ -1,8 +1,8 @@
-"""Members of a sweep, each `wddm run` as a process of its own: on this machine, or by Dask on many.
+"""Runs the members of a sweep, each as a process `wddm run` of its own: on this machine, or by Dask on many.
 
-On many the workbook's folder, which all see under one path, is the truth; the scheduler only says who runs what. Who
-runs a member holds the lock of its run, as everywhere. The client holds a lock `.<run>` for as long as it wants it run:
-once that is free, by Ctrl-C or because the client is dead, the member stops gently.
+Many machines see the workbook's folder under one path. All state is in this folder; the scheduler only assigns members
+to workers. A process that runs a member holds the lock of its run, as everywhere. The client holds a lock `.<run>` for
+as long as it wants that run; once that lock is free, by Ctrl-C or because the client is dead, the member stops gently.
 """
 
 import contextlib
@@ -29,21 +29,21 @@ from wddm.workbook.report import PROGRESS_LINE
 CLUSTERS = {"local": "distributed.LocalCluster", "ssh": "distributed.SSHCluster", "slurm": "dask_jobqueue.SLURMCluster"}
 LOCAL = {"kind": "local", "threads_per_worker": 1, "preload": "import os; os.setpgrp()"}  # Ctrl-C is the client's alone
 SET_BY_DASK = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_")  # in workers
-EVERY = 60.0  # seconds between two states of a progress bar that are shown
+EVERY = 60.0  # seconds between the lines of a progress bar that are shown
 LOST = "the scheduler is gone: start one, and the same command goes on"
-PATIENCE = 120.0  # seconds; NFS takes 90, if not told otherwise, to release the locks of a machine that is gone
+PATIENCE = 120.0  # seconds to wait for a lock: by default, NFS takes 90 to release those of a machine that is gone
 
 
 class Member(NamedTuple):
-    """A run of a sweep that a process is to be started for."""
+    """A run of a sweep, which a process of its own is to execute."""
 
     experiment: Experiment
     options: list[str]  # of `wddm run`
-    lock: int  # a descriptor: of the lock of the run; or, of the client of a cluster, of the lock `.<run>`
+    lock: int  # file descriptor of the lock of the run or, in the client of a cluster, of the lock `.<run>`
 
 
 def start(member: Member, stop: Stop, environment: Mapping[str, str], show: Callable[[str], object]) -> int:
-    """Run a member as a process; its exit code. `show` and log.txt get its lines, of a progress bar one a minute."""
+    """Run a member as a process; returns its exit code. Its lines go to `show` and log.txt, progress once a minute."""
     root, run, due = member.experiment.root, member.experiment.run, 0.0
     write_text(file := root / "reports" / run / ".asked.yaml", member.experiment.as_yaml())
     command = [sys.executable, "-m", "wddm", "run", str(file.relative_to(root)), f"--held={member.lock}"]
@@ -64,7 +64,7 @@ def start(member: Member, stop: Stop, environment: Mapping[str, str], show: Call
 
 
 def run_beside(members: list[Member], jobs: int, stop: Stop) -> list[int]:
-    """Exit codes of members that run on this machine, `jobs` at a time."""
+    """Run the members on this machine, `jobs` at a time; returns their exit codes."""
     free: SimpleQueue[str | None] = SimpleQueue()
     for name in itertools.islice(itertools.cycle(gpus() or [None]), jobs):
         free.put(name)
@@ -73,7 +73,7 @@ def run_beside(members: list[Member], jobs: int, stop: Stop) -> list[int]:
 
 
 def run_on_gpu(member: Member, stop: Stop, free: "SimpleQueue[str | None]") -> int:
-    """Run a member that sees one GPU of those that are free, but all where it trains in several processes."""
+    """Run a member on one of the free GPUs, or on all if it trains in several processes; returns its exit code."""
     if stop.requested:
         return 130
     gpu, several = free.get(), member.experiment.parameters.get("num_processes", 1) > 1
@@ -92,9 +92,9 @@ def gpus() -> list[str]:
 
 
 def run_by_dask(members: list[Member], where: str, jobs: int, stop: Stop) -> list[int]:
-    """Exit codes of members that run wherever the cluster `where`, see `connect`, has room for them."""
+    """Run the members on the cluster `where` (see `connect`) as it has room for them; returns their exit codes."""
     futures, codes = dict[Any, str](), list[int]()
-    given = {name: os.environ.get(name) for name in SET_BY_DASK}  # before a cluster on this machine sets them here, too
+    given = {name: os.environ.get(name) for name in SET_BY_DASK}  # before a local cluster sets them in this process
 
     def listener(kill: bool) -> None:
         for one in members:
@@ -126,7 +126,7 @@ def run_by_dask(members: list[Member], where: str, jobs: int, stop: Stop) -> lis
 
 
 def run_in_worker(member: Member, topic: str, given: dict[str, str | None]) -> int | str:
-    """Run a member from a thread of a Dask worker while the client wants it; its exit code, or why it cannot."""
+    """Run a member from a Dask worker while the client wants it; returns its exit code, or why it cannot run."""
     from distributed import get_worker
 
     worker, stop, root, run = get_worker(), Stop(), member.experiment.root, member.experiment.run
@@ -144,10 +144,10 @@ def run_in_worker(member: Member, topic: str, given: dict[str, str | None]) -> i
 
 
 def connect(where: str, jobs: int, closing: contextlib.ExitStack) -> Any:
-    """A client of the scheduler at an address, or in its .json; or of a cluster that is started and ends with it.
+    """A Dask client: of a scheduler, given by address or by its .json, or of a new cluster that ends with `closing`.
 
-    This is "local", `jobs` workers on this machine, or as a YAML says: `kind`, a key of CLUSTERS, `scale`, how many
-    workers it is to ask for, and arguments of its class. ValueError, one line, where there is none.
+    A new cluster is "local", with `jobs` workers on this machine, or a YAML: `kind` is a key of CLUSTERS, `scale` the
+    number of workers to ask for; the rest are arguments of the cluster's class. ValueError, one line, if that fails.
     """
     try:
         from distributed import Client

@@ -1,9 +1,9 @@
 """Experiments: what a YAML asks for, checked against what the notebooks declare before anything runs.
 
-An experiment is one flat YAML of parameters, plus `notebooks:` (which to run; the numbered ones when absent),
-`recipe:` (a file of params/recipes/ whose values hold where the experiment names none; one given by -p holds where -p
-names none), `sweep:` (lists of values, one run for every combination, or a list of such) and `summary:` (notebooks that
-look at the runs of the sweep, as one more run after them). Every mistake is reported, one line each.
+An experiment is one flat YAML of parameters, plus `notebooks:` (those to run; by default the numbered ones), `recipe:`
+(a file of params/recipes/, overridden by the experiment's own values; if given by -p, by those of -p and the sweep
+alone), `sweep:` (lists of values, one run for every combination, or a list of such) and `summary:` (notebooks that
+compare the runs of the sweep, as one more run after them). Every mistake is reported, one line each.
 """
 
 import difflib
@@ -19,9 +19,9 @@ import yaml
 
 from wddm.workbook.parameters import Parameter, merge_schemas, parse, read_schema, read_yaml
 
-RUN_NAME = re.compile(r"(?!.*\.(html|md)$)[A-Za-z0-9_][A-Za-z0-9._=+-]{0,199}")  # reports/ has an index.html
+RUN_NAME = re.compile(r"(?!.*\.(html|md)$)[A-Za-z0-9_][A-Za-z0-9._=+-]{0,199}")  # files of reports/ end in these
 SETTINGS = ("notebooks", "sweep", "summary")  # keys of a YAML that are not parameters
-MOST = 1000  # runs of one sweep
+MOST = 1000  # runs of a sweep, at most
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Experiment:
     root: Path
     notebooks: tuple[Path, ...]
     parameters: dict[str, Any]
-    is_summary: bool = False  # it runs after the others of its YAML, and looks at them
+    is_summary: bool = False  # it runs after the other runs of its YAML, and compares them
 
     def values(self, notebook: Path) -> dict[str, Any]:
-        """The value of every parameter that one of its notebooks declares."""
+        """name -> value of every parameter that this notebook declares."""
         return {name: self.parameters.get(name, one.default) for name, one in read_schema(notebook).items()}
 
     def as_yaml(self) -> str:
@@ -48,7 +48,7 @@ class Experiment:
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
     def until(self, last: Path) -> "Experiment":
-        """The notebooks up to this one, with their parameters alone."""
+        """The same experiment with the notebooks up to `last` and their parameters alone."""
         notebooks = self.notebooks[: self.notebooks.index(last) + 1]
         parameters = {name: self.parameters[name] for name in merge_schemas(notebooks)}
         return replace(self, notebooks=notebooks, parameters=parameters)
@@ -105,7 +105,7 @@ def load_experiments(path: Path, root: Path, overrides: Iterable[str] = ()) -> l
 
 
 def _recipe(where: str, name: Any, root: Path, schema: dict[str, Parameter]) -> dict[str, tuple[str, Any]]:
-    """name -> (where, value) of a recipe, as far as the chosen notebooks name its parameters."""
+    """name -> (path of the recipe, value), for those of its parameters that the chosen notebooks declare."""
     known = {path.stem: path for path in sorted((root / "params" / "recipes").glob("*.yaml"))}
     if not isinstance(name, str) or name not in known:
         raise ValueError(f"{where}: recipe: there is no {name!r:.100}{_suggest(str(name), known)}")
@@ -113,7 +113,7 @@ def _recipe(where: str, name: Any, root: Path, schema: dict[str, Parameter]) -> 
 
 
 def _find_notebooks(key: str, settings: dict[str, Any], root: Path, where: Path) -> tuple[Path, ...]:
-    """Paths of the notebooks that a YAML names under `key` (without .ipynb, below notebooks/), or none."""
+    """Paths of the notebooks that a YAML lists under `key`, by their names below notebooks/; () without that key."""
     names = settings.get(key)
     if names is None:
         return ()
@@ -126,7 +126,7 @@ def _find_notebooks(key: str, settings: dict[str, Any], root: Path, where: Path)
 
 
 def _combinations(sweep: Any, fixed: dict, where: Path) -> list[dict[str, Any]]:
-    """{key: value} of every run of a sweep, or of each of a list of sweeps in turn; one empty dict for none."""
+    """A dict {key: value} for every run of a sweep, or of a list of sweeps in turn; without a sweep, one empty dict."""
     if not sweep:
         return [{}]
     if isinstance(sweep, list):
@@ -144,9 +144,9 @@ def _resolve(
     schema: dict[str, Parameter], wanted: dict[str, tuple[str, Any]], known: list[str], swept: dict[str, Any],
     problems: list[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """Defaults overlaid with what `wanted` {name: (where, value)} has of the schema; every mistake is a line more.
+    """The schema's defaults, overlaid with `wanted` {name: (where, value)}; every mistake adds a line to `problems`.
 
-    What is not of the schema must be `known`: another notebook's. The run is named by what was `swept`, too.
+    A name that the schema lacks must be `known`: another notebook has it. What was `swept` is added to the run's name.
     """
     parameters = {name: parameter.default for name, parameter in schema.items()}
     for name, (where, value) in wanted.items():
@@ -164,7 +164,7 @@ def _resolve(
 
 
 def check_run_name(run: str) -> str:
-    """`run`, which names folders below runs/ and reports/; ValueError if it could not."""
+    """`run` itself, if it can name a folder below runs/ and reports/; else ValueError."""
     if not RUN_NAME.fullmatch(run):
         wanted = "a plain folder name of letters, digits and . _ = + -"
         raise ValueError(f"run: got {run!r:.100}, wanted {wanted}" + ", 200 at most" * (len(run) > 200))

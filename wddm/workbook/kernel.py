@@ -1,7 +1,7 @@
-"""One notebook, executed by papermill in a kernel of this interpreter, which Ctrl-C stops gently.
+"""Executes a notebook by papermill, in a kernel of this interpreter that Ctrl-C stops gently.
 
 A first SIGINT, SIGTERM or SIGHUP interrupts the running cell, so that its `except` and `finally` can save a checkpoint;
-a second one, or a while, kills the kernel. Either way the notebook is saved as far as it came.
+a second one, or PATIENCE seconds, kills the kernel. Either way the notebook is saved as far as it came.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ STOPPED = "killed", "KeyboardInterrupt: stopped"
 
 
 class Stop:
-    """Whether the user asked to stop. Listeners are told: `listener(kill)`, gently first, then to kill."""
+    """Whether the user asked to stop. Each `listener(kill)` is called with False to stop gently, then True to kill."""
 
     def __init__(self) -> None:
         self.requested, self.began = False, 0.0
@@ -48,7 +48,7 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """A `Stop` that signals set for the length of a `with` block in the main thread."""
+    """A `Stop` that handles the signals for the length of a `with` block, if that is in the main thread."""
     stop, before = Stop(), {}
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signum) != signal.SIG_IGN:
@@ -64,9 +64,9 @@ def stop_on_signals() -> Iterator[Stop]:
 def execute(
     source: Path, target: Path, parameters: dict[str, Any], stop: Stop, first: str = "", held: tuple[int, ...] = ()
 ) -> tuple[str, str | None]:
-    """Run a notebook from the root, the current folder; "ok", "failed" or "killed", and the error as one line.
+    """Run a notebook in the current folder, the root; returns "ok", "failed" or "killed", and the error in one line.
 
-    `first`: what the kernel does first. `held`: descriptors of locks, which it holds for as long as it lives.
+    `first`: code that the kernel runs first. `held`: descriptors of locks, which it holds for as long as it lives.
     """
     from nbclient.exceptions import DeadKernelError
     from papermill.engines import papermill_engines
@@ -93,7 +93,7 @@ def execute(
 
 
 def _engine(stop: Stop, first: str, held: tuple[int, ...]) -> type:
-    """A papermill engine whose kernel is this interpreter, and whose client heeds `stop`."""
+    """A papermill engine that starts kernels of this interpreter and obeys `stop`."""
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpecManager
     from papermill.clientwrap import PapermillNotebookClient
@@ -101,7 +101,7 @@ def _engine(stop: Stop, first: str, held: tuple[int, ...]) -> type:
 
     class Client(PapermillNotebookClient):
         def create_kernel_manager(self) -> AsyncKernelManager:
-            specs = KernelSpecManager(kernel_dirs=[])  # none to search: what remains is sys.executable's
+            specs = KernelSpecManager(kernel_dirs=[])  # no folder to search: what is left is this interpreter's
             self.km = AsyncKernelManager(kernel_spec_manager=specs)
             return self.km
 
@@ -116,10 +116,10 @@ def _engine(stop: Stop, first: str, held: tuple[int, ...]) -> type:
             group = self.km and getattr(self.km.provisioner, "pgid", None)
             if group:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(group, signal.SIGKILL if kill else signal.SIGINT)  # which an idle kernel ignores
+                    os.killpg(group, signal.SIGKILL if kill else signal.SIGINT)  # an idle kernel ignores SIGINT
 
         def execute_cell(self, cell: Any, cell_index: int) -> Any:
-            self.km.cleanup_connection_file()  # the kernel has read it, and nothing is left should all be killed
+            self.km.cleanup_connection_file()  # the kernel has read it; now no kill can leave it behind
             if stop.requested:
                 raise KeyboardInterrupt
             return super().execute_cell(cell, cell_index)

@@ -8,7 +8,7 @@ The cell tagged `parameters` of a notebook is its schema, one line per parameter
 Types are str, int, float, bool, `int | str`, list[T] and `T | None`. A comment explains, it decides nothing: which
 values are allowed is up to the code that takes them.
 
-Their values come from YAML, read strictly: YAML 1.1 takes 010 for 8, 1:30 for 90 and 2024-01-01 for a date, keeps the
+Values come from YAML, read strictly: YAML 1.1 takes 010 for 8, 1:30 for 90 and 2024-01-01 for a date, keeps the
 last of two equal keys, and lets a few lines stand for gigabytes. All that is refused.
 """
 
@@ -27,9 +27,9 @@ from wddm.files import refusing
 
 EXAMPLES: dict[str, Any] = {"str": "name", "int": 1, "float": 0.1, "bool": True, "int | str": 1}
 TYPE = re.compile(r"(?P<list>list\[)?(?P<item>int \| str|str|int|float|bool)(?(list)\])(?P<none> \| None)?")
-EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")  # which papermill's YAML reads as a string
+EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")  # 1e-3, which PyYAML reads as a string
 DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9]{0,18}|[0-9]*\.[0-9]*([eE][-+][0-9]+)?|\.(?i:inf|nan))")
-MOST_BYTES = 100_000  # bytes of a file
+MOST_BYTES = 100_000  # of a YAML file
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def tagged(notebook: Any, tag: str) -> Any:
 
 
 def read_notebook(path: Path) -> dict:
-    """A notebook as plain JSON, its sources as one string each; ValueError if it is none."""
+    """A notebook as parsed JSON, the source of each cell in one string; ValueError if the file is not a notebook."""
     with refusing(f"{path.name}, which cannot be read", "a notebook", "give another"):
         notebook = json.loads(path.read_text(encoding="utf-8"))
         for cell in notebook["cells"]:
@@ -85,9 +85,9 @@ def read_notebook(path: Path) -> dict:
 
 
 def read_schema(path: Path) -> dict[str, Parameter]:
-    """name -> Parameter of one notebook; ValueError where no cell of one that reports on a run uses a parameter.
+    """name -> Parameter of one notebook; ValueError if it reports on a run and no cell uses one of them.
 
-    Its page would show a value that changed nothing. (`experiment` refuses what it does not take.)
+    A page would then show a value that changed nothing. (Notebooks that use `experiment` are checked there.)
     """
     notebook = read_notebook(path)
     cell = tagged(notebook, "parameters")
@@ -103,7 +103,7 @@ def read_schema(path: Path) -> dict[str, Parameter]:
 
 
 def expand(template: str, values: Mapping[str, Any]) -> list[str]:
-    """`runs/{run}` with the values of the names that it has: a text for every item of a list, none for None."""
+    """`runs/{run}` with values in place of the names in `values`: a text for every item of a list, none for None."""
     texts = [template]
     for name in dict.fromkeys(re.findall(r"{(\w+)}", template)):
         items = values.get(name, f"{{{name}}}")
@@ -132,10 +132,10 @@ def _parse_line(line: Any, source: str) -> Parameter:
 
 
 def merge_schemas(notebooks: tuple[Path, ...]) -> dict[str, Parameter]:
-    """The schemas of notebooks that run together as one: a name belongs to the first that declares it.
+    """The schemas of notebooks that run together, as one: a parameter belongs to the first that declares it.
 
-    A later one may declare it too, the same, or as `T | None = None`: "as the first one has it". But for `run`, which
-    every run has, and whose default an experiment never takes.
+    A later one may declare it with the same type and default, or as `T | None = None`, "as the first one has it"; else
+    ValueError. `run` may have any default, because an experiment never takes it.
     """
     merged: dict[str, tuple[Parameter, str]] = {}
     for path in notebooks:
@@ -149,7 +149,7 @@ def merge_schemas(notebooks: tuple[Path, ...]) -> dict[str, Parameter]:
 
 
 class Loader(yaml.SafeLoader):
-    """SafeLoader without anchors, aliases, tags, keys given twice and numbers that can be misread."""
+    """A SafeLoader that refuses anchors, aliases, tags, keys given twice and numbers that can be misread."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
@@ -174,7 +174,7 @@ def _refuse(problem: str, place: Any) -> None:
 
 
 def parse(text: str, where: str) -> Any:
-    """The value that a text holds; ValueError, one line that begins with `where`."""
+    """The value of a YAML text; ValueError, one line that begins with `where`, if it is not valid."""
     try:
         return yaml.load(text, Loader)
     except (yaml.YAMLError, RecursionError) as error:
@@ -185,9 +185,9 @@ def parse(text: str, where: str) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file of parameters; ValueError, one line, for anything else."""
+    """name -> value of a YAML file of parameters; ValueError, one line, for anything else."""
     try:
-        with path.open("rb") as file:  # that may have no end
+        with path.open("rb") as file:  # not all of it: a device may have no end
             content = file.read(MOST_BYTES + 1)
         text = content[:MOST_BYTES].decode()
     except (OSError, UnicodeDecodeError) as error:

@@ -1,12 +1,12 @@
 """Where a result comes from: the fingerprint of all that a notebook depends on, and the machine it ran on.
 
-A notebook's first markdown cell declares what it reads and writes, relative to the root, up to the next bold word:
+A notebook's first markdown cell declares the paths that it reads and writes, relative to the root:
 
     **Inputs:** `{data}/manifest.json`, `{dataset_path}`
     **Outputs:** `runs/{run}/pipeline/`
 
-A list stands for each of its items, `*` for all that is there (`reports/{runs}/metrics.json`), and `{data}` for the
-prepared set of this run. What a notebook opens without declaring it is noted by its kernel (`watch`) and counts too.
+A parameter that is a list (`reports/{runs}/metrics.json`) stands for each of its items, `*` for whatever matches, and
+`{data}` for this run's prepared set. Other files that a notebook reads are noted by its kernel (`watch`) and count too.
 """
 
 import atexit
@@ -45,22 +45,22 @@ def fingerprint(experiment: Experiment, notebook: Path) -> str:
 
 
 def outputs(experiment: Experiment, notebook: Path) -> list[Path]:
-    """What a notebook alone writes: itself as executed, and what it declares but for the run's numbers and figures."""
+    """Paths that this notebook alone writes: its executed copy, and its declared outputs without those in SHARED."""
     executed = experiment.root / "reports" / experiment.run / f"{notebook.stem}.ipynb"
     return [executed, *(path for path in declared_paths(experiment, notebook, "Outputs") if path.name not in SHARED)]
 
 
 def hashes(root: Path, paths: list[Path]) -> dict[str, str]:
-    """path, relative to the root if below it -> hash of its content."""
+    """path -> hash of its content; a path below the root is made relative to it."""
     return {str(path.relative_to(root) if path.is_relative_to(root) else path): digest(path) for path in paths}
 
 
 def declared_paths(experiment: Experiment, notebook: Path, kind: str) -> list[Path]:
-    """The "Inputs" or "Outputs" that a notebook declares; one whose parameter is None is left out."""
+    """Paths that a notebook declares as its "Inputs" or "Outputs" (`kind`), without those whose parameter is None."""
     first = next((cell["source"] for cell in read_notebook(notebook)["cells"] if cell["cell_type"] == "markdown"), "")
     line = re.search(rf"\*\*{kind}:\*\*(.*?)(?=\n\n|\*\*|\Z)", first, re.DOTALL)
     known = prepared_set(experiment.root, experiment.run) | experiment.parameters
-    known["data"] = known["data"] or "data/none"  # so that a set which nobody knows is missing
+    known["data"] = known["data"] or "data/none"  # a path that does not exist: the set counts as missing
     paths: list[Path] = []
     for template in re.findall(r"`([^`]+)`", line[1] if line else ""):
         if unknown := set(re.findall(r"{(\w+)}", template)) - known.keys():
@@ -74,7 +74,7 @@ def declared_paths(experiment: Experiment, notebook: Path, kind: str) -> list[Pa
 def watch(log: str, root: str, run: str) -> None:
     """In a notebook's kernel: write to `log`, a line each, the files below the root that are opened for reading.
 
-    But for what this run writes itself, and what is no data: notebooks, code, environments, hidden files.
+    Left out are the run's own files, and what is not data: notebooks, the package, environments, hidden files.
     """
     from ipykernel.kernelapp import IPKernelApp
 
@@ -92,15 +92,15 @@ def watch(log: str, root: str, run: str) -> None:
                 seen.add(path)
                 os.write(descriptor, f"{path}\n".encode(errors="surrogateescape"))
         except (AttributeError, OSError, TypeError):
-            return  # no path, or the interpreter is on its way out: what is opened must open all the same
+            return  # not a path, or the interpreter is shutting down: the file must open all the same
 
     sys.addaudithook(note)
     if control := IPKernelApp.initialized() and IPKernelApp.instance().control_thread:
-        atexit.register(control.join, 5.0)  # else ipykernel closes its sockets while this one answers: a traceback
+        atexit.register(control.join, 5.0)  # else ipykernel closes sockets that this thread still uses: a traceback
 
 
 def opened(log: Path) -> list[Path]:
-    """What `watch` has noted and is still there; the log is removed."""
+    """The files that `watch` has noted and that still exist; the log is removed."""
     lines = log.read_text(errors="surrogateescape").splitlines() if log.exists() else []
     log.unlink(missing_ok=True)
     return sorted({Path(os.path.normpath(line)) for line in lines if os.path.isfile(line)})
@@ -123,7 +123,7 @@ def environment(root: Path, seed: int | None) -> dict[str, Any]:
 
 
 def source_hash() -> str:
-    """Of the package's source as it is now, which is what a kernel imports."""
+    """Hash of the package's source as it is now, which is what a kernel imports."""
     return digest_of(package := Path(__file__).parents[1], sorted(package.rglob("*.py")))
 
 

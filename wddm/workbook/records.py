@@ -1,14 +1,14 @@
-"""The files that say what became of a run: JSON written whole, status.json, record.json, its lock, and finished runs.
+"""The files that say what became of a run: status.json, record.json and its lock; and the runs that are finished.
 
-runs/<run>/record.json says of everything that a run made what it was made from, by content:
+runs/<run>/record.json has the sha256 of everything that a run made, and of what it was made from:
 
     {"data":     {"by": "01_prepare", "path": "data/<set>/manifest.json", "sha256": ..., "parameters": ..., "from": {}},
      "pipeline": {"by": "02_train", "path": "runs/x/pipeline", ..., "from": {"data": <sha256>}}, "samples": ...}
 
-An entry without sha256 was begun and not finished. Whoever takes something checks it: `taken`.
+An entry without sha256 was begun and not finished. `taken` checks an entry before what it names is used.
 
-Two commands never work on one run at a time, on machines that share the folder neither: its lock is `flock` on
-runs/.locks/<run>, which the processes that a command starts inherit, and the system releases when the last one dies.
+Two commands never work on one run at a time, not even on machines that share the folder: its lock is a `flock` on
+runs/.locks/<run>. The processes that a command starts inherit it; the system releases it when the last of them dies.
 """
 
 import fcntl
@@ -25,12 +25,12 @@ from wddm.files import digest, read_json
 from wddm.workbook.parameters import read_yaml
 
 MAKERS = {"data": "01_prepare", "pipeline": "02_train", "samples": "03_sample", "metrics": "04_evaluate"}
-PATIENCE = 1.0, 20.0  # seconds to wait for a lock; and where its command is dead, for what that has started to end
+PATIENCE = 1.0, 20.0  # seconds to wait for a lock: if its command is alive; if it is dead, for its processes to end
 
 
 def read_status(folder: Path, mine: bool = False) -> dict[str, dict[str, Any]]:
-    """status.json of reports/<run>/; what is said to run while no process holds the run's lock, or this one (`mine`),
-    was killed, and what was ok while another hand, in JupyterLab, has replaced its numbers is due again.
+    """status.json of reports/<run>/, brought up to date: "running" becomes "killed" if no process holds the run's lock
+    or the caller does (`mine`); "ok" becomes "pending" if the notebook, in JupyterLab, has since changed its numbers.
     """
     status = {name: entry for name, entry in read_json(folder / "status.json").items() if isinstance(entry, dict)}
     running = [entry for entry in status.values() if entry.get("state") == "running"]
@@ -47,7 +47,7 @@ def read_status(folder: Path, mine: bool = False) -> dict[str, dict[str, Any]]:
 
 
 def lock(root: Path, run: str, patience: float = 0.0) -> int:
-    """The lock of a run as a file descriptor: to close it, or to die, releases it. ValueError: others keep it."""
+    """Lock a run; returns a file descriptor. Closing it, or dying, releases the lock. ValueError: others keep it."""
     path = root / "runs" / ".locks" / run
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, began = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), time.monotonic()
@@ -68,7 +68,7 @@ def lock(root: Path, run: str, patience: float = 0.0) -> int:
 
 
 def is_locked(root: Path, run: str) -> bool:
-    """Whether a command works on this run, or something that one has started."""
+    """Whether a command, or a process that a command has started, works on this run."""
     try:
         with (root / "runs" / ".locks" / run).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -82,24 +82,24 @@ def _is_alive(holder: str) -> bool:
     try:
         os.kill(int(pid), 0)
     except (ValueError, OSError) as error:
-        return isinstance(error, PermissionError)  # someone else's
-    return machine in ("", socket.gethostname())  # of another one nobody knows
+        return isinstance(error, PermissionError)  # alive, but another user's
+    return machine in ("", socket.gethostname())  # processes of another machine are not known here
 
 
 def read_record(root: Path, run: str) -> dict[str, dict[str, Any]]:
-    """What a run has made so far."""
+    """name -> entry of record.json: what a run has begun or made so far."""
     entries, needed = read_json(root / "runs" / run / "record.json"), {"by", "parameters", "from"}
     return {name: entry for name, entry in entries.items() if isinstance(entry, dict) and entry.keys() >= needed}
 
 
 def prepared_set(root: Path, run: str) -> dict[str, str | None]:
-    """{"data": the folder of the prepared set that a run has made, if it has}, relative to the root."""
+    """{"data": the folder, relative to the root, of the prepared set that a run has made, or None}."""
     path = read_record(root, run).get("data", {}).get("path")
     return {"data": path and str(Path(path).parent)}
 
 
 def taken(root: Path, run: str, name: str) -> dict[str, Any]:
-    """What a run made, if it is finished, unchanged, and made from what the run holds now; else ValueError."""
+    """The entry of what a run made; ValueError if it is unfinished, changed, or not made from what the run has now."""
     entry, maker = read_record(root, run).get(name), MAKERS.get(name, name)
     remedy = f"run {maker} of this run again"
     if entry is None:
@@ -116,7 +116,7 @@ def taken(root: Path, run: str, name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that ended ok; those of one `variant` (what a sweep chose, or the run) differ in their seeds alone."""
+    """A run that ended ok. Runs of one `variant` (what a sweep chose, see `variants`) differ in their seeds alone."""
 
     name: str
     variant: str
@@ -126,9 +126,9 @@ class Finished:
 
 
 def collect(root: Path, runs: list[str]) -> tuple[list[Finished], list[str]]:
-    """The finished runs of reports/, given by names or patterns with `*`, in that order; and names of none.
+    """The finished runs in reports/ of these names or patterns with `*`, in that order; and the names without any.
 
-    ValueError: there are no finished ones; or what one of them made is not what its numbers were computed from.
+    ValueError: no run matches; or a run has changed since its numbers were computed.
     """
     matches = {pattern: list(filter(_is_finished, sorted((root / "reports").glob(pattern)))) for pattern in runs}
     found = {path.name: path for paths in matches.values() for path in paths}
@@ -149,7 +149,7 @@ def collect(root: Path, runs: list[str]) -> tuple[list[Finished], list[str]]:
 
 
 def run_data_folder(root: Path, run: str) -> Path:
-    """The prepared set that a run used; ValueError if it is not there any more, or changed."""
+    """The folder of the prepared set that a run used; ValueError if it is gone or has changed."""
     return (root / taken(root, run, "data")["path"]).parent
 
 
@@ -159,7 +159,7 @@ def _is_finished(folder: Path) -> bool:
 
 
 def variants(names: Iterable[str]) -> dict[str, str]:
-    """By run, what its sweep chose but the seed: x-level=2-seed=0 -> level 2, or x, level 2 if sweeps are several."""
+    """run -> what its sweep chose, without the seed: x-level=2-seed=0 -> level 2; with several sweeps, x, level 2."""
     parts = {name: re.split(r"-(?=\w+=)", name) for name in names}
     several, found = len({base for name, (base, *_) in parts.items() if "=" in name}) > 1, {}
     for name, (base, *chosen) in parts.items():

@@ -1,7 +1,7 @@
 """Reports: numbers and tables as they are printed, an executed notebook as a page of its own, the index of all runs.
 
-A page needs nothing but itself: no script, no font, no address outside. What comes from parameters and file names is
-escaped. Importing this module imports none of what renders.
+A page is self-contained: no script, no font, no address outside. Text from parameters and file names is escaped. The
+libraries that render are imported when they are first needed.
 """
 
 import html
@@ -20,11 +20,11 @@ from wddm.workbook.parameters import Parameter, expand, parse_parameters, read_s
 from wddm.workbook.records import prepared_set, read_status
 
 TEMPLATES = Path(__file__).parent / "templates"
-PROGRESS_LINE = re.compile(r"(?m)^.*\[(\d+:)?\d\d:\d\d[<,].*\n?")  # with tqdm's [elapsed<remaining, rate]
+PROGRESS_LINE = re.compile(r"(?m)^.*\[(\d+:)?\d\d:\d\d[<,].*\n?")  # tqdm's: [elapsed<remaining, rate]
 LESSON = re.compile(r'(?<=href=")\.\./\.\./(notebooks/tutorials/(\w+)\.ipynb)')
-WIDGET = "application/vnd.jupyter.widget-view+json"  # what lives in JupyterLab alone, beside a picture of itself
+WIDGET = "application/vnd.jupyter.widget-view+json"  # a widget, for JupyterLab alone; a picture is beside it
 WORST_FIRST = ("running", "failed", "killed", "pending", "ok")
-HEADLINES = {"kid_efficientnet": 1000, "fwd": 1, "fid": 1, "kid": 1000}  # what the index shows, times what
+HEADLINES = {"kid_efficientnet": 1000, "fwd": 1, "fid": 1, "kid": 1000}  # metric that the index shows -> factor
 
 
 def _is_number(value: Any) -> bool:
@@ -42,14 +42,14 @@ def format_number(value: Any) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """12.3 s, 0:04:05, 2:10:00."""
+    """Seconds as text: 12.3 s, 0:04:05, 2:10:00."""
     return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
 
 
 def format_table(rows: list[dict[str, Any]], caption: str) -> tuple[str, str]:
     """Rows as an HTML table with a caption, and the same as plain text; numbers are set to the right."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    titles = ["" if column == "index" else str(column) for column in columns]  # pandas' name for no name
+    titles = ["" if column == "index" else str(column) for column in columns]  # pandas' name for an index without one
     cells = [[format_number(row.get(column)) for column in columns] for row in rows]
     sides = ["right" if all(_is_number(row.get(column)) for row in rows) else "left" for column in columns]
     as_html = _template("table").render(caption=caption, titles=titles, cells=cells, sides=sides)
@@ -59,7 +59,7 @@ def format_table(rows: list[dict[str, Any]], caption: str) -> tuple[str, str]:
 
 
 def read_page(folder: Path, name: str) -> tuple[Any, list[tuple[Parameter, Any]]]:
-    """reports/<run>/<name>.ipynb without what is dead in a page, its title cell filled in; its parameters' values."""
+    """reports/<run>/<name>.ipynb as a page shows it, its title cell filled in; and its parameters with their values."""
     import nbformat
 
     notebook = nbformat.read(folder / f"{name}.ipynb", as_version=4)
@@ -77,11 +77,11 @@ def read_page(folder: Path, name: str) -> tuple[Any, list[tuple[Parameter, Any]]
 
 
 def fill(prose: str, values: dict[str, Any]) -> str:
-    """Prose with the values in its code spans, `runs/{run}`: a * for the items of a list, no span for None."""
+    """Prose with values for the names in code spans like `runs/{run}`: `*` for several items, no span for None."""
 
     def spans(match: re.Match[str]) -> str:
         texts = expand(match[2], {k: "*" if isinstance(v, list) and v[1:] else v for k, v in values.items()})
-        return match[1] + "`" + re.sub(r"[`$<>\s]+", " ", texts[0]) + "`" if texts else ""  # else they end the span
+        return match[1] + "`" + re.sub(r"[`$<>\s]+", " ", texts[0]) + "`" if texts else ""  # what would end the span
 
     return re.sub(r"(,\s| or |)`([^`\n]*{\w+}[^`\n]*)`", spans, prose)
 
@@ -102,9 +102,9 @@ def render(folder: Path, name: str) -> Path:
 
 
 def renew_headers(folder: Path) -> None:
-    """Let every page of a run say what states its notebooks are in."""
+    """Bring the headers of all pages of a run up to date: the states of its notebooks, the links to other pages."""
     for page in (path.with_suffix(".html") for path in folder.glob("*.ipynb")):
-        with suppress(OSError, ValueError):  # none, or not of ours
+        with suppress(OSError, ValueError):  # no page, or none of ours
             before, _, rest = (text := page.read_text(encoding="utf-8")).partition("<header>")
             _, end, after = rest.partition("</header>")
             if end and (new := before + _header(folder, page.stem) + after) != text:
@@ -112,7 +112,7 @@ def renew_headers(folder: Path) -> None:
 
 
 def _lesson(folder: Path, path: str, name: str) -> str:
-    """From a page of a run to that of a tutorial, which is made of its committed outputs where it has not been run."""
+    """The link from a run's page to a tutorial's, rendered with its committed outputs if it was not run here."""
     page, source = folder.parent / "tutorials" / f"{name}.html", folder.absolute().parents[1] / path
     copy, was_run = page.with_suffix(".ipynb"), name in read_status(page.parent)
     if source.exists() and not was_run and not (page.exists() and copy.read_bytes() == source.read_bytes()):
@@ -122,7 +122,7 @@ def _lesson(folder: Path, path: str, name: str) -> str:
 
 
 def _header(folder: Path, name: str) -> str:
-    """The bar of a page: run, notebook, state if it was run here, and the way to the others."""
+    """The bar of a page: run, notebook, its state if it was run here, and links to the run's other pages."""
     written: dict[str, dict] = {path.stem: {} for path in folder.glob("*.ipynb")}
     return _template("header").render(run=folder.name, name=name, status=written | read_status(folder), written=written)
 
@@ -148,7 +148,7 @@ def _exporter() -> Any:
 
 
 def _tidy(cell: Any) -> Any:
-    """A cell without progress bars and widgets, which are dead in a page; a widget's picture of itself stays."""
+    """A cell without progress bars and widgets, which do not work in a page; the picture of a widget stays."""
     kept = []
     for output in cell.get("outputs", []):
         if output.output_type == "stream":
@@ -162,7 +162,7 @@ def _tidy(cell: Any) -> Any:
 
 
 def _template(name: str) -> Any:
-    """One of templates/, which escapes what is put into it."""
+    """A template of templates/; it escapes the values that are put into it."""
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -171,7 +171,7 @@ def _template(name: str) -> Any:
 
 
 def write_index(root: Path) -> Path:
-    """reports/index.html: a table of all runs, the latest first, those of a sweep under it, to sort and to filter."""
+    """Write reports/index.html, a table of all runs to sort and filter: the latest first, a sweep's runs below it."""
     defaults: dict[str, dict[str, Any]] = {}  # by notebook
     runs: list[dict[str, Any]] = []
     groups: dict[str, list[dict[str, Any]]] = {}  # by the run's name without what a sweep chose
@@ -193,7 +193,7 @@ def write_index(root: Path) -> Path:
 
 
 def _row(folder: Path, defaults: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What the index shows of a run; a parameter's default is that of the first of its notebooks, or any, with it."""
+    """What the index shows of a run. A parameter's default is that of the first of its notebooks with it, or of any."""
     pages = {path.stem: path.name for end in ("md", "html") for path in sorted(folder.glob(f"*.{end}"))}
     status, parameters = read_status(folder), {}
     with suppress(ValueError):  # missing, or damaged

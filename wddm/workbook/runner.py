@@ -1,4 +1,4 @@
-"""Runs experiments: which notebooks, in which order, whether they have to, and what became of them.
+"""Runs experiments: chooses the notebooks that have to run, runs them in order, and says what became of them.
 
 status.json of reports/<run>/ is written before and after each launch, here and nowhere else:
 {"02_train": {"state", "seconds", "error", "started", "pid", "commit", "device", "fingerprint", "recorded", "files"},
@@ -24,7 +24,7 @@ from wddm.workbook.report import format_seconds, render, renew_headers, write_in
 Preflight = Callable[[Experiment], None] | None
 RECORDS = ("metrics", "timings")  # the .json files that notebooks write into
 PENDING = {"state": "pending", "seconds": None, "error": None}
-PACKAGE = str(Path(__file__).parents[2])  # the code that the fingerprint is of, wherever a kernel starts
+PACKAGE = str(Path(__file__).parents[2])  # a kernel imports wddm from here: the fingerprint is of this code
 WATCH = f"__import__('sys').path.insert(0, {PACKAGE!r}); "
 WATCH += "__import__('wddm.workbook.provenance', fromlist=['watch']).watch({!r}, {!r}, {!r})"
 
@@ -35,9 +35,9 @@ def run(
 ) -> int:  # fmt: skip
     """Run every experiment, `jobs` at a time, and then the summaries; one that fails does not stop the others.
 
-    `only` and `start` choose notebooks by name, with or without the number. `preflight(experiment)` may refuse, by
-    ValueError, one of which something is going to run, before anything has. `cluster`: see `cluster.connect`. `held`:
-    the lock, where the process that started this one has it. Returns 0 ok, 1 a notebook failed, 130 interrupted.
+    `only` and `start` choose notebooks by name, with or without the number. Before anything runs, `preflight` is called
+    for every experiment that has a notebook to run; it refuses by ValueError. `cluster`: see `cluster.connect`. `held`:
+    the run's lock, if a parent process has it. Returns 0 ok, 1 a notebook failed, 130 interrupted.
     """
     names = [experiment.run for experiment in experiments]
     if twins := sorted({name for name in names if names.count(name) > 1}):
@@ -81,7 +81,7 @@ def _run(tasks: list["Task"], jobs: int, where: str | None, preflight: Preflight
 
 
 class Task:
-    """One experiment with the notebooks chosen from it, the lock on its run, and the record of it."""
+    """One experiment, the notebooks of it that were chosen, the lock on its run, and its status.json."""
 
     def __init__(self, experiment: Experiment, chosen: list[Path], options: list[str]) -> None:
         self.experiment, self.options, self.force = experiment, options, "--force" in options
@@ -89,7 +89,7 @@ class Task:
         self.chosen, self.lock, self.status = chosen, -1, dict[str, dict[str, Any]]()
 
     def problems(self, preflight: Preflight) -> list[str]:
-        """Why it cannot run: what earlier notebooks made is of other parameters, or `preflight` refuses it."""
+        """Why it cannot run, a line each: see `stale`, or what `preflight` refuses."""
         found = list(self.stale())
         if preflight and not found and not all(map(self.is_current, self.chosen)):
             try:
@@ -99,12 +99,12 @@ class Task:
         return found
 
     def stale(self) -> Iterator[str]:
-        """What notebooks that are left out have not finished, or made with other parameters, a line each."""
+        """A line for each notebook before the chosen ones that has not finished or ran with other parameters."""
         run, notebooks = self.experiment.run, self.experiment.notebooks
         made = {entry["by"]: entry for entry in read_record(self.root, run).values()}
         for notebook in notebooks[: notebooks.index(self.chosen[0])]:
             now = self.experiment.values(notebook)
-            entry = made.get(notebook.stem, {"parameters": now, "sha256": None})  # none: who wants it says so
+            entry = made.get(notebook.stem, {"parameters": now, "sha256": None})  # no entry: who needs it says so
             then = entry["parameters"]
             why = ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name])
             if why or "sha256" not in entry:
@@ -113,7 +113,7 @@ class Task:
                 yield f"run {run!r}: {notebook.stem} {got}: {remedy}"
 
     def is_current(self, notebook: Path) -> bool:
-        """Whether the notebook last ended ok, and what it depends on and what it made are as they were then."""
+        """Whether the notebook last ended ok, and all that it read and made is as it was then; False with --force."""
         entry, name = self.status.get(notebook.stem, {}), notebook.stem
         made = provenance.hashes(self.root, provenance.outputs(self.experiment, notebook))
         return (
@@ -126,19 +126,19 @@ class Task:
         )
 
     def run(self, stop: kernel.Stop) -> int:
-        """Run the chosen notebooks up to the first that does not end ok; what is then out of date is due again."""
+        """Run the chosen notebooks up to one that is not ok; what is then out of date is pending. Returns 0 or 1."""
         print(f"{self.experiment.source} -> reports/{self.experiment.run}/", flush=True)
-        if not self.status and any(self.folder.glob("*.md")):  # published: the numbers are of the run that it shows
+        if not self.status and any(self.folder.glob("*.md")):  # published: these numbers are of that run
             for kind in RECORDS:
                 write_json(self.folder / f"{kind}.json", {})
         notebooks, values = self.experiment.notebooks, self.experiment.values
-        ok = [name for name, one in self.status.items() if "files" in one]  # when they were last run here
-        self.status = {one.stem: PENDING for one in notebooks} | self.status  # what JupyterLab has recorded stays
+        ok = [name for name, one in self.status.items() if "files" in one]  # ended ok when last run here
+        self.status = {one.stem: PENDING for one in notebooks} | self.status  # keeps numbers recorded in JupyterLab
         self.set_pending(*(one for one in self.chosen if one.stem not in ok))
-        with contextlib.suppress(ValueError):  # params.yaml, which is not there, or damaged
+        with contextlib.suppress(ValueError):  # params.yaml is missing or damaged
             before = read_yaml(file := self.folder / "params.yaml")
             others = [x for x in notebooks if any(before.get(k, v) != v for k, v in values(x).items())]
-            self.set_pending(*(x for x in others if x.stem in ok and not self.is_current(x)))  # whoever dies now
+            self.set_pending(*(x for x in others if x.stem in ok and not self.is_current(x)))  # now, in case it dies
         write_text(file, self.experiment.as_yaml())
         for notebook in self.chosen:
             current = self.is_current(notebook)
@@ -152,9 +152,9 @@ class Task:
         return int(failed)
 
     def broken(self) -> Iterator[Path]:
-        """Notebooks, of another YAML too, whose results the record says were made of what has been replaced since."""
+        """Notebooks, also of other YAMLs, whose results, by the record, were made from something replaced since."""
         record, gone = read_record(self.root, self.experiment.run), set[str]()
-        for name in filter(record.__contains__, MAKERS):  # in their order
+        for name in filter(record.__contains__, MAKERS):  # in the order of the notebooks
             made_of = record[name]["from"].items()
             if any(source in gone or record.get(source, {}).get("sha256") != then for source, then in made_of):
                 gone.add(name)
@@ -180,9 +180,9 @@ class Task:
         state, error = kernel.execute(source, target, self.experiment.values(notebook), stop, first, (self.lock,))
         seconds, opened = round(time.monotonic() - began, 2), provenance.opened(log)
         entry: dict[str, Any] = {"state": state, "error": error, "seconds": seconds, "recorded": self.recorded(name)}
-        if state == "ok":  # else there may be no time to read what it left
+        if state == "ok":  # else it may have no time left to hash files
             entry["files"] = provenance.hashes(self.root, [*provenance.outputs(self.experiment, notebook), *opened])
-        (self.folder / f"{name}.html").unlink(missing_ok=True)  # of another time
+        (self.folder / f"{name}.html").unlink(missing_ok=True)  # of an earlier run
         self.update(name, **entry)
         try:
             page = str(render(self.folder, name).relative_to(self.root))
@@ -199,7 +199,7 @@ class Task:
         write_index(self.root)
 
     def set_pending(self, *notebooks: Path) -> None:
-        """Notebooks that have yet to run: numbers that they recorded for other parameters are removed."""
+        """Mark notebooks as yet to run, and remove the numbers that they recorded."""
         for notebook in notebooks:
             for kind, own in self.recorded(notebook.stem).items():
                 left = {key: value for key, value in self.recorded()[kind].items() if key not in own}
@@ -210,9 +210,9 @@ class Task:
         renew_headers(self.folder)
 
     def recorded(self, by: str | None = None) -> dict[str, dict[str, Any]]:
-        """The numbers in metrics.json and timings.json, of all notebooks or of one, here or in JupyterLab."""
+        """The numbers of metrics.json and timings.json: all, or those that `by` recorded, here or in JupyterLab."""
         before = self.status.get(by or "", {}).get("recorded", {})
-        of = read_json(self.root / "runs" / self.experiment.run / "numbers.json")  # by which notebook is "metrics/fwd"
+        of = read_json(self.root / "runs" / self.experiment.run / "numbers.json")  # "metrics/fwd" -> its notebook
         found = {kind: read_json(self.folder / f"{kind}.json") for kind in RECORDS}
         if by is None:
             return found
@@ -221,7 +221,7 @@ class Task:
 
 
 def _choose(experiments: list[Experiment], only: str | None, start: str | None) -> list[list[Path]]:
-    """Of each the notebooks that --only and --from leave, given as 02_train or train; a summary comes after all."""
+    """For each experiment, the notebooks that --only and --from (02_train or train) leave; --from keeps summaries."""
 
     def named(notebook: Path, name: str) -> bool:
         return name in (notebook.stem, re.sub(r"^\d+_", "", notebook.stem))
