@@ -28,7 +28,7 @@ COUNT, PATH = click.IntRange(min=1), click.Path(path_type=Path)
 
 def takes_parameters(command: Callable) -> Callable:
     files = click.argument("params", nargs=-1, required=True, type=PATH, metavar="params/x.yaml...")
-    changed = "A parameter, as if it were in the YAML."
+    changed = "Set a parameter, as if it were in the YAML."
     return files(click.option("-p", "overrides", multiple=True, metavar="key=value", help=changed)(command))
 
 
@@ -41,15 +41,15 @@ def commands() -> None:
 @takes_parameters
 @click.option("--only", metavar="NAME", help="This notebook alone, e.g. train.")
 @click.option("--from", "start", metavar="NAME", help="This notebook and those after it.")
-@click.option("--force", is_flag=True, help="Run what is unchanged, too.")
-@click.option("--jobs", type=COUNT, default=1, metavar="N", help="Runs of a sweep at a time.")
-@click.option("--cluster", metavar="WHERE", help="Runs of a sweep by Dask: local, tcp://host:8786, its .json, a .yaml.")
-@click.option("--held", type=int, hidden=True, help="The lock that this process inherits from the one that started it.")
+@click.option("--force", is_flag=True, help="Run unchanged notebooks, too.")
+@click.option("--jobs", type=COUNT, default=1, metavar="N", help="Number of runs of a sweep at a time.")
+@click.option("--cluster", metavar="WHERE", help="Run a sweep by Dask: local, tcp://host:8786, scheduler .json, .yaml.")
+@click.option("--held", type=int, hidden=True, help="Descriptor of the lock that the parent process passes on.")
 def run(params: tuple[Path, ...], overrides: tuple[str, ...], held: int | None, **options: Any) -> int:
     """Execute the notebooks with the parameters of YAML files."""
     if held is not None:
         threading.Thread(target=_end_with_parent, daemon=True).start()
-    check = preflight if held is None else None  # what started this process has checked
+    check = preflight if held is None else None  # the parent process has checked
     return workbook.run(experiments_of(params, overrides)[1], held=held, preflight=check, **options)
 
 
@@ -60,7 +60,7 @@ def _end_with_parent() -> None:
 
 
 def preflight(one: Experiment) -> None:
-    """Refuse, by ValueError, what the notebooks would only find out later; asked where one of them is going to run."""
+    """ValueError for what the notebooks would only find out later; called if one of them is going to run."""
     if one.parameters.keys() - {"run"}:
         from wddm import experiment  # and torch, which takes seconds
 
@@ -71,8 +71,8 @@ def preflight(one: Experiment) -> None:
 @takes_parameters
 @click.option("--extend", is_flag=True, help="Go on with a run that had a smaller train_kimg.")
 def train(params: tuple[Path, ...], overrides: tuple[str, ...], extend: bool) -> None:
-    """Prepare and train alone, also under `accelerate launch -m wddm train`."""
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that were launched, it does the talking
+    """Prepare data and train, no more; works under `accelerate launch -m wddm train`, too."""
+    first = os.environ.get("RANK", "0") == "0"  # of the launched processes, only the first prints
     root, every = experiments_of(params, overrides)
     for one in (experiments := [one for one in every if not one.is_summary]):
         if missing := {"01_prepare", "02_train"} - {notebook.stem for notebook in one.notebooks}:
@@ -108,16 +108,16 @@ def experiments_of(params: Sequence[Path], overrides: Iterable[str]) -> tuple[Pa
 @click.option("--scheduler", help="ddpm ddim pndm dpmsolver++ unipc heun euler euler_a deis lms; ddim, euler for flow.")
 @click.option("--sampling-steps", "num_inference_steps", type=COUNT, default=50)
 @click.option("--eta", type=float, default=0.0, help="Randomness of ddim: 0 none, 1 as much as ddpm.")
-@click.option("--detail-steps", type=COUNT, metavar="N", help="Solver steps of the detail bands, if not the same.")
+@click.option("--detail-steps", type=COUNT, metavar="N", help="Solver steps of the detail bands; default: the same.")
 @click.option("--labels", metavar="7,cat", help="Classes to draw in turn, by number or name; by default all.")
-@click.option("--guidance", type=float, default=1.0, help="Above 1 the label counts more, and variety less.")
-@click.option("--spacing", help="leading, trailing or linspace")
+@click.option("--guidance", type=float, default=1.0, help="Above 1, images fit their label more and vary less.")
+@click.option("--spacing", help="Spacing of the timesteps: leading, trailing or linspace.")
 @click.option("--seed", type=click.IntRange(0, 2**60), default=0, help="Image k is drawn from seed + k in any batch.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...; a GPU if there is one, else cpu.")
-@click.option("--model-type", help="unet, ukan, ...: read from the checkpoint; refused where it is another.")
-@click.option("--prediction-type", help="Of a published checkpoint: epsilon, or sample for CelebA-HQ.")
-@click.option("--wavelet-level", "level", type=int, help="Read from the checkpoint; refused where it is another.")
-@click.option("--resolution", type=int, help="Read from the checkpoint; refused where it is another.")
+@click.option("--model-type", help="unet, ukan, ...: read from the checkpoint; if given, it must match.")
+@click.option("--prediction-type", help="Target of a published checkpoint: epsilon, or sample for CelebA-HQ.")
+@click.option("--wavelet-level", "level", type=int, help="Read from the checkpoint; if given, it must match.")
+@click.option("--resolution", type=int, help="Read from the checkpoint; if given, it must match.")
 def sample(
     model_dir: str, output_dir: Path, num_samples: int, batch_size: int, seed: int, device: str | None,
     num_inference_steps: int, eta: float, detail_steps: int | None, labels: str | None, guidance: float,
@@ -135,7 +135,7 @@ def sample(
     check_device(device or "cpu")
     state = PartialState(cpu=on_cpu)
     if state.num_processes > 1 and on_cpu:
-        torch.set_num_threads(cores())  # as alone, where launchers say 1: on it depends how sums round
+        torch.set_num_threads(cores())  # as in a single process, so that sums round alike; launchers set 1
     diffusers.utils.logging.disable_progress_bar()
     alone = state.num_processes == 1  # processes that were launched together have a GPU each
     pipeline = open_pipeline(model_dir, **checkpoint).to(device if device and alone else state.device)
@@ -150,11 +150,11 @@ def sample(
 @commands.command()
 @click.option("--images", required=True, type=PATH, help="Folder of PNGs, or a samples.npy.")
 @click.option("--reference", required=True, help="Name of a prepared set under data/, or its folder.")
-@click.option("--resolution", type=COUNT, help="Which one, where a set is prepared in several.")
-@click.option("--fwd-level", type=COUNT, help="Level of the packets of FWD; by default, by the images' size.")
-@click.option("--inception-weights", type=PATH, metavar="FILE", help="torch-fidelity's file.")
+@click.option("--resolution", type=COUNT, help="Resolution of the set, if it is prepared in several.")
+@click.option("--fwd-level", type=COUNT, help="Wavelet packet level of FWD; default: by the images' size.")
+@click.option("--inception-weights", type=PATH, metavar="FILE", help="torch-fidelity's file of Inception's weights.")
 @click.option("--output", type=PATH, default=Path("metrics.json"), help="Where the numbers go.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of resampling, for intervals and floors.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of resampling for intervals, floors.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...; a GPU if there is one, else cpu.")
 def evaluate(
     images: Path, reference: str, resolution: int | None, fwd_level: int | None, inception_weights: Path | None,
@@ -167,7 +167,7 @@ def evaluate(
     from wddm.sampling import check_device, read_images
     from wddm.workbook.report import format_table
 
-    check_device(device or "cpu")  # what cannot be used is told before anything is computed
+    check_device(device or "cpu")  # an error before anything is computed
     with contextlib.suppress(OSError):
         output.parent.mkdir(parents=True, exist_ok=True)
     if output.is_dir() or not os.access(output.parent, os.W_OK | os.X_OK):
@@ -178,7 +178,7 @@ def evaluate(
         root = workbook.find_root()
     real = scores.find_reference(f"{reference}-{resolution}" if resolution else reference, root)
     samples, made = read_images(images), read_json(images / "samples.json")  # as wddm sample writes it
-    labels = made.get("labels") if made.get("images") == len(samples) else None  # of others nobody knows whose they are
+    labels = made.get("labels") if made.get("images") == len(samples) else None  # else they are of other images
     device = device or PartialState().device
     bar = partial(workbook.progress, desc="features", unit="batch")
     found = scores.evaluate(samples, real, scores.Options(fwd_level, seed, device, inception_weights, bar, labels))
@@ -198,7 +198,7 @@ def index() -> None:
 @commands.command()
 @click.argument("folder", type=PATH)
 def init(folder: Path) -> None:
-    """Make a workbook of a new FOLDER: the notebooks, parameters and model that this installation came with."""
+    """Make a new FOLDER a workbook, with the notebooks, parameters and model that this installation came with."""
     files = metadata.files("wddm") or ()
     shipped = [Path(one.locate()).parents[1] for one in files if one.match("share/wddm/params/quickstart.yaml")]
     if not shipped:
@@ -213,7 +213,7 @@ FOUND = re.compile(r"Invalid value for ('.*?'): (.+) is not (?:a valid (.+)|in t
 
 
 def remedied(error: click.ClickException) -> str:
-    """click's message as got, wanted and what to do."""
+    """click's message in the form: got ..., wanted ...: what to do."""
     text = error.format_message()
     if m := FOUND.fullmatch(text):
         text = f"got {m[2]} for {m[1]}, wanted {m[3] or (f'{m[6]} or more' if m[6] else f'{m[4]} to {m[5]}')}"
@@ -222,10 +222,10 @@ def remedied(error: click.ClickException) -> str:
 
 
 def keep_memory() -> None:
-    """Have glibc keep what is freed, here and in what is started from here, but where the environment says otherwise.
+    """Have glibc keep freed memory, in this process and its children, unless the environment says otherwise.
 
-    By default it returns large tensors to the system, and every page of the next ones is a fault: up to a quarter of a
-    training step, for which up to 29 % more memory was seen. mallopt knows M_MMAP_MAX as -4, M_TRIM_THRESHOLD as -1.
+    By default it returns large tensors to the system, and each page of the next ones is a page fault: up to a quarter
+    of a training step. Keeping them took up to 29 % more memory. In mallopt, -4 is M_MMAP_MAX, -1 M_TRIM_THRESHOLD.
     """
     for name, option, value in (("MALLOC_MMAP_MAX_", -4, 0), ("MALLOC_TRIM_THRESHOLD_", -1, -1)):
         if name not in os.environ:
@@ -235,10 +235,10 @@ def keep_memory() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; its exit code."""
+    """Run a command; returns its exit code."""
     keep_memory()
-    if "OMP_WAIT_POLICY" not in os.environ:  # threads that wait spin, and stall what else runs; until torch is imported
-        launched = "LOCAL_RANK" in os.environ  # beside other processes on the same cores: they must not spin at all
+    if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is imported: waiting threads spin, and stall others
+        launched = "LOCAL_RANK" in os.environ  # beside other processes on these cores: no spinning at all
         os.environ.setdefault(*(("OMP_WAIT_POLICY", "passive") if launched else ("GOMP_SPINCOUNT", "1000")))
     try:
         return int(commands.main(arguments, prog_name="wddm", standalone_mode=False) or 0)

@@ -1,7 +1,7 @@
 """experiment: from the parameters of a run to its prepared set, codec, network and Trainer. There is no other assembly.
 
-A parameter in a notebook's cell goes to every function below that has an argument of its name; one that none of them
-has is an error. `BOUNDS` says which numbers can be, `check` which cannot be together.
+A notebook's parameter goes to every function in `TAKEN_BY` that has an argument of its name; if none has, that is an
+error. `BOUNDS` holds the smallest and largest allowed numbers; `check` refuses values that do not go together.
 """
 
 import inspect
@@ -59,7 +59,7 @@ IMAGES_IN = {"digits": 1797, "patches": 10_000, "cifar10": 50_000, "stl10": 100_
 
 
 def prepare(book: Run, show: bool = True) -> data.Dataset:
-    """What notebook 01 makes: the prepared set that the run's parameters ask for, recorded as the run's own."""
+    """Prepare the set that the run's parameters ask for, as notebook 01 does, and record it as the run's own."""
     refuse_impossible(book.parameters, "01_prepare")
     prepared = data.prepare(root=book.root / "data", progress=show, **share(data.prepare, book.parameters))
     book.made("data", prepared.folder / "manifest.json")
@@ -79,9 +79,9 @@ def build(parameters: Parameters, prepared: data.Dataset) -> tuple[WaveletCodec,
 
 
 def labels_of(prepared: data.Dataset, class_conditional: bool | None = None) -> np.ndarray | None:
-    """Labels (N,) of a set that a network is to be told, if it is; ValueError if the set has none.
+    """Labels (N,) to train a network with, or None to train it without; ValueError if they are asked for and missing.
 
-    None: it is if every image has a label, there are two classes or more, and ten images or more to a class.
+    None asks for them if every image has one and there are two classes or more, with ten images each on average.
     """
     labels = prepared.labels
     if class_conditional and labels is None:
@@ -138,7 +138,7 @@ def train(
 def distances_to(
     prepared: data.Dataset, train_metrics: Sequence[str] = ("fwd",), train_fwd_level: int | None = None, seed: int = 0
 ) -> Callable[[np.ndarray], dict[str, float]]:
-    """What measures samples uint8 (N, H, W, C) while training goes on: these distances, with intervals and floors."""
+    """A function that measures samples, uint8 (N, H, W, C), in training: these distances, with intervals and floors."""
     options = scores.Options(train_fwd_level, seed, "cuda" if torch.cuda.is_available() else "cpu")
     measure = partial(scores.distances, train_metrics, reference=prepared, options=options)
     return lambda samples: {key: x for score in measure(samples) for key, x in score.record().items()}
@@ -147,8 +147,8 @@ def distances_to(
 def by_half_life(
     book: Run, prepared: data.Dataset, half_lives_kimg: Sequence[float], metric_images: int = 512
 ) -> list[dict[str, float]]:
-    """Distances of samples with the average of weights of each half-life (thousand images), put together from those
-    that `averages_kimg` kept of the run; one that they do not give is said and left out.
+    """For each half-life (thousand images): distances of samples drawn with the average of weights of that half-life,
+    computed from the averages that `averages_kimg` kept. A half-life that they cannot give is printed and left out.
     """
     pipeline, rows = WaveletPipeline.from_pretrained(book.folder / "pipeline"), []
     pipeline.set_progress_bar_config(disable=True)
@@ -164,15 +164,15 @@ def by_half_life(
     return rows
 
 
-TAKEN_BY: dict[str, list[Callable]] = {  # notebook: what takes its parameters
+TAKEN_BY: dict[str, list[Callable]] = {  # notebook: the functions that take its parameters
     "01_prepare": [data.prepare],
     "02_train": [WaveletCodec, build_backbone, Trainer, distances_to, check_batch, labels_of, by_half_life],
 }
 
 
 def check(experiment: Experiment) -> None:
-    """Refuse, before anything runs, what the notebooks would only find out later, with a line for every fault."""
-    check_bounds(experiment.parameters)  # what follows expects numbers that can be
+    """ValueError, before anything runs, for what the notebooks would only find out later: a line for every fault."""
+    check_bounds(experiment.parameters)  # the checks below expect numbers in bounds
     problems: list[str] = []
     for part in (_check_options, _check_images, _check_conditions, _check_folders):
         try:
@@ -184,7 +184,7 @@ def check(experiment: Experiment) -> None:
 
 
 def check_bounds(parameters: Parameters) -> None:
-    """ValueError, a line for each, for the parameters that have a value outside `BOUNDS`."""
+    """ValueError, with a line for every value outside `BOUNDS` and for every empty list that is not OPTIONAL."""
     problems = [f"got {x}=[], wanted some: change {x}" for x in parameters if x not in OPTIONAL and parameters[x] == []]
     for name, (low, high) in BOUNDS.items():
         wrong = [v for v in _listed(parameters.get(name)) if not isinstance(v, str) and not low <= v <= high]
@@ -198,7 +198,7 @@ def _listed(value: Any) -> Sequence[Any]:
 
 
 def _check_options(experiment: Experiment, given: Parameters) -> None:
-    """Names that no table has, parameters that nothing takes, batches that do not divide, solvers without an option."""
+    """Refuse names that no table has, parameters that nothing takes, indivisible batches, options a solver lacks."""
     for name, table in CHOICES.items():
         for value in _listed(given.get(name)):
             check_choice(name, value, table)
@@ -214,7 +214,7 @@ def _check_options(experiment: Experiment, given: Parameters) -> None:
         solver = given["scheduler"] or default_solver(predicts)
         set_steps(build_solver(solver, predicts, spacing=given.get("spacing")), given.get("sampling_steps", 1))
         check_options(solver, **share(check_options, given))
-    if experiment.is_summary:  # what it looks at comes after hours
+    if experiment.is_summary:  # its runs take hours
         if (metric := given.get("metric", "").removeprefix("train_")) in scores.DISTANCES:
             scores.check(metric, 3)
         if given.get("reference") and "*" not in "".join(given["runs"]):
@@ -222,12 +222,12 @@ def _check_options(experiment: Experiment, given: Parameters) -> None:
 
 
 def _check_images(experiment: Experiment, given: Parameters) -> None:
-    """Source, codec and network, without memory and weights, and what depends on how many images there are."""
+    """Check source, codec and network (built without memory for weights), and what depends on the number of images."""
     name, height = given.get("dataset"), given.get("resolution")
     if name is None or height is None:
         return
     checked, labels = data.check_source(**share(data.check_source, given)), given.get("labels") or []
-    asked = not given.get("model_dir") and (labels or given.get("guidance", 1) != 1)  # of the run's own network
+    asked = not given.get("model_dir") and (labels or given.get("guidance", 1) != 1)  # labels of the run's own network
     count, channels = IMAGES_IN.get(name, 10**9), IMAGES.get(name, (0, 3))[1]
     if given.get("dataset_path") or (asked and name in ("digits", "patches", "emoji")):  # at hand
         opened = data.opened(*checked)
@@ -260,7 +260,7 @@ def _check_images(experiment: Experiment, given: Parameters) -> None:
 
 
 def _check_packets(level: str, samples: str, given: Parameters, shape: tuple[int, int, int], count: int) -> None:
-    """ValueError if the Frechet wavelet distance at given[level] wants other sides, more samples or a larger set."""
+    """ValueError if the Frechet wavelet distance at given[level] needs other sides, more samples or a larger set."""
     depth, size = frechet.packet_level(shape, given[level]), "x".join(map(str, shape))
     for images, remedy in ((given[samples], f"raise {samples}"), (count, "take more images (limit)")):
         with refusing(f"{level}={depth} for images of {size}", "enough of them", f"{remedy}, or change {level}"):
@@ -268,12 +268,12 @@ def _check_packets(level: str, samples: str, given: Parameters, shape: tuple[int
 
 
 def _check_conditions(experiment: Experiment, given: Parameters) -> None:
-    """Labels, guidance or detail bands that the run's own network does not have; one from elsewhere is asked later."""
+    """Refuse labels, guidance or detail steps that the run's own network lacks; other networks are checked later."""
     if given.get("model_dir") or not {"labels", "class_conditional"} <= given.keys():
         return
     labels, guidance, told = (given[name] for name in ("labels", "guidance", "class_conditional"))
     kind, level = given["model_type"] or given["backbone"], given["wavelet_level"]
-    if told is None:  # if all images have a label, which nobody knows of sets that are still on the Hub
+    if told is None:  # assume labels, but for sets whose labels are not known before they are fetched
         told = given.get("dataset_path") or given.get("dataset") not in ("stl10", "celebahq")
     for wrong, got, remedy in (
         (not told and (labels or guidance != 1), "labels or guidance", "class_conditional=True: or leave them out"),
@@ -287,7 +287,7 @@ def _check_conditions(experiment: Experiment, given: Parameters) -> None:
 
 
 def _check_folders(experiment: Experiment, given: Parameters) -> None:
-    """A checkpoint that is not there, unless a YAML makes it; weights that are not Inception's; an old `output_dir`."""
+    """Refuse a missing checkpoint that no YAML makes, weights that are not Inception's, a used `output_dir`."""
     model, output = (os.path.expanduser(given.get(name) or "") for name in ("model_dir", "output_dir"))
     root, run = experiment.root, re.match("runs/([^/]+)/", model)
     there, made = os.path.isdir(root / model), run and (root / "params" / f"{run[1]}.yaml").exists()
@@ -304,7 +304,7 @@ def _check_folders(experiment: Experiment, given: Parameters) -> None:
 
 
 def share(function: Callable, parameters: Parameters) -> dict[str, Any]:
-    """Those of the parameters that a function has an argument for."""
+    """The parameters that a function has an argument for."""
     return {name: parameters[name] for name in inspect.signature(function).parameters if name in parameters}
 
 
