@@ -28,7 +28,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
-VARYING = ("images_per_s", "memory_gb")  # of a `Step`; all else is the same whenever the settings are
+VARYING = ("images_per_s", "memory_gb")  # fields of a `Step`; all others depend on the settings alone
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def _fixed_seed() -> None:
 
 
 def launcher() -> list[str]:
-    """`python -m` these and a module of ours: two processes on the CPU."""
+    """What to put between `python -m` and a module of ours to run it in two processes on the CPU."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -56,7 +56,7 @@ def as_process(
     if not SERVERS:
         alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
         alone |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # threads do not live in forks
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}  # select sees what is not read
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}  # select sees only unread bytes
         SERVERS.append(subprocess.Popen([sys.executable, str(ROOT / "tests/forks.py")], env=alone, **pipes))
     (server,) = SERVERS
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +67,7 @@ def as_process(
             watch(int(server.stdout.readline()))
             if not select.select([server.stdout], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired([module, *words], timeout)
-        except BaseException:  # its answer to this request is not one to the next
+        except BaseException:  # a late answer would be taken for that to the next request
             SERVERS.remove(server)
             server.kill()
             raise
@@ -87,7 +87,7 @@ def wddm(root: Path, *arguments: str, **parameters: object) -> subprocess.Comple
 
 
 def dead_links(page: Path) -> list[str]:
-    """Where a page leads to that is neither on the web nor a file."""
+    """The links of a page that lead neither to the web nor to a file."""
     links = re.findall(r"""<[^>]* (?:href|src)=["'](?!https?:|mailto:|data:)([^"']+)""", page.read_text())
     return [link for link in links if not (page.parent / unquote(link.partition("#")[0])).exists()]
 

@@ -1,4 +1,4 @@
-"""Commands and their kernels as forks of one process that has imported torch and diffusers: this costs many seconds of
+"""Commands and their kernels as forks of one process that has imported torch and diffusers: importing costs seconds of
 CPU, a fork none. All else is as in a process of its own: folder, environment, streams, signals, exit code.
 
 `python tests/forks.py` reads a request a line, as JSON, and answers each with the pid of the command and, when that has
@@ -28,7 +28,7 @@ KEPT: list[Any] = []  # objects of the parent that a child must not close
 
 
 def kernel_of(command: list[str], **options: Any) -> subprocess.Popen:
-    """What jupyter_client's launch_kernel gives, but a fork of this process and not a new interpreter."""
+    """Like jupyter_client's launch_kernel, but the kernel is a fork of this process and not a new interpreter."""
     words = command[command.index("ipykernel_launcher") + 1 :]
     sys.stdout.flush()
     sys.stderr.flush()
@@ -50,7 +50,7 @@ def kernel_of(command: list[str], **options: Any) -> subprocess.Popen:
             os._exit(1)
         os._exit(0)
     os.close(started)
-    os.read(ready, 1)  # ends when it leads a group of its own: signals go to that
+    os.read(ready, 1)  # returns when the kernel leads a process group: signals go to the group
     os.close(ready)
     process = subprocess.Popen.__new__(subprocess.Popen)
     process.args, process.pid, process.returncode, process._child_created = command, child, None, True
@@ -60,7 +60,7 @@ def kernel_of(command: list[str], **options: Any) -> subprocess.Popen:
 
 
 def _as_if_new(folder: str | None, environment: dict[str, str]) -> None:
-    """Handlers of signals, environment and folder of a process that was just started."""
+    """Set signal handlers, environment and folder as in a process that was just started."""
     signal.set_wakeup_fd(-1)
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_DFL)
@@ -72,7 +72,7 @@ def _as_if_new(folder: str | None, environment: dict[str, str]) -> None:
 
 
 def _become(module: str, words: list[str], folder: str, environment: dict[str, str], streams: list[str]) -> int:
-    """Be `python -m module words...`, or of a path in the place of a module `python path words...`; its exit code."""
+    """Run as `python -m module words...`, or `python path words...` if `module` is a path; returns the exit code."""
     _as_if_new(folder, environment)
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -100,7 +100,7 @@ def serve() -> None:
     sys.path[:] = [path for path in sys.path if path not in ("", os.path.dirname(os.path.abspath(__file__)))]
     for name in IMPORTED:
         importlib.import_module(name)
-    gc.freeze()  # what forks share is not searched for garbage by each
+    gc.freeze()  # forks need not search what they share for garbage
     for line in sys.stdin:
         if not (child := os.fork()):
             code = 1

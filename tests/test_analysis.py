@@ -33,7 +33,7 @@ IMAGES = RNG.integers(0, 256, (24, 8, 8, 1), dtype=np.uint8)
 
 @pytest.fixture(scope="module")
 def pipeline() -> WaveletPipeline:
-    """Untrained, for images of 8 x 8."""
+    """An untrained pipeline, for images of 8 x 8."""
     torch.manual_seed(0)
     backbone = build_backbone("unet", image_size=8, image_channels=1, level=1, widths=(32, 32), layers_per_block=1)
     codec = WaveletCodec("haar", 1, scaling="dyadic")
@@ -291,7 +291,7 @@ def test_runs_that_ended_are_collected_and_the_others_named(tmp_path) -> None:
 
 
 def test_a_run_that_another_hand_has_made_again_is_not_compared(tmp_path) -> None:
-    """By 04 at another level in JupyterLab, for instance: then its params.yaml is not what its numbers are of."""
+    """For instance 04 at another level, in JupyterLab: its numbers are no longer those of its params.yaml."""
 
     def made(name: str, notebook: str, **parameters) -> None:
         (tmp_path / "runs/x").mkdir(parents=True, exist_ok=True)
@@ -427,7 +427,7 @@ def leave_data(root: Path, name: str, prepared: data.Dataset) -> None:
 def save_pipeline(
     folder: Path, level: int, num_class_embeds: int | None = None, predicts: str = "v_prediction"
 ) -> WaveletPipeline:
-    """A network that has learned nothing."""
+    """Save the pipeline of a network that has learned nothing."""
     torch.manual_seed(0)
     backbone = build_backbone("unet", dataset="digits", level=level, widths=(32,), num_class_embeds=num_class_embeds)
     codec = WaveletCodec("haar", level, scaling="dyadic")
@@ -654,7 +654,7 @@ def test_guidance_of_a_model_of_pixels_without_a_judge(root) -> None:
 
 @pytest.mark.slow
 def test_a_study_refuses_images_that_are_not_those_of_their_manifest(root, prepared) -> None:
-    """Else its numbers are kept as those of the set, and taken for such when that is whole again."""
+    """Otherwise its numbers would be kept as the set's, and used when the set is whole again."""
     save_pipeline(root / "runs/told/pipeline", 1, 11)
     leave_data(root, "damaged", prepared)
     (root / "params/damaged.yaml").write_text(

@@ -34,7 +34,7 @@ def five(folder: Path) -> None:
 
 
 def photographs(folder: Path) -> None:
-    """Of 3:4, which is that of 48x64, in several sizes."""
+    """Photographs in several sizes, all with the aspect ratio 3:4 of 48x64."""
     for i, image in enumerate(smooth(80, 48, 64, 3)):
         picture, scale = Image.fromarray(image), 1 + i % 3
         picture.resize((64 * scale, 48 * scale), Image.Resampling.NEAREST).save(folder / f"{i}.jpg", quality=95)

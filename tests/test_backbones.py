@@ -250,7 +250,7 @@ def test_defaults_are_those_of_the_recipe() -> None:
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_a_network_can_be_made_again_from_its_config(backbone: str) -> None:
-    """diffusers' `from_config` drops what it takes for a default: whatever was given by position."""
+    """diffusers' `from_config` drops arguments that were given by position: it takes them for defaults."""
     with torch.device("meta"):
         network = build_backbone(backbone, dataset="patches", level=2)
         again = type(network).from_config(network.config)
@@ -260,7 +260,7 @@ def test_a_network_can_be_made_again_from_its_config(backbone: str) -> None:
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_small_networks_are_told_the_time_and_the_label(backbone: str) -> None:
-    """A norm over one channel takes away what is added to it, the embeddings of time and label among it."""
+    """A norm over one channel removes whatever is added to it, also the embeddings of time and label."""
     torch.manual_seed(0)
     sizes = {"image_size": 16, "image_channels": 1, "level": 1}
     network = build_backbone(backbone, **sizes, widths=(32, 32), num_class_embeds=3).eval()

@@ -24,7 +24,7 @@ REMEDY = re.compile(r"wanted|did you mean|known: |--help|leave|[:;] (add|change|
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """A workbook with a prepared set, a picture that is none, a folder with one, and an earlier file."""
+    """A workbook with a prepared set, a file that is not a picture, a folder with a picture, and an earlier file."""
     folder = tmp_path_factory.mktemp("workbook")
     shutil.copytree(ROOT / "params", folder / "params")
     shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns("cifar10", "*checkpoints"))
@@ -44,14 +44,14 @@ def root(tmp_path_factory) -> Path:
 
 
 def written(root: Path) -> dict[str, int]:
-    """Files where results go, but for locks and statistics of a set, with their times."""
+    """Files in the folders of results, with their times; not locks, nor statistics of a set."""
     files = (file for name in ("runs", "reports", "data") for file in (root / name).rglob("*") if file.is_file())
     return {str(file): file.stat().st_mtime_ns for file in files if not re.search(r"lock|\.npz$", str(file))}
 
 
 @pytest.fixture
 def refused(root, capsys, monkeypatch):
-    """What a command says on stderr, which refuses in one line."""
+    """The one line on stderr in which a command refuses."""
     monkeypatch.chdir(root)
     monkeypatch.setattr("wddm.workbook.runner.Task.run", lambda *_: pytest.fail("it runs"))
 
@@ -466,7 +466,7 @@ def test_what_is_not_known_says_which_are(capsys) -> None:
 
 
 def test_a_finished_run_with_its_own_output_folder_may_run_again(root, refused) -> None:
-    """Only what another run, or nobody, has put there is in the way."""
+    """It is refused only if another run, or no run, has put files there."""
     (root / "runs/mine").mkdir()
     made = {"path": "runs/mine/samples.npy", "sha256": "", "parameters": {"output_dir": "pictures"}}
     record = {"samples": {"by": "03_sample", "from": {}, **made}}

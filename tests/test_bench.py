@@ -76,7 +76,7 @@ def test_the_bare_loop_takes_the_steps_of_ours(tmp_path: Path) -> None:
 
 
 def test_networks_are_compiled_where_that_is_asked_for(monkeypatch) -> None:
-    """By a backend that compiles nothing: what the others make of it is PyTorch's business."""
+    """With a backend that compiles nothing: what real ones do is PyTorch's business."""
     compiled, compile = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: (compiled.append(model), compile(model, backend="eager"))[1])
     makers = {m.__name__: partial(m, DIGITS, batch_size=2) for m in (workloads.training, workloads.bare_training)}
@@ -247,7 +247,7 @@ def test_operators(root: Path) -> None:
 
 @pytest.mark.slow
 def test_efficiency(root: Path) -> None:
-    """What is too slow is counted all the same, and says why it was not run."""
+    """A network that is too slow is counted all the same, and its row says why it was not run."""
     shutil.copytree(ROOT / "benchmarks", root / "benchmarks", dirs_exist_ok=True)
     tiny = {"datasets": "[digits, celebahq]", "levels": "[0, 2]", "backbones": "[unet]", "rounds": 5, "batch_size": 2}
     report = report_of(root, "efficiency", sampling_steps=1, max_step_seconds=0.5, **tiny)
@@ -267,7 +267,7 @@ def test_efficiency(root: Path) -> None:
 
 @pytest.mark.slow
 def test_benchmarks(root: Path) -> None:
-    """The cells that a GPU runs, at tiny size; but for compilation, which takes minutes on a CPU."""
+    """The cells that a GPU runs, at tiny size, without compilation, which takes minutes on a CPU."""
     tiny = {"datasets": "[digits]", "levels": "[1]", "backbones": "[unet, ukan]", "rounds": 5, "batch_size": 2}
     small = {
         "images_per_step": 2,
@@ -383,7 +383,7 @@ def test_matched_is_a_pixel_network_of_the_same_size(backbone: str) -> None:
 
 @pytest.mark.slow
 def test_the_race_of_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of this workbook alone, which needs no library: two learning rates, then the better one with another seed."""
+    """With this workbook alone, which needs no library: two learning rates, then the better one with another seed."""
     folder = prepare("digits", 16, tmp_path, limit=200, progress=False).folder
     monkeypatch.setattr(peers, "PEERS", {"wddm, level 1": (partial(peers.ours, level=1), (2e-3, 1e-9))})
     task = peers.Task("", str(folder), 0.0, seconds=1, count=20)

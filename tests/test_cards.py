@@ -28,7 +28,7 @@ PARAMETERS |= {
 
 @pytest.fixture
 def pipeline(tmp_path) -> WaveletPipeline:
-    """Loaded from runs/mine/pipeline of a workbook that recorded its run."""
+    """A pipeline loaded from runs/mine/pipeline of a workbook that recorded its run."""
     backbone = build_backbone("unet", dataset="digits", level=1, widths=(16, 32)).eval()
     folder = tmp_path / "runs" / "mine" / "pipeline"
     codec = WaveletCodec(scaling="dyadic")
@@ -56,7 +56,7 @@ def test_the_card_says_what_the_run_recorded(pipeline, tmp_path) -> None:
 
 
 def test_the_card_of_a_network_that_was_trained_again_has_no_numbers_of_the_one_before(pipeline, tmp_path) -> None:
-    """In JupyterLab, or by `wddm train`, which leave the report as it is; nor of samples that another one drew."""
+    """JupyterLab and `wddm train` leave the report as it is. Nor has it numbers of samples from another network."""
     file, report = tmp_path / "runs/mine/record.json", tmp_path / "reports/mine"
     record = json.loads(file.read_text()) | {
         "pipeline": {"parameters": {"learning_rate": 0.002}, "from": {}, "sha256": "first"},

@@ -40,7 +40,7 @@ def root(tmp_path, monkeypatch) -> Path:
 
 
 def client(root: Path, where: str) -> subprocess.Popen:
-    """`wddm run params/x.yaml --cluster where --jobs 2`, leader of a group as a shell makes it."""
+    """`wddm run params/x.yaml --cluster where --jobs 2`, leading a process group as if started by a shell."""
     environment = ALONE | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-c", CLIENT, where], cwd=root, env=environment, start_new_session=True, **PIPES
@@ -155,7 +155,7 @@ except KeyboardInterrupt:
 
 @pytest.mark.slow
 def test_members_wait_for_a_gpu_and_one_that_fails_is_shown_with_its_page(root) -> None:
-    """Two threads, but one GPU; and the threads of torch are those that the client asks for, not Dask's."""
+    """Two threads share one GPU; and torch has as many threads as the client asks for, not as Dask sets."""
     write_notebook(root / "notebooks/01_a.ipynb", SECOND, WORK)
     (root / "params/x.yaml").write_text("sweep: {level: [1, 3, 2]}")
     settings = "kind: local\nn_workers: 1\nthreads_per_worker: 2\nresources: {GPU: 1}\n"
@@ -210,7 +210,7 @@ RUNS = [f"x-seed={seed}" for seed in range(6)]
 
 
 def dask(root: Path, role: str, *words: str) -> subprocess.Popen:
-    """A scheduler or a worker of its own, as on another machine."""
+    """A scheduler or a worker as a process of its own, as on another machine."""
     command = [sys.executable, "-m", "dask", role, "--scheduler-file", str(root / "scheduler.json"), *words]
     with (root / "dask.txt").open("a") as log:
         return subprocess.Popen(command, cwd=root.parent, env=ALONE | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log)
@@ -224,13 +224,13 @@ def start_cluster(root: Path) -> tuple[subprocess.Popen, list[subprocess.Popen]]
 
 
 def in_training(root: Path) -> set[str]:
-    """Runs under way with a checkpoint of the first third."""
+    """Runs that are under way and have a checkpoint of the first third."""
     steps = {run: read_json(root / "runs" / run / "checkpoint.json").get("step", 60) for run in RUNS}
     return {run for run in RUNS if steps[run] < 20 and is_locked(root, run)}
 
 
 def kept(root: Path) -> dict[str, bytes]:
-    """Of all runs what has to be the same: numbers and weights."""
+    """What has to be the same in all runs: numbers and weights."""
     files = [*root.glob("reports/*/metrics.json"), *root.glob("runs/*/pipeline/*")]
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
 

@@ -50,7 +50,7 @@ class Tiny(torch.nn.Module):
 def random_pipeline(
     wavelet="haar", level=1, transform="packet", scaling="dyadic", solver="ddim", target="v_prediction"
 ) -> WaveletPipeline:
-    """Images of 2 channels and 32 x 32 pixels, out of noise."""
+    """A pipeline with random weights, for images of 2 channels and 32 x 32 pixels."""
     torch.manual_seed(0)
     codec = WaveletCodec(wavelet, level, transform, scaling)
     codec.fit(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 2), np.uint8))
@@ -61,7 +61,7 @@ def random_pipeline(
 
 
 def drawn(pipeline, **options) -> torch.Tensor:
-    """Two images, before they are clipped, in [0, 1] otherwise."""
+    """Two images, scaled to [0, 1] but not clipped to it."""
     last: list[torch.Tensor] = []
     options = {"num_inference_steps": 4, "output_type": "pt"} | options
     pipeline(2, callback_on_step_end=lambda pipe, i, t, state: last.append(state["latents"]), **options)
@@ -69,7 +69,7 @@ def drawn(pipeline, **options) -> torch.Tensor:
 
 
 def cases() -> Iterator[tuple[str, str, tuple]]:
-    """Solver, target and codec: every pair of two of them, and not every three."""
+    """Solver, target and codec: every pair of them occurs, but not every three."""
     for i, solver in enumerate(SOLVERS):
         targets = [target for target in TARGETS if (solver, target) not in CANNOT]
         for j, codec in enumerate(CODECS):
@@ -126,7 +126,7 @@ def test_what_is_known_is_known_at_other_band_rates(solver: str) -> None:
 
 @pytest.mark.parametrize(("solver", "target"), [("ddim", "epsilon"), ("euler", FLOW)])
 def test_what_is_not_known_follows_from_what_is(solver: str, target: str) -> None:
-    """Of a Gaussian of five colours, each of another strength, whose details follow their averages by 0.8."""
+    """For a Gaussian of five colours of different variances, where a detail band has correlation 0.8 with A."""
     variances = torch.tensor([0.04, 0.01, 0.003, 0.001, 0.0004])
     covariance = torch.diag(variances.repeat(4))  # A of all colours, H, V, D
     covariance[:5, 5:10] = covariance[5:10, :5] = torch.diag(0.8 * variances)
@@ -144,9 +144,9 @@ def test_what_is_not_known_follows_from_what_is(solver: str, target: str) -> Non
 
 
 class Mixture(torch.nn.Module):
-    """The exact denoiser of two Gaussians N(+-mean, spread^2): of one by its label (0, 1), of both by the label 2.
+    """The exact denoiser of two Gaussians N(+-mean, spread^2): labels 0 and 1 stand for one of them, label 2 for both.
 
-    With `guided` = (weights, label) it is what guidance makes of it: from the gradient of log p(z) + w (log p(z | c) -
+    With `guided` = (weights, label) it is the guided denoiser: from the gradient of log p(z) + w (log p(z | c) -
     log p(z)), where p are the densities of z_t.
     """
 
@@ -227,7 +227,7 @@ def test_weight_1_is_the_plain_conditional_sampler_and_calls_the_network_once() 
 
 
 def conditional_pipeline(names: list[str] | None = None) -> WaveletPipeline:
-    """Of three classes."""
+    """A pipeline with three classes."""
     torch.manual_seed(0)
     sizes = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 16)}
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "norm_num_groups": 8}

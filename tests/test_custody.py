@@ -127,7 +127,7 @@ def test_links_to_a_bigger_disk_stay_links(tmp_path) -> None:
 
 
 def test_every_parameter_is_declared_in_one_notebook() -> None:
-    """But those that every run has, and what checkpoints from elsewhere do not say."""
+    """Except those that every run has, and those that a checkpoint from elsewhere does not store."""
     seen: dict[str, list[str]] = {}
     for path in sorted((ROOT / "notebooks").glob("0*.ipynb")):
         for name in read_schema(path):
@@ -137,7 +137,7 @@ def test_every_parameter_is_declared_in_one_notebook() -> None:
 
 
 def test_there_is_one_set_of_defaults() -> None:
-    """Of the notebook's cell and of Python's functions; for the recipe see test_experiments.py."""
+    """The notebooks' cells and Python's functions have the same; for the recipe see test_experiments.py."""
     schema = {name: one.default for name, one in read_schema(ROOT / "notebooks/02_train.ipynb").items()}
     python: dict[str, object] = {}
     for function in (WaveletCodec, build_backbone, Trainer, distances_to, labels_of, by_half_life):
@@ -194,7 +194,7 @@ def test_train_leaves_a_run_under_way_alone(root, capsys) -> None:
 
 
 def test_a_lock_outlives_its_command_as_long_as_what_that_started(tmp_path) -> None:
-    """And no longer: a child that has inherited it holds it, and it is free when that one dies, whoever has its pid."""
+    """A child that has inherited the lock holds it; when that child dies it is free, even if its pid is used again."""
     held = records.lock(tmp_path, "x")
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(held,))
     os.close(held)
@@ -207,7 +207,7 @@ def test_a_lock_outlives_its_command_as_long_as_what_that_started(tmp_path) -> N
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_members_of_a_sweep_end_with_their_parent(tmp_path, how) -> None:
-    """Which ignores Ctrl-C, as what a script starts in the background does, and its children with it."""
+    """The parent and its children ignore Ctrl-C, as processes do that a script starts in the background."""
     loop = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    open(f'saved-{level}', 'w').close()"
     write_notebook(tmp_path / "notebooks/01_a.ipynb", SECOND, f"open(f'began-{{level}}', 'w').close()\n{loop}")
     (tmp_path / "params").mkdir()
@@ -251,7 +251,7 @@ def record(root: Path, run: str) -> dict:
 
 @pytest.mark.slow
 def test_a_sweep_over_sources_trains_each_on_its_own(root) -> None:
-    """Beside each other, on folders whose files have the same names and sizes; and on limits and seeds as well."""
+    """Side by side, on folders whose files have the same names and sizes; then on one source with two seeds."""
     for name, value in (("red", 0), ("blue", 255)):
         png_folder(root / name, np.full((12, 8, 8, 3), value, np.uint8))
     (root / "params/sources.yaml").write_text(

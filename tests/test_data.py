@@ -164,7 +164,7 @@ def prepare_until(root: Path, source: Path, event: str | None, number: int, coun
     import pyarrow.parquet  # noqa: F401
 
     decoding.IMAGES_PER_PROCESS, seen = 1, 0
-    decoding.tqdm.set_lock(threading.RLock())  # its own is a semaphore, which who is killed leaves behind
+    decoding.tqdm.set_lock(threading.RLock())  # tqdm's own is a semaphore, which outlives a killed process
 
     def count(name: str, _) -> None:
         nonlocal seen

@@ -195,7 +195,7 @@ def test_tiffs_of_every_depth_whichever_end_is_white(bits, photometric, options)
 
 
 def test_a_colour_profile_becomes_srgb():
-    """As LittleCMS does it for imagecodecs; one of sRGB leaves the pixels, one that cannot be read is ignored."""
+    """As LittleCMS does it for imagecodecs; a profile of sRGB leaves the pixels, an unreadable profile is ignored."""
     wide = imagecodecs.cms_profile("rgb", whitepoint=(0.3127, 0.3290, 1.0), gamma=1.8,
                                    primaries=[0.68, 0.32, 1.0, 0.265, 0.69, 1.0, 0.15, 0.06, 1.0])  # fmt: skip
     srgb = imagecodecs.cms_profile("srgb")
@@ -274,7 +274,7 @@ def test_processes_give_what_decode_gives_in_order(monkeypatch):
 
 
 def test_a_process_that_prints_hangs_or_dies_is_survived_and_its_image_named(monkeypatch):
-    """Where the image that starts with x is, the process ends; where with y, it never does, until its alarm rings."""
+    """At an image that starts with x the process ends; at one that starts with y it hangs until its alarm rings."""
     monkeypatch.setattr(decoding, "cores", lambda: 2)
     monkeypatch.setattr(decoding, "SECONDS", -1)  # for one image 1 second, for three 5
     spoilt = """

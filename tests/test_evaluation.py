@@ -54,7 +54,7 @@ def evaluate(folder, *options) -> int:
 
 @pytest.mark.slow
 def test_large_images_are_compared_at_a_level_of_their_own(digits, monkeypatch) -> None:
-    """Of 256 x 256 pixels, by 64 values a packet at level 5: at level 2 it would take 4,096 images."""
+    """A packet of 256 x 256 pixels has 64 values at level 5; at level 2 it has 4,096, and FWD needs more images."""
     monkeypatch.setattr(scores, "RESAMPLES", 0)
     images = np.random.default_rng(0).integers(0, 256, (70, 256, 256, 1), np.uint8)
     large = replace(digits, images=images, labels=None)
@@ -95,7 +95,7 @@ def test_the_share_of_samples_of_which_a_classifier_is_sure(digits) -> None:
     assert f"classifier of pixels, right on {verdict.accuracy.value:.1%} of 150 held-out images" in sure.protocol
     cycle = list(range(9, -1, -1))
     real = np.stack([real[np.flatnonzero(digits.labels == label)[n]] for n in range(5) for label in cycle])
-    for labels, right in ((cycle, 0.9), (np.roll(cycle, 1).tolist(), 0.0)):  # what is asked for is found, or never
+    for labels, right in ((cycle, 0.9), (np.roll(cycle, 1).tolist(), 0.0)):  # found always, or never
         asked = scores.classifier(real, digits, Options(seed=1, labels=labels))[1]
         assert asked.key == "asked_share" and abs(asked.value - right) <= 0.1 and asked.floor == verdict.accuracy
     (unlabelled,) = scores.classifier(noise, replace(digits, labels=None), Options())
@@ -204,7 +204,7 @@ def test_images_of_which_some_were_taken_out_are_not_held_against_labels_of_othe
 
     assert asked()[0] > 0.8
     (tmp_path / "00000.png").unlink()
-    assert asked() == []  # each of the others would count as asked for as the class before it
+    assert asked() == []  # each of the others would be compared with the label before its own
 
 
 @pytest.mark.parametrize(

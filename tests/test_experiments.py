@@ -97,7 +97,7 @@ def test_a_list_of_sweeps_is_one_after_the_other(tmp_path) -> None:
 
 
 def refused(capsys, *options: str) -> str:
-    """The one line that `wddm run params/quickstart.yaml ...` refuses with, and that it wrote nothing."""
+    """The one line in which `wddm run params/quickstart.yaml ...` refuses, having written nothing."""
     before = sorted((ROOT / "reports").glob("*"))
     assert main(["run", str(ROOT / "params" / "quickstart.yaml"), *options]) == 2
     out, error = capsys.readouterr()

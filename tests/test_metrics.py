@@ -225,7 +225,7 @@ def test_a_split_is_disjoint_and_covers_the_set(monkeypatch, photographs):
 
 @pytest.mark.parametrize(("mean", "most"), [(0.52, 2), (0.5, 3)])
 def test_bootstrap_interval_is_as_wide_as_the_spread_of_repeated_draws(mean: float, most: int):
-    """Of a distance that is there; of none, where it is a sum of squares of chance alone, about twice as wide."""
+    """If there is a distance. If not, it is a sum of squares of chance alone, and the interval about twice as wide."""
     rng = np.random.default_rng(5)
 
     def draw(count: int, mean: float = mean) -> torch.Tensor:

@@ -103,7 +103,7 @@ def test_a_run_leaves_everything_that_is_promised(root, tiny) -> None:
 
 @pytest.mark.slow
 def test_a_flow_from_noise_to_a_report_and_from_the_command_line(root, tiny) -> None:
-    """Over what the quickstart names, as the recipe is given by -p; solver and eta are those that nobody names."""
+    """The recipe, given by -p, overrides the quickstart's values; solver and eta are not given: their defaults hold."""
     options = {"run": "flow", "recipe": "flow", "scheduler": "null", "eta": "null"} | TINY
     options |= {"half_lives_kimg": "[0.01]", "output_dir": "drawn"}  # half-lives of which none can be put together
     options |= {"num_samples": 170}  # 17 of a class, which is enough for its FWD; half of its real images is not

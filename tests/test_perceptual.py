@@ -95,7 +95,7 @@ def test_what_cannot_be_computed_says_why(photographs, monkeypatch) -> None:
 
 
 def test_samples_of_a_gaussian_of_packets_are_far_by_kid_and_near_by_fwd(photographs) -> None:
-    """An afternoon's model: the right moments of every packet, and no image."""
+    """A simple model has the right moments of every packet, and draws nothing like an image."""
     images, codec = np.array(photographs.images), WaveletCodec("haar", level=3, scaling="none").double()
     real, other, rng = images[:200], images[200:], np.random.default_rng(0)
     coefficients = codec.encode(torch.from_numpy(real).permute(0, 3, 1, 2).double() / 255)

@@ -111,7 +111,7 @@ def gaussian_latents(solver: str, covariance, prediction_type: str = "epsilon", 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction", FLOW])
 @pytest.mark.parametrize(("solver", "eta"), [*((name, 0.0) for name in SOLVERS), ("ddim", 1.0)])
 def test_exact_denoiser_gives_back_its_gaussian(solver: str, eta: float, prediction_type: str) -> None:
-    """Sample and v say what epsilon says, so they draw the same, but by pndm, which mixes answers of several times."""
+    """Sample and v say what epsilon says, so they draw the same, except by pndm: it mixes outputs of several times."""
     if prediction_type == FLOW and solver not in OF_FLOW:
         with pytest.raises(ValueError, match=f"got {solver} for {FLOW}"):
             build_solver(solver, prediction_type)
@@ -479,7 +479,7 @@ def test_parts_and_types_that_are_given_are_taken(tmp_path) -> None:
 
 
 def damage(folder, harm: str, name: str) -> str:
-    """Harm the weights in a folder, or its config; what the error has to say."""
+    """Damage the weights or the config in a folder; returns what the error has to say."""
     file = folder / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     if harm == "truncated":

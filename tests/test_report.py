@@ -86,7 +86,7 @@ def test_the_title_cell_says_what_this_run_took_and_how_it_is_run(root):
 
 
 def test_a_lesson_is_a_page_for_readers_of_pages(root):
-    """Of the outputs that it is committed with; one that was executed as a run is left as it is."""
+    """Its page shows the committed outputs; the page of one that was executed as a run is left as it is."""
     folder, lessons = root / "reports/x", root / "notebooks/tutorials"
     said = new_code_cell("1", outputs=[new_output("stream", text="what it said")])
     cells = [new_markdown_cell("# L\n`wddm run params/l.yaml`"), said]
@@ -230,7 +230,7 @@ def page_of_attacks(root: Path, call: str, monkeypatch) -> list[Path]:
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
 def test_no_script_runs_in_a_page(root, tmp_path, monkeypatch):
-    """By escaping alone, the page's policy against scripts being taken out, and by this policy alone."""
+    """By escaping alone, with the page's policy against scripts removed; and by that policy alone."""
     monkeypatch.setattr(Called, "seen", [])
     with ThreadingHTTPServer(("127.0.0.1", 0), Called) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -405,14 +405,14 @@ def test_the_index_groups_the_runs_of_a_sweep_and_links_what_is_published(report
 
 
 def test_the_policy_of_the_index_lets_its_own_script_run(reports):
-    """A digest of what stands between the tags, which index.html.j2 has to name when index.js changes."""
+    """The policy names a digest of the script: when index.js changes, it has to change in index.html.j2."""
     page = BeautifulSoup((reports / "index.html").read_text(), "html.parser")
     digest = base64.b64encode(hashlib.sha256(page.script.string.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}';" in page.select_one("meta[http-equiv]")["content"]
 
 
 def browse(tmp_path: Path, page: Path, script: str, *scripts: str) -> Any:
-    """What `script`, an expression that has the page at 400 pixels as `page`, comes to in Chromium, by way of JSON."""
+    """The value of the expression `script` in Chromium, passed as JSON; `page` in it is the page, 400 pixels wide."""
     if not shutil.which("chromium"):
         pytest.skip("needs Chromium")
     text = re.sub("<meta [^>]*Content-Security-Policy[^>]*>", "", page.read_text())

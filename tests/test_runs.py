@@ -55,7 +55,7 @@ def test_killed_13_times_it_ends_with_the_bytes_of_a_run_left_alone(root) -> Non
     checkpoints = root / "runs" / "killed" / "checkpoints"
 
     def kill(child: int) -> None:
-        """Every other time in the middle of writing, else some while after the first new checkpoint."""
+        """Kill it: every other time while it writes a checkpoint, else a moment after the first new one."""
         while kills < 13 and Path("/proc", str(child)).exists():
             if list(checkpoints.glob(".*.partial")) if kills % 2 else sorted(checkpoints.glob("step-*")) != before:
                 time.sleep(dice.random() * (0.004 if kills % 2 else 0.1))

@@ -46,7 +46,7 @@ def pixels(folder) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def chaotic(tmp_path_factory):
-    """A network of random numbers in the published format's place: it makes much of every rounding."""
+    """A network of random numbers in place of the published one: it magnifies every rounding."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("ukan")
     UKANModel(16, 12, 12, (32, 64)).save_pretrained(folder)

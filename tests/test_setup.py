@@ -100,7 +100,7 @@ def test_starting_needs_no_torch_and_no_time() -> None:
 
 
 def test_imports_have_no_effects() -> None:
-    """Nor does what commands and kernels import say anything: it would stand in the first cell of every report."""
+    """Nor do the imports of commands and kernels print: it would stand in the first cell of every report."""
     modules = ", ".join(sorted({f"wddm.{name}" for name in MODULES if not name.startswith("_")} | {*IMPORTED}))
     code = (
         "import torch, random; state = lambda: (torch.get_default_dtype(), torch.get_default_device(), "
@@ -112,7 +112,7 @@ def test_imports_have_no_effects() -> None:
 
 
 class WithoutTypes(ast.NodeTransformer):
-    """What is imported for annotations alone is not imported."""
+    """Leaves out what is imported for annotations alone."""
 
     def visit_If(self, node: ast.If) -> ast.AST | None:
         return None if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
@@ -145,7 +145,7 @@ MAY_USE = {"method": {"method"}, "goodness": {"method", "goodness"}, "workbook":
 
 
 def test_rooms_face_one_way_and_no_modules_stand_in_a_circle() -> None:
-    """The method knows nothing of the other two rooms, the workbook no diffusion; none of experiment and cli.
+    """The method imports neither of the other two rooms, the workbook no diffusion, none of them experiment or cli.
 
     benchmarks/ is outside the package: it may use all of it, and nothing of it uses benchmarks/.
     """

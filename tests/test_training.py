@@ -240,7 +240,7 @@ def test_a_finished_run_of_other_code_is_not_taken_for_one_of_this(tmp_path, mon
 
 
 def test_a_log_holds_distances_of_one_kind(tmp_path) -> None:
-    """Those of before would be shown as what is asked for now."""
+    """Earlier distances of another kind would be shown as those that are asked for now."""
     watched = {"metric_kimg": 0.032, "metric_images": 4, "measure": mean}
     steps = make(tmp_path, **watched, measured="level 3").steps()
     next(steps), steps.close()
@@ -339,7 +339,7 @@ def test_a_refused_trainer_leaves_the_folder_to_others(tmp_path) -> None:
 
 
 def test_checkpoints_of_an_older_layout_are_said_and_kept(tmp_path) -> None:
-    """And set aside where the run was finished and that is allowed."""
+    """They are set aside only if the run was finished and `restart` allows it."""
     steps = make(tmp_path).steps()
     next(steps), steps.close()
     rewrite_state(tmp_path / "checkpoints/step-00000001", lambda state: state["settings"].pop("layout"))
@@ -442,7 +442,7 @@ def test_an_interrupt_leaves_a_checkpoint_of_the_last_whole_step_and_says_where(
 
 
 def test_what_an_interrupt_cut_short_is_made_up_for_and_nothing_differs(tmp_path) -> None:
-    """Amid `measure`, which takes a minute: it is over at once, and the rest of what was due is done on resuming."""
+    """An interrupt ends `measure`, which takes a minute, at once; the rest of what was due is done on resuming."""
 
     def slow(samples: np.ndarray) -> dict[str, float]:
         if asked := not measured:
@@ -548,7 +548,7 @@ def test_a_checkpoint_between_two_rows_of_the_log_keeps_the_half_read_meter(tmp_
 
 
 def test_a_rate_at_which_wide_networks_stop_learning_is_told() -> None:
-    """At 2e-3 one of 256 channels was seen to, at 5e-4 not; those up to 64 learn at 2e-3."""
+    """A network of 256 channels stopped learning at 2e-3, but not at 5e-4; those of up to 64 channels learn at 2e-3."""
     wide, slim = (build_backbone("unet", dataset="digits", level=1, widths=[width]) for width in (256, 64))
     assert advice(wide, 2e-3) == [
         "learning_rate 0.002 is much for 256 channels: if the loss stops falling, take 0.0005"

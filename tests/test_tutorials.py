@@ -187,7 +187,7 @@ def test_a_codec_with_a_wrong_sign_is_noticed(root) -> None:
 
 @pytest.mark.slow
 def test_they_are_a_report_too(root) -> None:
-    """Executed: those with parameters that make them short. The others: of the outputs that nbval compares."""
+    """Those with parameters that make them short are executed; the others show the outputs that nbval compares."""
     executed = "from_scratch", "diffusion_in_wavelet_space"
     for name in executed:
         done = wddm(root, "run", "params/tutorials.yaml", "--only", name, train_kimg=0.64, kimg=0.64)
@@ -207,7 +207,7 @@ def test_they_are_a_report_too(root) -> None:
 
 @pytest.mark.slow
 def test_refreshing_gives_the_same_bytes(root) -> None:
-    """Of cells that print, show a figure and let it be moved."""
+    """For cells that print, that show a figure, and that let it be moved."""
     path = root / "notebooks/tutorials/wavelets.ipynb"
     notebook = nbformat.read(path, as_version=4)
     kept = [cell for cell in code_cells(notebook) if cell.execution_count <= 4 or "book.explore(" in cell.source]

@@ -423,7 +423,7 @@ def test_nothing_heavy_is_imported():
 
 @pytest.fixture
 def launched(root, monkeypatch) -> list[str]:
-    """Replaces the kernel: notes what was launched, writes outputs, fails where a file `fail-` is."""
+    """Replaces the kernel: lists the notebooks launched, writes outputs, fails where a file fail-<notebook> exists."""
     names = []
 
     def execute(source, target, parameters, *_):
@@ -513,7 +513,7 @@ def test_options_choose_notebooks(root, launched, options, expected):
 
 
 def test_what_described_a_result_that_one_notebook_replaced_is_due_again(root, launched):
-    """Else its numbers would stand beside parameters that they are not of."""
+    """Else its numbers would stand beside other parameters than their own."""
     main(["run", "params/x.yaml"])
     assert main(["run", "params/x.yaml", "--only", "prepare", "-p", "seed=3"]) == 0
     assert states(root) == ["ok", "pending"]
@@ -523,7 +523,7 @@ def test_what_described_a_result_that_one_notebook_replaced_is_due_again(root, l
 
 
 def test_what_the_record_says_is_not_what_it_was_is_due_again_whoever_made_it(root, launched):
-    """The samples are still there, so that what they are scored by sees no change; but their network is another."""
+    """The samples are still there, so that 04 sees no change; but the network that drew them was replaced."""
     main(["run", "params/x.yaml"])
     made = {"by": "", "parameters": {}, "from": {}, "path": "params/x.yaml", "sha256": None}
     write_json(root / "runs/x/record.json", {"data": made, "pipeline": {**made, "from": {"data": "another"}}})
@@ -535,7 +535,7 @@ def test_what_the_record_says_is_not_what_it_was_is_due_again_whoever_made_it(ro
 
 
 def test_what_is_not_there_just_now_takes_no_numbers(root, launched):
-    """A disk that is not mounted is no other result."""
+    """If a disk is not mounted, that does not change a result."""
     main(["run", "params/x.yaml"])
     entry = {"by": "", "parameters": {}, "from": {}, "path": "data/set/manifest.json", "sha256": "5eed"}
     write_json(root / "runs/x/record.json", {"data": entry, "pipeline": {**entry, "from": {"data": "5eed"}}})
@@ -561,7 +561,7 @@ def test_what_another_command_ends_while_its_lock_is_waited_for_is_not_done_agai
 
 
 def test_two_notebooks_may_record_one_key(root, launched):
-    """It is of the last; and the first is not made again for it."""
+    """The number is that of the last; the first does not run again because of it."""
     main(["run", "params/x.yaml"])
     for notebook, value in (("01_prepare", 1), ("02_train", 2)):
         book = workbook.Run("x", root, root / "runs/x", root / "reports/x", notebook)
@@ -606,7 +606,7 @@ def test_pages_say_the_states_that_they_are_in_now(root, monkeypatch):
 
 
 def test_a_kernel_imports_the_package_that_the_fingerprint_is_of(root, capsys, monkeypatch):
-    """In a clone, whose folder a kernel starts in, the package that is installed may be another."""
+    """A kernel starts in the folder of the clone, whose package may be another than the installed one."""
     monkeypatch.setattr(cli, "preflight", lambda experiment: None)
     (root / "wddm").mkdir()
     (root / "wddm/__init__.py").write_text("raise ImportError('not that of the command')")
@@ -640,7 +640,7 @@ def test_a_failure_stops_the_run_and_takes_back_old_numbers(root, launched, caps
 
 
 def test_numbers_of_other_parameters_go_before_these_are_written_down(root, launched, monkeypatch):
-    """Whoever is killed while the first notebook runs leaves no number that its params.yaml is not of."""
+    """A run that is killed in its first notebook leaves no number of other parameters than its params.yaml has."""
 
     def left() -> tuple:
         parameters = read_yaml(root / "reports/x/params.yaml")
@@ -657,7 +657,7 @@ def test_numbers_of_other_parameters_go_before_these_are_written_down(root, laun
 
 
 def test_one_notebook_alone_takes_back_what_was_run_before_it_with_other_parameters(root, launched):
-    """Of a notebook that makes nothing for later ones nobody asks whether it has to run first."""
+    """A notebook that makes nothing for later ones does not have to run before them."""
     write_notebook(root / "notebooks/analysis/a.ipynb", SECOND, "1")
     write_notebook(root / "notebooks/analysis/b.ipynb", SECOND, "2")
     (root / "params/x.yaml").write_text("notebooks: [analysis/a, analysis/b]\n")
@@ -715,7 +715,7 @@ def test_numbers_that_jupyterlab_has_replaced_are_not_those_of_a_run_that_ended_
 
 
 def test_a_notebook_that_is_run_again_leaves_no_number_of_the_run_before(root):
-    """In JupyterLab, where nobody takes them back: a network that was not measured has no distance of another."""
+    """In JupyterLab, too, where no runner removes them: a network that was not measured must not show another's."""
 
     def opened(notebook: str) -> workbook.Run:
         return workbook.Run("x", root, root / "runs/x", root / "reports/x", notebook)
@@ -1133,7 +1133,7 @@ def begun(root: Path) -> bool:
 
 
 def test_a_kernel_that_dies_is_told_apart(root, monkeypatch):
-    """And then, interrupted, the cell saves its work, in the process that the signal is sent to."""
+    """Its error differs from that of an interrupted kernel, whose cell saves its work when it gets the signal."""
     monkeypatch.setattr(tempfile, "tempdir", str(root / "runs"))
     write_notebook(root / "notebooks/01_prepare.ipynb", PREPARE, LOOP, "print('not', 'reached')")
     assert main(["run", "params/x.yaml", "-p", "limit=5"]) == 1
@@ -1166,7 +1166,7 @@ def test_a_kernel_that_dies_is_told_apart(root, monkeypatch):
 
 
 def test_ctrl_c_in_a_terminal_reaches_the_whole_group(root):
-    """No later cell, and the interrupt is not raised again: still not ok."""
+    """No later cell runs; though its cell does not raise the interrupt again, the notebook is not ok."""
     write_notebook(root / "notebooks/01_prepare.ipynb", PREPARE, LOOP, "print('not', 'reached')")
     command = [sys.executable, "-m", "wddm", "run", "params/x.yaml"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
@@ -1193,7 +1193,7 @@ def test_a_sweep_runs_beside_itself_and_is_summed_up(summed_up):
 
 
 def test_a_member_that_never_began_has_not_changed_what_its_report_says(root, launched, monkeypatch):
-    """Ctrl-C in the second in which it imports: its numbers are not of the parameters that it was asked for."""
+    """As by Ctrl-C while it imports: the report keeps its parameters and numbers, whatever was asked for."""
     (root / "params/x.yaml").write_text("sweep: {level: [1, 2]}")
     assert main(["run", "params/x.yaml"]) == 0
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
