@@ -630,6 +630,8 @@ def test_guidance_is_measured_for_all_bands_and_for_some_alone(root, prepared) -
     assert [row["evaluations"] for row in rows] == [2, 4] * 3
     assert len({row["fwd"] for row in rows}) == 4 and all("asked_share" in row for row in rows)
     assert is_clean(root / "reports/guided/guidance.html")
+    page = (root / "reports/guided/guidance.html").read_text()
+    assert "KID, EfficientNet-Lite0" in page and "e+03 " not in page  # but 1,234, as in every table
 
 
 @pytest.mark.slow
