@@ -6,6 +6,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import local_data
 import nbformat
@@ -14,6 +15,7 @@ import pytest
 from conftest import ROOT, as_process, dead_links, wddm
 from PIL import Image
 
+from wddm.metrics.intervals import Estimate
 from wddm.steps import read_log
 
 NAMES = ("01_prepare", "02_train", "03_sample", "04_evaluate")
@@ -56,6 +58,19 @@ def test_notebooks_are_clean_and_say_what_they_do(path: Path) -> None:
     links = re.findall(r"\]\((?!https:)([^)]*)\)", first)
     assert all((path.parent / link).is_file() for link in links) and (links or path.parent.name == "analysis")
     assert not code[0].metadata.get("jupyter")  # the parameters are in sight
+
+
+def test_the_counts_that_a_class_could_have_begin_at_zero() -> None:
+    cells = nbformat.read(ROOT / "notebooks/04_evaluate.ipynb", as_version=4).cells
+    drawn: list[Estimate] = []
+    plots = SimpleNamespace(beside=lambda _, grey, *rest: drawn.append(grey), distributions=lambda *_: None)
+    known = {
+        "plots": plots, "np": np, "Estimate": Estimate, "book": SimpleNamespace(show=lambda *_: None),
+        "prepared": SimpleNamespace(class_names=None, labels=np.array([0] * 9 + [1])),
+        "verdict": SimpleNamespace(class_counts={0: 3, 1: 1}, held_out=[], confidence=[], threshold=0.5),
+    }  # fmt: skip
+    exec(next(cell.source for cell in cells if "class_counts.items()" in cell.source), known)
+    assert drawn[0].value.tolist() == pytest.approx([3.6, 0.4]) and drawn[0].low.min() == 0
 
 
 def is_clean(page: str) -> None:
