@@ -329,14 +329,14 @@ def test_what_cannot_be_compared_is_told_in_one_line() -> None:
     assert sweeps.everything([runs[0], lacking], "fwd").fwd.isna().tolist() == [False, True]
     with pytest.raises(ValueError, match="got 1 finished run, a-0, wanted two or more to compare: name others"):
         sweeps.everything(runs[:1], "fwd")
-    wanted = "wanted a number in metrics.json of these runs: did you mean"
-    for metric, near in (
-        ("kid_eficientnet", "kid_efficientnet"),
-        ("fwdd", "fwd"),
-        ("fid", "fid"),
-        ("loss", "one of fid, fwd"),
+    for metric, hint in (
+        ("kid_eficientnet", "did you mean 'kid_efficientnet'"),
+        ("fwdd", "did you mean 'fwd'"),
+        ("fid", ""),  # which none of them has
+        ("loss", "choose one"),
     ):
-        with pytest.raises(ValueError, match=f"got metric='{metric}', {wanted} {near}"):
+        wanted = f"got metric='{metric}', wanted one of fwd, fwd_floor, kid_efficientnet: {hint}"
+        with pytest.raises(ValueError, match=wanted):
             sweeps.everything(runs, metric)
 
 

@@ -203,7 +203,7 @@ def test_labels_are_drawn_in_turn_by_number_or_name(tmp_path, capsys) -> None:
     assert np.array_equal(both[::2], one[::2]) and np.array_equal(both[1], other[1])
     assert not np.array_equal(both[1], one[1])
     assert sample(tmp_path / "model", tmp_path / "none", *options, "--labels", "dg") == 2
-    assert capsys.readouterr().err == "wddm: got labels='dg', wanted one of cat, dog, frog: choose one of them\n"
+    assert capsys.readouterr().err == "wddm: got labels='dg', wanted one of cat, dog, frog: did you mean 'dog'?\n"
     file = tmp_path / "model/model_index.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"class_names": "cat"}))
     with pytest.raises(ValueError, match=r"got class_names=cat .*, wanted"):

@@ -513,7 +513,7 @@ def test_parquet_without_images_is_refused(tmp_path):
         ({"resolution": True}, "got resolution=True"),
         ({"limit": 0}, "got limit=0, wanted an integer, 1 or more"),
         ({"seed": -1}, "got seed=-1"),
-        ({"on_error": "ignore"}, "got on_error='ignore', wanted stop or skip"),
+        ({"on_error": "ignore"}, "got on_error='ignore', wanted one of stop, skip"),
         ({"dataset_path": "no/such"}, "got dataset_path=no/such, which does not exist"),
         (
             {"dataset_path": str(Path(__file__).parent)},

@@ -13,7 +13,6 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from wddm.decoding import RULE, ahead, is_grey, write_images
 from wddm.files import refusing, sha256, written_aside
 from wddm.local import Images, split_called
 from wddm.sources import SOURCES, Source
+from wddm.wavelets import check_choice
 
 NOTEBOOK = "notebooks/01_prepare.ipynb"
 NAMED = 10  # files that the manifest names, at most, of those skipped and of those left out
@@ -126,10 +126,8 @@ def check_source(
 
     ValueError: whatever can be found wrong without the network.
     """
-    if dataset not in SOURCES:
-        close = get_close_matches(str(dataset), SOURCES, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "choose one of them"
-        raise ValueError(f"got dataset={str(dataset)[:100]!r}, wanted one of {', '.join(SOURCES)}: {hint}")
+    check_choice("dataset", dataset, SOURCES)
+    check_choice("on_error", on_error, ("stop", "skip"))
     numbers = {"resolution": (resolution, 2), "width": (resolution if width is None else width, 2), "seed": (seed, 0)}
     numbers |= {"limit": (1 if limit is None else limit, 1), "channels": (1 if channels is None else channels, 1)}
     for name, (value, minimum) in numbers.items():
@@ -138,8 +136,6 @@ def check_source(
             raise ValueError(f"got {name}={value!r}, wanted {wanted}: change {name}")
     if channels not in (None, 1, 3) and dataset != "folder":
         raise ValueError(f"got channels={channels} for {dataset}, wanted 1 or 3: change channels")
-    if on_error not in ("stop", "skip"):
-        raise ValueError(f"got on_error={on_error!r}, wanted stop or skip: choose one of them")
     path = None if dataset_path is None else os.path.expanduser(dataset_path)
     if path is not None and not os.path.exists(path):  # "" does not either
         raise ValueError(f"got dataset_path={path[:200] or repr(path)}, which does not exist: give a folder of files")

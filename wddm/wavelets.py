@@ -8,6 +8,7 @@ Level 0 is the identity, so that a model of pixels needs no code of its own.
 
 import warnings
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from itertools import product
 from typing import Self
 
@@ -191,7 +192,9 @@ def check_choice(name: str, got: str, wanted: Iterable[str]) -> str:
     """Return `got`, in lower case if `name` is in `ANY_CASE`; ValueError listing the choices if it is none of them."""
     found = got.lower() if name in ANY_CASE and isinstance(got, str) else got
     if found not in wanted:
-        raise ValueError(f"got {name}={got!r}, wanted one of {', '.join(wanted)}: choose one of them")
+        close = get_close_matches(str(got)[:100], wanted, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "choose one of them"
+        raise ValueError(f"got {name}={got!r:.100}, wanted one of {', '.join(wanted)}: {hint}")
     return found
 
 

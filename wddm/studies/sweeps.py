@@ -6,7 +6,6 @@ name. `everything` makes a table of them, a row per run, which most other functi
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +37,7 @@ def everything(runs: Sequence[Any], metric: str) -> pd.DataFrame:
     """A row per run: name, variant, parameters that differ, seed, metrics, timings. ValueError if nothing compares."""
     if len(runs) < 2:
         raise ValueError(f"got {len(runs)} finished run, {runs[0].name}, wanted two or more to compare: name others")
-    if all(run.metrics.get(metric) is None for run in runs):
-        known = sorted({key for run in runs for key in run.metrics})
-        hint = ", ".join(get_close_matches(metric, known)) or "one of " + ", ".join(known)
-        raise ValueError(f"got metric={metric!r}, wanted a number in metrics.json of these runs: did you mean {hint}?")
+    check_choice("metric", metric, sorted({key for run in runs for key, x in run.metrics.items() if x is not None}))
     differing = differences(runs).drop(columns="runs").set_index("variant").to_dict("index")
     return pd.DataFrame(
         {"run": run.name, "variant": run.variant, **differing[run.variant], "seed": run.parameters.get("seed")}
