@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -441,27 +442,31 @@ def test_sampling_dynamics_is_measured_once_and_written_down(root, prepared) -> 
     leave_data(root, "dynamics", prepared)
     save_pipeline(root / "runs/tiny/pipeline", 1)
     (root / "params/dynamics.yaml").write_text(
-        "notebooks: [analysis/sampling_dynamics]\nmodel_dir: runs/tiny/pipeline\nsolvers: [ddim, heun]\nsteps: [2, 4]\n"
-        "band_steps: [2, 3]\nreference_steps: 6\nsets: 2\nnum_samples: 40\nspacing_solvers: [ddim]\n"
+        "notebooks: [analysis/sampling_dynamics]\nmodel_dir: runs/tiny/pipeline\nsolvers: [ddim, heun, ddpm]\n"
+        "steps: [2, 4]\nband_steps: [2, 3]\nreference_steps: 4\nsets: 2\nnum_samples: 40\nspacing_solvers: [ddim]\n"
     )
     run(root, "run", "params/dynamics.yaml")
     report, cells = root / "reports/dynamics", root / "runs/dynamics/cells.jsonl"
     rows, measured = saved(report, "settings"), read_rows(cells)
-    # ddim with eta 0 and 1 and heun, at 2 and 4 steps; two spacings more; a pair of bands each way and the 3; ddpm
-    assert len(rows) == 6 + 4 + 3 + 1 and len(measured) == 2 * len(rows)
+    # ddim with eta 0 and 1, heun and ddpm, at 2 and 4 steps; two spacings more; a pair of bands each way and the 3
+    assert len(rows) == 8 + 4 + 3 and len(measured) == 2 * len(rows)
     for row in rows:
         setting = {name: row[name] for name in sampling.SETTING}
         both = [one["found"] for one in measured if setting.items() <= one["cell"].items()]
         assert row["fwd"] == pytest.approx(np.mean([found["fwd"] for found in both]))
         assert row["fwd_low"] < row["fwd"] < row["fwd_high"] and row["fwd_floor"] > 0
     evaluations = {(row["solver"], row["steps"]): row["evaluations"] for row in rows if not row["detail_steps"]}
-    assert (evaluations["heun", 4], evaluations["ddim", 4], evaluations["ddpm", 6]) == (7, 4, 6)
+    assert (evaluations["heun", 4], evaluations["ddim", 4], evaluations["ddpm", 4]) == (7, 4, 4)
     metrics = json.loads((report / "metrics.json").read_text())
     assert metrics["settings"] == len(rows) and metrics["reference_fwd"] in [row["fwd"] for row in rows]
     assert len(saved(report, "trajectory")) == 4 * 4 and len(saved(report, "denoising")) == 19 * 4
     figures = {path.stem for path in (report / "figures").glob("*.png")}
     assert figures >= {"solvers-fwd", "costs-fwd", "spacing-fwd", "band-rate-fwd", "change", "denoising"}
     assert is_clean(report / "sampling_dynamics.html")
+    page = (report / "sampling_dynamics.html").read_text()
+    table = page[page.index("Every solver, and the reference in the last line") :].partition("</table>")[0]
+    shown = [re.findall(r"<td[^>]*>([^<]*)", row)[:2] for row in table.split("<tr>")[2:]]
+    assert len(shown) == 8 and shown[-2:] == [["ddpm", "2"], ["ddpm", "4"]]
     before = cells.read_bytes()
     run(root, "run", "params/dynamics.yaml", "--force")
     assert cells.read_bytes() == before and saved(report, "settings") == rows  # timings too: nothing was measured anew
