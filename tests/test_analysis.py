@@ -287,8 +287,10 @@ def test_runs_that_ended_are_collected_and_the_others_named(tmp_path) -> None:
     assert {run.variant for run in found} == {"a, level 1", "a, level 2", "b, level 1"}
     finished_run(tmp_path, "plain")
     assert [run.variant for run in collect(tmp_path, ["plain"])[0]] == ["plain"]
+    none = ["a-level=3", "c", "", "/a", "../a", str(tmp_path / "reports/plain")]  # names that no run can have, too
     with pytest.raises(ValueError, match="got no finished runs like a-level=3, c"):
-        collect(tmp_path, ["a-level=3", "c"])
+        collect(tmp_path, none)
+    assert collect(tmp_path, ["plain", *none])[1] == none
 
 
 def test_a_run_that_another_hand_has_made_again_is_not_compared(tmp_path) -> None:

@@ -30,12 +30,12 @@ from wddm.files import digest, read_json, write_json, write_text
 from wddm.workbook import records
 from wddm.workbook.experiments import check_run_name, load_experiments
 from wddm.workbook.parameters import read_schema
-from wddm.workbook.records import collect, run_data_folder
+from wddm.workbook.records import collect
 from wddm.workbook.report import WIDGET, format_table
 from wddm.workbook.report import write_index as write_index
 from wddm.workbook.runner import run
 
-__all__ = ["Run", "collect", "live", "load_experiments", "open_run", "progress", "run", "run_data_folder"]
+__all__ = ["Run", "collect", "live", "load_experiments", "open_run", "progress", "run"]
 
 
 def find_root(start: Path = Path()) -> Path:
@@ -59,7 +59,7 @@ class Run:
     notebook: str = ""  # the one that works on this run: "02_train"
     parameters: dict[str, Any] = field(default_factory=dict)  # of that notebook, checked
     sources: dict[str, str] = field(default_factory=dict, repr=False)  # name -> sha256 of what the notebook took
-    recorded: set[str] = field(default_factory=set, repr=False)  # kinds written so far: "metrics", "timings"
+    recorded: set[str] = field(default_factory=set, repr=False)  # kinds written so far: "metrics", "timings", "files"
 
     def take(self, name: str) -> Path:
         """The path of what an earlier notebook of this run made: "data" (its manifest.json), "pipeline" or "samples".

@@ -18,6 +18,7 @@ import socket
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,8 @@ def collect(root: Path, runs: list[str]) -> tuple[list[Finished], list[str]]:
 
     ValueError: no run matches; or a run has changed since its numbers were computed.
     """
-    matches = {pattern: list(filter(_is_finished, sorted((root / "reports").glob(pattern)))) for pattern in runs}
+    folders = [file.parent for file in sorted((root / "reports").glob("*/metrics.json"))]
+    matches = {one: [path for path in folders if fnmatchcase(path.name, one) and _is_finished(path)] for one in runs}
     found = {path.name: path for paths in matches.values() for path in paths}
     if not found:
         raise ValueError(f"got no finished runs like {', '.join(runs)} in reports/, wanted some: run the sweep first")
@@ -148,14 +150,8 @@ def collect(root: Path, runs: list[str]) -> tuple[list[Finished], list[str]]:
     return rows, [pattern for pattern, paths in matches.items() if not paths]
 
 
-def run_data_folder(root: Path, run: str) -> Path:
-    """The folder of the prepared set that a run used; ValueError if it is gone or has changed."""
-    return (root / taken(root, run, "data")["path"]).parent
-
-
 def _is_finished(folder: Path) -> bool:
-    states = {entry.get("state") for entry in read_status(folder).values()}
-    return states <= {"ok"} and (folder / "metrics.json").exists() and (folder / "params.yaml").exists()
+    return all(one.get("state") == "ok" for one in read_status(folder).values()) and (folder / "params.yaml").exists()
 
 
 def variants(names: Iterable[str]) -> dict[str, str]:
