@@ -29,7 +29,7 @@ def test_every_experiment_validates_and_builds(path) -> None:
 @pytest.mark.parametrize(
     ("given", "refused"),
     [
-        ("reference=published", "got reference='published', wanted one of recipe modern, .*, recipe published: did you mean"),
+        ("reference=published", "got reference='published', wanted one of recipe modern, .*, recipe published: did"),
         ("metric=fid", "got metric='fid', but there are no Inception weights"),
         ("metric=train_fid", "there are no Inception weights"),
     ],

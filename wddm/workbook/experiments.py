@@ -114,8 +114,7 @@ def _recipe(where: str, name: Any, root: Path, schema: dict[str, Parameter]) -> 
 
 def _find_notebooks(key: str, settings: dict[str, Any], root: Path, where: Path) -> tuple[Path, ...]:
     """Paths of the notebooks that a YAML lists under `key`, by their names below notebooks/; () without that key."""
-    names = settings.get(key)
-    if names is None:
+    if (names := settings.get(key)) is None:
         return ()
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{where}: {key}: got {names!r:.100}, wanted a list, e.g. [analysis/compare]")

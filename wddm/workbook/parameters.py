@@ -43,8 +43,7 @@ class Parameter:
 
     def convert(self, value: Any) -> Any:
         """`value`, as read from YAML, in this parameter's type. ValueError says what was wanted."""
-        kind = TYPE.fullmatch(self.type)
-        if kind is None:
+        if (kind := TYPE.fullmatch(self.type)) is None:
             raise ValueError(f"got the type {self.type}, wanted str, int, float, bool, list[T] or T | None: take one")
         if value is None and kind["none"]:
             return None
@@ -66,7 +65,7 @@ class Parameter:
         message = f"{got}, wanted {self.type}, e.g. {self.name}: {shown}"
         if kind["item"] == "str" and isinstance(value, bool | int | float):
             text = ("no", "yes")[value] if isinstance(value, bool) else value
-            message += f'; if it is a text, quote it: "{text}"'
+            message += f'; if it is a text, quote it: "{text}", or after -p \'"{text}"\''
         return ValueError(message)
 
 
@@ -90,8 +89,7 @@ def read_schema(path: Path) -> dict[str, Parameter]:
     A page would then show a value that changed nothing. (Notebooks that use `experiment` are checked there.)
     """
     notebook = read_notebook(path)
-    cell = tagged(notebook, "parameters")
-    if cell is None:
+    if (cell := tagged(notebook, "parameters")) is None:
         raise ValueError(f"{path.name}: has no cell tagged 'parameters'; add one, with `name: type = default` lines")
     schema = parse_parameters(cell["source"], path.name)
     code = [other["source"] for other in notebook["cells"] if other["cell_type"] == "code" and other is not cell]

@@ -8,6 +8,7 @@ status.json of reports/<run>/ is written before and after each launch, here and 
 import contextlib
 import os
 import re
+import resource
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -41,7 +42,7 @@ def run(
     """
     names = [experiment.run for experiment in experiments]
     if twins := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"run: two experiments are called {twins[0]!r}; give each its own name")
+        raise ValueError(f"run: two experiments are called {twins[0]!r}; give each its own name, no combination twice")
     chosen = _choose(experiments, only, start)
     options = [f"--{key}={value}" for key, value in (("only", only), ("from", start)) if value] + ["--force"] * force
     tasks = [Task(one, notebooks, options) for one, notebooks in zip(experiments, chosen, strict=True) if notebooks]
@@ -60,6 +61,8 @@ def run(
 def _run(tasks: list["Task"], jobs: int, where: str | None, preflight: Preflight, held: int | None) -> int:
     members, summaries = ([task for task in tasks if task.experiment.is_summary is kind] for kind in (False, True))
     with contextlib.ExitStack() as locks, contextlib.chdir(tasks[0].root):  # where relative paths in parameters start
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # 1,024, and a lock of each of 1,000 runs is a file
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
         for task in tasks:
             task.lock = held or lock(task.root, "." * bool(where and task in members) + task.experiment.run)
             locks.callback(os.close, task.lock)
