@@ -93,7 +93,8 @@ class Task:
 
     def problems(self, preflight: Preflight) -> list[str]:
         """Why it cannot run, a line each: see `stale`, or what `preflight` refuses."""
-        found = list(self.stale())
+        notebooks = self.experiment.notebooks
+        found = list(self.stale(*notebooks[: notebooks.index(self.chosen[0])]))
         if preflight and not found and not all(map(self.is_current, self.chosen)):
             try:
                 preflight(self.experiment.until(self.chosen[-1]))
@@ -101,11 +102,10 @@ class Task:
                 found = [f"{self.experiment.source}: {line}" for line in str(error).splitlines()]
         return found
 
-    def stale(self) -> Iterator[str]:
-        """A line for each notebook before the chosen ones that has not finished or ran with other parameters."""
-        run, notebooks = self.experiment.run, self.experiment.notebooks
-        made = {entry["by"]: entry for entry in read_record(self.root, run).values()}
-        for notebook in notebooks[: notebooks.index(self.chosen[0])]:
+    def stale(self, *notebooks: Path) -> Iterator[str]:
+        """A line for each of these notebooks that, by the record, has not finished or ran with other parameters."""
+        made = {entry["by"]: entry for entry in read_record(self.root, self.experiment.run).values()}
+        for notebook in notebooks:
             now = self.experiment.values(notebook)
             entry = made.get(notebook.stem, {"parameters": now, "sha256": None})  # no entry: who needs it says so
             then = entry["parameters"]
@@ -113,7 +113,7 @@ class Task:
             if why or "sha256" not in entry:
                 got = f"ran with other parameters ({why})" if why else "was begun and is not finished"
                 remedy = "let it run too (without --only and --from)" + ", or set them back" * bool(why)
-                yield f"run {run!r}: {notebook.stem} {got}: {remedy}"
+                yield f"run {self.experiment.run!r}: {notebook.stem} {got}: {remedy}"
 
     def is_current(self, notebook: Path) -> bool:
         """Whether the notebook last ended ok, and all that it read and made is as it was then; False with --force."""
@@ -122,6 +122,7 @@ class Task:
         return (
             not self.force
             and entry.get("state") == "ok"
+            and not any(self.stale(notebook))  # begun or made again since, in JupyterLab for example
             and (self.folder / f"{name}.html").exists()
             and entry.get("fingerprint") == provenance.fingerprint(self.experiment, notebook)
             and made.items() <= entry["files"].items()
@@ -171,9 +172,8 @@ class Task:
         write_json(self.folder / "environment.json", environment)
         self.set_pending(notebook)
         started = datetime.now().astimezone().isoformat(timespec="seconds")
-        made = {key: environment[key] for key in ("commit", "device")}
-        if environment.get("dirty"):  # as `git describe` says of files that differ from the commit
-            made["commit"] += "-dirty"
+        dirty = "-dirty" if environment.get("dirty") else ""  # as `git describe` says of files that differ
+        made = {"commit": environment["commit"] and environment["commit"] + dirty, "device": environment["device"]}
         made["fingerprint"] = provenance.fingerprint(self.experiment, notebook)
         self.update(name, state="running", pid=os.getpid(), started=started, **made)
         log = self.root / "runs" / run / f".{name}.opened"
