@@ -308,7 +308,7 @@ def test_rows_are_kept_with_every_digit(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(workbook, "_display", lambda forms: shown.append(forms))
     rows = [{"a": 0.1 + 0.2, "n": 3}, {"a": np.float64("inf"), "n": None, "b": "x,y"}, {"a": float("nan"), "b": [1]}]
-    workbook.Run("r", tmp_path, None, tmp_path, "").keep(rows, "rows<i>")
+    workbook.Run("r", tmp_path, tmp_path, tmp_path, "").keep(rows, "rows<i>")
     assert (tmp_path / "rows<i>.csv").read_text() == 'a,n,b\n0.30000000000000004,3,\ninf,,"x,y"\n,,[1]\n'
     link = '<p>All of it: <a href="rows&lt;i&gt;.csv">rows&lt;i&gt;.csv</a></p>'
     assert shown == [{"text/html": link, "text/plain": "All of it: rows<i>.csv"}]

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -392,7 +393,7 @@ def test_saved_parameters_repeat_the_run(root):
         ),
         (
             ["run", "params/x.yaml", "params/x.yaml"],
-            "wddm: run: two experiments are called 'x'; give each its own name\n",
+            "wddm: run: two experiments are called 'x'; give each its own name, no combination twice\n",
         ),
     ],
 )
@@ -558,6 +559,59 @@ def test_what_another_command_ends_while_its_lock_is_waited_for_is_not_done_agai
     monkeypatch.setattr(runner, "lock", lambda *run: (file.write_text(ended), take(*run))[1])
     assert main(["run", "params/x.yaml"]) == 0 and launched == ["01_prepare", "02_train"]
     assert json.loads(file.read_text()) == json.loads(ended)
+
+
+@pytest.mark.parametrize("change", [{"level": 7}, {}])
+def test_what_was_begun_or_made_again_in_jupyterlab_runs_again_when_it_is_told_to(root, launched, capsys, change):
+    """--only sends the user to the whole YAML, which then must not skip it, even if no file of it has changed."""
+    write_notebook(root / "notebooks/03_sample.ipynb", PREPARE, "3 + 3")
+    main(["run", "params/x.yaml"])
+    parameters = {"run": "x", "seed": 0, "level": 2, **change}
+    book = workbook.Run("x", root, root / "runs/x", root / "reports/x", "02_train", parameters)
+    book.made("pipeline", root / "params/x.yaml") if change else book.begin("pipeline")
+    launched.clear()
+    assert main(["run", "params/x.yaml", "--only", "sample"]) == 2
+    assert "02_train " in (error := capsys.readouterr().err) and "let it run too" in error
+    assert main(["run", "params/x.yaml"]) == 0 and launched == ["02_train"]
+
+
+def test_a_report_keeps_no_figure_or_table_of_an_earlier_run(root, launched, monkeypatch):
+    """Which would be of other parameters: the run may not draw it again, or may fail before it does."""
+    from matplotlib.figure import Figure
+
+    def drawn(notebook: str, *names: str) -> set[str]:
+        book = workbook.Run("x", root, root / "runs/x", root / "reports/x", notebook)
+        monkeypatch.setattr(workbook, "_display", lambda *_: None)
+        for name in names:
+            book.show(Figure(), f"{notebook}-{name}", "A figure.")
+            book.keep([{"a": 1}], f"{notebook}-{name}")
+        assert {path.stem for path in book.report.glob("*.csv")} == left()
+        return left()
+
+    def left() -> set[str]:
+        return {path.stem for path in (root / "reports/x/figures").glob("*.png")}
+
+    main(["run", "params/x.yaml"])
+    drawn("01_prepare", "a")
+    assert drawn("02_train", "a", "b") == {"01_prepare-a", "02_train-a", "02_train-b"}
+    assert drawn("02_train", "b") == {"01_prepare-a", "02_train-b"}  # as in JupyterLab
+    (root / "reports/x/mine.csv").touch()
+    (root / "fail-02_train").touch()
+    assert main(["run", "params/x.yaml", "-p", "level=3"]) == 1 and left() == {"01_prepare-a"}
+    assert {path.name for path in (root / "reports/x").glob("*.csv")} == {"01_prepare-a.csv", "mine.csv"}
+
+
+def test_a_sweep_holds_more_locks_than_a_process_may_have_files_by_default(root, launched):
+    """1,024 on most systems, where a sweep may have 1,000 runs; kernels need some, too."""
+    (soft, hard), free = resource.getrlimit(resource.RLIMIT_NOFILE), os.dup(0)
+    os.close(free)
+    (root / "params/x.yaml").write_text(f"sweep: {{seed: {[*range(70)]}}}\nnotebooks: [01_prepare]\n")
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + 40, hard))
+        assert main(["run", "params/x.yaml"]) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(launched) == 70
 
 
 def test_two_notebooks_may_record_one_key(root, launched):
@@ -793,7 +847,11 @@ def test_a_summary_is_one_more_run_of_its_own_notebooks(summed_up):
     ("override", "message"),
     [
         ("metrik=1", "-p: unknown parameter 'metrik', did you mean 'metric'?"),
-        ("metric=1", "-p: metric: got 1 (int), wanted str, e.g. metric: fwd; if it is a text, quote it: \"1\""),
+        (
+            "metric=1",  # a shell takes one pair of quotes off
+            "-p: metric: got 1 (int), wanted str, e.g. metric: fwd; if it is a text, quote it: "
+            "\"1\", or after -p '\"1\"'",
+        ),
         ("runs=x", "-p: runs: got 'x' (str), wanted list[str], e.g. runs: [\"quickstart\"]"),
         ("sweep={metric: [a, b]}", "params/x.yaml: unknown parameter 'metric'; known: run, seed, count, learning_rate, "
          "backbone, flip, levels, labels, level, runs"),

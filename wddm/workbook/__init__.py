@@ -89,7 +89,7 @@ class Run:
 
         `alive`: its form as a widget, for JupyterLab. The caption is an output of its own, which strict nbval compares.
         """
-        path = self.report / "figures" / f"{name}.png"
+        path = self._own(f"figures/{name}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(pixels := _pixels(figure))
         forms = {"image/png": base64.b64encode(pixels).decode(), "text/plain": f"[{path.relative_to(self.root)}]"}
@@ -126,7 +126,7 @@ class Run:
         import pandas as pd
 
         table = pd.DataFrame(rows if hasattr(rows, "to_dict") else list(rows), dtype=object)
-        write_text(self.report / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
+        write_text(self._own(f"{name}.csv"), table.to_csv(index=False, lineterminator="\n"))
         link = f'<a href="{html.escape(name)}.csv">{html.escape(name)}.csv</a>'
         _display({"text/html": f"<p>All of it: {link}</p>", "text/plain": f"All of it: {name}.csv"})
 
@@ -144,13 +144,21 @@ class Run:
             if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
                 raise ValueError(f"{key}: got {value!r}, wanted a finite number, or None where there is none")
             numbers[key] = value
-        path, owners = self.report / f"{kind}.json", self.folder / "numbers.json"
-        whose, before = read_json(owners), read_json(path)
-        if self.notebook and kind not in self.recorded:  # forget what its previous run recorded
-            before = {key: x for key, x in before.items() if whose.get(f"{kind}/{key}") != self.notebook}
+        before, old = read_json(path := self.report / f"{kind}.json"), self._note(kind, *numbers)
+        write_json(path, {key: x for key, x in before.items() if f"{kind}/{key}" not in old} | numbers)
+
+    def _own(self, place: str) -> Path:
+        """The path of a file of the report, to be written; the first time, those of the notebook's previous run go."""
+        for old in self._note("files", place):
+            (self.report / old.removeprefix("files/")).unlink(missing_ok=True)
+        return self.report / place
+
+    def _note(self, kind: str, *names: str) -> set[str]:
+        """Note "<kind>/<name>" in numbers.json as this notebook's; returns, at first, what it noted in its last run."""
+        whose, first = read_json(file := self.folder / "numbers.json"), self.notebook and kind not in self.recorded
         self.recorded.add(kind)
-        write_json(owners, whose | {f"{kind}/{key}": self.notebook for key in numbers})
-        write_json(path, before | numbers)
+        write_json(file, whose | {f"{kind}/{name}": self.notebook for name in names})
+        return {key for key, by in whose.items() if first and by == self.notebook and key.startswith(f"{kind}/")}
 
 
 def open_run(run: str, notebook: str = "", namespace: Mapping[str, Any] | None = None) -> Run:

@@ -202,23 +202,24 @@ class Task:
         write_index(self.root)
 
     def set_pending(self, *notebooks: Path) -> None:
-        """Mark notebooks as yet to run, and remove the numbers that they recorded."""
+        """Mark notebooks as yet to run, and remove the numbers, figures and tables that they left in the report."""
+        of = read_json(self.root / "runs" / self.experiment.run / "numbers.json")
         for notebook in notebooks:
+            for file in (key for key, one in of.items() if one == notebook.stem and key.startswith("files/")):
+                (self.folder / file.removeprefix("files/")).unlink(missing_ok=True)
             for kind, own in self.recorded(notebook.stem).items():
-                left = {key: value for key, value in self.recorded()[kind].items() if key not in own}
+                left = {key: x for key, x in read_json(self.folder / f"{kind}.json").items() if key not in own}
                 if own:
                     write_json(self.folder / f"{kind}.json", left)
             self.status[notebook.stem] = PENDING
         write_json(self.folder / "status.json", self.status)
         renew_headers(self.folder)
 
-    def recorded(self, by: str | None = None) -> dict[str, dict[str, Any]]:
-        """The numbers of metrics.json and timings.json: all, or those that `by` recorded, here or in JupyterLab."""
-        before = self.status.get(by or "", {}).get("recorded", {})
+    def recorded(self, by: str) -> dict[str, dict[str, Any]]:
+        """The numbers of metrics.json and timings.json that the notebook `by` recorded, here or in JupyterLab."""
+        before = self.status.get(by, {}).get("recorded", {})
         of = read_json(self.root / "runs" / self.experiment.run / "numbers.json")  # "metrics/fwd" -> its notebook
         found = {kind: read_json(self.folder / f"{kind}.json") for kind in RECORDS}
-        if by is None:
-            return found
         whose = lambda kind, key: of.get(f"{kind}/{key}", by if key in before.get(kind, ()) else None)  # noqa: E731
         return {kind: {key: own[key] for key in own if whose(kind, key) == by} for kind, own in found.items()}
 
