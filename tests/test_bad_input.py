@@ -218,6 +218,7 @@ TOGETHER = [  # parameters of the quickstart that cannot be together, and what t
     ("dataset=folder dataset_path=nothing.npy", "(0, 16, 16, 1)"),
     ("output_dir=params", "output_dir=params, which is not empty"),
     ("output_dir=file", "output_dir"),
+    ("output_dir=file/below", "file/below, which cannot be written (Not a directory)"),
 ]
 
 

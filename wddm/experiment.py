@@ -10,7 +10,7 @@ import re
 import socket
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from typing import Any
 
@@ -52,9 +52,8 @@ BOUNDS: dict[str, tuple[float, float]] = {  # parameter of any notebook: (minimu
     }.items() for name in names.split()
 }  # fmt: skip
 OPTIONAL = ("attention_levels", "half_lives_kimg", "spacing_solvers", "band_steps")  # lists that may be empty
-CHOICES: dict[str, Iterable[str]] = dict.fromkeys(("datasets", "capacity_dataset"), IMAGES) | dict(
-    schedule=SCHEDULES, precision=PRECISIONS, backbones=BACKBONES, train_metrics=scores.DISTANCES
-)
+CHOICES: dict[str, Iterable[str]] = dict.fromkeys(("datasets", "capacity_dataset"), IMAGES)
+CHOICES |= {"schedule": SCHEDULES, "precision": PRECISIONS, "backbones": BACKBONES, "train_metrics": scores.DISTANCES}
 IMAGES_IN = {"digits": 1797, "patches": 10_000, "cifar10": 50_000, "stl10": 100_000, "celebahq": 30_000}
 
 
@@ -298,9 +297,10 @@ def _check_folders(experiment: Experiment, given: Parameters) -> None:
     if given.get("inception_weights") is not None:
         inception.find_weights(given["inception_weights"])
     before = records.read_record(root, experiment.run).get("samples", {}).get("parameters", {}).get("output_dir")
-    full = os.path.isfile(root / output) or any((root / output).glob("*"))
-    if full and given.get("output_dir") not in (None, before):
-        raise ValueError(f"got output_dir={output}, which is not empty, wanted a new folder: give another")
+    with suppress(FileNotFoundError):
+        full = os.path.isfile(root / output) or any(os.scandir(root / output))  # OSError: no folder can be made there
+        if full and given.get("output_dir") not in (None, before):
+            raise ValueError(f"got output_dir={output}, which is not empty, wanted a new folder: give another")
 
 
 def share(function: Callable, parameters: Parameters) -> dict[str, Any]:

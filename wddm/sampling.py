@@ -169,7 +169,6 @@ def read_images(path: Path) -> np.ndarray:
             found.append(np.load(file, mmap_mode="r") if is_array else np.atleast_3d(np.asarray(Image.open(file))))
         first, read = found[0], found[-1]
         if read.dtype != np.uint8 or read.ndim != 3 + is_array or not read.size or read.shape != first.shape:
-            beside = f" beside {first.shape}" if read is not first else ""
-            got = f"got {file} of {read.dtype} {read.shape}{beside}"
+            got = f"got {file} of {read.dtype} {read.shape}" + f" beside {first.shape}" * (read is not first)
             raise ValueError(f"{got}, wanted uint8 images of one size, an array as (N, H, W, C): convert them")
     return found[0] if is_array else np.stack(found)
