@@ -77,14 +77,38 @@ def test_killed_13_times_it_ends_with_the_bytes_of_a_run_left_alone(root) -> Non
     assert left(root / "runs" / "killed") == wanted
 
 
+WATCHED = """
+import gc, sys
+import torch
+from wddm.cli import main
+
+destroy = torch.distributed.destroy_process_group
+
+
+def watched(group=None):
+    left = [one for one in gc.get_objects() if type(one) is torch.nn.parallel.DistributedDataParallel]
+    print(len(left), "reducers are left", flush=True)
+    destroy(group)
+
+
+torch.distributed.destroy_process_group = watched
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_lose_what_one_loses(root) -> None:
     """At equal total batch; were the gradients of the two not averaged, they would drift apart within a few steps."""
     options = ("-p", "dropout=0", "-p", "train_kimg=0.64")
     assert main(train(root, "one", *options)) == 0
-    done = as_process(*launcher(), "wddm", *train(root, "two", *options), root=root)
+    (root / "watched.py").write_text(WATCHED)
+    files = [root / "params" / f"{name}.yaml" for name in ("tiny", "two", "next")]
+    files[1].write_text(files[0].read_text())
+    files[2].write_text("sweep: {seed: [1]}\n" + files[0].read_text())
+    done = as_process(*launcher()[:-1], root / "watched.py", "train", *files[1:], *options, root=root)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("is trained") == 1 and done.stdout.count("| 0/640") == 1
+    assert done.stdout.count("0 reducers are left") == 2  # else one may wait for ever: see `Trainer.steps`
+    assert done.stdout.count("is trained") == 2 and done.stdout.count("| 0/640") == 2  # one after the other
     one, two = (read_log(root / "runs" / name) for name in ("one", "two"))
     assert len(one) == len(two) > 1 and [row.get("fwd") is None for row in one] == [
         row.get("fwd") is None for row in two

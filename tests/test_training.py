@@ -381,7 +381,7 @@ def test_the_code_is_that_which_decides_what_is_learned(tmp_path, monkeypatch) -
     [
         ({"schedule": "linear"}, "got schedule='linear', wanted one of constant_with_warmup, cosine"),
         ({"weighting": "mean_snr"}, "got weighting='mean_snr', wanted one of none, min_snr"),
-        ({"metric_kimg": 1.0}, "got metric_kimg=1 without measure, wanted one of samples: give both"),
+        ({"metric_kimg": 1.0}, "got metric_kimg=1 without measure, wanted both: give both"),
         ({"batch_size": 0}, r"got batch_size=0, wanted a multiple of 1 \(accumulation\) times 1"),
         ({"accumulation": 0}, r"got batch_size=16, wanted a multiple of 0 \(accumulation\) times 1"),
         ({"accumulation": 3}, r"got batch_size=16, wanted a multiple of 3 \(accumulation\) times 1"),

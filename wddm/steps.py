@@ -95,8 +95,7 @@ def checked(model: ModelMixin, codec: WaveletCodec, images: np.ndarray, **settin
             kind = "more than 0" if above else "0 or more" if most > 1 else "0 or more, below 1"
             raise ValueError(f"got {name}={value}, wanted {kind}: change it")
     if settings["metric_kimg"] and settings["measure"] is None:
-        got = f"got metric_kimg={settings['metric_kimg']:g} without measure"
-        raise ValueError(f"{got}, wanted one of samples: give both")
+        raise ValueError(f"got metric_kimg={settings['metric_kimg']:g} without measure, wanted both: give both")
     return advice(model, settings["learning_rate"], settings["warmup_kimg"] / settings["train_kimg"])
 
 

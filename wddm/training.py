@@ -4,6 +4,7 @@ All randomness is a function of (seed, step), which validation, previews and mea
 Lengths are counted in images (kimg: thousands). Batches are global: N processes share one batch.
 """
 
+import atexit
 import json
 import math
 import time
@@ -104,6 +105,7 @@ class Trainer:
         )
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
+        atexit.register(self.accelerator.state.destroy_process_group)  # not before: another training may follow
         steps.check_batch(self.batch_size, self.accumulation, self.world_size)
         self.total_steps = math.ceil(self.train_kimg * 1000 / self.batch_size)
         steps.tune(self.model, self.device, self.gradient_checkpointing)
@@ -156,8 +158,7 @@ class Trainer:
                         self.unread.append(self.optimise(*([batch] if self.classes is None else batch)))
                         self.step, self.watched = self.step + 1, False
                         self.on_step(self.images_seen)
-                    asking = self.world_size > 1 and self.step % self.log_every == 0  # each other, whether to stop
-                    if asking and any(gather_object([self.stop.is_set()])):
+                    if self.step % self.log_every == 0 and any(gather_object([self.stop.is_set()])):  # of all processes
                         raise KeyboardInterrupt
                     row = self._watch(clock)
                     self.watched = True
@@ -171,7 +172,8 @@ class Trainer:
                         self.averaged().save_pretrained(aside)
                         own = {name: getattr(self, name) for name in ("images_seen", "data_sha256", "history")}
                         (aside / "training.json").write_text(json.dumps(own | {"settings": self.settings()}, indent=1))
-                self.accelerator.end_training()
+                self.network = self.model  # what averages gradients must not outlive the processes' group: it may hang
+                self.accelerator.free_memory()
             except (GeneratorExit, KeyboardInterrupt) as error:
                 self.save()
                 if isinstance(error, GeneratorExit):
