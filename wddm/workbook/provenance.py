@@ -37,10 +37,9 @@ def fingerprint(experiment: Experiment, notebook: Path) -> str:
     """sha256 of the notebook's code, its parameters, the package's source and the inputs that it declares."""
     parts = {
         "code": [cell["source"] for cell in read_notebook(notebook)["cells"] if cell["cell_type"] == "code"],
-        "parameters": experiment.values(notebook),
-        "source": source_hash(),
+        "parameters": experiment.values(notebook), "source": source_hash(),
         "inputs": hashes(experiment.root, declared_paths(experiment, notebook, "Inputs")),
-    }
+    }  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -110,16 +109,12 @@ def environment(root: Path, seed: int | None) -> dict[str, Any]:
     """The commit, versions and machine of a run; None where they are unknown."""
     commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
     changes = _output("git", "-C", str(root), "status", "--porcelain", "--", ".", ":!reports")
+    device = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "cpu"
     return {
-        "commit": commit,
-        "dirty": None if commit is None else bool(changes),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "device": _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "cpu",
-        "seed": seed,
-    }
+        "commit": commit, "dirty": None if commit is None else bool(changes), "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PACKAGES}, "platform": platform.platform(),
+        "cpus": os.cpu_count(), "device": device, "seed": seed,
+    }  # fmt: skip
 
 
 def source_hash() -> str:
