@@ -113,6 +113,13 @@ def test_a_lesson_is_a_page_for_readers_of_pages(root):
     assert (root / "reports/tutorials/ran.html").read_text() == "as it ran"
 
 
+def test_a_page_is_drawn_where_nbconvert_is_of_another_environment(root, monkeypatch):
+    """As in a venv with the packages of the system: nbconvert looks for its own templates below sys.prefix alone."""
+    monkeypatch.setattr("jupyter_core.paths.ENV_JUPYTER_PATH", [])
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# Found")]), root / "reports/x/01_work.ipynb")
+    assert "Found" in report.render(root / "reports/x", "01_work").read_text()
+
+
 def test_a_long_page_has_a_list_of_its_contents(root):
     cells = [new_markdown_cell("# T"), *(new_markdown_cell(f"## {title}\n\nText.") for title in ("A", "`b` <i>", "C"))]
     for count in (3, 4):

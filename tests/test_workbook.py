@@ -669,12 +669,13 @@ def test_a_kernel_imports_the_package_that_the_fingerprint_is_of(root, capsys, m
     assert f"from {ROOT / 'wddm/__init__.py'}" in capsys.readouterr().out
 
 
-def test_a_page_that_cannot_be_drawn_is_not_that_of_an_earlier_run(root, launched, monkeypatch):
+def test_a_page_that_cannot_be_drawn_is_said_and_is_not_that_of_an_earlier_run(root, launched, monkeypatch, capsys):
     main(["run", "params/x.yaml"])
     with monkeypatch.context() as patch:
         patch.setattr("wddm.workbook.runner.render", lambda *_: 1 / 0)
         assert main(["run", "params/x.yaml", "-p", "seed=3"]) == 0
     assert not (root / "reports/x/01_prepare.html").exists()
+    assert re.search(r"ok in .* s  \(report: none, ZeroDivisionError", capsys.readouterr().out)
     launched.clear()
     assert main(["run", "params/x.yaml", "-p", "seed=3"]) == 0 and launched == ["01_prepare", "02_train"]
 

@@ -129,8 +129,8 @@ def _header(folder: Path, name: str) -> str:
 
 def _exporter() -> Any:
     """nbconvert's exporter to HTML, with formulas as MathML, which browsers draw without a script."""
+    import nbconvert
     from latex2mathml.converter import convert
-    from nbconvert import HTMLExporter
     from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
     class Renderer(IPythonRenderer):
@@ -144,7 +144,10 @@ def _exporter() -> Any:
             return self.inline_math(body, "block")
 
     filters = {"markdown2html": MarkdownWithMath(renderer=Renderer(escape=False, exclude_anchor_links=True)).render}
-    return HTMLExporter(template_name="report", extra_template_basedirs=[str(TEMPLATES)], filters=filters)
+    # nbconvert's own templates, which it looks for below sys.prefix alone: it may be of another environment
+    theirs = str(Path(nbconvert.__file__).parents[4] / "share/jupyter/nbconvert/templates")
+    places = {"extra_template_basedirs": [str(TEMPLATES), theirs], "extra_template_paths": [theirs]}
+    return nbconvert.HTMLExporter(template_name="report", filters=filters, **places)
 
 
 def _tidy(cell: Any) -> Any:
@@ -204,14 +207,12 @@ def _row(folder: Path, defaults: dict[str, dict[str, Any]]) -> dict[str, Any]:
     commits = commits or [read_json(folder / "environment.json").get("commit") or ""]
     figures = sorted(folder.glob("figures/*.png"), key=lambda path: (path.stem != "samples", path.name))
     return {
-        "name": folder.name,
-        "pages": dict(sorted(pages.items())),
+        "name": folder.name, "pages": dict(sorted(pages.items())), "metrics": read_json(folder / "metrics.json"),
         "state": next((state for state in WORST_FIRST if state in states), "pending") if status else "published",
         "error": next((entry["error"] for entry in entries if entry.get("error")), None),
         "started": max((str(entry.get("started") or "") for entry in entries), default=""),
         "seconds": format_seconds(sum(entry.get("seconds") or 0 for entry in entries)) if status else "",
         "thumbnail": figures[0].relative_to(folder.parent).as_posix() if figures else None,
-        "metrics": read_json(folder / "metrics.json"),
         "changed": {k: v for k, v in parameters.items() if v != own.get(k, ...) and k not in ("run", "notebooks")},
         "commit": ", ".join(dict.fromkeys(commit[:7] + commit[40:] for commit in commits)),
-    }
+    }  # fmt: skip

@@ -191,8 +191,8 @@ class Task:
             page = str(render(self.folder, name).relative_to(self.root))
         except Exception as problem:  # hours of training outlive a page that cannot be drawn
             page = f"none, {problem!r}"
-        end = f"ok in {format_seconds(seconds)}" if state == "ok" else f"{name} {state}: {error}  (report: {page})"
-        print(end, flush=True)
+        end = f"ok in {format_seconds(seconds)}" if state == "ok" else f"{name} {state}: {error}"
+        print(end + f"  (report: {page})" * (state != "ok" or page.startswith("none")), flush=True)
         return state
 
     def update(self, name: str, **entry: Any) -> None:
