@@ -24,6 +24,7 @@ PARAMETERS |= {
     "sampling_steps": 7,
     "seed": 3,
 }
+MANIFEST = {"source": "me/digits@abc", "revision": "abc", "split": "train", "count": 1797}
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def pipeline(tmp_path) -> WaveletPipeline:
     (report / "metrics.json").write_text(json.dumps({"fwd": 0.0155, "images": 1797}))
     (report / "environment.json").write_text(json.dumps({"commit": "abc123", "versions": {"torch": "2.14.1"}}))
     (folder.parent / "record.json").write_text(json.dumps({"data": {"path": "data/digits-16-0a1b2c/manifest.json"}}))
-    (data / "manifest.json").write_text(json.dumps({"source": "me/digits", "split": "train", "count": 1797}))
+    (data / "manifest.json").write_text(json.dumps(MANIFEST))
     return WaveletPipeline.from_pretrained(folder)
 
 
@@ -86,6 +87,25 @@ def test_the_card_says_which_labels_there_are(pipeline) -> None:
     assert "| labels | none |" in model_card(pipeline, "me/model", None)
 
 
+def test_a_folder_of_images_is_no_data_set_of_the_hub_and_its_place_stays_private(pipeline, tmp_path) -> None:
+    file = tmp_path / "data/digits-16-0a1b2c/manifest.json"
+    for place in ("ann/photographs", "/home/ann/photographs"):
+        file.write_text(json.dumps(MANIFEST | {"source": place, "revision": None}))
+        card = ModelCard(model_card(pipeline, "me/model", tmp_path / "reports" / "mine"))
+        assert card.data.datasets is None and card.data.eval_results[0].dataset_name == "photographs"
+        assert "| source | photographs |" in card.text and "ann" not in card.text
+
+
+def test_the_commands_of_the_card_run_as_they_stand(pipeline, tmp_path) -> None:
+    """In a folder with a space in its name, with the guidance of the run; a class name leaves its table whole."""
+    report = tmp_path / "reports" / "mine"
+    assert "guidance" not in model_card(pipeline, "me/model", report)
+    (report / "params.yaml").write_text(yaml.safe_dump(PARAMETERS | {"guidance": 1.5}))
+    card = model_card(conditional_pipeline(["a", "b|c", "d"]), "my models/one", report)
+    assert "--model-dir 'my models/one' --output-dir" in card and "--guidance 1.5\n```" in card
+    assert ", guidance=1.5).images" in card and "| labels | 0 to 2: a, b\\|c, d |" in card
+
+
 def test_what_is_not_recorded_is_said(pipeline) -> None:
     card = model_card(pipeline, "me/model", None)
     assert card.count("Not recorded.") == 4 and "model-index" not in card
@@ -97,6 +117,13 @@ def test_push_writes_weights_and_card_to_a_folder(pipeline, tmp_path) -> None:
     pipeline.push_to_hub(str(tmp_path / "hub"))
     assert "| fwd | 0.0155 |" in (tmp_path / "hub" / "README.md").read_text()  # its report was found
     assert WaveletPipeline.from_pretrained(tmp_path / "hub").image_size == 16
+
+
+def test_push_to_a_folder_of_the_home_folder(pipeline, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    pipeline.push_to_hub("~/model")
+    assert WaveletPipeline.from_pretrained("~/model").image_size == 16 and not (tmp_path / "~").exists()
 
 
 def test_a_folder_is_told_from_a_repository_by_its_name(pipeline, tmp_path, monkeypatch) -> None:

@@ -1,5 +1,6 @@
 """cards: the README.md of a published pipeline, from what its run recorded; it says what was not recorded."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -42,21 +43,20 @@ def model_card(pipeline: DiffusionPipeline, name: str, report: Path | None) -> s
     classes = (network.config.get("num_class_embeds") or 1) - 1
     names = ", ".join(pipeline.config.get("class_names") or [])
     model = {
-        "backbone": type(network).__name__,
-        "parameters": f"{network.num_parameters():,}",
+        "backbone": type(network).__name__, "parameters": f"{network.num_parameters():,}", "predicts": predicts,
         "coefficients": " x ".join(map(str, (network.config.in_channels, *pipeline.map_size))),
         "codec": ", ".join(f"{key} {codec[key]}" for key in ("wavelet", "level", "transform", "scaling")),
-        "predicts": predicts,
         "labels": f"0 to {classes - 1}" + f": {names}" * bool(names) if classes else "none",
-    }
+    }  # fmt: skip
     source = str(data.get("source", data.get("dataset", "unknown")))
     results = [EvalResult(task, "image", source, *distance) for distance in known(metrics, "fid", "kid", "fwd").items()]
     about: dict[str, Any] = {"license": "apache-2.0", "library_name": "diffusers", "pipeline_tag": task}
     about |= {"model_name": name.split("/")[-1], "eval_results": results} if results else {}
-    about |= {"datasets": [source.split("@")[0]]} if source.count("/") == 1 else {}
+    about |= {"datasets": [source.split("@")[0]]} if "revision" in data else {}  # on the Hub
     tables = {"Data": data, "Model": model, "Parameters": run, "Metrics": metrics, "Made with": made_with}
     card_data, template = ModelCardData(tags=["wavelets", "wddm"], **about), TEMPLATE.read_text(encoding="utf-8")
-    return str(ModelCard.from_template(card_data, template_str=template, name=name, run=run, tables=tables))
+    filled: dict[str, Any] = {"name": name, "run": run, "tables": tables, "quoted": shlex.quote(name)}
+    return str(ModelCard.from_template(card_data, template_str=template, **filled))
 
 
 def recorded(report: Path) -> tuple[dict[str, Any], ...]:
@@ -70,6 +70,7 @@ def recorded(report: Path) -> tuple[dict[str, Any], ...]:
     metrics = metrics if drawn_by == record.get("pipeline", {}).get("sha256") else {}  # others are of another network
     manifest = read_json(report.parents[1] / record.get("data", {}).get("path", "nowhere"))
     data = known(parameters, "dataset", "resolution") | known(manifest, "source", "revision", "split", "count")
+    data |= {} if "revision" in data or "source" not in data else {"source": Path(data["source"]).name}
     public = [name for name in parameters if not name.endswith(("_path", "_dir"))]  # paths are of one machine
     versions = known(environment.get("versions", {}), "wddm", "torch", "diffusers")
     trained = environment | read_json(report / "status.json").get("02_train", {})

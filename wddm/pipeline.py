@@ -228,7 +228,7 @@ class WaveletPipeline(DiffusionPipeline):
         name = repo_id if local else hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
         card = card_of(self, name, report)
         with TemporaryDirectory() as temporary:
-            folder = Path(repo_id if local else temporary)
+            folder = Path(repo_id if local else temporary).expanduser()
             self.save_pretrained(folder)
             (folder / "README.md").write_text(card, encoding="utf-8")
             for file in (folder / "model_index.json", *folder.glob("*/config.json")):  # without local paths
