@@ -195,11 +195,13 @@ def judge(generated: np.ndarray, real: np.ndarray, labels: np.ndarray, seed: int
     from sklearn.model_selection import train_test_split
     from sklearn.pipeline import make_pipeline
 
-    rows, classes = np.flatnonzero(labels >= 0), len(np.unique(labels[labels >= 0]))
-    if len(real) != len(labels) or classes < 2:
-        got = f"got {len(real)} images and {len(labels)} labels of {classes} classes"
-        raise ValueError(f"{got}, wanted one label each of 2 classes or more: give the labels of these images")
-    rows = np.random.default_rng(seed).permutation(rows)[:MOST]
+    rows = np.random.default_rng(seed).permutation(np.flatnonzero(labels >= 0))[:MOST]
+    sizes = np.unique(labels[rows], return_counts=True)[1]
+    if len(real) != len(labels) or len(sizes) < 2 or min(sizes) < 2 or len(rows) <= 4 * (len(sizes) - 1):
+        got = f"got {len(real)} images and {len(labels)} labels of {len(sizes)} classes"
+        got += f", of one with {min(sizes, default=0)} of the {len(rows)} images taken"
+        wanted = "one label each of 2 classes or more, 2 images of each and 4 on average"
+        raise ValueError(f"{got}, wanted {wanted}: give the labels of these images, or more images")
     fitted, held_out = train_test_split(rows, test_size=0.25, random_state=seed, stratify=labels[rows])
     gamma = 2 / (real.shape[1] * real[fitted].var() + 1e-12)
     bases = Nystroem(gamma=gamma, n_components=min(500, len(fitted)), random_state=seed)
