@@ -368,6 +368,8 @@ def test_lines_are_the_values_given_and_references_dashed():
     *parts, whole = plots.lines({**bumps, "sum": ([1, 2], [28, 8])}, "x", "y", parts=list(bumps)).axes[0].lines
     assert len({to_rgba(line.get_color()) for line in (*parts, whole)}) == 9
     assert all(line.get_linewidth() < whole.get_linewidth() for line in parts)
+    (alone,) = plots.lines({"a": ([2, 1], [0.5, 0.0])}, "x", "y", "y").axes[0].lines  # 0 has no place on the axis
+    assert alone.get_marker() == "o" and a.get_marker() == "None"
     with pytest.raises(ValueError, match="same first dimension"):
         plots.lines({"a": ([1, 2], [3])}, "x", "y")
 

@@ -43,8 +43,8 @@ def lines(
     colors |= dict(zip(parts, colormaps["YlGn"](shades), strict=True))
     with panels(2.6, log=log, legend="right center") as (figure, (axes,)):
         for name, (x, y) in series.items():
-            dashes, width = "--" if name in dashed else "-", 0.8 if name in parts else None
-            axes.plot(x, y, dashes, label=name, color=colors[name], linewidth=width)
+            dashes = "--" if name in dashed else "o" if "y" in log and np.count_nonzero(y) < 2 else "-"  # one point
+            axes.plot(x, y, dashes, label=name, color=colors[name], linewidth=0.8 if name in parts else None)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.xaxis.set_inverted(backwards)
     return figure
