@@ -203,6 +203,11 @@ def test_images_of_which_some_were_taken_out_are_not_held_against_labels_of_othe
         return [score["value"] for score in scores if score["key"] == "asked_share"]
 
     assert asked()[0] > 0.8
+    made = {"images": 100, "labels": list(range(10)), "class_names": [f"{9 - k}" for k in range(10)]}
+    (tmp_path / "samples.json").write_text(json.dumps(made))
+    assert asked() == []  # the network that drew them numbers its classes otherwise
+    (tmp_path / "samples.json").write_text(json.dumps(made | {"class_names": digits.class_names}))
+    assert asked()[0] > 0.8
     (tmp_path / "00000.png").unlink()
     assert asked() == []  # each of the others would be compared with the label before its own
 

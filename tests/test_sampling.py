@@ -202,12 +202,25 @@ def test_labels_are_drawn_in_turn_by_number_or_name(tmp_path, capsys) -> None:
     both, one, other = (pixels(tmp_path / name) for name in ("both", "one", "other"))
     assert np.array_equal(both[::2], one[::2]) and np.array_equal(both[1], other[1])
     assert not np.array_equal(both[1], one[1])
+    assert sample(tmp_path / "model", tmp_path / "beyond", *options, "--labels", 3) == 2
+    said = "wddm: got labels [3], wanted 0 to 2, one or 32 of them: change them\n"  # once, not for each of 32 images
+    assert capsys.readouterr().err == said
     assert sample(tmp_path / "model", tmp_path / "none", *options, "--labels", "dg") == 2
     assert capsys.readouterr().err == "wddm: got labels='dg', wanted one of cat, dog, frog: did you mean 'dog'?\n"
     file = tmp_path / "model/model_index.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"class_names": "cat"}))
     with pytest.raises(ValueError, match=r"got class_names=cat .*, wanted"):
         open_pipeline(tmp_path / "model")
+
+
+def test_a_class_whose_name_has_a_comma_is_drawn_by_its_name(tmp_path) -> None:
+    conditional_pipeline(["cat", "dog, wet", 'a 3" nail']).save_pretrained(tmp_path / "model")
+    asked = {'"dog, wet",cat': [1, 0], 'cat, "dog, wet"': [0, 1], 'a 3" nail,1': [2, 1], "cat\n1": [0, 1]}
+    for number, (labels, wanted) in enumerate(asked.items()):
+        folder = tmp_path / f"{number}"
+        assert sample(tmp_path / "model", folder, "--num-samples", 1, "--sampling-steps", 1, "--labels", labels) == 0
+        made = json.loads((folder / "samples.json").read_text())
+        assert made["labels"] == wanted and made["class_names"] == ["cat", "dog, wet", 'a 3" nail']
 
 
 def test_clip_and_prediction_are_those_of_the_checkpoint(ours) -> None:

@@ -4,6 +4,7 @@ Exit codes: 0 ok, 1 a notebook or training failed, 2 bad arguments or parameters
 """
 
 import contextlib
+import csv
 import ctypes
 import os
 import re
@@ -109,7 +110,7 @@ def experiments_of(params: Sequence[Path], overrides: Iterable[str]) -> tuple[Pa
 @click.option("--sampling-steps", "num_inference_steps", type=COUNT, default=50)
 @click.option("--eta", type=float, default=0.0, help="Randomness of ddim: 0 none, 1 as much as ddpm.")
 @click.option("--detail-steps", type=COUNT, metavar="N", help="Solver steps of the detail bands; default: the same.")
-@click.option("--labels", metavar="7,cat", help="Classes to draw in turn, by number or name; by default all.")
+@click.option("--labels", metavar="7,cat", help="Classes in turn, by number or name ('\"a, b\",cat'); by default all.")
 @click.option("--guidance", type=float, default=1.0, help="Above 1, images fit their label more and vary less.")
 @click.option("--spacing", help="Spacing of the timesteps: leading, trailing or linspace.")
 @click.option("--seed", type=click.IntRange(0, 2**60), default=0, help="Image k is drawn from seed + k in any batch.")
@@ -141,7 +142,8 @@ def sample(
     pipeline = open_pipeline(model_dir, **checkpoint).to(device if device and alone else state.device)
     pipeline.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"num_inference_steps": num_inference_steps, "eta": eta, "detail_steps": detail_steps}
-    options |= {"guidance": guidance, "labels": [label.strip() for label in labels.split(",")] if labels else None}
+    rows = csv.reader((labels or "").splitlines(), skipinitialspace=True)  # a name with a comma stands in quotes
+    options |= {"guidance": guidance, "labels": [name.strip() for row in rows for name in row] or None}
     draw(pipeline, output_dir, num_samples, batch_size=batch_size, seed=seed, **options)
     if state.is_main_process:
         print(f"{num_samples} images, grid.png and samples.json are in {output_dir}")
@@ -178,7 +180,8 @@ def evaluate(
         root = workbook.find_root()
     real = scores.find_reference(f"{reference}-{resolution}" if resolution else reference, root)
     samples, made = read_images(images), read_json(images / "samples.json")  # as wddm sample writes it
-    labels = made.get("labels") if made.get("images") == len(samples) else None  # else they are of other images
+    same = made.get("images") == len(samples) and made.get("class_names", real.class_names) == real.class_names
+    labels = made.get("labels") if same else None  # else they are of other images, or number other classes
     device = device or PartialState().device
     bar = partial(workbook.progress, desc="features", unit="batch")
     found = scores.evaluate(samples, real, scores.Options(fwd_level, seed, device, inception_weights, bar, labels))
@@ -206,7 +209,7 @@ def init(folder: Path) -> None:
     if folder.exists():
         raise ValueError(f"got {folder}, which is there already, wanted a new folder: give another name")
     shutil.copytree(shipped[0], folder)
-    print(f"{folder} is a workbook: cd {folder} && wddm run params/quickstart.yaml")
+    print(f"{folder} is a workbook: cd into it, then wddm run params/quickstart.yaml")
 
 
 FOUND = re.compile(r"Invalid value for ('.*?'): (.+) is not (?:a valid (.+)|in the range (?:(.+)<=x<=(.+)|x>=(.+)))\.")

@@ -51,7 +51,8 @@ def labelled(backbone: ModelMixin, count: int, labels: list[int] | None, weights
     if last < 0 and labels is not None:
         raise ValueError("got labels for a network that was trained without, wanted none: leave labels out")
     if labels is not None and (len(labels) not in (1, count) or max(labels) >= last):
-        raise ValueError(f"got labels {labels}, wanted 0 to {last - 1}, one or {count} of them: change them")
+        some = [*dict.fromkeys(labels)][:9]  # drawn in turn, each occurs many times
+        raise ValueError(f"got labels {some}, wanted 0 to {last - 1}, one or {count} of them: change them")
 
     def call(z: Tensor, t: Tensor, **labels: Tensor) -> Tensor:
         return backbone(z.to(backbone.dtype), t, **labels).sample.to(z.dtype)

@@ -145,6 +145,7 @@ def write_images(folder: str | Path, images: np.ndarray, start: int = 0) -> None
 def write_summary(folder: Path, pipeline: WaveletPipeline, count: int, seed: int, solving: Mapping[str, Any]) -> None:
     """Write samples.json, which says how the images were made, and grid.png of the first 64 in the folder."""
     about = {"images": count, "seeds": [seed, seed + count - 1], "resolution": pipeline.image_size, **solving}
+    about |= {"class_names": pipeline.config.get("class_names")}
     about |= {"prediction_type": pipeline.scheduler.config.prediction_type, "solver": type(pipeline.scheduler).__name__}
     about |= {name: public(part.config) for name, part in pipeline.components.items()}
     about["versions"] = {name: version(name) for name in ("wddm", "torch", "diffusers")}
