@@ -148,6 +148,8 @@ def test_an_average_of_any_half_life_is_put_together_afterwards(tmp_path) -> Non
     assert set(found) == {key for key, _ in trainer.model.named_parameters()}
     with pytest.raises(ValueError, match=r"half-life of 0.001 kimg, \d+% off with 20 kept averages, wanted 10 %"):
         averaged_weights(tmp_path, 0.001)
+    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match="got a half-life of 0 kimg, nan% off"):
+        averaged_weights(str(tmp_path), 0)
 
 
 def test_averages_of_a_network_with_channels_last_are_kept(tmp_path) -> None:
@@ -198,6 +200,23 @@ def test_micro_batches_give_the_same_step(tmp_path) -> None:
         trainer = make(tmp_path / str(n), accumulation=n, dropout=0.0)
         trained.append([(step.loss, step.grad_norm) for step in trainer.steps()])
     assert_close(trained[0], trained[1], atol=0, rtol=1e-4)
+
+
+def test_another_trainer_of_the_process_does_not_change_the_accumulation(tmp_path) -> None:
+    alone = [(row.loss, row.grad_norm) for row in make(tmp_path / "alone", accumulation=2).steps()]
+    trainer = make(tmp_path / "beside", accumulation=2)
+    others = make(tmp_path / "other", accumulation=8).steps(), make(tmp_path / "third", accumulation=1).steps()
+    found = []
+    for row in trainer.steps():
+        found.append((row.loss, row.grad_norm))
+        [next(other) for other in others]
+    assert found == alone
+
+
+def test_a_process_keeps_to_one_precision(tmp_path) -> None:
+    make(tmp_path / "first")
+    with pytest.raises(ValueError, match=r"^got precision='bf16' after 'no', wanted one in a process: restart the k"):
+        make(tmp_path / "second", precision="bf16")
 
 
 def test_pipeline_holds_the_average_and_samples(tmp_path) -> None:
@@ -479,6 +498,26 @@ def test_a_step_that_is_cut_in_half_is_done_again_whole(tmp_path) -> None:
     with pytest.raises(Interrupted, match="stopped at step 2 of 4"):
         list(trainer.steps())
     list(make(tmp_path / "cut", model=trainer.model).steps())  # the same object, as when a cell is run again
+    whole, cut = (bytes_below(tmp_path / name / "checkpoints") for name in ("whole", "cut"))
+    assert whole == cut
+
+
+def test_the_same_trainer_goes_on_after_an_interrupt(tmp_path) -> None:
+    """As when a cell is run again that has only the loop; here stopped between two micro-batches."""
+    list(make(tmp_path / "whole", accumulation=2).steps())
+    trainer, calls = make(tmp_path / "cut", accumulation=2), []
+    inner = trainer.accelerator.backward
+
+    def backward(loss: torch.Tensor) -> None:
+        inner(loss)
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer.accelerator.backward = backward
+    with pytest.raises(Interrupted, match="stopped at step 2 of 4"):
+        list(trainer.steps())
+    assert [row.step for row in trainer.steps()] == [3, 4]
     whole, cut = (bytes_below(tmp_path / name / "checkpoints") for name in ("whole", "cut"))
     assert whole == cut
 

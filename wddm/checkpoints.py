@@ -160,6 +160,7 @@ class Stop(threading.Event):
         self.alone = alone
 
     def __enter__(self) -> Self:
+        self.clear()  # of an earlier block
         signals = (signal.SIGINT, signal.SIGTERM) if self.alone else (signal.SIGINT,)
         here = threading.current_thread() is threading.main_thread()
         self.before = {number: signal.signal(number, self._hear) for number in signals if here}

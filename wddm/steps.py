@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from diffusers import ModelMixin
 from diffusers.utils import make_image_grid, numpy_to_pil
 from PIL import Image
@@ -79,6 +81,14 @@ def resolve_precision(precision: str, cpu: bool = False) -> str:
     return best if precision == "auto" else precision
 
 
+def accelerator(precision: str, cpu: bool) -> Accelerator:
+    """An Accelerator; all of a process share one precision and accumulation. ValueError: the first has another."""
+    wanted = resolve_precision(precision, cpu)
+    if is_initialized() and (found := AcceleratorState().mixed_precision) != wanted:
+        raise ValueError(f"got precision={wanted!r} after {found!r}, wanted one in a process: restart the kernel")
+    return Accelerator(mixed_precision=wanted, cpu=cpu or not torch.accelerator.is_available())
+
+
 def checked(model: ModelMixin, codec: WaveletCodec, images: np.ndarray, **settings: Any) -> list[str]:
     """Check a Trainer's settings and give `advice`; ValueError: a number out of range, or parts that do not fit."""
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4:
@@ -141,7 +151,6 @@ def advice(model: ModelMixin, learning_rate: float, warmup: float = 0.0) -> list
 
 def tune(model: ModelMixin, device: torch.device, gradient_checkpointing: bool = False) -> None:
     """Set gradient checkpointing if asked for, and on a GPU TF32 in matrix products and channels-last memory."""
-    model.zero_grad()  # left by a step that was stopped
     if gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if device.type == "cuda":
@@ -219,13 +228,13 @@ def keep_averages(run: Path, images_seen: int, averages: Sequence[Mapping[str, T
         save_file({name: tensor.contiguous() for name, tensor in flattened(enumerate(averages)).items()}, aside)
 
 
-def averaged_weights(run: Path, half_life_kimg: float) -> dict[str, Tensor]:
+def averaged_weights(run: str | Path, half_life_kimg: float) -> dict[str, Tensor]:
     """The weights at the end of a training, averaged with any half-life (thousand images): the nearest weighted
     sum of the averages kept in `run`, by least squares over the share of every step (Karras et al. 2024, section 3.3).
 
     ValueError: no averages were kept, or the nearest sum has more than a tenth of the shares wrong.
     """
-    if not (files := sorted((run / AVERAGES).glob("*.safetensors"))):
+    if not (files := sorted(Path(run, AVERAGES).glob("*.safetensors"))):
         raise ValueError(f"got {run} without kept averages, wanted some: train it with averages_kimg")
     ends = np.array([int(file.stem) for file in files for _ in POWERS])[:, None]
     at = np.linspace(0, ends[-1, 0], 4001)[1:]  # images seen
@@ -234,7 +243,7 @@ def averaged_weights(run: Path, half_life_kimg: float) -> dict[str, Tensor]:
     shares, wanted = shares / shares.sum(1, keepdims=True), wanted / wanted.sum()
     parts = np.linalg.lstsq(shares.T, wanted, rcond=1e-6)[0]
     parts /= parts.sum()
-    if (wrong := np.abs(parts @ shares - wanted).sum() / 2) > 0.1:
+    if not (wrong := np.abs(parts @ shares - wanted).sum() / 2) <= 0.1:  # nan too, as of a half-life of 0
         got = f"got a half-life of {half_life_kimg:g} kimg, {wrong:.0%} off with {len(files)} kept averages"
         raise ValueError(f"{got}, wanted 10 %: take one nearer to {ends[-1, 0] / 16e3:.2g}, or a smaller averages_kimg")
     found: dict[str, Tensor] = {}
