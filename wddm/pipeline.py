@@ -33,7 +33,7 @@ Callback = Callable[..., dict[str, Tensor] | None]  # (pipeline, i, t, {"latents
 class WaveletPipeline(DiffusionPipeline):
     """Image generation by a denoiser of wavelet coefficients."""
 
-    model_cpu_offload_seq = "backbone"
+    model_cpu_offload_seq, _exclude_from_cpu_offload = "backbone", ("codec",)  # which is small, and not called itself
 
     def __init__(
         self, backbone: ModelMixin, scheduler: SchedulerMixin, codec: WaveletCodec, class_names: list[str] | None = None
@@ -87,12 +87,13 @@ class WaveletPipeline(DiffusionPipeline):
         check_choice("output_type", output_type, ("pil", "np", "pt"))
         self._check_solver(num_inference_steps, eta, detail_steps, guidance_details)
         whole = isinstance(batch_size, int | np.integer) and batch_size > 0
-        if not whole or (isinstance(generator, list) and len(generator) != batch_size):
-            raise ValueError(f"got batch_size={batch_size!r}, wanted 1 or more, one generator or as many: change it")
+        each = isinstance(generator, list) and len(generator) == batch_size
+        if not whole or not (each or isinstance(generator, Generator | None)):
+            raise ValueError(f"got {batch_size=}, {generator=}, wanted 1 or more, a generator or as many: give seed")
         network, missing = self._network(batch_size, labels, guidance, guidance_details, (low_resolution, known, mask))
         generator = image_generators(range(seed, seed + batch_size)) if generator is None else generator
         z = self._noise(latents, batch_size, generator)  # (B, 4^L C, h, w)
-        set_steps(self.scheduler, num_inference_steps, self.device)
+        set_steps(self.scheduler, int(num_inference_steps), self._execution_device)
         scheduler = self.scheduler if detail_steps is None else self._band_rates(detail_steps, generator)
         taken = inspect.signature(self.scheduler.step).parameters
         options = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in taken}
@@ -147,16 +148,16 @@ class WaveletPipeline(DiffusionPipeline):
         shape = (batch_size, self.backbone.config.in_channels, *self.map_size)
         dtype = torch.promote_types(self.backbone.dtype, torch.float32)
         if latents is None:
-            return randn_tensor(shape, generator=generator, device=self.device, dtype=dtype)
+            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
         if latents.shape != shape:
             raise ValueError(f"got latents {tuple(latents.shape)}, wanted {shape}: give noise of that shape")
-        return latents.to(self.device, dtype)
+        return latents.to(self._execution_device, dtype)
 
     def _band_rates(self, detail_steps: int, generator: Generator | list[Generator]) -> BandRates:
         """The coarse (first) band by this pipeline's solver, the details by a copy of it with `detail_steps` steps."""
         copies = [one.clone_state() for one in generator] if isinstance(generator, list) else generator.clone_state()
         details, channels = deepcopy(self.scheduler), self.backbone.config.in_channels
-        set_steps(details, detail_steps, self.device)
+        set_steps(details, int(detail_steps), self._execution_device)
         cut = channels // 4**self.codec.config.level
         return BandRates(Group(self.scheduler, slice(0, cut), generator), Group(details, slice(cut, channels), copies))
 
