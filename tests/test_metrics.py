@@ -182,6 +182,9 @@ def test_fwd_refuses_too_few_images_and_other_ranges(photographs):
             frechet_wavelet_distance(bad, photographs)
     with pytest.raises(ValueError, match="compare vectors of equal size"):
         frechet_wavelet_distance(frechet.moments(photographs, 2), photographs, level=3)
+    for shape in ((16, 64, 3), (64, 16, 3), (16, 32, 6)):  # packets of as many values
+        with pytest.raises(ValueError, match=r"got images \(C, H, W\) of .*, wanted one shape"):
+            frechet_wavelet_distance(photographs, np.zeros((800, *shape), np.uint8), level=2)
 
 
 LEVELS = {  # (H, W, C): the level that no one gave
@@ -492,7 +495,22 @@ def test_a_list_of_pil_images_is_measured_as_the_array_that_it_holds() -> None:
         assert frechet_wavelet_distance(images, images, level).value < 1e-6
         rows, apart = diagnostics.nearest_neighbours(images, array)
         assert (rows[:, 0] == np.arange(len(array))).all() and not apart.any()
-    other, palette = Image.new("L", (4, 4)), Image.new("P", (8, 8))
-    for wrong in ([], [images[0], other], [palette] * 20, [array[0]] * 20):
+        assert frechet_wavelet_distance(real, tuple(images), level).value == expected.value
+    other, palette, tensor = Image.new("L", (4, 4)), Image.new("P", (8, 8)), torch.zeros(8, 8)
+    for wrong in ([], [images[0], other], [palette] * 20, [array[0]] * 20, [tensor, tensor + 1]):
         with pytest.raises(ValueError, match="wanted PIL images of one size, all L or all RGB"):
             diagnostics.UnitBatches(wrong)
+
+
+@pytest.mark.parametrize(
+    "convert", [">f4", "uint16", "int64", "bool", "complex64", "object", "longdouble", Path("a"), None]
+)
+def test_what_are_no_images_is_said_in_one_line(photographs, convert) -> None:
+    """Of types that torch does not take, or has no minimum of, or that are no arrays, as a path or a Dataset."""
+    images = np.zeros((len(photographs), 3, 32, 32))
+    wrong = images.astype(convert) if isinstance(convert, str) else convert
+    for measure in (lambda: frechet_wavelet_distance(photographs, wrong), lambda: frechet.split_floor(wrong)):
+        with pytest.raises(
+            ValueError, match=r"^got \S+ images \(.*\), wanted one or more, uint8 .* a Dataset's \.images$"
+        ):
+            measure()

@@ -62,25 +62,26 @@ class UnitBatches:
     device: Device = "cpu"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.images, list):
-            return
-        kinds = {(getattr(image, "mode", type(image).__name__), getattr(image, "size", None)) for image in self.images}
-        if len(kinds) != 1 or not {mode for mode, _ in kinds} <= {"L", "RGB"}:
-            got = ", ".join(f"{mode} {size}" for mode, size in list(kinds)[:3]) or "no images"
-            raise ValueError(f"got a list of {got}, wanted PIL images of one size, all L or all RGB: convert them")
-        self.images = np.stack([np.atleast_3d(np.asarray(image)) for image in self.images])
+        if isinstance(self.images, list | tuple):
+            kinds = {f"{x.mode} {x.size}" if isinstance(x, Image.Image) else type(x).__name__ for x in self.images}
+            if len(kinds) != 1 or min(kinds).split()[0] not in ("L", "RGB"):
+                got = ", ".join(sorted(kinds)[:3]) or "no images"
+                raise ValueError(f"got a list of {got}, wanted PIL images of one size, all L or all RGB: convert them")
+            self.images = np.stack([np.atleast_3d(np.asarray(image)) for image in self.images])
 
     @property
     def count(self) -> int:
         return len(self.images if self.rows is None else self.rows)
 
     def __iter__(self) -> Iterator[Tensor]:
-        images, shape = self.images, tuple(self.images.shape)
-        last = images.dtype in (np.uint8, torch.uint8)  # channels come last
+        images, shape = self.images, tuple(getattr(self.images, "shape", ()))
+        kind = str(getattr(images, "dtype", type(images).__name__)).removeprefix("torch.")
+        last = kind == "uint8"  # channels come last
         sides = shape[1:3] if last else shape[2:]
-        if len(shape) != 4 or not min(shape) or min(sides) <= 4 < shape[3 if last else 1]:  # so short a side: channels
-            wanted = "uint8 (N, H, W, C) or float (N, C, H, W): transpose them, or give others"
-            raise ValueError(f"got {images.dtype} images {shape}, wanted one or more, {wanted}")
+        fits = kind in ("uint8", "float16", "bfloat16", "float32", "float64") and len(shape) == 4 and min(shape) > 0
+        if not fits or min(sides) <= 4 < shape[3 if last else 1]:  # so short a side: channels
+            wanted = "uint8 (N, H, W, C) or float (N, C, H, W): convert or transpose them, or give a Dataset's .images"
+            raise ValueError(f"got {kind} images {shape}, wanted one or more, {wanted}")
         device = "cpu" if torch.device(self.device).type == "mps" else self.device
         size = max(1, min(self.batch_size, self.batch_values // np.prod(shape[1:])))
         for start in range(0, self.count, size):
@@ -89,7 +90,7 @@ class UnitBatches:
             batch = (batch.detach() if isinstance(batch, Tensor) else torch.from_numpy(np.array(batch))).to(device)
             if last:
                 yield batch.permute(0, 3, 1, 2).double().div_(255)
-            elif batch.is_floating_point() and batch.min() >= 0 and batch.max() <= 1:
+            elif batch.min() >= 0 and batch.max() <= 1:
                 yield batch.double()
             else:
                 ends = f"{batch.min().item():g} to {batch.max().item():g}"
@@ -190,22 +191,19 @@ def judge(generated: np.ndarray, real: np.ndarray, labels: np.ndarray, seed: int
     It is a logistic regression on 500 radial basis functions, sure only of what resembles images that it has seen. It
     is fitted to three quarters of the real images and tested on the rest; images with a negative label are left out.
     """
-    from sklearn.kernel_approximation import Nystroem
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import train_test_split
-    from sklearn.pipeline import make_pipeline
+    from sklearn import kernel_approximation, linear_model, model_selection, pipeline
 
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(labels >= 0))[:MOST]
     sizes = np.unique(labels[rows], return_counts=True)[1]
     if len(real) != len(labels) or len(sizes) < 2 or min(sizes) < 2 or len(rows) <= 4 * (len(sizes) - 1):
-        got = f"got {len(real)} images and {len(labels)} labels of {len(sizes)} classes"
-        got += f", of one with {min(sizes, default=0)} of the {len(rows)} images taken"
+        got = f"got {len(real)} images and {len(labels)} labels of {len(sizes)} classes of {min(sizes, default=0)} or more"
         wanted = "one label each of 2 classes or more, 2 images of each and 4 on average"
         raise ValueError(f"{got}, wanted {wanted}: give the labels of these images, or more images")
-    fitted, held_out = train_test_split(rows, test_size=0.25, random_state=seed, stratify=labels[rows])
+    fitted, held_out = model_selection.train_test_split(rows, test_size=0.25, random_state=seed, stratify=labels[rows])
     gamma = 2 / (real.shape[1] * real[fitted].var() + 1e-12)
-    bases = Nystroem(gamma=gamma, n_components=min(500, len(fitted)), random_state=seed)
-    model = make_pipeline(bases, LogisticRegression(C=10, max_iter=500)).fit(real[fitted], labels[fitted])
+    bases = kernel_approximation.Nystroem(gamma=gamma, n_components=min(500, len(fitted)), random_state=seed)
+    model = pipeline.make_pipeline(bases, linear_model.LogisticRegression(C=10, max_iter=500))
+    model.fit(real[fitted], labels[fitted])
     known, probability = (model.predict_proba(vectors) for vectors in (real[held_out], generated))
     found = model.classes_[probability.argmax(1)]
     counts = {int(name): int(np.sum(found == name)) for name in model.classes_}

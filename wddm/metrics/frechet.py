@@ -87,6 +87,9 @@ def frechet_wavelet_distance(
     if isinstance(other, Moments) or resamples == 1:
         raise ValueError(f"got resamples={resamples}, wanted 0, or 2 and more, of images, not of moments: change it")
     values, count = check(other, level), other.count
+    images = [tuple(next(iter(side)).shape[1:]) for side in (one, other) if isinstance(side, UnitBatches)]
+    if len(set(images)) > 1:
+        raise ValueError(f"got images (C, H, W) of {images[0]} and {images[1]}, wanted one shape: convert some")
     weights = np.concatenate([np.ones((1, count), int), resample_counts(count, resamples, seed)])  # (1 + R, n)
     step = max(1, GROUP_BYTES // (8 * values**2 * (2 + resamples)))  # packets at a time
     found = np.empty((1 + resamples, 4**level))
@@ -104,6 +107,7 @@ def split_floor(
 
     A perfect generator scores about (1/n + 1/N) / (1/n + 1/(N - n)) times this, with n = `count` images against all N.
     """
+    check(UnitBatches(real), level)
     chosen, others = (UnitBatches(real, rows, device=device) for rows in split(len(real), count, seed))
     return frechet_wavelet_distance(others, chosen, level, resamples=resamples, seed=seed)
 

@@ -59,12 +59,11 @@ def features(images: np.ndarray, network: Any, progress: Progress = iter, batch:
 
 def scores(generated: Features, real: Features, *, resamples: int = 20, seed: int = 0) -> Estimates:
     """By key: fid (`fid_interval`), inception_score (interval: standard error over its parts), and `by_kernel`'s."""
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity import metric_fid, metric_isc
 
-    sides = [fid_features_to_statistics(torch.from_numpy(side[POOLED])) for side in (generated, real)]
-    fid = fid_statistics_to_metric(*sides, False)["frechet_inception_distance"]
-    mean, spread = isc_features_to_metric(torch.from_numpy(generated[LOGITS]), splits=SPLITS).values()
+    sides = [metric_fid.fid_features_to_statistics(torch.from_numpy(side[POOLED])) for side in (generated, real)]
+    fid = metric_fid.fid_statistics_to_metric(*sides, False)["frechet_inception_distance"]
+    mean, spread = metric_isc.isc_features_to_metric(torch.from_numpy(generated[LOGITS]), splits=SPLITS).values()
     half = 1.833 * spread / (SPLITS - 1) ** 0.5  # Student's t of 9 degrees of freedom
     found = {"fid": fid_interval(fid, generated, real, resamples, seed)}
     found["inception_score"] = Estimate(mean, mean - half, mean + half)
@@ -78,15 +77,14 @@ def by_kernel(generated: np.ndarray, real: np.ndarray, subset_size: int = 1000, 
     over subsets tells its error (the jackknife of Shao & Wu 1989). Precision (recall): the share of generated (real)
     images within the 3rd neighbour's distance of an image of the other set; its interval (Wilson) holds that set fixed.
     """
-    from torch_fidelity.metric_kid import kid_features_to_metric
-    from torch_fidelity.metric_prc import prc_features_to_metric
+    from torch_fidelity import metric_kid, metric_prc
 
     if (smaller := min(len(generated), len(real))) < 10:
         raise ValueError(f"got {len(generated)} images and {len(real)} real ones, wanted 10 or more of each: give more")
     pools, size = [torch.from_numpy(side) for side in (generated, real)], min(subset_size, smaller // 2)
-    mean, spread = kid_features_to_metric(*pools, kid_subset_size=size, verbose=False).values()
+    mean, spread = metric_kid.kid_features_to_metric(*pools, kid_subset_size=size, verbose=False).values()
     half = NORMAL90 * spread * (size / (smaller - size) + 1 / 100) ** 0.5  # as if the smaller set had all the variance
-    found = prc_features_to_metric(*pools, save_cpu_ram=True, prc_batch_size=2000, verbose=False)
+    found = metric_prc.prc_features_to_metric(*pools, save_cpu_ram=True, prc_batch_size=2000, verbose=False)
     estimates = {f"kid{end}": Estimate(mean, mean - half, mean + half)}
     for key, pool in zip(("precision", "recall"), pools, strict=True):
         estimates[key + end] = share(round(found[key] * len(pool)), len(pool))._replace(value=found[key])

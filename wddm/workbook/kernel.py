@@ -69,13 +69,11 @@ def execute(
     `first`: code that the kernel runs first. `held`: descriptors of locks, which it holds for as long as it lives.
     """
     from nbclient.exceptions import DeadKernelError
-    from papermill.engines import papermill_engines
-    from papermill.exceptions import PapermillExecutionError
-    from papermill.execute import execute_notebook
+    from papermill import PapermillExecutionError, engines, execute_notebook
 
     for name in ("papermill", "traitlets"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    papermill_engines.register("wddm", _engine(stop, first, held))
+    engines.papermill_engines.register("wddm", _engine(stop, first, held))
     options = {"engine_name": "wddm", "kernel_name": "python3", "language": "python", "progress_bar": False}
     try:
         with warnings.catch_warnings():
@@ -94,14 +92,14 @@ def execute(
 
 def _engine(stop: Stop, first: str, held: tuple[int, ...]) -> type:
     """A papermill engine that starts kernels of this interpreter and obeys `stop`."""
-    from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpecManager
-    from papermill.clientwrap import PapermillNotebookClient
-    from papermill.engines import NBClientEngine
+    from jupyter_client import AsyncKernelManager, kernelspec
+    from papermill import clientwrap, engines
 
-    class Client(PapermillNotebookClient):
+    class Client(clientwrap.PapermillNotebookClient):
         def create_kernel_manager(self) -> AsyncKernelManager:
-            specs = KernelSpecManager(kernel_dirs=[])  # no folder to search: what is left is this interpreter's
+            specs = kernelspec.KernelSpecManager(
+                kernel_dirs=[]
+            )  # no folder to search: what is left is this interpreter's
             self.km = AsyncKernelManager(kernel_spec_manager=specs)
             return self.km
 
@@ -124,7 +122,7 @@ def _engine(stop: Stop, first: str, held: tuple[int, ...]) -> type:
                 raise KeyboardInterrupt
             return super().execute_cell(cell, cell_index)
 
-    class Engine(NBClientEngine):
+    class Engine(engines.NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, *_: Any, **options: Any) -> None:
             begin = [f"--IPKernelApp.exec_lines={first}"] if first else []
