@@ -470,7 +470,7 @@ def test_images_without_a_label_are_left_out_and_missing_labels_refused(digits):
     assert list(verdict.class_counts) == [0, 1, 2, 3, 4] and len(verdict.held_out) == -(-np.sum(labels >= 0) // 4)
     alone = labels.copy()
     alone[np.flatnonzero(labels < 0)[0]] = 9
-    with pytest.raises(ValueError, match=r"labels of 6 classes, of one with 1 of the .* wanted .* 2 images of each"):
+    with pytest.raises(ValueError, match=r"labels of 6 classes, of one 1, wanted .* 2 images of each"):
         diagnostics.judge(real, real, alone)
     with pytest.raises(ValueError, match=r"got 12 images and 12 labels of 4 classes, .* wanted .* 4 on average"):
         diagnostics.judge(real[:12], real[:12], np.arange(12) // 3)

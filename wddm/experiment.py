@@ -320,7 +320,6 @@ def refuse_impossible(parameters: Parameters, notebook: str) -> None:
 def _network(parameters: Parameters, dataset: str, shape: tuple[int, ...], classes: int) -> ModelMixin:
     """The network for images of this shape (H, W, C) and so many classes, with initial weights drawn from `seed`."""
     torch.manual_seed(parameters.get("seed", 0))
-    height, width, channels = shape
-    size = height if height == width else (height, width)
-    given = share(build_backbone, parameters) | {"dataset": dataset, "image_size": size, "image_channels": channels}
+    given = share(build_backbone, parameters) | {"dataset": dataset}
+    given |= {"image_size": shape[:2], "image_channels": shape[2]}
     return build_backbone(**given | ({"num_class_embeds": classes + 1} if classes else {}))

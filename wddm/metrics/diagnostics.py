@@ -196,9 +196,9 @@ def judge(generated: np.ndarray, real: np.ndarray, labels: np.ndarray, seed: int
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(labels >= 0))[:MOST]
     sizes = np.unique(labels[rows], return_counts=True)[1]
     if len(real) != len(labels) or len(sizes) < 2 or min(sizes) < 2 or len(rows) <= 4 * (len(sizes) - 1):
-        got = f"got {len(real)} images and {len(labels)} labels of {len(sizes)} classes of {min(sizes, default=0)} or more"
+        got = f"got {len(real)} images and {len(labels)} labels of {len(sizes)} classes"
         wanted = "one label each of 2 classes or more, 2 images of each and 4 on average"
-        raise ValueError(f"{got}, wanted {wanted}: give the labels of these images, or more images")
+        raise ValueError(f"{got}, of one {min(sizes, default=0)}, wanted {wanted}: give their labels, or more images")
     fitted, held_out = model_selection.train_test_split(rows, test_size=0.25, random_state=seed, stratify=labels[rows])
     gamma = 2 / (real.shape[1] * real[fitted].var() + 1e-12)
     bases = kernel_approximation.Nystroem(gamma=gamma, n_components=min(500, len(fitted)), random_state=seed)

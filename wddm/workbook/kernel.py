@@ -97,9 +97,7 @@ def _engine(stop: Stop, first: str, held: tuple[int, ...]) -> type:
 
     class Client(clientwrap.PapermillNotebookClient):
         def create_kernel_manager(self) -> AsyncKernelManager:
-            specs = kernelspec.KernelSpecManager(
-                kernel_dirs=[]
-            )  # no folder to search: what is left is this interpreter's
+            specs = kernelspec.KernelSpecManager(kernel_dirs=[])  # none to search: what is left is this interpreter's
             self.km = AsyncKernelManager(kernel_spec_manager=specs)
             return self.km
 
