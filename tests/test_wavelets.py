@@ -147,6 +147,7 @@ def test_band_scaling_without_statistics_decodes_nothing() -> None:
     with pytest.raises(ValueError, match="got images of 3 channels and no statistics"):
         WaveletCodec().decode(torch.zeros(1, 12, 4, 4))
     fitted = WaveletCodec().fit(np.zeros((2, 8, 8, 1), np.uint8))
+    assert WaveletCodec(channels=1).encode(torch.zeros(1, 1, 8, 8)).isnan().all()  # and not as if its spread were 1
     with pytest.raises(ValueError, match="got images of 3 channels and statistics for 1"):
         fitted.decode(torch.zeros(1, 12, 4, 4))
 

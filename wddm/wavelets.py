@@ -35,7 +35,7 @@ class WaveletCodec(ModelMixin, ConfigMixin):
         scaling: "band" gives every channel zero mean and unit variance, with statistics from `fit`; "dyadic" divides
             by 2^L (Haar stays in [-1, 1]), as the published models do; "none" leaves the coefficients as they are.
         band_order: order of the bands within one split; published models have "AVHD".
-        channels: number of image channels; only "band" scaling needs it, and `fit` sets it.
+        channels: number of image channels; only "band" scaling needs it, and `fit` sets it. Until then z is nan.
     """
 
     shift: Tensor
@@ -63,7 +63,7 @@ class WaveletCodec(ModelMixin, ConfigMixin):
             self.synthesis = DWTInverse(wavelet, mode="periodization")
         statistics = (4**level * channels, 1, 1) if scaling == "band" and channels else (1, 1, 1)
         self.register_buffer("shift", torch.zeros(statistics))
-        self.register_buffer("scale", torch.full(statistics, 2.0**level if scaling == "dyadic" else 1.0))
+        self.register_buffer("scale", torch.full(statistics, {"band": torch.nan, "none": 1.0}.get(scaling, 2.0**level)))
         self.register_buffer("clip_value", torch.tensor(2.0**level if scaling == "none" else 1.0))  # the largest |z|
 
     def encode(self, images: Tensor) -> Tensor:
