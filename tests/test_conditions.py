@@ -246,7 +246,7 @@ def test_labels_may_be_asked_for_by_name() -> None:
     assert torch.equal(pipeline(labels="2", **options).images, pipeline(labels=1, **options).images)
     assert torch.equal(pipeline(labels="0", **options).images, pipeline(labels=0, **options).images)
     assert numbered([1, "1", "cat", "0"], ["1", "2", "cat"]) == [1, 0, 2, 0]
-    with pytest.raises(ValueError, match="got labels='cta', wanted one of 1, 2, cat: choose one"):
+    with pytest.raises(ValueError, match="got labels='cta', wanted one of 1, 2, cat: did you mean 'cat'"):
         pipeline(labels="cta", **options)
 
 
