@@ -1,6 +1,7 @@
 """Oracles: resumed equals uninterrupted byte for byte; AdamW and the schedule in closed form; what a crash leaves."""
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -148,8 +149,9 @@ def test_an_average_of_any_half_life_is_put_together_afterwards(tmp_path) -> Non
     assert set(found) == {key for key, _ in trainer.model.named_parameters()}
     with pytest.raises(ValueError, match=r"half-life of 0.001 kimg, \d+% off with 20 kept averages, wanted 10 %"):
         averaged_weights(tmp_path, 0.001)
-    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match="got a half-life of 0 kimg, nan% off"):
-        averaged_weights(str(tmp_path), 0)
+    for none in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match=rf"half-life of {none} kimg, \d+% off with 20 kept averages, wanted 10 %"):
+            averaged_weights(str(tmp_path), none)
 
 
 def test_averages_of_a_network_with_channels_last_are_kept(tmp_path) -> None:
@@ -483,18 +485,22 @@ def test_what_an_interrupt_cut_short_is_made_up_for_and_nothing_differs(tmp_path
     assert whole.keys() == cut.keys() and [name for name in whole if whole[name] != cut[name]] == ["log.jsonl"]
 
 
-def test_a_step_that_is_cut_in_half_is_done_again_whole(tmp_path) -> None:
-    list(make(tmp_path / "whole").steps())
-    trainer, wanted = make(tmp_path / "cut"), []
-    inner = trainer.accelerator.backward
+def cut_short(trainer: Trainer, after: int) -> Trainer:
+    """The trainer, which gets a SIGINT in its backward pass number `after`."""
+    inner, calls = trainer.accelerator.backward, itertools.count(1)
 
     def backward(loss: torch.Tensor) -> None:
         inner(loss)
-        wanted.append(1)
-        if len(wanted) == 3:
+        if next(calls) == after:
             os.kill(os.getpid(), signal.SIGINT)
 
     trainer.accelerator.backward = backward
+    return trainer
+
+
+def test_a_step_that_is_cut_in_half_is_done_again_whole(tmp_path) -> None:
+    list(make(tmp_path / "whole").steps())
+    trainer = cut_short(make(tmp_path / "cut"), after=3)
     with pytest.raises(Interrupted, match="stopped at step 2 of 4"):
         list(trainer.steps())
     list(make(tmp_path / "cut", model=trainer.model).steps())  # the same object, as when a cell is run again
@@ -505,16 +511,7 @@ def test_a_step_that_is_cut_in_half_is_done_again_whole(tmp_path) -> None:
 def test_the_same_trainer_goes_on_after_an_interrupt(tmp_path) -> None:
     """As when a cell is run again that has only the loop; here stopped between two micro-batches."""
     list(make(tmp_path / "whole", accumulation=2).steps())
-    trainer, calls = make(tmp_path / "cut", accumulation=2), []
-    inner = trainer.accelerator.backward
-
-    def backward(loss: torch.Tensor) -> None:
-        inner(loss)
-        calls.append(1)
-        if len(calls) == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    trainer.accelerator.backward = backward
+    trainer = cut_short(make(tmp_path / "cut", accumulation=2), after=5)
     with pytest.raises(Interrupted, match="stopped at step 2 of 4"):
         list(trainer.steps())
     assert [row.step for row in trainer.steps()] == [3, 4]

@@ -239,11 +239,11 @@ def averaged_weights(run: str | Path, half_life_kimg: float) -> dict[str, Tensor
     ends = np.array([int(file.stem) for file in files for _ in POWERS])[:, None]
     at = np.linspace(0, ends[-1, 0], 4001)[1:]  # images seen
     shares = np.where(at <= ends, at / ends, 0) ** np.resize(POWERS, len(ends))[:, None]
-    wanted = 0.5 ** ((ends[-1] - at) / half_life_kimg / 1000)
+    wanted = 0.5 ** ((ends[-1] - at) / np.fmax(half_life_kimg, 1e-9) / 1000)  # 0 and nan: the last weights alone
     shares, wanted = shares / shares.sum(1, keepdims=True), wanted / wanted.sum()
     parts = np.linalg.lstsq(shares.T, wanted, rcond=1e-6)[0]
     parts /= parts.sum()
-    if not (wrong := np.abs(parts @ shares - wanted).sum() / 2) <= 0.1:  # nan too, as of a half-life of 0
+    if (wrong := np.abs(parts @ shares - wanted).sum() / 2) > 0.1:
         got = f"got a half-life of {half_life_kimg:g} kimg, {wrong:.0%} off with {len(files)} kept averages"
         raise ValueError(f"{got}, wanted 10 %: take one nearer to {ends[-1, 0] / 16e3:.2g}, or a smaller averages_kimg")
     found: dict[str, Tensor] = {}
